@@ -1,0 +1,146 @@
+"""``kvpref data inspect``: what a dataset holds, what sharing prompts can save, and what a token budget gives."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpref.data.dataset import OnBadRow
+from kvpref.data.planning import Mode
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvpref.data import BatchStatistics, DataReport, DataStatistics
+
+MAX_BAD_ROWS_SHOWN = 10
+
+app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
+
+
+@app.callback()
+def data() -> None:
+    """Look at preference data."""
+
+
+@app.command(
+    no_args_is_help=True,
+    epilog="Example: kvpref data inspect pairs.jsonl --tokenizer gpt2 --max-tokens-per-micro-batch 8192",
+)
+def inspect(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="DATA", help="A .jsonl, .json or .parquet file, or a dataset name, also NAME:SPLIT."),
+    ],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer folder or hub name.")],
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Keep the last so many prompt tokens.")] = None,
+    max_response_tokens: Annotated[int | None, typer.Option(help="Keep the first so many response tokens.")] = None,
+    on_bad_row: Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or skip and list it.")] = "stop",
+    max_tokens_per_micro_batch: Annotated[int | None, typer.Option(help="Token budget of a micro-batch.")] = None,
+    groups_per_step: Annotated[int, typer.Option(help="Groups per optimizer step.")] = 16,
+    mode: Annotated[Mode, typer.Option(help="Which tokens count against the budget.")] = "two_pass",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write bad rows to this file, one JSON object each.")] = None,
+) -> None:
+    """Print lengths, the ideal saving of shared prompts, bad rows, truncation, and the batches of a budget."""
+    from rich.console import Console
+
+    from kvpref.data import (
+        DataOptions,
+        StepOptions,
+        StepPlanner,
+        load_preferences,
+        load_tokenizer,
+        summarize_batches,
+        summarize_dataset,
+    )
+
+    # Options are checked before minutes go into reading.
+    options = DataOptions(
+        max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens, on_bad_row=on_bad_row
+    )
+    step_options = StepOptions(
+        groups_per_step=groups_per_step, max_tokens_per_micro_batch=max_tokens_per_micro_batch, mode=mode
+    )
+    with Console(stderr=True).status(f"reading {source}"):
+        dataset = load_preferences(source, load_tokenizer(tokenizer), options)
+        statistics = summarize_dataset(dataset)
+    assert dataset.report is not None
+    if report is not None:
+        dataset.report.write_bad_rows(report)
+    # Printed before planning: a budget that is too small for a group should not cost the user these figures.
+    console = Console()
+    _print_data(console, dataset.report, statistics)
+    batches = summarize_batches(StepPlanner(dataset.lengths, step_options, dataset.group_ids))
+    _print_batches(console, batches)
+    if as_json:
+        result = {"data": asdict(statistics), "batches": asdict(batches), "report": asdict(dataset.report)}
+        print(json.dumps(result | {"fingerprint": dataset.fingerprint}))
+
+
+def _print_data(console: Console, report: DataReport, statistics: DataStatistics) -> None:
+    console.print(_lengths_table(report.source, statistics))
+    _print_facts(
+        console,
+        {
+            "groups": f"{statistics.num_groups} of {report.num_rows} rows, {statistics.num_sequences} sequences",
+            "prompt share": f"{statistics.prompt_share:.1%} of {statistics.total_tokens} tokens",
+            "ideal saving": f"{statistics.prompt_saving:.2f}x, each prompt encoded once "
+            f"({statistics.prefix_saving:.2f}x with what all responses of a group begin with)",
+            "bad rows": f"{len(report.bad_rows)} skipped",
+            "prompts cut": f"{report.num_truncated_prompts} groups, {report.prompt_tokens_cut} tokens",
+            "responses cut": f"{report.num_truncated_responses} responses, {report.response_tokens_cut} tokens",
+        },
+    )
+    for row in report.bad_rows[:MAX_BAD_ROWS_SHOWN]:
+        console.print(f"skipped {row.location}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
+    if len(report.bad_rows) > MAX_BAD_ROWS_SHOWN:
+        hidden = len(report.bad_rows) - MAX_BAD_ROWS_SHOWN
+        console.print(f"skipped {hidden} more; --report FILE writes all", markup=False, highlight=False)
+
+
+def _print_batches(console: Console, batches: BatchStatistics) -> None:
+    fill = "" if batches.budget_fill is None else f", budget filled to {batches.budget_fill:.1%}"
+    padding = f", {batches.padding_share:.1%} padding" if batches.mode == "padded" else ""
+    tokens = batches.tokens_per_micro_batch
+    _print_facts(
+        console,
+        {
+            "steps": f"{batches.num_steps} per epoch, {batches.micro_batches_per_step:.2f} micro-batches each",
+            "micro-batches": f"{tokens.mean:.0f} tokens on average, at most {tokens.max}, in mode {batches.mode}"
+            f"{fill}{padding}",
+        },
+    )
+
+
+def _print_facts(console: Console, facts: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    # Both tables of facts line up.
+    table.add_column(min_width=14)
+    for label, value in facts.items():
+        table.add_row(label, value)
+    console.print(table)
+
+
+def _lengths_table(source: str, statistics: DataStatistics) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(source), title_justify="left")
+    table.add_column("tokens")
+    for name in ("mean", "p50", "p90", "max"):
+        table.add_column(name, justify="right")
+    for label, summary in (
+        ("prompt, per group", statistics.prompt_tokens),
+        ("response, EOS included", statistics.response_tokens),
+        ("sequences per group (N)", statistics.sequences_per_group),
+    ):
+        table.add_row(label, f"{summary.mean:.1f}", str(summary.p50), str(summary.p90), str(summary.max))
+    return table

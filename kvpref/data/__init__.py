@@ -1,0 +1,41 @@
+"""Preference data: reading, tokenization to groups, and the plan of steps and micro-batches.
+
+Importing this package imports neither torch nor transformers nor datasets.
+"""
+
+from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset, load_preferences
+from kvpref.data.lengths import GroupLengths, measure_group
+from kvpref.data.planning import MicroBatch, Mode, StepOptions, StepPlan, StepPlanner
+from kvpref.data.report import BadRow, DataReport
+from kvpref.data.sampling import StepSampler
+from kvpref.data.statistics import (
+    BatchStatistics,
+    DataStatistics,
+    LengthSummary,
+    summarize_batches,
+    summarize_dataset,
+)
+from kvpref.data.tokenization import load_tokenizer
+
+__all__ = [
+    "BadRow",
+    "BatchStatistics",
+    "DataOptions",
+    "DataReport",
+    "DataStatistics",
+    "GroupLengths",
+    "LengthSummary",
+    "MicroBatch",
+    "Mode",
+    "OnBadRow",
+    "PreferenceDataset",
+    "StepOptions",
+    "StepPlan",
+    "StepPlanner",
+    "StepSampler",
+    "load_preferences",
+    "load_tokenizer",
+    "measure_group",
+    "summarize_batches",
+    "summarize_dataset",
+]

@@ -1,0 +1,222 @@
+"""`load_preferences`: a file or dataset to tokenized groups, with a report of what was left out or cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from kvpref.data.lengths import GroupLengths, measure_group
+from kvpref.data.reading import RawRow, read_rows
+from kvpref.data.rendering import RenderedRow, render_row
+from kvpref.data.report import BadRow, DataReport
+from kvpref.data.rows import RowError, parse_row
+from kvpref.data.storage import PackedGroups
+from kvpref.data.tokenization import SequenceTokenizer, TokenizedSequence
+from kvpref.data.truncation import truncate_row
+from kvpref.errors import InputError
+from kvpref.groups import Group, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnBadRow = Literal["stop", "skip"]
+
+# One tokenizer call per so many texts or characters, whichever comes first: large enough to keep its threads busy,
+# small enough that the offsets of long prompts (a tuple per token) stay below some hundred megabytes.
+MAX_TEXTS_PER_CALL = 1000
+MAX_CHARS_PER_CALL = 2_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How rows become groups."""
+
+    max_prompt_tokens: int | None = None
+    """Keep the last so many prompt tokens (BOS stays in front and counts). None keeps all."""
+
+    max_response_tokens: int | None = None
+    """Keep the first so many response tokens, EOS included. None keeps all."""
+
+    on_bad_row: OnBadRow = "stop"
+    """``stop`` raises at the first bad row; ``skip`` leaves bad rows out and lists them in the report."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_response_tokens"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise InputError(f"{name} must be at least 1, or None for no limit; got {limit}")
+        if self.on_bad_row not in ("stop", "skip"):
+            raise InputError(f"on_bad_row must be one of stop, skip; got {self.on_bad_row!r}")
+
+
+class PreferenceDataset:
+    """Tokenized groups, indexable, cheap to pickle.
+
+    Args:
+        groups: The groups, in order.
+        report: What loading left out; None for groups made in memory.
+
+    Attributes:
+        report: A `DataReport`, or None.
+    """
+
+    def __init__(self, groups: Iterable[Group], report: DataReport | None = None) -> None:
+        self._groups = groups if isinstance(groups, PackedGroups) else PackedGroups(groups)
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> Group:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        return self._groups[index % len(self)]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over token ids, scored flags, labels and scores of every group; the same on every machine."""
+        return self._groups.fingerprint()
+
+    @cached_property
+    def lengths(self) -> list[GroupLengths]:
+        """Token counts per group."""
+        return [measure_group(group) for group in self]
+
+    @property
+    def group_ids(self) -> list[str | None]:
+        """The id of every group, for error messages."""
+        return [self._groups.id_of(index) for index in range(len(self))]
+
+    def map_groups(self, function: Callable[[Group], Group]) -> PreferenceDataset:
+        """A new dataset of ``function(group)`` for every group, with the same report."""
+        return PreferenceDataset((function(group) for group in self), report=self.report)
+
+
+def load_preferences(
+    data: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions | None = None
+) -> PreferenceDataset:
+    """Read, check and tokenize preference data.
+
+    Args:
+        data: A .jsonl, .json or .parquet file, or a dataset folder or hub name, optionally with ``:split``.
+        tokenizer: A Hugging Face tokenizer. Rows of messages need its chat template.
+        options: Limits, and what to do with bad rows; `DataOptions()` if None.
+
+    Returns:
+        One group per good row, with the row's location as its id. A pair gives ``labels=(True, False)``.
+
+    Raises:
+        InputError: If the source cannot be read, is empty or holds only bad rows; at the first bad row unless they
+            are to be skipped; if rows hold messages and the tokenizer has no chat template.
+    """
+    options = options or DataOptions()
+    loader = _Loader(data, tokenizer, options)
+    for row in read_rows(data):
+        loader.add(row)
+    return loader.finish()
+
+
+class _Loader:
+    """Turns raw rows into groups, a tokenizer call at a time, and keeps the report's counts."""
+
+    def __init__(self, data: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> None:
+        self._data = data
+        self._options = options
+        self._tokenizer = SequenceTokenizer(tokenizer)
+        self._pending: list[tuple[str, RenderedRow]] = []
+        self._pending_texts = 0
+        self._pending_chars = 0
+        self._groups = PackedGroups()
+        self._bad_rows: list[BadRow] = []
+        self._num_rows = 0
+        self._truncation: Counter[str] = Counter()
+
+    def add(self, raw: RawRow) -> None:
+        self._num_rows += 1
+        try:
+            if raw.error is not None:
+                raise RowError(raw.error)
+            rendered = render_row(parse_row(raw.value), self._tokenizer.tokenizer)
+        except RowError as error:
+            # Rows before this one may turn out bad when they are tokenized, and the first bad row is to be named.
+            self._flush()
+            self._reject(raw.location, str(error))
+            return
+        except InputError as error:
+            raise InputError(f"{raw.location}: {error}") from error
+        self._pending.append((raw.location, rendered))
+        self._pending_texts += len(rendered.texts)
+        self._pending_chars += sum(map(len, rendered.texts))
+        if self._pending_texts >= MAX_TEXTS_PER_CALL or self._pending_chars >= MAX_CHARS_PER_CALL:
+            self._flush()
+
+    def finish(self) -> PreferenceDataset:
+        self._flush()
+        if not self._num_rows:
+            raise InputError(f"{self._data}: the data is empty; expected at least one row")
+        if not len(self._groups):
+            first = self._bad_rows[0]
+            raise InputError(
+                f"{first.location}: {first.reason}; all {self._num_rows} rows of {self._data} are bad, of which this "
+                "is the first: check the fields' names and types"
+            )
+        report = DataReport(
+            source=self._data,
+            num_rows=self._num_rows,
+            num_groups=len(self._groups),
+            bad_rows=tuple(self._bad_rows),
+            **self._truncation,
+        )
+        return PreferenceDataset(self._groups, report)
+
+    def _flush(self) -> None:
+        pending, self._pending, self._pending_texts, self._pending_chars = self._pending, [], 0, 0
+        if not pending:
+            return
+        tokenized = self._tokenizer.tokenize([row for _, row in pending])
+        for (location, row), sequences in zip(pending, tokenized, strict=True):
+            try:
+                if isinstance(sequences, RowError):
+                    raise sequences
+                self._groups.append(self._build_group(location, row, sequences))
+            except RowError as error:
+                self._reject(location, str(error))
+
+    def _build_group(self, location: str, row: RenderedRow, sequences: list[TokenizedSequence]) -> Group:
+        truncated = truncate_row(
+            sequences,
+            max_prompt_tokens=self._options.max_prompt_tokens,
+            max_response_tokens=self._options.max_response_tokens,
+            bos_token_id=self._tokenizer.bos_token_id,
+        )
+        if row.row.labels is not None and truncated.sequences[0].input_ids == truncated.sequences[1].input_ids:
+            raise RowError(
+                "`chosen` and `rejected` have the same tokens"
+                + (" after truncation; raise max_response_tokens" if truncated.num_truncated_responses else "")
+            )
+        self._truncation["num_truncated_prompts"] += truncated.prompt_tokens_cut > 0
+        self._truncation["prompt_tokens_cut"] += truncated.prompt_tokens_cut
+        self._truncation["num_truncated_responses"] += truncated.num_truncated_responses
+        self._truncation["response_tokens_cut"] += truncated.response_tokens_cut
+        return Group(
+            [
+                Sequence.from_prompt_and_response(
+                    sequence.input_ids[: sequence.num_prompt_tokens], sequence.input_ids[sequence.num_prompt_tokens :]
+                )
+                for sequence in truncated.sequences
+            ],
+            scores=row.row.scores,
+            labels=row.row.labels,
+            id=location,
+        )
+
+    def _reject(self, location: str, reason: str) -> None:
+        if self._options.on_bad_row == "stop":
+            raise InputError(f"{location}: {reason}; correct the row, or pass --on-bad-row skip to leave bad rows out")
+        self._bad_rows.append(BadRow(location, reason))

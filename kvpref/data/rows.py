@@ -1,0 +1,205 @@
+"""Rows of the shapes that preference data comes in, checked and brought to one form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+"""One chat message: ``role``, ``content`` (strings) and whatever else the chat template reads."""
+
+EXPECTED_SHAPES = "{prompt, chosen, rejected}, {chosen, rejected} or {prompt, responses, scores}"
+
+
+class RowError(ValueError):
+    """One row is bad; the message is the reason, without the place."""
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """One row, checked, with its responses in one list.
+
+    Args:
+        prompt: A text, a non-empty tuple of messages, or None where the prompt is what the texts have in common.
+        responses: Texts, or (exactly where the prompt is messages) non-empty tuples of messages.
+        scores: One float or None per response, or None.
+        labels: (True, False) for a chosen/rejected pair, otherwise None.
+    """
+
+    prompt: str | tuple[Message, ...] | None
+    responses: tuple[str | tuple[Message, ...], ...]
+    scores: tuple[float | None, ...] | None = None
+    labels: tuple[bool, ...] | None = None
+
+
+def parse_row(value: object) -> PreferenceRow:
+    """Check one decoded row. A field that is null counts as missing; unknown fields are ignored.
+
+    Raises:
+        RowError: If the row has none of the known shapes.
+    """
+    if not isinstance(value, dict):
+        raise RowError(f"expected a JSON object, found {_type_name(value)}")
+    row = {key: field for key, field in value.items() if field is not None}
+    is_pair = "chosen" in row or "rejected" in row
+    if is_pair and "responses" in row:
+        raise RowError("found both `responses` and `chosen`/`rejected`; keep one of the two")
+    if not is_pair:
+        return _parse_group(row)
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise RowError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
+    responses = {name: _parse_turns(row[name], name) for name in ("chosen", "rejected")}
+    if responses["chosen"] == responses["rejected"]:
+        raise RowError("`chosen` and `rejected` are the same, so the pair holds no preference")
+    prompt, turns = _join(row, responses)
+    return PreferenceRow(prompt, turns, labels=(True, False))
+
+
+def _parse_group(row: dict[str, Any]) -> PreferenceRow:
+    for name in ("responses", "prompt"):
+        if name not in row:
+            raise RowError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
+    responses = row["responses"]
+    if not isinstance(responses, list):
+        raise RowError(f"`responses` must be a list, found {_type_name(responses)}")
+    if not responses:
+        raise RowError("`responses` is empty; expected at least one response")
+    scores = _parse_scores(row["scores"], len(responses)) if "scores" in row else None
+    named = {f"responses[{index}]": response for index, response in enumerate(responses)}
+    prompt, turns = _join(row, {name: _parse_turns(response, name) for name, response in named.items()})
+    return PreferenceRow(prompt, turns, scores=scores)
+
+
+def _parse_scores(scores: object, num_responses: int) -> tuple[float | None, ...]:
+    if not isinstance(scores, list):
+        raise RowError(f"`scores` must be a list of numbers or nulls, found {_type_name(scores)}")
+    if len(scores) != num_responses:
+        raise RowError(f"`scores` has {len(scores)} entries for {num_responses} responses; expected one per response")
+    return tuple(None if score is None else _parse_score(score, index) for index, score in enumerate(scores))
+
+
+def _parse_score(score: object, index: int) -> float:
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        raise RowError(f"`scores[{index}]` must be a number or null, found {_type_name(score)}")
+    try:
+        number = float(score)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowError(f"`scores[{index}]` is {number}; expected a finite number, or null for unrated")
+    return number
+
+
+def _parse_turns(value: object, name: str) -> str | tuple[Message, ...]:
+    """A response as it stands: a text, or one or more messages."""
+    if isinstance(value, str):
+        return _parse_text(value, name)
+    if not isinstance(value, (dict, list)):
+        raise RowError(f"`{name}` must be a string or a list of messages, found {_type_name(value)}")
+    messages = _parse_messages(value, name)
+    if not any(message["content"].strip() for message in messages):
+        raise RowError(f"`{name}` is empty: no message has any content")
+    return messages
+
+
+def _parse_text(value: str, name: str, may_be_empty: bool = False) -> str:
+    if not value and not may_be_empty:
+        raise RowError(f"`{name}` is empty")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(f"`{name}` holds half of a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def _parse_messages(value: dict[str, Any] | list[Any], name: str) -> tuple[Message, ...]:
+    messages = [value] if isinstance(value, dict) else value
+    if not messages:
+        raise RowError(f"`{name}` is empty: expected at least one message")
+    return tuple(_parse_message(message, f"{name}[{index}]") for index, message in enumerate(messages))
+
+
+def _parse_message(message: object, name: str) -> Message:
+    if not isinstance(message, dict):
+        raise RowError(f"`{name}` must be a message with `role` and `content`, found {_type_name(message)}")
+    # Arrow tables fill the keys that only other rows have with nulls; templates take a key for a statement.
+    kept = {key: field for key, field in message.items() if field is not None}
+    for key in ("role", "content"):
+        if key not in kept:
+            raise RowError(f"`{name}` is a message without `{key}`; expected {{role, content}}")
+        if not isinstance(kept[key], str):
+            raise RowError(f"`{name}.{key}` must be a string, found {_type_name(kept[key])}")
+        _parse_text(kept[key], f"{name}.{key}", may_be_empty=key == "content")
+    return kept
+
+
+def _join(
+    row: dict[str, Any], responses: dict[str, str | tuple[Message, ...]]
+) -> tuple[str | tuple[Message, ...] | None, tuple[str | tuple[Message, ...], ...]]:
+    """Bring prompt and responses to one form: all text, or all messages."""
+    texts = tuple(response for response in responses.values() if isinstance(response, str))
+    conversations = tuple(response for response in responses.values() if not isinstance(response, str))
+    prompt = row.get("prompt")
+    if isinstance(prompt, (dict, list)):
+        return _join_messages(_parse_messages(prompt, "prompt"), responses)
+    if texts and conversations:
+        raise RowError(f"{' and '.join(f'`{name}`' for name in responses)} mix strings and messages; use one form")
+    if prompt is None:
+        return (None, texts) if texts else _split_conversations(conversations)
+    if not isinstance(prompt, str):
+        raise RowError(f"`prompt` must be a string or a list of messages, found {_type_name(prompt)}")
+    prompt = _parse_text(prompt, "prompt", may_be_empty=True)
+    return (prompt, texts) if texts else _join_text_prompt(prompt, conversations)
+
+
+def _join_messages(
+    prompt: tuple[Message, ...], responses: dict[str, str | tuple[Message, ...]]
+) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:
+    turns = []
+    for response in responses.values():
+        if isinstance(response, str):
+            response = ({"role": "assistant", "content": response},)
+        # Some published sets repeat the prompt inside each response.
+        if len(response) > len(prompt) and response[: len(prompt)] == prompt:
+            response = response[len(prompt) :]
+        turns.append(response)
+    return prompt, tuple(turns)
+
+
+def _join_text_prompt(
+    prompt: str, conversations: tuple[tuple[Message, ...], ...]
+) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:
+    if all(conversation[0]["role"] == "assistant" for conversation in conversations):
+        return ({"role": "user", "content": prompt},), conversations
+    shared, turns = _split_conversations(conversations)
+    if shared[-1]["content"] != prompt:
+        raise RowError(
+            "`prompt` is a string that is not the last message that the responses' conversations share; "
+            "leave `prompt` out, or let the responses start with the assistant's message"
+        )
+    return shared, turns
+
+
+def _split_conversations(
+    conversations: tuple[tuple[Message, ...], ...],
+) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:
+    """Take the common leading messages as the prompt."""
+    num_shared = 0
+    for messages in zip(*conversations, strict=False):
+        if any(message != messages[0] for message in messages):
+            break
+        num_shared += 1
+    if num_shared == 0:
+        raise RowError("the responses share no leading message, so there is no prompt; add a `prompt` field")
+    if any(len(conversation) == num_shared for conversation in conversations):
+        raise RowError("a response is empty: one conversation is the beginning of another; add a `prompt` field")
+    return conversations[0][:num_shared], tuple(conversation[num_shared:] for conversation in conversations)
+
+
+def _type_name(value: object) -> str:
+    return {"dict": "object", "str": "string", "NoneType": "null", "bool": "boolean"}.get(
+        type(value).__name__, type(value).__name__
+    )

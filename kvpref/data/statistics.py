@@ -1,0 +1,164 @@
+"""What a dataset and a token budget look like in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from kvpref.data.dataset import PreferenceDataset
+from kvpref.data.planning import Mode, StepPlanner
+from kvpref.groups import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthSummary:
+    """A distribution of token counts (or of sequence counts)."""
+
+    mean: float
+    """Arithmetic mean."""
+
+    p50: int
+    """Median: the smallest value that at least half of all do not exceed."""
+
+    p90: int
+    """The smallest value that at least 90% do not exceed."""
+
+    max: int
+    """The largest value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataStatistics:
+    """Lengths of a dataset and what sharing its prompts can save."""
+
+    num_groups: int
+    """Groups."""
+
+    num_sequences: int
+    """Sequences of all groups."""
+
+    sequences_per_group: LengthSummary
+    """N: sequences per group."""
+
+    prompt_tokens: LengthSummary
+    """Prompt tokens per group (the tokens before the first scored one)."""
+
+    response_tokens: LengthSummary
+    """Response tokens per sequence, EOS included."""
+
+    prompt_share: float
+    """Prompt tokens / all tokens when every sequence is encoded whole, from 0 to 1."""
+
+    total_tokens: int
+    """Tokens of all sequences, prompts repeated."""
+
+    unique_tokens: int
+    """Tokens when the beginning that all sequences of a group share is encoded once."""
+
+    prompt_saving: float
+    """sum N(P+R) / sum(P + sum R): ideal saving from encoding each prompt once."""
+
+    prefix_saving: float
+    """total_tokens / unique_tokens: the same, when response starts that all sequences share count too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStatistics:
+    """The micro-batches that a budget gives, in the first epoch."""
+
+    mode: Mode
+    """Whose cost was counted."""
+
+    num_steps: int
+    """Optimizer steps per epoch."""
+
+    num_micro_batches: int
+    """Micro-batches per epoch over all ranks, fillers left out."""
+
+    num_fillers: int
+    """Micro-batches that only keep the ranks in step."""
+
+    micro_batches_per_step: float
+    """Mean, over all ranks, fillers left out."""
+
+    tokens_per_micro_batch: LengthSummary
+    """Cost in tokens, padding included where the mode pads."""
+
+    budget_fill: float | None
+    """Mean cost / budget, from 0 to 1; None without a budget."""
+
+    padding_share: float
+    """Padding tokens / processed tokens, from 0 to 1; 0 in the modes that do not pad."""
+
+
+def summarize_dataset(dataset: PreferenceDataset) -> DataStatistics:
+    """Measure a dataset.
+
+    Raises:
+        ValueError: If it has no groups.
+    """
+    prompts, responses, sequences, repeated_prompt_tokens = [], [], [], 0
+    for group in dataset:
+        starts = _response_starts(group)
+        prompts.append(min(starts))
+        responses += [len(sequence) - start for sequence, start in zip(group.sequences, starts, strict=True)]
+        sequences.append(len(group))
+        repeated_prompt_tokens += sum(starts)
+    total = sum(lengths.total_tokens for lengths in dataset.lengths)
+    unique = sum(lengths.unique_tokens for lengths in dataset.lengths)
+    shared = sum((count - 1) * prompt for count, prompt in zip(sequences, prompts, strict=True))
+    return DataStatistics(
+        num_groups=len(dataset),
+        num_sequences=sum(sequences),
+        sequences_per_group=summarize(sequences),
+        prompt_tokens=summarize(prompts),
+        response_tokens=summarize(responses),
+        prompt_share=repeated_prompt_tokens / total,
+        total_tokens=total,
+        unique_tokens=unique,
+        prompt_saving=total / (total - shared),
+        prefix_saving=total / unique,
+    )
+
+
+def _response_starts(group: Group) -> list[int]:
+    return [sequence.scored.index(True) if True in sequence.scored else len(sequence) for sequence in group.sequences]
+
+
+def summarize_batches(planner: StepPlanner) -> BatchStatistics:
+    """Measure the micro-batches of the first epoch."""
+    planned = [micro_batch for step in planner.steps(0) for rank in step for micro_batch in rank]
+    real = [micro_batch for micro_batch in planned if not micro_batch.is_filler]
+    costs = [planner.micro_batch_cost(micro_batch) for micro_batch in real]
+    budget = planner.options.max_tokens_per_micro_batch
+    padding = 0
+    if planner.options.mode == "padded":
+        padding = sum(costs) - sum(planner.micro_batch_lengths(micro_batch).total_tokens for micro_batch in real)
+    return BatchStatistics(
+        mode=planner.options.mode,
+        num_steps=planner.num_steps,
+        num_micro_batches=len(real),
+        num_fillers=len(planned) - len(real),
+        micro_batches_per_step=len(real) / planner.num_steps,
+        tokens_per_micro_batch=summarize(costs),
+        budget_fill=None if budget is None else sum(costs) / len(costs) / budget,
+        padding_share=padding / sum(costs),
+    )
+
+
+def summarize(values: Sequence[int]) -> LengthSummary:
+    """Mean, median, 90th percentile and maximum of at least one value.
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    if not values:
+        raise ValueError("there are no values to summarize")
+    ordered = sorted(values)
+    return LengthSummary(
+        mean=sum(ordered) / len(ordered),
+        p50=ordered[ceil(0.5 * len(ordered)) - 1],
+        p90=ordered[ceil(0.9 * len(ordered)) - 1],
+        max=ordered[-1],
+    )

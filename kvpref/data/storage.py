@@ -1,0 +1,83 @@
+"""Groups in flat arrays: five bytes per token instead of some fifty for tuples of Python integers.
+
+That keeps a data set of a hundred million tokens in half a gigabyte, and cheap to hand to DataLoader workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+
+from kvpref.groups import Group, Sequence
+
+
+class PackedGroups:
+    """An append-only list of groups. Token ids must fit in 32 bits."""
+
+    def __init__(self, groups: Iterable[Group] = ()) -> None:
+        self._input_ids = array("i")
+        self._scored = bytearray()
+        self._sequence_ends = array("q", [0])
+        self._group_ends = array("q", [0])
+        self._scores: list[tuple[float | None, ...] | None] = []
+        self._labels: list[tuple[bool, ...] | None] = []
+        self._ids: list[str | None] = []
+        for group in groups:
+            self.append(group)
+
+    def append(self, group: Group) -> None:
+        """Add one group at the end."""
+        for sequence in group.sequences:
+            self._input_ids.extend(sequence.input_ids)
+            self._scored.extend(sequence.scored)
+            self._sequence_ends.append(len(self._input_ids))
+        self._group_ends.append(len(self._sequence_ends) - 1)
+        self._scores.append(group.scores)
+        self._labels.append(group.labels)
+        self._ids.append(group.id)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Group:
+        sequences = [
+            Sequence(self._input_ids[start:end], [flag == 1 for flag in self._scored[start:end]])
+            for start, end in self._spans(index)
+        ]
+        return Group(sequences, scores=self._scores[index], labels=self._labels[index], id=self._ids[index])
+
+    def __iter__(self) -> Iterator[Group]:
+        return (self[index] for index in range(len(self)))
+
+    def id_of(self, index: int) -> str | None:
+        """The id of one group, without building it."""
+        return self._ids[index]
+
+    def _spans(self, index: int) -> Iterator[tuple[int, int]]:
+        for sequence in range(self._group_ends[index], self._group_ends[index + 1]):
+            yield self._sequence_ends[sequence], self._sequence_ends[sequence + 1]
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over token ids, scored flags, labels and scores; ids are left out, since they hold paths."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            spans = list(self._spans(index))
+            digest.update(struct.pack("<q", len(spans)))
+            for start, end in spans:
+                tokens = self._input_ids[start:end]
+                if sys.byteorder == "big":
+                    tokens.byteswap()
+                digest.update(struct.pack("<q", end - start))
+                digest.update(tokens.tobytes())
+                digest.update(self._scored[start:end])
+            labels, scores = self._labels[index], self._scores[index]
+            digest.update(b"-" if labels is None else b"l" + bytes(labels))
+            digest.update(b"-" if scores is None else b"s" + b"".join(map(_score_bytes, scores)))
+        return digest.hexdigest()
+
+
+def _score_bytes(score: float | None) -> bytes:
+    return b"-" if score is None else b"=" + struct.pack("<d", score)
