@@ -1,0 +1,70 @@
+"""kvpref: preference training that encodes each shared prompt once.
+
+Names are imported on first use, so that `import kvpref` and `kvpref --help` stay fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvpref.batch import Batch, ResponseLogps, collate
+    from kvpref.errors import InputError, RunError, UnsupportedModelError
+    from kvpref.groups import Group, Sequence
+    from kvpref.losses import LossOutput
+    from kvpref.modeling.attach import attach
+    from kvpref.modeling.cache import PrefixCache
+    from kvpref.modeling.passes import encode_prefix, response_logps, score_responses
+    from kvpref.modeling.schedules import forward_backward
+    from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "kvpref.batch",
+    "Group": "kvpref.groups",
+    "InputError": "kvpref.errors",
+    "LossOutput": "kvpref.losses",
+    "PreferenceTrainer": "kvpref.training",
+    "PreferenceTrainingArguments": "kvpref.training",
+    "PrefixCache": "kvpref.modeling.cache",
+    "ResponseLogps": "kvpref.batch",
+    "RunError": "kvpref.errors",
+    "Sequence": "kvpref.groups",
+    "UnsupportedModelError": "kvpref.errors",
+    "attach": "kvpref.modeling.attach",
+    "collate": "kvpref.batch",
+    "encode_prefix": "kvpref.modeling.passes",
+    "forward_backward": "kvpref.modeling.schedules",
+    "response_logps": "kvpref.modeling.passes",
+    "score_responses": "kvpref.modeling.passes",
+}
+
+__all__ = [
+    "Batch",
+    "Group",
+    "InputError",
+    "LossOutput",
+    "PreferenceTrainer",
+    "PreferenceTrainingArguments",
+    "PrefixCache",
+    "ResponseLogps",
+    "RunError",
+    "Sequence",
+    "UnsupportedModelError",
+    "attach",
+    "collate",
+    "encode_prefix",
+    "forward_backward",
+    "response_logps",
+    "score_responses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvpref' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,70 @@
+"""What a backend offers: forward and backward of one varlen attention block.
+
+Shape legend: T queries, P keys, H heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from kvpref.attention.block import AttentionParams, VarlenBlock
+
+
+class Backend(ABC):
+    """Kernels for one varlen block; stateless."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def unsupported_reason(self, query: torch.Tensor) -> str | None:
+        """Why a query like this (device, dtype, head dim) cannot be served, or None when it can."""
+
+    @abstractmethod
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of every pair of the block.
+
+        Args:
+            q: (T, H, D).
+            k: (P, G, D).
+            v: (P, G, D).
+            block: The pairs.
+            params: Scale.
+
+        Returns:
+            out (T, H, D) in the kernel's dtype (at least that of q), and lse (H, T): natural log, fp32 or wider. A
+            row that belongs to no pair has out 0 and lse -inf.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        block: VarlenBlock,
+        params: AttentionParams,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This block's share of the gradients, given the *merged* out and lse of all blocks.
+
+        Args:
+            dout: (T, H, D) gradient of the merged output.
+            out: (T, H, D) merged output.
+            lse: (H, T) merged log-sum-exp.
+
+        Returns:
+            dq (T, H, D), dk and dv (P, G, D), in the kernel's dtype (at least that of q).
+        """
+
+    def check(self, query: torch.Tensor, block: VarlenBlock) -> None:
+        """Raise ValueError if the block's rows do not fit the query's."""
+        num_rows = block.pairs[-1][1] if block.pairs else 0
+        if num_rows > query.shape[0]:
+            raise ValueError(f"the block covers {num_rows} query rows; the query has {query.shape[0]}")

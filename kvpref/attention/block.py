@@ -1,0 +1,56 @@
+"""What a backend is told about one varlen attention block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from kvpref.layout import VarlenLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionParams:
+    """The numbers of a layer's attention that do not depend on the batch.
+
+    Attributes:
+        scale: Factor on the dot products, before the softmax.
+    """
+
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VarlenBlock:
+    """Pairs of contiguous query and key ranges; the queries of a pair attend to its keys.
+
+    Attributes:
+        cu_seqlens_q: (num_pairs + 1,) int32 row offsets of the queries, on the device. Pairs may have no queries.
+        cu_seqlens_k: (num_pairs + 1,) int32 row offsets of the keys, on the device.
+        max_seqlen_q: Longest query range, in tokens.
+        max_seqlen_k: Longest key range, in tokens.
+        causal: Query j of a pair sees its keys up to and including j; both ranges are then equal.
+        pairs: The non-empty pairs as (q_start, q_end, k_start, k_end), known on the host so that CPU backends never
+            read a tensor.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+    pairs: tuple[tuple[int, int, int, int], ...]
+
+    @classmethod
+    def from_layout(cls, layout: VarlenLayout, device: torch.device | str = "cpu") -> VarlenBlock:
+        spans_q, spans_k = tuple(pairwise(layout.cu_seqlens_q)), tuple(pairwise(layout.cu_seqlens_k))
+        return cls(
+            cu_seqlens_q=torch.tensor(layout.cu_seqlens_q, dtype=torch.int32, device=device),
+            cu_seqlens_k=torch.tensor(layout.cu_seqlens_k, dtype=torch.int32, device=device),
+            max_seqlen_q=max(end - start for start, end in spans_q),
+            max_seqlen_k=max(end - start for start, end in spans_k),
+            causal=layout.causal,
+            # A zero-length query or key range kills the process inside PyTorch's CPU flash kernel.
+            pairs=tuple((*q, *k) for q, k in zip(spans_q, spans_k, strict=True) if q[1] > q[0] and k[1] > k[0]),
+        )

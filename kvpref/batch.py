@@ -1,0 +1,135 @@
+"""`Batch`, a collated micro-batch of groups, and `ResponseLogps`, what every mode returns for one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from typing import NamedTuple
+
+import torch
+
+from kvpref.groups import Group, Sequence
+from kvpref.plans import ModePlan, build_plan, tensors_to
+from kvpref.tree import PrefixTree, build_tree
+
+
+class ResponseLogps(NamedTuple):
+    """Log-probs of the scored tokens of every sequence, in the order in which the caller gave the sequences.
+
+    A NamedTuple, so that distributed wrappers, which look for tensors in a forward's output, find them.
+
+    Attributes:
+        token_logps: (num_scored_tokens,) float32 (float64 for a float64 model), natural log, sequence after sequence.
+        cu_seqlens: (num_sequences + 1,) int64; sequence i owns token_logps[cu_seqlens[i]:cu_seqlens[i + 1]].
+        group_index: (num_sequences,) int64, the group of each sequence.
+    """
+
+    token_logps: torch.Tensor
+    cu_seqlens: torch.Tensor
+    group_index: torch.Tensor
+
+    def lengths(self) -> torch.Tensor:
+        """Number of scored tokens per sequence, (num_sequences,) int64."""
+        return self.cu_seqlens.diff()
+
+    def sum(self) -> torch.Tensor:
+        """Log-prob of each whole response, (num_sequences,), the dtype of `token_logps`."""
+        return torch.segment_reduce(self.token_logps, "sum", offsets=self.cu_seqlens, initial=0)
+
+    def mean(self) -> torch.Tensor:
+        """Log-prob per scored token of each response, (num_sequences,); 0 where a sequence has none."""
+        return self.sum() / self.lengths().clamp(min=1)
+
+
+class Batch:
+    """A micro-batch: groups, their prefix tree, and the tensors of each mode, built when first asked for.
+
+    Attributes:
+        groups: As given.
+        sequences: All sequences, group after group.
+        tree: The prefix tree over all sequences, across groups too.
+        group_index: (num_sequences,) int64, on `device`.
+        device: Where the plans' tensors are.
+    """
+
+    def __init__(self, groups: AbstractSequence[Group], tree: PrefixTree, device: torch.device | str = "cpu") -> None:
+        self.groups = tuple(groups)
+        self.sequences: tuple[Sequence, ...] = tuple(s for group in self.groups for s in group.sequences)
+        self.tree = tree
+        self.device = torch.device(device)
+        sizes = [len(group) for group in self.groups]
+        self.group_index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.device)
+        self._plans: dict[str, ModePlan] = {}
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def num_total_tokens(self) -> int:
+        """Tokens of all sequences, shared prompts counted once per sequence."""
+        return sum(map(len, self.sequences))
+
+    @property
+    def num_unique_tokens(self) -> int:
+        """Tokens that are stored and computed in mode ``two_pass``."""
+        return self.tree.num_unique_tokens
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Scored tokens of all sequences, shared ones counted once per sequence."""
+        return sum(sum(sequence.scored) for sequence in self.sequences)
+
+    def plan(self, mode: str) -> ModePlan:
+        """The passes of `mode` over this batch, on `device`; built once.
+
+        Raises:
+            ValueError: If there is no such mode.
+        """
+        if mode not in self._plans:
+            self._plans[mode] = tensors_to(build_plan(mode, self.sequences, self.tree), self.device)
+        return self._plans[mode]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """This batch with the tensors of all plans built so far on `device`."""
+        if torch.device(device) == self.device:
+            return self
+        moved = Batch(self.groups, self.tree, device)
+        moved._plans = {mode: tensors_to(plan, device) for mode, plan in self._plans.items()}
+        return moved
+
+
+DEFAULT_MIN_SHARED_TOKENS = 16
+
+
+def collate(
+    groups: AbstractSequence[Group],
+    *,
+    device: torch.device | str = "cpu",
+    modes: AbstractSequence[str] = (),
+    min_shared_tokens: int = DEFAULT_MIN_SHARED_TOKENS,
+    max_depth: int | None = None,
+) -> Batch:
+    """Collate groups into one micro-batch.
+
+    Args:
+        groups: At least one.
+        device: Where tensors go.
+        modes: Plans to build now (in a data worker, say) instead of at first use.
+        min_shared_tokens: Shared runs shorter than this are repeated rather than given a segment of their own.
+        max_depth: Deepest segment of the prefix tree; 1 allows prompts and responses, None any depth.
+
+    Raises:
+        ValueError: If there are no groups, or a limit or mode is out of range.
+    """
+    if not groups:
+        raise ValueError("collate needs at least one group; got none")
+    sequences = [sequence.input_ids for group in groups for sequence in group.sequences]
+    tree = build_tree(sequences, min_shared_tokens=min_shared_tokens, max_depth=max_depth)
+    batch = Batch(groups, tree, device)
+    for mode in modes:
+        batch.plan(mode)
+    return batch

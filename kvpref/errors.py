@@ -1,0 +1,17 @@
+"""The errors that kvpref raises for causes outside its own code.
+
+Both derive from standard exceptions, so library users can catch what they already catch; the CLI maps them to
+exit codes (2 for input and usage, 1 for a run that failed).
+"""
+
+
+class InputError(ValueError):
+    """Bad input or usage: the message says where (``file:line`` for data), what was found, and what to do."""
+
+
+class UnsupportedModelError(InputError):
+    """The model, or a setting of it, cannot be run exactly; the message names the reason and what works instead."""
+
+
+class RunError(RuntimeError):
+    """A run failed after it started (NaN loss, full disk); the message says what is saved and how to go on."""

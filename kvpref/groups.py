@@ -1,0 +1,95 @@
+"""The two records that every part of kvpref passes around: a `Sequence` of tokens and a `Group` of sequences.
+
+Pure Python integers: no tensors, so data workers, planners and tests can use them without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One full prompt+response token list.
+
+    Args:
+        input_ids: Token ids of prompt and response together, at least one.
+        scored: One flag per token: does its log-prob count in the loss? The first token has no predictor, so its
+            flag must be False.
+
+    Raises:
+        ValueError: If the lengths differ, there are no tokens, or the first token is scored.
+    """
+
+    input_ids: tuple[int, ...]
+    scored: tuple[bool, ...]
+
+    def __init__(self, input_ids: AbstractSequence[int], scored: AbstractSequence[bool]) -> None:
+        # Frozen dataclass with normalising constructor: lists are accepted, tuples are kept.
+        object.__setattr__(self, "input_ids", tuple(input_ids))
+        object.__setattr__(self, "scored", tuple(scored))
+        if not self.input_ids:
+            raise ValueError("a Sequence needs at least one token; got an empty input_ids")
+        if len(self.input_ids) != len(self.scored):
+            raise ValueError(
+                f"input_ids and scored must have one entry per token; got {len(self.input_ids)} and {len(self.scored)}"
+            )
+        if self.scored[0]:
+            raise ValueError(
+                "the first token of a Sequence cannot be scored, because no token before it predicts it; "
+                "put a BOS token before an empty prompt"
+            )
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @classmethod
+    def from_prompt_and_response(
+        cls, prompt_ids: AbstractSequence[int], response_ids: AbstractSequence[int]
+    ) -> Sequence:
+        """Join a prompt and a response; exactly the response's tokens are scored."""
+        return cls((*prompt_ids, *response_ids), (False,) * len(prompt_ids) + (True,) * len(response_ids))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sequences that answer one prompt (2 for DPO, N for best-of-N), with what is known of their quality.
+
+    Args:
+        sequences: At least one `Sequence`.
+        scores: One float per sequence, or None where unrated. Higher is better.
+        labels: One flag per sequence: True for preferred (chosen), False for not (rejected).
+        id: Where the group came from, used in error messages (``file:line``, say).
+
+    Raises:
+        ValueError: If there are no sequences, or scores or labels have another length.
+    """
+
+    sequences: tuple[Sequence, ...]
+    scores: tuple[float | None, ...] | None
+    labels: tuple[bool, ...] | None
+    id: str | None
+
+    def __init__(
+        self,
+        sequences: AbstractSequence[Sequence],
+        scores: AbstractSequence[float | None] | None = None,
+        labels: AbstractSequence[bool] | None = None,
+        id: str | None = None,
+    ) -> None:
+        object.__setattr__(self, "sequences", tuple(sequences))
+        object.__setattr__(self, "scores", None if scores is None else tuple(scores))
+        object.__setattr__(self, "labels", None if labels is None else tuple(labels))
+        object.__setattr__(self, "id", id)
+        if not self.sequences:
+            raise ValueError(f"group {id!r} has no sequences")
+        for name, values in (("scores", self.scores), ("labels", self.labels)):
+            if values is not None and len(values) != len(self.sequences):
+                raise ValueError(
+                    f"group {id!r}: {name} must have one entry per sequence; "
+                    f"got {len(values)} for {len(self.sequences)} sequences"
+                )
+
+    def __len__(self) -> int:
+        return len(self.sequences)

@@ -1,0 +1,67 @@
+"""From hidden states to log-probs through the model's own head."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.logprob import HeadParams, token_logprobs
+from kvpref.modeling.families import FAMILIES
+
+_NUM_PROBES = 3
+# Two evaluations of one linear layer, in the model's own dtype, differ by rounding only.
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_TOLERANCE_16_BIT = 2e-2
+
+
+def head_params(model: PreTrainedModel) -> HeadParams:
+    """The transform between LM head and logits that the model's family declares."""
+    return HeadParams(logit_scale=FAMILIES[model.config.model_type].logit_scale(model.config))
+
+
+def head_logps(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probs of `targets` (U,) from `hidden` (U, hidden_size); (U,) fp32, or fp64 for fp64 models."""
+    head = model.get_output_embeddings()
+    return token_logprobs(hidden, head.weight, targets, bias=head.bias, params=head_params(model))
+
+
+@torch.no_grad()
+def verify_head(model: PreTrainedModel) -> None:
+    """Run the model's own forward on made-up hidden states and compare its logits with the fused path's.
+
+    The layers are skipped, so this costs a few rows of the LM head, whatever the size of the model.
+
+    Raises:
+        UnsupportedModelError: If the model does to its logits something else than its family declares.
+    """
+    head = model.get_output_embeddings()
+    if head.weight.is_meta:
+        return  # nothing to compare; the weights will be checked when the materialised model is attached
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, _NUM_PROBES, head.in_features, generator=generator).to(head.weight)
+    logits = _logits_of(model, hidden).float()
+    expected = head(hidden).float() * head_params(model).logit_scale
+    tolerance = _TOLERANCE.get(head.weight.dtype, _TOLERANCE_16_BIT)
+    scale = expected.abs().max().clamp(min=1e-30)
+    if logits.shape != expected.shape or (logits - expected).abs().max() > tolerance * scale:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} transforms its logits (softcap, scale or norm) in a way that kvpref does not "
+            "know; the log-probs would be wrong"
+        )
+
+
+def _logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's logits for given final hidden states (1, n, hidden_size)."""
+    backbone = model.base_model
+    saved = backbone.__dict__.get("forward")
+    backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+        return logits
+    finally:
+        del backbone.forward
+        if saved is not None:
+            backbone.forward = saved

@@ -1,0 +1,172 @@
+"""The attention function and the mask function that `attach` registers with transformers.
+
+How a pass reaches the layers: the mask function is the one place where every model asks for something per forward and
+hands the answer to every attention call, also when a checkpoint recomputes a layer, also in models that drop unknown
+keyword arguments. So the mask *is* the pass: `bind_pass` holds it only while the model builds its masks, the mask
+function returns it, and from there it travels as the `attention_mask` argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvpref.attention import AttentionParams, CascadePlan, cascade_attention, select_backend
+from kvpref.errors import UnsupportedModelError
+from kvpref.modeling.cache import KeyValue, PrefixCache
+from kvpref.modeling.mask_rule import MaskFunction, require_causal
+from kvpref.plans import PassPlan
+
+ATTENTION_NAME = "kvpref"
+
+# Keyword arguments of attention calls that do not change what a causal layer computes. `sliding_window` is not the
+# truth about the window: the mask function is, and it has been read.
+_HARMLESS_KWARGS = frozenset(
+    {"position_ids", "cache_position", "use_cache", "sliding_window", "is_causal", "output_attentions"}
+)
+
+_active_pass: ContextVar[RunningPass | None] = ContextVar("kvpref_active_pass", default=None)
+
+
+class RunningPass:
+    """One pass while it runs and, under gradient checkpointing, while its layers are recomputed.
+
+    Opaque to pytrees on purpose: FSDP maps over keyword arguments and would copy a list or a dict per layer.
+
+    Args:
+        plan: Blocks of the pass.
+        cache: Slabs of the earlier passes; this pass adds its own when `keep` is set.
+        num_positions: Length of the longest sequence in the batch, in tokens.
+        backend: Name of the attention backend, or ``auto``.
+        keep: Whether later passes will read this pass's keys and values.
+    """
+
+    def __init__(self, plan: PassPlan, cache: PrefixCache, num_positions: int, backend: str, keep: bool) -> None:
+        self.plan, self.cache, self.num_positions, self.backend, self.keep = plan, cache, num_positions, backend, keep
+        self.num_ancestors = cache.num_passes
+        self._attended: dict[nn.Module, int] = {}
+        self._finished = False
+
+    def finish(self, num_layers: int) -> None:
+        """Close the pass and check that every attention layer took part exactly once.
+
+        Raises:
+            UnsupportedModelError: If a layer did not come through, or came more than once.
+        """
+        self._finished = True
+        if len(self._attended) != num_layers or any(count != 1 for count in self._attended.values()):
+            raise UnsupportedModelError(
+                f"{len(self._attended)} attention layers ran through kvpref "
+                f"({sum(self._attended.values())} calls) where the model has {num_layers}; this model routes attention "
+                "in a way kvpref does not follow"
+            )
+
+    def attend(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of this pass's rows over themselves and over the prefixes they continue.
+
+        Args:
+            query: (T, H, D). key, value: (T, G, D).
+
+        Returns:
+            (T, H, D).
+        """
+        if not self._finished:  # a recomputed layer reads the cache and must not write to it again
+            self._attended[module] = self._attended.get(module, 0) + 1
+            if self.keep:
+                self.cache.record(module, key, value)
+        prefixes = self.cache.prefixes(module, self.num_ancestors)
+        outs: list[torch.Tensor] = []
+        start = 0
+        for level in self.plan.levels:
+            rows = slice(start, start + level.num_rows)
+            plan = CascadePlan(
+                self_block=level.self_block,
+                cross_blocks=level.cross_blocks,
+                params=AttentionParams(scale=scale),
+                backend=select_backend(self.backend, query),
+            )
+            own: KeyValue = (key[rows], value[rows])
+            outs.append(cascade_attention(query[rows], *own, prefixes, plan))
+            prefixes = [*prefixes, own]  # mode one_pass: later levels of the row see earlier ones
+            start = rows.stop
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@contextmanager
+def bind_pass(running: RunningPass) -> Iterator[None]:
+    """Let the masks that the model builds inside carry `running` to its attention layers."""
+    token = _active_pass.set(running)
+    try:
+        yield
+    finally:
+        _active_pass.reset(token)
+
+
+def register() -> None:
+    """Make both functions known to transformers under `ATTENTION_NAME`; idempotent."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, mask_function)
+
+
+def mask_function(*args: Any, **kwargs: Any) -> RunningPass | torch.Tensor | None:
+    """The running pass, once its mask is known to be causal; outside a pass, the mask that `sdpa` would get."""
+    running = _active_pass.get()
+    if running is None:
+        mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+        return mask
+    model_mask: MaskFunction = kwargs.get("mask_function", causal_mask_function)
+    require_causal(model_mask, running.num_positions)
+    return running
+
+
+def attention_function(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: RunningPass | torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for transformers models: cascade inside a pass, `sdpa` outside.
+
+    Args:
+        query: (B, H, T, D); key, value: (B, G, T, D). B is 1 inside a pass.
+        attention_mask: What `mask_function` returned.
+
+    Returns:
+        (B, T, H, D) and None in place of attention weights.
+
+    Raises:
+        UnsupportedModelError: If the layer asks for something that would change the result: dropout, or a keyword
+            argument that kvpref does not know.
+    """
+    if not isinstance(attention_mask, RunningPass):
+        sdpa: Callable[..., tuple[torch.Tensor, None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if dropout > 0:
+        raise UnsupportedModelError(
+            f"attention dropout {dropout} makes two forwards differ; set attention_dropout (attn_pdrop) to 0"
+        )
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS_KWARGS]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to attention, which kvpref does not know"
+        )
+    if torch.is_autocast_enabled(query.device.type):
+        # The same cast that autocast applies to scaled_dot_product_attention.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention_mask.attend(module, q, k, v, scale).unsqueeze(0), None

@@ -1,0 +1,136 @@
+"""Run the passes of a mode and score the responses: the engine's public functions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpref.batch import Batch, ResponseLogps
+from kvpref.errors import InputError
+from kvpref.modeling.attach import run_inside
+from kvpref.modeling.cache import PrefixCache
+from kvpref.modeling.head import head_logps
+from kvpref.modeling.interface import RunningPass, bind_pass
+from kvpref.modeling.support import check_training_state
+from kvpref.plans import ModePlan, PassPlan
+
+
+def response_logps(model: nn.Module, batch: Batch, *, mode: str = "two_pass", backend: str = "auto") -> ResponseLogps:
+    """Log-probs of the scored tokens of every sequence.
+
+    Every mode returns the same numbers, to rounding, and the same gradients.
+
+    Args:
+        model: Attached with `kvpref.attach`; may be wrapped in PEFT, DDP or FSDP2.
+        batch: From `kvpref.collate`, on the model's device.
+        mode: ``two_pass``, ``one_pass``, ``packed`` or ``padded``.
+        backend: Attention backend, or ``auto``; mode ``padded`` always runs transformers' `sdpa`.
+
+    Returns:
+        The log-probs, in the caller's order of sequences.
+
+    Raises:
+        ValueError: Unknown mode or backend, or a backend that cannot serve here.
+        UnsupportedModelError: If the model's state (dropout, checkpointing) or this batch cannot be run exactly.
+    """
+    plan = batch.plan(mode)
+    unique_logps = run_inside(model, partial(_run_plan, plan=plan, backend=backend))
+    return _gather(unique_logps, plan, batch)
+
+
+def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> PrefixCache:
+    """Pass 1: encode the segments at depth 0, each shared prompt once.
+
+    Returns:
+        The prefix cache, in the autograd graph unless gradients are off.
+
+    Raises:
+        As `response_logps`.
+    """
+    plan = batch.plan("two_pass")
+    cache = PrefixCache()
+    run_inside(model, partial(_run_passes, plan=plan, cache=cache, backend=backend, stop=1))
+    return cache
+
+
+def score_responses(model: nn.Module, batch: Batch, cache: PrefixCache, *, backend: str = "auto") -> ResponseLogps:
+    """Pass 2 and, for deeper trees, the ones that follow: responses attend to the cache without copying it.
+
+    Args:
+        cache: From `encode_prefix` on the same batch; it is not changed and may be used again.
+
+    Raises:
+        InputError: If the cache was made from a batch of another shape.
+        As `response_logps` otherwise.
+    """
+    plan = batch.plan("two_pass")
+    _check_cache(cache, plan)
+    unique_logps = run_inside(model, partial(_run_plan, plan=plan, backend=backend, cache=cache.fork()))
+    return _gather(unique_logps, plan, batch)
+
+
+def _gather(unique_logps: torch.Tensor, plan: ModePlan, batch: Batch) -> ResponseLogps:
+    """Give each sequence the log-probs along its path."""
+    token_logps = unique_logps.index_select(0, plan.token_index)
+    return ResponseLogps(token_logps=token_logps, cu_seqlens=plan.cu_seqlens, group_index=batch.group_index)
+
+
+def _check_cache(cache: PrefixCache, plan: ModePlan) -> None:
+    expected = plan.passes[0].input_ids.numel()
+    held = cache.layers[0].get_seq_length() if cache.layers else 0
+    if len(plan.passes) > 1 and held != expected:
+        raise InputError(
+            f"the prefix cache holds {held} tokens and this batch's depth 0 has {expected}; "
+            "use the cache that encode_prefix returned for this batch"
+        )
+
+
+def _run_plan(
+    model: PreTrainedModel, *, plan: ModePlan, backend: str, cache: PrefixCache | None = None
+) -> torch.Tensor:
+    """All passes not yet in `cache`, then the LM head; (U,) log-probs of the unique scored tokens."""
+    cache = PrefixCache() if cache is None else cache
+    _run_passes(model, plan=plan, cache=cache, backend=backend, stop=len(plan.passes))
+    return head_logps(model, torch.cat(cache.predictor_hidden), plan.targets)
+
+
+def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, backend: str, stop: int) -> None:
+    check_training_state(model)
+    run = _run_padded if plan.mode == "padded" else _run_level_pass
+    while cache.num_passes < stop:
+        hidden = run(model, plan, cache, backend)
+        rows = plan.passes[cache.num_passes].predictor_rows
+        cache.predictor_hidden.append(hidden.flatten(0, 1).index_select(0, rows))
+
+
+def _run_level_pass(model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, backend: str) -> torch.Tensor:
+    """Run the next pass over all segments of its levels; (1, T, hidden_size)."""
+    item = plan.passes[cache.num_passes]
+    is_last = cache.num_passes == len(plan.passes) - 1
+    running = RunningPass(item, cache, plan.max_sequence_tokens, backend, keep=not is_last)
+    with bind_pass(running):
+        # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
+        hidden = _backbone(model, item, attention_mask=torch.ones_like(item.input_ids))
+    running.finish(num_layers=model.config.num_hidden_layers)
+    return hidden
+
+
+def _run_padded(model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, backend: str) -> torch.Tensor:
+    """The common baseline: padded rows through transformers' own attention; (B, T, hidden_size)."""
+    item = plan.passes[0]
+    return _backbone(model, item, attention_mask=item.attention_mask)
+
+
+def _backbone(model: PreTrainedModel, item: PassPlan, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    output = model.base_model(
+        input_ids=item.input_ids,
+        position_ids=item.position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        return_dict=True,
+    )
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
