@@ -1,0 +1,136 @@
+"""Small tokenizers made on the spot, and the real data where a checkout has it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "hello world hello world hello world",
+    "the quick brown fox jumps over the lazy dog",
+    "what is the capital of france? the capital of france is paris.",
+    "user assistant system answer question prompt response",
+] * 3
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(
+    *,
+    bos: bool = True,
+    eos: bool = True,
+    pad_is_eos: bool = False,
+    adds_bos: bool = False,
+    adds_eos: bool = False,
+    chat_template: str | None = None,
+    crosses_spaces: bool = False,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE; `crosses_spaces` lets tokens end in spaces and trims their offsets, as some tokenizers do."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=not crosses_spaces, trim_offsets=crosses_spaces
+    )
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if crosses_spaces:
+        core.post_processor = processors.ByteLevel(trim_offsets=True)
+    if adds_bos or adds_eos:
+        template = [name for name, wanted in (("<s>", adds_bos), ("$A", True), ("</s>", adds_eos)) if wanted]
+        core.post_processor = processors.TemplateProcessing(
+            single=" ".join(template), special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>" if bos else None,
+        eos_token="</s>" if eos else None,
+        pad_token="</s>" if pad_is_eos else "<pad>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=chat_template,
+    )
+
+
+class LongestMatchTokenizer(PreTrainedTokenizer):
+    """A slow tokenizer: no offsets. It takes the longest known piece, so "ab" + "c" and "abc" differ."""
+
+    pieces = ("<s>", "</s>", "abc", "ab", "bc", *"abcdef ")
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(bos_token="<s>", eos_token="</s>", **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        tokens = []
+        while text:
+            tokens.append(next(piece for piece in self.pieces if text.startswith(piece)))
+            text = text[len(tokens[-1]) :]
+        return tokens
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.index(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces[index]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """BOS and EOS exist and are not added by default; no chat template."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """With a ChatML template; EOS is </s>, which the template does not write."""
+    return build_tokenizer(chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Write rows (objects, or raw strings and bytes) to a JSON lines file; returns its path."""
+
+    def write(*rows: object, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        lines = [
+            row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+            for row in rows
+        ]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The folder with published data and tokenizers, which is not part of the repository."""
+    repository = Path(__file__).resolve().parents[2]
+    named = os.environ.get("KVPREF_SHARED")
+    candidates = [Path(named)] if named else [repository.parent / "shared", repository / "shared"]
+    for candidate in candidates:
+        if (candidate / "data").is_dir() and (candidate / "tokenizers").is_dir():
+            return candidate
+    pytest.skip("no real data: set KVPREF_SHARED to a folder with data/ and tokenizers/")
