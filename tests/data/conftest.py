@@ -33,13 +33,10 @@ def build_tokenizer(
     adds_bos: bool = False,
     adds_eos: bool = False,
     chat_template: str | None = None,
-    crosses_spaces: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; `crosses_spaces` lets tokens end in spaces and trims their offsets, as some tokenizers do."""
+    """A byte-level BPE with the special tokens and defaults asked for."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=not crosses_spaces, trim_offsets=crosses_spaces
-    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
         SENTENCES,
@@ -50,8 +47,6 @@ def build_tokenizer(
             show_progress=False,
         ),
     )
-    if crosses_spaces:
-        core.post_processor = processors.ByteLevel(trim_offsets=True)
     if adds_bos or adds_eos:
         template = [name for name, wanted in (("<s>", adds_bos), ("$A", True), ("</s>", adds_eos)) if wanted]
         core.post_processor = processors.TemplateProcessing(
@@ -65,6 +60,17 @@ def build_tokenizer(
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=chat_template,
     )
+
+
+def build_space_trimming_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, but "o " and "  " are one each, with outer spaces left out of the offsets."""
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "o\u0120", "\u0120\u0120"]
+    merges = [("o", "\u0120"), ("\u0120", "\u0120")]
+    core = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=True)
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
 class LongestMatchTokenizer(PreTrainedTokenizer):
