@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from kvpref.data.lengths import GroupLengths
@@ -83,6 +84,10 @@ class StepPlanner:
         options: Sizes, limits and the order.
         group_ids: Names of the groups for error messages; their indices if None.
 
+    Attributes:
+        lengths: Token counts per group.
+        options: Sizes, limits and the order.
+
     Raises:
         InputError: If there are no groups, or a single group exceeds the budget.
     """
@@ -96,7 +101,7 @@ class StepPlanner:
         if not lengths:
             raise InputError("there are no groups to plan steps for; load a data set with at least one row")
         self.options = options
-        self._lengths = lengths
+        self.lengths = lengths
         self._cost = COSTS[options.mode]
         self._costs = [self._cost(group) for group in lengths]
         budget = options.max_tokens_per_micro_batch
@@ -104,15 +109,15 @@ class StepPlanner:
         if budget is not None and self._costs[largest] > budget:
             name = (group_ids[largest] if group_ids is not None else None) or f"group {largest}"
             raise InputError(
-                f"{name}: the group alone takes {self._costs[largest]} tokens in mode {options.mode}, and the budget of "
-                f"a micro-batch is {budget}; raise max_tokens_per_micro_batch to {self._costs[largest]} or more, or "
+                f"{name}: the group alone takes {self._costs[largest]} tokens in mode {options.mode}, and the budget "
+                f"of a micro-batch is {budget}; raise max_tokens_per_micro_batch to {self._costs[largest]} or more, or "
                 "lower max_prompt_tokens or max_response_tokens"
             )
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps per epoch, the same in every epoch."""
-        return -(-len(self._lengths) // self.options.groups_per_step)
+        return -(-len(self.lengths) // self.options.groups_per_step)
 
     def steps(self, epoch: int = 0) -> list[StepPlan]:
         """The steps of one epoch in order; every group is in exactly one, fillers aside."""
@@ -127,9 +132,9 @@ class StepPlanner:
         return self._combine(micro_batch.group_indices)
 
     def _group_steps(self, epoch: int) -> list[list[int]]:
-        """Groups of each step, shortest first."""
+        """Groups of each step, the same in every mode."""
         options = self.options
-        order = list(range(len(self._lengths)))
+        order = list(range(len(self.lengths)))
         # A string seed goes through SHA-512, so it gives the same order on every machine and Python.
         generator = random.Random(f"kvpref steps {options.seed} {epoch}")
         if options.shuffle:
@@ -139,23 +144,26 @@ class StepPlanner:
         window = options.window_steps * options.groups_per_step
         steps = []
         for start in range(0, num_complete, window):
-            groups = self._sort(order[start : min(start + window, num_complete)])
+            # Sorted by a length that does not depend on the mode, so that every mode trains on the same steps.
+            groups = sorted(
+                order[start : min(start + window, num_complete)], key=lambda i: self.lengths[i].max_sequence_tokens
+            )
             steps += [groups[i : i + options.groups_per_step] for i in range(0, len(groups), options.groups_per_step)]
         if options.shuffle:
             generator.shuffle(steps)
         if num_complete < len(order):
-            steps.append(self._sort(order[num_complete:]))
+            steps.append(order[num_complete:])
         return steps
 
     def _sort(self, groups: list[int]) -> list[int]:
         # Padding depends on the longest sequence of a group; elsewhere the group's cost is its length.
         if self.options.mode == "padded":
-            return sorted(groups, key=lambda index: self._lengths[index].max_sequence_tokens)
+            return sorted(groups, key=lambda index: self.lengths[index].max_sequence_tokens)
         return sorted(groups, key=self._costs.__getitem__)
 
     def _plan_step(self, groups: list[int]) -> StepPlan:
         world_size = self.options.world_size
-        runs = self._split_to_multiple(self._cut_by_budget(groups), world_size)
+        runs = self._split_to_multiple(self._cut_by_budget(self._sort(groups)), world_size)
         micro_batches = [MicroBatch(tuple(run)) for run in sorted(runs, key=self._cost_of, reverse=True)]
         # Only with fewer groups than places; the cheapest group wastes the least.
         cheapest = min(groups, key=self._costs.__getitem__)
@@ -176,14 +184,14 @@ class StepPlanner:
         if budget is None:
             return [groups]
         runs: list[list[int]] = []
-        lengths = self._lengths[groups[0]]
+        lengths = self.lengths[groups[0]]
         for group in groups:
-            lengths = _add(lengths, self._lengths[group])
+            lengths = _add(lengths, self.lengths[group])
             if runs and self._cost(lengths) <= budget:
                 runs[-1].append(group)
             else:
                 runs.append([group])
-                lengths = self._lengths[group]
+                lengths = self.lengths[group]
         return runs
 
     def _split_to_multiple(self, runs: list[list[int]], world_size: int) -> list[list[int]]:
@@ -198,14 +206,18 @@ class StepPlanner:
         return runs
 
     def _halve(self, run: list[int]) -> list[list[int]]:
-        at = min(range(1, len(run)), key=lambda cut: max(self._cost_of(run[:cut]), self._cost_of(run[cut:])))
+        """Cut a run where the costlier part costs least."""
+        lengths = [self.lengths[group] for group in run]
+        before = [self._cost(part) for part in accumulate(lengths, _add)]
+        after = [self._cost(part) for part in accumulate(reversed(lengths), _add)][::-1]
+        at = min(range(1, len(run)), key=lambda cut: max(before[cut - 1], after[cut]))
         return [run[:at], run[at:]]
 
     def _cost_of(self, groups: Sequence[int]) -> int:
         return self._cost(self._combine(groups))
 
     def _combine(self, groups: Sequence[int]) -> GroupLengths:
-        return reduce(_add, (self._lengths[group] for group in groups))
+        return reduce(_add, (self.lengths[group] for group in groups))
 
 
 def _add(first: GroupLengths, second: GroupLengths) -> GroupLengths:

@@ -1,0 +1,54 @@
+"""Which sequences of a batch are preferred, from labels or scores."""
+
+from __future__ import annotations
+
+import torch
+
+from kvpref.batch import Batch
+from kvpref.errors import InputError
+from kvpref.groups import Group
+
+
+def pair_indices(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of each group's chosen and rejected sequence, two (num_groups,) int64 tensors on the batch's device.
+
+    Raises:
+        InputError: If a group is not a pair with one preferred sequence.
+    """
+    chosen: list[int] = []
+    rejected: list[int] = []
+    start = 0
+    for group in batch.groups:
+        best = _preferred_of_pair(group)
+        chosen.append(start + best)
+        rejected.append(start + 1 - best)
+        start += len(group)
+    return torch.tensor(chosen, device=batch.device), torch.tensor(rejected, device=batch.device)
+
+
+def _preferred_of_pair(group: Group) -> int:
+    if len(group) != 2:
+        raise InputError(
+            f"{group.id}: a pairwise loss needs exactly 2 responses per prompt, this group has {len(group)}; "
+            "give `chosen` and `rejected`, or use the loss 'sft'"
+        )
+    first, second = group.labels or group.scores or (None, None)
+    if first is None or second is None or first == second:
+        raise InputError(f"{group.id}: cannot tell which response is preferred; give labels or two different scores")
+    return 0 if first > second else 1
+
+
+def best_sequence(group: Group) -> int:
+    """Index of the group's chosen sequence, or of its best-scored one (the first of equals).
+
+    Raises:
+        InputError: If a group of several sequences has neither labels nor scores.
+    """
+    if len(group) == 1:
+        return 0
+    if group.labels is not None and any(group.labels):
+        return group.labels.index(True)
+    rated = {index: score for index, score in enumerate(group.scores or ()) if score is not None}
+    if not rated:
+        raise InputError(f"{group.id}: no response is labelled as chosen and none has a score, so none is the best")
+    return max(rated, key=rated.__getitem__)

@@ -1,0 +1,82 @@
+"""From planned micro-batches to collated inputs; runs in data workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from kvpref.batch import Batch, collate
+from kvpref.data import MicroBatch, PreferenceDataset, StepOptions, StepPlanner, StepSampler
+from kvpref.training.arguments import PreferenceTrainingArguments
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatchInputs:
+    """One collated micro-batch.
+
+    Attributes:
+        batch: Its groups.
+        group_indices: Where they stand in the dataset.
+        is_filler: Run it with weight 0; it only keeps the ranks in step.
+    """
+
+    batch: Batch
+    group_indices: tuple[int, ...]
+    is_filler: bool
+
+
+class StepDataset(Dataset[MicroBatchInputs]):
+    """A preference dataset whose items are micro-batches: ``dataset[micro_batch]``."""
+
+    def __init__(self, groups: PreferenceDataset, args: PreferenceTrainingArguments) -> None:
+        self.groups = groups
+        self.mode = args.mode
+        self.min_shared_tokens = args.min_shared_tokens
+        self.max_prefix_depth = args.max_prefix_depth
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, micro_batch: MicroBatch) -> MicroBatchInputs:
+        batch = collate(
+            [self.groups[index] for index in micro_batch.group_indices],
+            modes=(self.mode,),
+            min_shared_tokens=self.min_shared_tokens,
+            max_depth=self.max_prefix_depth,
+        )
+        return MicroBatchInputs(batch=batch, group_indices=micro_batch.group_indices, is_filler=micro_batch.is_filler)
+
+
+def make_planner(
+    groups: PreferenceDataset, args: PreferenceTrainingArguments, *, groups_per_device: int, shuffle: bool
+) -> StepPlanner:
+    """Plan steps of ``groups_per_device * world_size`` groups."""
+    options = StepOptions(
+        groups_per_step=groups_per_device * args.world_size,
+        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+        mode=args.mode,  # type: ignore[arg-type]
+        world_size=args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle=shuffle,
+        window_steps=args.sort_window_steps,
+    )
+    return StepPlanner(groups.lengths, options, group_ids=groups.group_ids)
+
+
+def make_loader(groups: PreferenceDataset, planner: StepPlanner, args: PreferenceTrainingArguments) -> DataLoader[Any]:
+    """A loader whose items are one optimizer step's micro-batches for this rank."""
+    return DataLoader(
+        StepDataset(groups, args),
+        batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
+        collate_fn=_keep_list,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+
+
+def _keep_list(step: Sequence[MicroBatchInputs]) -> list[MicroBatchInputs]:
+    return list(step)

@@ -1,0 +1,80 @@
+"""What the trainer counts between two log lines."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from kvpref.batch import Batch
+
+
+class MetricMeter:
+    """Weighted means of a loss's metrics; sums stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._weight = 0
+
+    def add(self, metrics: dict[str, torch.Tensor], weight: int) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * weight
+        self._weight += weight
+
+    def pop(self, world_size: int) -> dict[str, float]:
+        """The means over all ranks since the last call."""
+        sums, weight = self._sums, self._weight
+        self._sums, self._weight = {}, 0
+        if world_size > 1:
+            ranks: list[tuple[dict[str, float], int]] = [({}, 0)] * world_size
+            own = ({name: value.item() for name, value in sums.items()}, weight)
+            torch.distributed.all_gather_object(ranks, own)
+            names = {name for rank_sums, _ in ranks for name in rank_sums}
+            total = sum(rank_weight for _, rank_weight in ranks)
+            return {name: sum(r.get(name, 0.0) for r, _ in ranks) / total for name in sorted(names)}
+        return {name: value.item() / weight for name, value in sums.items()} if weight else {}
+
+
+class TokenMeter:
+    """Groups and tokens trained, and how fast; counts of this rank times the number of ranks are the run's.
+
+    Attributes:
+        num_groups: Groups trained.
+        num_unique_tokens: Tokens stored and computed once per prefix tree.
+        num_total_tokens: Tokens of all sequences, as ordinary training would compute.
+    """
+
+    def __init__(self) -> None:
+        self.num_groups = 0
+        self.num_unique_tokens = 0
+        self.num_total_tokens = 0
+        self._seconds = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Time runs from here; evaluation and saving are not counted."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def add(self, batch: Batch) -> None:
+        self.num_groups += batch.num_groups
+        self.num_unique_tokens += batch.num_unique_tokens
+        self.num_total_tokens += batch.num_total_tokens
+
+    @property
+    def token_saving(self) -> float:
+        """Tokens of ordinary training per token computed here."""
+        return self.num_total_tokens / max(1, self.num_unique_tokens)
+
+    def rates(self, world_size: int) -> dict[str, float]:
+        """Throughput over all ranks, per second of training."""
+        seconds = max(self._seconds, 1e-9)
+        return {
+            "groups_per_second": self.num_groups * world_size / seconds,
+            "unique_tokens_per_second": self.num_unique_tokens * world_size / seconds,
+            "token_saving": self.token_saving,
+        }

@@ -1,0 +1,144 @@
+"""Reference log-probs: computed once through the same engine, stored, and refused when model or data changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from kvpref.batch import Batch, ResponseLogps
+from kvpref.data import PreferenceDataset
+from kvpref.errors import InputError
+from kvpref.modeling.passes import response_logps
+from kvpref.modeling.support import unwrap
+from kvpref.training.arguments import PreferenceTrainingArguments
+from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
+
+_SAMPLES_PER_TENSOR = 4096
+
+
+class ReferenceLogps:
+    """Reference log-probs of every scored token of a dataset.
+
+    Args:
+        token_logps: (num_scored_tokens,) float32 on the CPU, sequence after sequence in the dataset's order.
+        lengths: Scored tokens per sequence, per group.
+    """
+
+    def __init__(self, token_logps: torch.Tensor, lengths: list[list[int]]) -> None:
+        self.token_logps = token_logps
+        self._spans: list[tuple[int, int]] = []
+        start = 0
+        for group in lengths:
+            self._spans.append((start, start + sum(group)))
+            start += sum(group)
+
+    def for_batch(self, group_indices: tuple[int, ...], batch: Batch, mode: str) -> ResponseLogps:
+        """The log-probs of one micro-batch, on its device."""
+        parts = [self.token_logps[slice(*self._spans[index])] for index in group_indices]
+        return ResponseLogps(
+            token_logps=torch.cat(parts).to(batch.device),
+            cu_seqlens=batch.plan(mode).cu_seqlens,
+            group_index=batch.group_index,
+        )
+
+
+def load_or_compute(
+    model: nn.Module, groups: PreferenceDataset, args: PreferenceTrainingArguments, path: Path
+) -> ReferenceLogps:
+    """Read the reference log-probs at `path`, or compute them with `model` as it is now and store them there.
+
+    Raises:
+        InputError: If the file was made with another model or other data, or cannot be read.
+    """
+    lengths = [[sum(sequence.scored) for sequence in group.sequences] for group in groups]
+    fingerprints = {"data": groups.fingerprint, "model": model_fingerprint(model)}
+    if path.exists():
+        token_logps = _read(path, fingerprints)
+    else:
+        token_logps = _compute(model, groups, args, lengths)
+        if args.process_index == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            save_file({"token_logps": token_logps}, partial, metadata=fingerprints)
+            partial.rename(path)  # a run that is killed while writing leaves no half file under the real name
+    return ReferenceLogps(token_logps, lengths)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hex SHA-256 over names, shapes and an even sample of the values of every parameter.
+
+    A sample, because hashing every byte of a large model takes longer than the reference pass of a small dataset;
+    an optimizer step changes nearly every value.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unwrap(model).state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        digest.update(flat[::stride].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, fingerprints: dict[str, str]) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = file.metadata() or {}
+            token_logps: torch.Tensor = file.get_tensor("token_logps")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: cannot read reference log-probs ({error}); delete the file to make them anew"
+        ) from error
+    for what, fingerprint in fingerprints.items():
+        if stored.get(what) != fingerprint:
+            raise InputError(
+                f"{path}: these reference log-probs were made with another {what}; delete the file to make them anew, "
+                "or choose another reference_logps_dir"
+            )
+    return token_logps
+
+
+def _compute(
+    model: nn.Module, groups: PreferenceDataset, args: PreferenceTrainingArguments, lengths: list[list[int]]
+) -> torch.Tensor:
+    planner = make_planner(groups, args, groups_per_device=args.per_device_train_batch_size, shuffle=False)
+    found: dict[int, torch.Tensor] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _without_adapter(model):
+            for step in make_loader(groups, planner, args):
+                for inputs in step:
+                    found.update(_score(model, inputs, args, lengths))
+    finally:
+        model.train(was_training)
+    found = _gather_ranks(found, args.world_size)
+    return torch.cat([found[index] for index in range(len(groups))])
+
+
+def _score(
+    model: nn.Module, inputs: MicroBatchInputs, args: PreferenceTrainingArguments, lengths: list[list[int]]
+) -> dict[int, torch.Tensor]:
+    batch = inputs.batch.to(args.device)
+    token_logps = response_logps(model, batch, mode=args.mode, backend=args.backend).token_logps.float().cpu()
+    parts = token_logps.split([sum(lengths[index]) for index in inputs.group_indices])
+    return dict(zip(inputs.group_indices, parts, strict=True))
+
+
+def _without_adapter(model: nn.Module) -> Any:
+    """With PEFT the reference is the base model: the same weights with the adapter switched off."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+
+
+def _gather_ranks(found: dict[int, torch.Tensor], world_size: int) -> dict[int, torch.Tensor]:
+    if world_size == 1:
+        return found
+    ranks: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(ranks, found)
+    return {index: logps for rank in ranks for index, logps in rank.items()}
