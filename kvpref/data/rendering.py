@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+from kvpref.data.lengths import num_shared
 from kvpref.data.rows import Message, PreferenceRow, RowError
 from kvpref.errors import InputError
 
@@ -56,7 +56,7 @@ def _render_chat(row: PreferenceRow, prompt: tuple[Message, ...], tokenizer: Pre
     for response in row.responses:
         text = _apply_template((*prompt, *response), tokenizer, add_generation_prompt=False)
         # Templates may write the prompt differently once an answer follows (an empty thinking block, say).
-        shared = len(prompt_text) if text.startswith(prompt_text) else len(commonprefix((prompt_text, text)))
+        shared = len(prompt_text) if text.startswith(prompt_text) else num_shared(prompt_text, text)
         if shared == len(text):
             raise RowError("a response is empty: the chat template writes nothing for it")
         texts.append(text)

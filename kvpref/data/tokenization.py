@@ -11,6 +11,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvpref.data.lengths import num_shared
 from kvpref.data.rendering import RenderedRow
 from kvpref.data.rows import RowError
 from kvpref.errors import InputError
@@ -102,7 +103,7 @@ class SequenceTokenizer:
         if offsets_of_texts is None:
             prompts = [text[:count] for text, count in zip(texts, prompt_chars, strict=True)]
             pairs = zip(ids_of_texts, self._encode(prompts)[0], strict=True)
-            return [num_shared_tokens(whole, prompt) for whole, prompt in pairs]
+            return [num_shared(whole, prompt) for whole, prompt in pairs]
         return [
             self._first_response_token(ids, offsets, count)
             for ids, offsets, count in zip(ids_of_texts, offsets_of_texts, prompt_chars, strict=True)
@@ -166,14 +167,8 @@ class SequenceTokenizer:
         return [self.eos_token_id]
 
 
-def num_shared_tokens(first: AbstractSequence[int], second: AbstractSequence[int]) -> int:
-    """The length in tokens of the longest common prefix."""
-    shortest = min(len(first), len(second))
-    return next((index for index in range(shortest) if first[index] != second[index]), shortest)
-
-
 def _share_prompt(sequences: list[TokenizedSequence]) -> list[TokenizedSequence]:
-    num_shared = num_shared_tokens(sequences[0].input_ids, sequences[1].input_ids)
-    if any(num_shared == len(sequence.input_ids) for sequence in sequences):
+    num_prompt_tokens = num_shared(sequences[0].input_ids, sequences[1].input_ids)
+    if any(num_prompt_tokens == len(sequence.input_ids) for sequence in sequences):
         raise RowError("`chosen` and `rejected` do not differ after their common beginning; add a `prompt` field")
-    return [TokenizedSequence(sequence.input_ids, num_shared) for sequence in sequences]
+    return [TokenizedSequence(sequence.input_ids, num_prompt_tokens) for sequence in sequences]

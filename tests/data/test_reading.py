@@ -55,7 +55,8 @@ def test_jsonl_undecodable_line_is_an_error_of_that_row_only(write_jsonl, line, 
     path = write_jsonl(PAIRS[0], line, PAIRS[1])
     rows = list(read_rows(path))
     assert rows[1].location == f"{path}:2"
-    assert rows[1].error is not None and reason in rows[1].error
+    assert rows[1].error is not None
+    assert reason in rows[1].error
     assert [row.value for row in (rows[0], rows[2])] == PAIRS
 
 
@@ -81,7 +82,8 @@ def test_json_that_is_not_a_list(tmp_path: Path, content: bytes, message: str):
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         list(read_rows(str(path)))
-    assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
 
 
 def test_parquet_reads_known_columns_and_counts_rows(tmp_path: Path):
@@ -98,7 +100,8 @@ def test_parquet_with_an_invalid_string_names_its_row(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": strings}), path)
     rows = list(read_rows(str(path)))
     assert [row.error is None for row in rows] == [True, False, True]
-    assert rows[1].location == f"{path}:row 2" and "invalid UTF-8" in str(rows[1].error)
+    assert rows[1].location == f"{path}:row 2"
+    assert "invalid UTF-8" in str(rows[1].error)
 
 
 def test_parquet_without_known_columns_lists_what_there_is(tmp_path: Path):

@@ -30,7 +30,9 @@ def scored_text(tokenizer, sequence: Sequence) -> str:
 
 
 def prompt_text(tokenizer, sequence: Sequence) -> str:
-    return tokenizer.decode([token for token, flag in zip(sequence.input_ids, sequence.scored, strict=True) if not flag])
+    return tokenizer.decode(
+        [token for token, flag in zip(sequence.input_ids, sequence.scored, strict=True) if not flag]
+    )
 
 
 def is_suffix(flags: tuple[bool, ...]) -> bool:
@@ -39,7 +41,8 @@ def is_suffix(flags: tuple[bool, ...]) -> bool:
 
 def test_pair_scores_the_response_and_one_eos(tokenizer, load):
     group = load(tokenizer, {"prompt": "hello", "chosen": " world", "rejected": " fox jumps"})[0]
-    assert group.labels == (True, False) and group.scores is None
+    assert group.labels == (True, False)
+    assert group.scores is None
     for sequence, response in zip(group.sequences, (" world", " fox jumps"), strict=True):
         assert list(sequence.input_ids) == [*tokenizer("hello" + response)["input_ids"], tokenizer.eos_token_id]
         assert prompt_text(tokenizer, sequence) == "hello"
@@ -125,7 +128,8 @@ def test_empty_prompt_gets_bos(tokenizer, load):
     group = load(tokenizer, {"prompt": "", "chosen": "hello", "rejected": "world"})[0]
     for sequence in group.sequences:
         assert sequence.input_ids[0] == tokenizer.bos_token_id
-        assert sequence.scored[0] is False and all(sequence.scored[1:])
+        assert sequence.scored[0] is False
+        assert all(sequence.scored[1:])
 
 
 def test_prompt_swallowed_by_one_response_gives_bos_to_all(tokenizer, load):
@@ -243,7 +247,8 @@ def test_slow_tokenizer_reads_implicit_prompts_and_empty_ones(load):
 def test_rendering_is_text_only(chat_tokenizer):
     rendered = render_row(parse_row({"prompt": [USER], "responses": ["world"]}), chat_tokenizer)
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    assert rendered.texts == (f"{prompt}world<|im_end|>\n",) and rendered.prompt_chars == (len(prompt),)
+    assert rendered.texts == (f"{prompt}world<|im_end|>\n",)
+    assert rendered.prompt_chars == (len(prompt),)
 
 
 def test_load_tokenizer_names_the_folder_that_holds_none(tmp_path):

@@ -88,7 +88,8 @@ def test_no_limits_by_default(tokenizer, write_jsonl):
     path = write_jsonl({"prompt": "hello " * 3000, "responses": ["world"]})
     dataset = load_preferences(path, tokenizer)
     assert dataset.lengths[0].total_tokens > 3000
-    assert dataset.report is not None and dataset.report.num_truncated_prompts == 0
+    assert dataset.report is not None
+    assert dataset.report.num_truncated_prompts == 0
 
 
 def test_pair_that_truncation_makes_equal_is_a_bad_row(tokenizer, write_jsonl):

@@ -1,0 +1,143 @@
+"""Figures about data and batches, and the command that prints them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import build_tokenizer
+from typer.testing import CliRunner
+
+from kvpref.cli import data as data_command
+from kvpref.data import PreferenceDataset, StepOptions, StepPlanner, summarize_batches, summarize_dataset
+from kvpref.data.statistics import LengthSummary, summarize
+from kvpref.errors import InputError
+from kvpref.groups import Group, Sequence
+
+
+def make_group(prompt: int, *responses: int) -> Group:
+    return Group(
+        [
+            Sequence.from_prompt_and_response(range(prompt), range(100 * (index + 1), 100 * (index + 1) + length))
+            for index, length in enumerate(responses)
+        ]
+    )
+
+
+def test_summary_of_values():
+    assert summarize(list(range(10, 0, -1))) == LengthSummary(mean=5.5, p50=5, p90=9, max=10)
+    assert summarize([7]) == LengthSummary(mean=7.0, p50=7, p90=7, max=7)
+    with pytest.raises(ValueError, match="no values"):
+        summarize([])
+
+
+def test_dataset_figures():
+    statistics = summarize_dataset(PreferenceDataset([make_group(10, 2, 4), make_group(20, 1, 1, 4)]))
+    total = 12 + 14 + 21 + 21 + 24
+    assert (statistics.num_groups, statistics.num_sequences) == (2, 5)
+    assert statistics.sequences_per_group == LengthSummary(mean=2.5, p50=2, p90=3, max=3)
+    assert statistics.prompt_tokens == LengthSummary(mean=15.0, p50=10, p90=20, max=20)
+    assert statistics.response_tokens == LengthSummary(mean=12 / 5, p50=2, p90=4, max=4)
+    assert statistics.prompt_share == pytest.approx((20 + 60) / total)
+    assert (statistics.total_tokens, statistics.unique_tokens) == (total, 10 + 6 + 20 + 6)
+    assert statistics.prompt_saving == statistics.prefix_saving == pytest.approx(total / 42)
+
+
+def test_shared_response_starts_count_in_the_prefix_saving_only():
+    group = Group([Sequence.from_prompt_and_response([1, 2], [3, end]) for end in (4, 5)])
+    statistics = summarize_dataset(PreferenceDataset([group]))
+    assert statistics.prompt_saving == pytest.approx(8 / 6)
+    assert statistics.prefix_saving == pytest.approx(8 / 5)
+
+
+def test_batch_figures():
+    dataset = PreferenceDataset([make_group(10, 2, 4), make_group(20, 1, 1, 4), make_group(1, 1)])
+    options = StepOptions(
+        groups_per_step=2, mode="padded", max_tokens_per_micro_batch=80, shuffle=False, window_steps=9
+    )
+    batches = summarize_batches(StepPlanner(dataset.lengths, options))
+    # Costs 2 x 14, 3 x 24 and 1 x 2; the first two are too much together.
+    assert (batches.num_steps, batches.num_micro_batches, batches.num_fillers) == (2, 3, 0)
+    assert batches.micro_batches_per_step == 1.5
+    assert batches.tokens_per_micro_batch.max == 72
+    assert batches.tokens_per_micro_batch.mean == pytest.approx(34)
+    assert batches.budget_fill == pytest.approx(34 / 80)
+    assert batches.padding_share == pytest.approx(((28 - 26) + (72 - 66)) / 102)
+
+
+def test_batch_figures_without_budget_or_padding_and_with_fillers():
+    dataset = PreferenceDataset([make_group(10, 2, 4)])
+    batches = summarize_batches(StepPlanner(dataset.lengths, StepOptions(groups_per_step=2, world_size=3)))
+    assert (batches.num_micro_batches, batches.num_fillers) == (1, 2)
+    assert batches.budget_fill is None
+    assert batches.padding_share == 0
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.add_typer(data_command.app, name="data")
+    return app
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> str:
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+ROWS = [{"prompt": "hello", "chosen": " world fox", "rejected": " fox"}] * 5
+
+
+def test_inspect_prints_figures_and_json_on_the_last_line(app, tokenizer_folder, write_jsonl, tmp_path: Path):
+    path, bad = write_jsonl(*ROWS, "{}"), tmp_path / "bad.jsonl"
+    arguments = ["--max-response-tokens", "2", "--on-bad-row", "skip", "--report", str(bad), "--json"]
+    arguments += ["--mode", "padded", "--max-tokens-per-micro-batch", "12", "--groups-per-step", "4"]
+    result = CliRunner().invoke(app, ["data", "inspect", path, "--tokenizer", tokenizer_folder, *arguments])
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert last["data"]["num_groups"] == 5
+    assert last["data"]["response_tokens"]["max"] == 2
+    assert last["data"]["prefix_saving"] == pytest.approx(6 / 5)
+    assert last["report"]["num_rows"] == 6
+    assert last["report"]["num_truncated_responses"] == 5
+    assert last["report"]["bad_rows"][0]["location"] == f"{path}:6"
+    assert last["batches"]["num_steps"] == 2
+    assert last["batches"]["tokens_per_micro_batch"]["max"] == 12
+    assert len(last["fingerprint"]) == 64
+    assert json.loads(bad.read_text())["location"] == f"{path}:6"
+    for shown in ("ideal saving", "1.20x", "1 skipped", "padding", "budget filled to 83.3%"):
+        assert shown in " ".join(result.stdout.split())
+    assert f"skipped {path}:6: missing field" in result.stdout
+    assert "reading" not in result.stdout
+
+
+def test_inspect_lists_few_bad_rows_and_counts_the_rest(app, tokenizer_folder, write_jsonl):
+    path = write_jsonl(*ROWS, *["{}"] * 25)
+    arguments = ["data", "inspect", path, "--tokenizer", tokenizer_folder, "--on-bad-row", "skip"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert result.stdout.count("missing field") == 10
+    assert "skipped 15 more; --report FILE writes all" in result.stdout
+
+
+def test_inspect_leaves_input_errors_to_the_caller(app, tokenizer_folder, write_jsonl):
+    for arguments, message in (
+        ([write_jsonl(*ROWS, "{}", name="bad.jsonl")], r":6: missing field"),
+        ([write_jsonl(*ROWS), "--max-tokens-per-micro-batch", "3"], r":\d: the group alone takes 6 tokens"),
+        ([write_jsonl(*ROWS), "--groups-per-step", "0"], "groups_per_step must be at least 1"),
+    ):
+        result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--tokenizer", tokenizer_folder])
+        assert isinstance(result.exception, InputError)
+        with pytest.raises(InputError, match=message):
+            raise result.exception
+
+
+def test_inspect_help_has_an_example_and_unknown_modes_are_refused(app):
+    help_text = CliRunner().invoke(app, ["data", "inspect", "--help"]).output
+    assert "Example: kvpref data inspect" in help_text
+    result = CliRunner().invoke(app, ["data", "inspect", "x.jsonl", "--tokenizer", "y", "--mode", "three_pass"])
+    assert result.exit_code == 2
+    assert "two_pass" in result.output
