@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.logprob import HeadParams, token_logprobs
@@ -56,7 +56,7 @@ def _logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """The model's logits for given final hidden states (1, n, hidden_size)."""
     backbone = model.base_model
     saved = backbone.__dict__.get("forward")
-    backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
     try:
         input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True).logits

@@ -1,0 +1,22 @@
+"""Fixtures that all tests may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Tiny tensors: a thread pool costs more than it saves, and tests run side by side.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real data where a checkout has it: the folder KVPREF_SHARED, or `shared` beside the repository."""
+    root = Path(__file__).resolve().parents[1]
+    path = Path(os.environ.get("KVPREF_SHARED", root.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path}; set KVPREF_SHARED to a folder that holds it")
+    return path
