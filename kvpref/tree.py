@@ -171,8 +171,8 @@ def _choose_segments(root: _Node, min_shared_tokens: int, max_depth: int | None)
     """Decide which inner nodes become segments: the choice that stores the fewest tokens.
 
     Dynamic programme, children first. `cost[node][cut, depth]` is the number of tokens stored below `cut`'s end on the
-    way through `node`, when the nearest segment above ends at `cut` and the next segment would have this depth. An inner
-    node is either kept (its run since `cut` is stored once) or dissolved (its run is repeated in each child).
+    way through `node`, when the nearest segment above ends at `cut` and the next segment would have this depth. An
+    inner node is either kept (its run since `cut` is stored once) or dissolved (its run is repeated in each child).
 
     Returns:
         The pairs (node, cut) that are kept.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from transformers.masking_utils import causal_mask_function
@@ -25,7 +26,7 @@ def require_causal(mask_function: MaskFunction, num_positions: int) -> None:
     Raises:
         UnsupportedModelError: If any probed row differs; the message says whether it is a sliding window.
     """
-    if mask_function is causal_mask_function:
+    if mask_function is cast(MaskFunction, causal_mask_function):
         return
     visible = {row: _row(mask_function, row, num_positions) for row in _probed_rows(num_positions)}
     if all(torch.equal(mask, _causal_row(row, num_positions)) for row, mask in visible.items()):

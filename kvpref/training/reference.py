@@ -133,7 +133,8 @@ def _score(
 
 def _without_adapter(model: nn.Module) -> Any:
     """With PEFT the reference is the base model: the same weights with the adapter switched off."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    disable: Any = getattr(model, "disable_adapter", contextlib.nullcontext)
+    return disable()
 
 
 def _gather_ranks(found: dict[int, torch.Tensor], world_size: int) -> dict[int, torch.Tensor]:

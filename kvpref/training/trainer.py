@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from kvpref.batch import ResponseLogps
-from kvpref.data import PreferenceDataset
+from kvpref.data import PreferenceDataset, StepSampler
 from kvpref.errors import InputError, RunError
 from kvpref.groups import Group
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
@@ -48,6 +48,11 @@ class PreferenceTrainer(Trainer):
         UnsupportedModelError: If the model would not be computed exactly.
         InputError: If the data does not fit the loss or the token budget.
     """
+
+    args: PreferenceTrainingArguments
+    model: nn.Module
+    train_dataset: PreferenceDataset | None  # type: ignore[assignment]
+    eval_dataset: PreferenceDataset | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class PreferenceTrainer(Trainer):
         )
         loader = make_loader(self.train_dataset, planner, args)
         self.remove_callback(EpochCallback)
+        assert isinstance(loader.batch_sampler, StepSampler)
         self.add_callback(EpochCallback(loader.batch_sampler))
         return loader
 
@@ -109,7 +115,7 @@ class PreferenceTrainer(Trainer):
 
     # The loop's body
 
-    def training_step(
+    def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Step, num_items_in_batch: int | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Forward and backward over the micro-batches of one step; the loss of the step, detached.
@@ -118,8 +124,9 @@ class PreferenceTrainer(Trainer):
         not depend on how groups were split into micro-batches and ranks.
         """
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have modes of their own
-            self.optimizer.train()
+        set_train_mode = getattr(self.optimizer, "train", None)
+        if callable(set_train_mode):  # schedule-free optimizers have modes of their own
+            set_train_mode()
         self.token_meter.start()
         losses: list[torch.Tensor] = []
         for index, micro_batch in enumerate(inputs):
@@ -174,7 +181,7 @@ class PreferenceTrainer(Trainer):
             return
         self._references[name] = None
         if self.loss.needs_reference and dataset is not None:
-            folder = self.args.reference_logps_dir or str(Path(self.args.output_dir) / "reference_logps")
+            folder = self.args.reference_logps_dir or Path(self.args.output_dir or ".") / "reference_logps"
             path = Path(folder) / f"{name}.safetensors"
             self._references[name] = load_or_compute(self.model, dataset, self.args, path)
 
@@ -187,7 +194,7 @@ class PreferenceTrainer(Trainer):
 
     # Evaluation and logging
 
-    def evaluate(
+    def evaluate(  # type: ignore[override]
         self,
         eval_dataset: PreferenceDataset | list[Group] | None = None,
         ignore_keys: list[str] | None = None,
@@ -235,7 +242,7 @@ class PreferenceTrainer(Trainer):
             logs.update(self.token_meter.rates(self.args.world_size))
         super().log(logs, *args, **kwargs)
 
-    def floating_point_ops(self, inputs: Step) -> int:
+    def floating_point_ops(self, inputs: Step) -> int:  # type: ignore[override]
         """Training FLOPs of a step's linear layers: 6 per parameter and token that runs through the layers."""
         num_tokens = sum(item.batch.plan(self.args.mode).num_forward_tokens for item in inputs)
         return 6 * num_tokens * sum(parameter.numel() for parameter in self.model.parameters())

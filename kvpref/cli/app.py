@@ -1,0 +1,56 @@
+"""The `kvpref` app and its exit codes: 0 ok, 1 a run that failed, 2 bad usage or bad input."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import typer
+
+from kvpref.cli import check, data, demo, score, train
+from kvpref.errors import InputError, RunError
+
+app = typer.Typer(
+    name="kvpref",
+    help="Preference training that encodes each shared prompt once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("score")(score.score)
+app.command("check")(check.check)
+app.add_typer(data.app, name="data")
+app.command("demo")(demo.demo)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if show:
+        from kvpref import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the app; turn kvpref's own errors into one line on stderr and an exit code."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), code=2)
+    except RunError as error:
+        _fail(str(error), code=1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"disk full: {error}; free some space, then continue with --resume from the last checkpoint", code=1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

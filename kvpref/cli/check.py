@@ -1,0 +1,82 @@
+"""`kvpref check`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpref.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name; leave out with --config.")] = None,
+    config: Annotated[str | None, typer.Option(help="JSON model configuration, instead of MODEL.")] = None,
+    numeric: Annotated[
+        bool, typer.Option("--numeric", help="Compare log-probs and gradients with the naive forward.")
+    ] = False,
+    mode: Annotated[str, typer.Option(help="The mode to compare with --numeric.")] = "two_pass",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights with --numeric.")] = "float32",
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+) -> None:
+    """Say whether a model is supported, and with --numeric prove it on that very model.
+
+    Without --numeric only the configuration is read: no weights are loaded.
+
+    Example: kvpref check ./llama --numeric
+    """
+    if (model is None) == (config is None):
+        raise InputError("name either MODEL (a folder or hub name) or --config CONFIG.json")
+    result = _check_numeric(model, config, mode, dtype) if numeric else _check_architecture(model or config or "")
+    if json_:
+        print(json.dumps(result))
+
+
+def _check_architecture(source: str) -> dict[str, Any]:
+    import torch
+    from rich.console import Console
+    from transformers import AutoModelForCausalLM
+
+    from kvpref.cli.loading import load_config
+    from kvpref.modeling.attach import attach
+
+    settings = load_config(source)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
+    except ValueError as error:
+        raise InputError(f"{source}: {settings.model_type!r} has no causal language model: {error}") from error
+    attach(model)
+    Console().print(
+        f"{source}: supported ({settings.model_type}, {settings.num_hidden_layers} layers)", highlight=False
+    )
+    return {"model": source, "supported": True, "model_type": settings.model_type}
+
+
+def _check_numeric(source: str | None, config: str | None, mode: str, dtype: str) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvpref.cli.loading import load_model
+    from kvpref.modeling.verification import compare_with_naive
+
+    model = load_model(source, config, dtype=dtype)
+    errors = compare_with_naive(model, mode=mode)
+    table = Table(title=f"{source or config}: {mode} against each sequence alone", title_justify="left")
+    for column in ("what", "largest error", "explained by rounding"):
+        table.add_column(column)
+    table.add_row("token log-probs (nats)", f"{errors.max_logp_error:.2e}", f"up to {errors.logp_tolerance:.0e}")
+    table.add_row(
+        f"gradients (relative; {errors.worst_parameter})",
+        f"{errors.max_gradient_error:.2e}",
+        f"up to {errors.gradient_tolerance:.0e}",
+    )
+    Console().print(table)
+    if not errors.within_tolerance:
+        raise RunError(f"{source or config}: mode {mode!r} differs from the naive forward by more than rounding")
+    return {"model": source or config, "mode": mode, "supported": True, **asdict(errors)}

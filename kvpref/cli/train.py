@@ -1,0 +1,116 @@
+"""`kvpref train`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from kvpref.cli.run_config import RunConfig, parse_assignments, read_run_config
+
+_DATA, _MODEL, _TRAINING, _SAVING = "Data", "Model", "Training", "Saving and logging"
+
+
+def train(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name; leave out with --config.")] = None,
+    data: Annotated[str | None, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for checkpoints and the model.")] = None,
+    config_file: Annotated[str | None, typer.Option(help="YAML with any of these settings; flags win.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="JSON model configuration: random weights.", rich_help_panel=_MODEL)
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.", rich_help_panel=_MODEL)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.", rich_help_panel=_MODEL)] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Evaluation data.", rich_help_panel=_DATA)] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Keep the end of longer prompts.", rich_help_panel=_DATA)
+    ] = None,
+    max_response_tokens: Annotated[
+        int | None, typer.Option(help="Keep the start of longer responses.", rich_help_panel=_DATA)
+    ] = None,
+    on_bad_row: Annotated[str | None, typer.Option(help="stop or skip.", rich_help_panel=_DATA)] = None,
+    loss: Annotated[str | None, typer.Option(help="dpo or sft.", rich_help_panel=_TRAINING)] = None,
+    loss_arg: Annotated[
+        list[str] | None, typer.Option(help="Loss setting, such as beta=0.2.", rich_help_panel=_TRAINING)
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="two_pass, one_pass, packed, padded.", rich_help_panel=_TRAINING)
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAINING)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Groups per device and step.", rich_help_panel=_TRAINING)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Token budget of a micro-batch.", rich_help_panel=_TRAINING)
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=_TRAINING)] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16", help="bf16 autocast.", rich_help_panel=_TRAINING)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", rich_help_panel=_TRAINING)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any training argument, NAME=VALUE.", rich_help_panel=_TRAINING),
+    ] = None,
+    logging_steps: Annotated[int | None, typer.Option(rich_help_panel=_SAVING)] = None,
+    eval_steps: Annotated[int | None, typer.Option(rich_help_panel=_SAVING)] = None,
+    save_steps: Annotated[int | None, typer.Option(rich_help_panel=_SAVING)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_SAVING)
+    ] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on the last line of stdout.", rich_help_panel=_SAVING)
+    ] = False,
+) -> None:
+    """Train a model on preference data, each shared prompt encoded once.
+
+    Example: kvpref train ./llama pairs.jsonl --output out --loss dpo --loss-arg beta=0.1 --max-tokens 8192
+    """
+    if config is not None and model is not None and data is None:
+        model, data = None, model  # with --config the only positional argument is the data
+    run = read_run_config(config_file).merged(
+        {
+            "model": model,
+            "config": config,
+            "tokenizer": tokenizer,
+            "data": data,
+            "eval_data": eval_data,
+            "output": output,
+            "dtype": dtype,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_response_tokens": max_response_tokens,
+            "on_bad_row": on_bad_row,
+        },
+        {
+            **parse_assignments(set_ or [], "--set"),
+            "loss": loss,
+            "loss_args": parse_assignments(loss_arg or [], "--loss-arg"),
+            "mode": mode,
+            "num_train_epochs": epochs,
+            "max_steps": max_steps,
+            "per_device_train_batch_size": batch_size,
+            "max_tokens_per_micro_batch": max_tokens,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "bf16": bf16,
+            "gradient_checkpointing": gradient_checkpointing,
+            "logging_steps": logging_steps,
+            "eval_steps": eval_steps,
+            "eval_strategy": "steps" if eval_steps else None,
+            "save_steps": save_steps,
+        },
+    )
+    result = _run(run, resume=resume)
+    if json_ and result:
+        print(json.dumps(result))
+
+
+def _run(run: RunConfig, *, resume: bool) -> dict[str, Any]:
+    run.require("data", "output")
+    from kvpref.cli.training_run import run_training
+
+    return run_training(run, resume=resume, report=lambda line: print(line, file=sys.stderr))
