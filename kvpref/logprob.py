@@ -141,7 +141,8 @@ class _TokenLogprobs(torch.autograd.Function):
         tiles: _Tiles,
     ) -> torch.Tensor:
         lse = hidden.new_full((tiles.num_tokens,), float("-inf"), dtype=tiles.sum_dtype)
-        target_logits = torch.zeros_like(lse)
+        # A target outside [0, V) lies in no tile: NaN, not a plausible number.
+        target_logits = torch.full_like(lse, float("nan"))
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiles.token_ranges():
                 for columns in tiles.vocab_ranges():

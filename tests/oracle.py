@@ -1,4 +1,4 @@
-"""The naive oracle: every sequence alone, batch 1, eager attention, full logits. Everything else is compared with it."""
+"""The naive oracle: each sequence alone, batch 1, eager attention, full logits. All else is compared with it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import kvpref
@@ -35,7 +35,7 @@ class _TrueFloat64(TorchFunctionMode):
 
     _CASTS = (torch.Tensor.to, torch.Tensor.type)
     _BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
-    _SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax)
+    _SOFTMAXES = (functional.softmax, torch.softmax, torch.Tensor.softmax, functional.log_softmax, torch.log_softmax)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
@@ -88,7 +89,9 @@ def _check_tensors(
                 f"{name} {tuple(tensor.shape)} does not fit query {tuple(query.shape)}: head dims must be equal and "
                 "the number of query heads a multiple of the number of key/value heads"
             )
-    plan.backend.check(query, plan.self_block)
+    plan.backend.check(query, key, plan.self_block)
+    for (prefix_key, _), block in zip(prefixes, plan.cross_blocks, strict=True):
+        plan.backend.check(query, prefix_key, block)
 
 
 class _Cascade(torch.autograd.Function):
@@ -115,6 +118,7 @@ class _Cascade(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse, *flat_prefixes = ctx.saved_tensors
         plan: CascadePlan = ctx.plan

@@ -51,7 +51,9 @@ def attach(model: M) -> M:
 
 
 def is_attached(model: PreTrainedModel) -> bool:
-    return model.config._attn_implementation == interface.ATTENTION_NAME and "forward" in model.__dict__
+    # Pickling a model drops the patched forward but keeps the attention's name.
+    accepts_programs = getattr(model.__dict__.get("forward"), "accepts_programs", False)
+    return accepts_programs and model.config._attn_implementation == interface.ATTENTION_NAME
 
 
 def run_inside(model: nn.Module, program: Program[R]) -> R:
@@ -90,4 +92,5 @@ def _accept_programs(model: PreTrainedModel) -> None:
             return kvpref_program(self)
         return patched(*args, **kwargs) if patched is not None else type(self).forward(self, *args, **kwargs)
 
+    forward.accepts_programs = True  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)

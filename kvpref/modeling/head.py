@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -21,9 +24,27 @@ def head_params(model: PreTrainedModel) -> HeadParams:
     return HeadParams(logit_scale=FAMILIES[model.config.model_type].logit_scale(model.config))
 
 
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer that makes the logits; the trained copy where PEFT keeps one (`modules_to_save`).
+
+    Raises:
+        UnsupportedModelError: If it is anything but a linear layer: an adapter on the head would be left out.
+    """
+    head: Any = model.get_output_embeddings()
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        head = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"the LM head is a {type(head).__module__}.{type(head).__name__}; kvpref needs a torch.nn.Linear. With "
+            "PEFT, take lm_head out of target_modules, or train it whole with modules_to_save"
+        )
+    return head
+
+
 def head_logps(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probs of `targets` (U,) from `hidden` (U, hidden_size); (U,) fp32, or fp64 for fp64 models."""
-    head = model.get_output_embeddings()
+    head = output_head(model)
     return token_logprobs(hidden, head.weight, targets, bias=head.bias, params=head_params(model))
 
 
@@ -36,7 +57,7 @@ def verify_head(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: If the model does to its logits something else than its family declares.
     """
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if head.weight.is_meta:
         return  # nothing to compare; the weights will be checked when the materialised model is attached
     generator = torch.Generator().manual_seed(0)

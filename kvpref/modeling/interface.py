@@ -79,6 +79,9 @@ class RunningPass:
         Returns:
             (T, H, D).
         """
+        if self.keep:
+            # One copy for this pass's own attention and for the passes that follow.
+            key, value = key.contiguous(), value.contiguous()
         if not self._finished:  # a recomputed layer reads the cache and must not write to it again
             self._attended[module] = self._attended.get(module, 0) + 1
             if self.keep:

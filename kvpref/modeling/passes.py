@@ -63,11 +63,12 @@ def score_responses(model: nn.Module, batch: Batch, cache: PrefixCache, *, backe
         cache: From `encode_prefix` on the same batch; it is not changed and may be used again.
 
     Raises:
-        InputError: If the cache was made from a batch of another shape.
+        InputError: If the cache was made from another batch or by another model.
         As `response_logps` otherwise.
     """
     plan = batch.plan("two_pass")
-    _check_cache(cache, plan)
+    if not cache.begins(plan):
+        raise InputError("the prefix cache was made from another batch; use what encode_prefix returned for this one")
     unique_logps = run_inside(model, partial(_run_plan, plan=plan, backend=backend, cache=cache.fork()))
     return _gather(unique_logps, plan, batch)
 
@@ -76,16 +77,6 @@ def _gather(unique_logps: torch.Tensor, plan: ModePlan, batch: Batch) -> Respons
     """Give each sequence the log-probs along its path."""
     token_logps = unique_logps.index_select(0, plan.token_index)
     return ResponseLogps(token_logps=token_logps, cu_seqlens=plan.cu_seqlens, group_index=batch.group_index)
-
-
-def _check_cache(cache: PrefixCache, plan: ModePlan) -> None:
-    expected = plan.passes[0].input_ids.numel()
-    held = cache.layers[0].get_seq_length() if cache.layers else 0
-    if len(plan.passes) > 1 and held != expected:
-        raise InputError(
-            f"the prefix cache holds {held} tokens and this batch's depth 0 has {expected}; "
-            "use the cache that encode_prefix returned for this batch"
-        )
 
 
 def _run_plan(
@@ -102,8 +93,8 @@ def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, b
     run = _run_padded if plan.mode == "padded" else _run_level_pass
     while cache.num_passes < stop:
         hidden = run(model, plan, cache, backend)
-        rows = plan.passes[cache.num_passes].predictor_rows
-        cache.predictor_hidden.append(hidden.flatten(0, 1).index_select(0, rows))
+        item = plan.passes[cache.num_passes]
+        cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
 
 
 def _run_level_pass(model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, backend: str) -> torch.Tensor:

@@ -18,10 +18,15 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside DDP, torch.compile and PEFT wrappers.
 
     Raises:
-        UnsupportedModelError: If there is none.
+        UnsupportedModelError: If there is none, or a wrapper changes what the model sees.
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
+        if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "PEFT prompt learning (prompt or prefix tuning) puts virtual tokens before every sequence, which "
+                "kvpref does not follow; use LoRA"
+            )
         wrapped = [getattr(inner, name, None) for name in ("module", "_orig_mod")]
         peft_base = inner.get_base_model() if hasattr(inner, "get_base_model") else None
         inner = next((module for module in (*wrapped, peft_base) if isinstance(module, nn.Module)), None)
@@ -65,9 +70,6 @@ def check_architecture(model: PreTrainedModel) -> None:
                 f"rope type {rope_type!r} picks frequencies from the longest position of each forward, so two passes "
                 "could disagree; remove the rope scaling from the config or choose 'linear', 'yarn' or 'llama3'"
             )
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise UnsupportedModelError(f"the LM head is a {type(head).__name__}; kvpref needs a torch.nn.Linear")
 
 
 def check_training_state(model: PreTrainedModel) -> None:
@@ -83,6 +85,13 @@ def check_training_state(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(
                 f"dropout {module.p} in {name} makes two forwards of one token differ; set it to 0 in the config "
                 "(attention_dropout, resid_pdrop, embd_pdrop, hidden_dropout, lora_dropout) or call model.eval()"
+            )
+        # Most families keep attention dropout as a number, and mode `padded` never hands it to kvpref.
+        attention_dropout = getattr(module, "attention_dropout", 0.0)
+        if isinstance(attention_dropout, int | float) and module.training and attention_dropout > 0:
+            raise UnsupportedModelError(
+                f"attention dropout {attention_dropout} in {name} makes two forwards of one token differ; set "
+                "attention_dropout to 0 in the config or call model.eval()"
             )
         if getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)

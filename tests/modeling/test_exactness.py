@@ -31,7 +31,7 @@ def enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def truth(variant: str, scenario: str) -> oracle.Result:
     """The oracle in float64; what dtypes, modes and options are compared with."""
     return oracle.naive(tiny_model(variant, torch.float64), SCENARIOS[scenario]())

@@ -63,8 +63,9 @@ class Backend(ABC):
             dq (T, H, D), dk and dv (P, G, D), in the kernel's dtype (at least that of q).
         """
 
-    def check(self, query: torch.Tensor, block: VarlenBlock) -> None:
-        """Raise ValueError if the block's rows do not fit the query's."""
-        num_rows = block.pairs[-1][1] if block.pairs else 0
-        if num_rows > query.shape[0]:
-            raise ValueError(f"the block covers {num_rows} query rows; the query has {query.shape[0]}")
+    def check(self, query: torch.Tensor, key: torch.Tensor, block: VarlenBlock) -> None:
+        """Raise ValueError if the block's rows do not fit the query's or the key's."""
+        _, num_queries, _, num_keys = block.pairs[-1] if block.pairs else (0, 0, 0, 0)
+        for name, needed, rows in (("query", num_queries, query.shape[0]), ("key", num_keys, key.shape[0])):
+            if needed > rows:
+                raise ValueError(f"the block covers {needed} {name} rows; the {name} has {rows}")

@@ -1,0 +1,182 @@
+"""How a pass reaches the layers, and what is refused there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from sample_groups import five_levels, pairs, tokens
+from tiny_models import tiny_model
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import kvpref
+from kvpref import Group, Sequence, UnsupportedModelError
+
+# Only the order of additions differs; see test_exactness.
+FP64_TOLERANCE = 1e-10
+
+
+def batch_of(groups: list[Group]) -> kvpref.Batch:
+    return kvpref.collate(groups, min_shared_tokens=1)
+
+
+def checkpointed(model: nn.Module, use_reentrant: bool) -> nn.Module:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return model
+
+
+def test_checkpointing_recomputes_layers_with_their_prefix() -> None:
+    """transformers drops past_key_values under checkpointing; here the prompt must survive, also in recomputation."""
+    model = checkpointed(kvpref.attach(tiny_model("llama", torch.float64)), use_reentrant=False)
+    calls = []
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda *args: calls.append(1))
+    groups = pairs()
+    with oracle.true_float64():
+        logps = kvpref.response_logps(model, batch_of(groups)).token_logps
+        num_forward = len(calls)
+        (logps * oracle.loss_weights(groups)).sum().backward()
+    assert num_forward == 2
+    assert len(calls) == 2 * num_forward, "the layers were not recomputed, so this test proves nothing"
+    truth = oracle.naive(tiny_model("llama", torch.float64), groups)
+    oracle.assert_same(oracle.Result(logps.detach(), oracle.grads_of(model)), truth, FP64_TOLERANCE)
+
+
+def test_reentrant_checkpointing_is_refused_while_training() -> None:
+    """It loses the gradient through keys and values without a word."""
+    model = checkpointed(kvpref.attach(tiny_model("llama")), use_reentrant=True)
+    for mode in ("two_pass", "one_pass"):
+        with pytest.raises(UnsupportedModelError, match="use_reentrant"):
+            kvpref.response_logps(model, batch_of(pairs()), mode=mode)
+    kvpref.response_logps(model.eval(), batch_of(pairs()))
+
+
+def test_copies_of_keyword_arguments_per_layer_do_no_harm() -> None:
+    """FSDP2 maps over keyword arguments as pytrees, which copies every dict and list on the way to each layer."""
+
+    def copy_arguments(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def fresh(leaf: Any) -> Any:
+            return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+        return pytree.tree_map(fresh, args), pytree.tree_map(fresh, kwargs)
+
+    model = kvpref.attach(tiny_model("llama", torch.float64))
+    for module in [*model.model.layers, *(layer.self_attn for layer in model.model.layers)]:
+        module.register_forward_pre_hook(copy_arguments, with_kwargs=True)
+    found = oracle.shared(model, batch_of(five_levels()))
+    oracle.assert_same(found, oracle.naive(tiny_model("llama", torch.float64), five_levels()), FP64_TOLERANCE)
+
+
+def test_first_response_token_is_predicted_by_the_last_prompt_token() -> None:
+    """Worked out by hand: a bigram model, whose logits depend on the current token only.
+
+    With all layers' outputs zeroed, hidden = norm(embedding), so the log-prob of a token is a function of the token
+    before it, and an off-by-one would show the prompt's first token or the response's own.
+    """
+    model = tiny_model("llama", torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.zero_()
+                projection.bias.zero_()
+    prompt, response = [5, 9], [7, 11]
+    with oracle.true_float64(), torch.no_grad():
+        table = model.lm_head(model.model.norm(model.model.embed_tokens.weight)).log_softmax(-1)
+        kvpref.attach(model)
+        other = Sequence.from_prompt_and_response(prompt, [8])
+        group = Group([Sequence.from_prompt_and_response(prompt, response), other])
+        for mode in ("two_pass", "one_pass", "packed", "padded"):
+            found = kvpref.response_logps(model, batch_of([group]), mode=mode).token_logps
+            # One matrix product in two tilings: rounding of 1e-16 on numbers of order one.
+            expected = torch.stack([table[9, 7], table[7, 11], table[9, 8]])
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+@pytest.mark.parametrize("variant", ["mistral", "phi3"])
+def test_sliding_window(variant: str, dtype: torch.dtype) -> None:
+    groups = pairs()  # the longest sequence has 17 tokens
+    assert max(len(sequence) for group in groups for sequence in group.sequences) == 17
+    for window in (17, 30):
+        model = tiny_model(variant, dtype, sliding_window=window)
+        truth = oracle.naive(oracle.twin(model), groups)
+        kvpref.attach(model)
+        for mode in ("two_pass", "one_pass", "packed", "padded"):
+            oracle.assert_same(oracle.shared(model, batch_of(groups), mode=mode), truth, FP64_TOLERANCE)
+    for window in (16, 4):
+        model = tiny_model(variant, dtype, sliding_window=window)
+        truth = oracle.naive(oracle.twin(model), groups)
+        kvpref.attach(model)
+        for mode in ("two_pass", "one_pass", "packed"):
+            with pytest.raises(UnsupportedModelError, match=rf"last {window} tokens \(sliding window\).*17 tokens"):
+                kvpref.response_logps(model, batch_of(groups), mode=mode)
+        oracle.assert_same(oracle.shared(model, batch_of(groups), mode="padded"), truth, FP64_TOLERANCE)
+
+
+def test_sliding_window_in_some_layers_only() -> None:
+    for variant in ("qwen2", "qwen3"):
+        model = tiny_model(
+            variant,
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention"],
+        )
+        with pytest.raises(UnsupportedModelError, match="sliding window"):
+            kvpref.response_logps(kvpref.attach(model), batch_of(pairs()))
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    model = kvpref.attach(tiny_model("llama"))
+    model.config.is_causal = False
+    for mode in ("two_pass", "one_pass", "packed"):
+        with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
+            kvpref.response_logps(model, batch_of(pairs()), mode=mode)
+
+
+def test_a_layer_that_bypasses_the_attention_interface_is_refused() -> None:
+    model = kvpref.attach(tiny_model("llama"))
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(UnsupportedModelError, match="1 attention layers ran through kvpref"):
+        kvpref.response_logps(model, batch_of(pairs()))
+
+
+def test_a_layer_that_runs_twice_is_refused() -> None:
+    """Its second call would read the keys of the first."""
+    model = kvpref.attach(tiny_model("llama"))
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(UnsupportedModelError, match="2 calls"):
+        kvpref.response_logps(model, batch_of(pairs()))
+
+
+def test_unknown_attention_keywords_are_refused() -> None:
+    model = kvpref.attach(tiny_model("llama"))
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "s_aux": torch.ones(4)}), with_kwargs=True
+    )
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention passes s_aux"):
+        kvpref.response_logps(model, batch_of(pairs()))
+
+
+def test_a_failed_pass_leaves_nothing_behind() -> None:
+    """The pass is bound only while masks are built, so that an ordinary forward after an error is ordinary."""
+    model = tiny_model("llama").eval()
+    ids = torch.tensor([tokens(6, 1)])
+    kvpref.attach(model)
+    expected = model(ids).logits
+    layer = model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(RuntimeError("boom")))
+    with pytest.raises(RuntimeError, match="boom"):
+        kvpref.response_logps(model, batch_of(pairs()))
+    handle.remove()
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_unknown_modes_and_backends_are_refused_by_name() -> None:
+    model = kvpref.attach(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"'three_pass'.*two_pass, one_pass, packed, padded"):
+        kvpref.response_logps(model, batch_of(pairs()), mode="three_pass")
+    with pytest.raises(ValueError, match=r"'fastest'.*cpu_flash, cuda_flash, reference"):
+        kvpref.response_logps(model, batch_of(pairs()), backend="fastest")
