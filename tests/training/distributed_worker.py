@@ -1,0 +1,52 @@
+"""Run under torchrun by test_distributed: one optimizer step on this rank's share, gradients written by rank 0."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from preference_runs import make_args, make_groups, make_model, reference_free_loss
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import kvpref
+
+
+def run_ddp(output: str) -> None:
+    """The trainer itself, two steps of plain SGD; rank 0 saves the weights after it."""
+    trainer = kvpref.PreferenceTrainer(make_model(), make_args(output), train_dataset=make_groups())
+    trainer.train()
+    if dist.get_rank() == 0:
+        torch.save(trainer.model.state_dict(), f"{output}/weights.pt")
+
+
+def run_fsdp2(output: str) -> None:
+    """`fully_shard` on the module that the trainer wraps; each rank takes half of the groups."""
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = kvpref.attach(make_model())
+    for layer in model.base_model.h:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    groups = make_groups()
+    own = groups[rank::world_size]
+    # FSDP averages gradients over ranks, so each rank's mean is weighted by its share of the groups.
+    weight = len(own) * world_size / len(groups)
+    kvpref.forward_backward(
+        model, kvpref.collate(own), reference_free_loss, backward=partial(_weighted_backward, weight=weight)
+    )
+    grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save(grads, f"{output}/grads.pt")
+    dist.destroy_process_group()
+
+
+def _weighted_backward(loss: torch.Tensor, weight: float) -> None:
+    (loss * weight).backward()
+
+
+if __name__ == "__main__":
+    {"ddp": run_ddp, "fsdp2": run_fsdp2}[sys.argv[1]](sys.argv[2])
