@@ -1,16 +1,20 @@
-"""Small tokenizers made on the spot, and the real data where a checkout has it."""
+"""Small tokenizers made on the spot."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
+# A deadline per example fails on a busy machine, whatever the code does.
+settings.register_profile("kvpref", deadline=None)
+settings.load_profile("kvpref")
 
 SENTENCES = [
     "hello world hello world hello world",
@@ -19,13 +23,13 @@ SENTENCES = [
     "user assistant system answer question prompt response",
 ] * 3
 
-CHAT_TEMPLATE = (
+CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def build_tokenizer(
+def build_byte_level_tokenizer(
     *,
     bos: bool = True,
     eos: bool = True,
@@ -62,7 +66,8 @@ def build_tokenizer(
     )
 
 
-def build_space_trimming_tokenizer() -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="session")
+def space_trimming_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, but "o " and "  " are one each, with outer spaces left out of the offsets."""
     pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "o\u0120", "\u0120\u0120"]
     merges = [("o", "\u0120"), ("\u0120", "\u0120")]
@@ -105,13 +110,31 @@ class LongestMatchTokenizer(PreTrainedTokenizer):
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """BOS and EOS exist and are not added by default; no chat template."""
-    return build_tokenizer()
+    return build_byte_level_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     """With a ChatML template; EOS is </s>, which the template does not write."""
-    return build_tokenizer(chat_template=CHAT_TEMPLATE)
+    return build_byte_level_tokenizer(chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def build_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes a byte-level tokenizer with other special tokens, defaults or template."""
+    return build_byte_level_tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_template() -> str:
+    """ChatML."""
+    return CHATML
+
+
+@pytest.fixture(scope="session")
+def slow_tokenizer() -> PreTrainedTokenizer:
+    """Without offsets."""
+    return LongestMatchTokenizer()
 
 
 @pytest.fixture
@@ -128,15 +151,3 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
-
-
-@pytest.fixture(scope="session")
-def shared_folder() -> Path:
-    """The folder with published data and tokenizers, which is not part of the repository."""
-    repository = Path(__file__).resolve().parents[2]
-    named = os.environ.get("KVPREF_SHARED")
-    candidates = [Path(named)] if named else [repository.parent / "shared", repository / "shared"]
-    for candidate in candidates:
-        if (candidate / "data").is_dir() and (candidate / "tokenizers").is_dir():
-            return candidate
-    pytest.skip("no real data: set KVPREF_SHARED to a folder with data/ and tokenizers/")

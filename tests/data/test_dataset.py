@@ -12,7 +12,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import build_tokenizer
 
 from kvpref.data import (
     BadRow,
@@ -72,13 +71,13 @@ def test_bad_row_is_skipped_counted_and_listed(tokenizer, write_jsonl, line, rea
     assert reason in bad.reason
 
 
-def test_the_first_bad_row_is_named_even_if_only_its_tokens_are_bad(write_jsonl):
+def test_the_first_bad_row_is_named_even_if_only_its_tokens_are_bad(write_jsonl, build_tokenizer):
     path = write_jsonl(PAIR, {"prompt": "", "responses": ["a"]}, "not JSON")
     with pytest.raises(InputError, match=r"rows\.jsonl:2: .*no BOS token"):
         load_preferences(path, build_tokenizer(bos=False))
 
 
-def test_bad_rows_are_listed_in_the_order_of_the_file(write_jsonl):
+def test_bad_rows_are_listed_in_the_order_of_the_file(write_jsonl, build_tokenizer):
     path = write_jsonl({"prompt": "", "responses": ["a"]}, "not JSON", PAIR, {"prompt": "", "responses": ["a"]})
     report = load_preferences(path, build_tokenizer(bos=False), SKIP).report
     assert report is not None
@@ -234,10 +233,10 @@ REAL_FILES = {
 
 
 @pytest.mark.parametrize("name", REAL_FILES)
-def test_real_data_gives_the_published_figures(shared_folder: Path, name: str):
+def test_real_data_gives_the_published_figures(shared_dir: Path, name: str):
     num_groups, prompt, response, saving = REAL_FILES[name]
-    tokenizer = load_tokenizer(str(shared_folder / "tokenizers" / "gpt_neox_20b"))
-    dataset = load_preferences(str(shared_folder / "data" / f"{name}.jsonl"), tokenizer)
+    tokenizer = load_tokenizer(str(shared_dir / "tokenizers" / "gpt_neox_20b"))
+    dataset = load_preferences(str(shared_dir / "data" / f"{name}.jsonl"), tokenizer)
     statistics = summarize_dataset(dataset)
     assert dataset.report is not None
     assert not dataset.report.bad_rows
@@ -252,9 +251,9 @@ def test_real_data_gives_the_published_figures(shared_folder: Path, name: str):
         assert sequence.scored[-1]
 
 
-def test_real_few_shot_prompts_share_what_was_measured(shared_folder: Path):
-    tokenizer = load_tokenizer(str(shared_folder / "tokenizers" / "gpt_neox_20b"))
-    dataset = load_preferences(str(shared_folder / "data" / "game24_groups.jsonl"), tokenizer)
+def test_real_few_shot_prompts_share_what_was_measured(shared_dir: Path):
+    tokenizer = load_tokenizer(str(shared_dir / "tokenizers" / "gpt_neox_20b"))
+    dataset = load_preferences(str(shared_dir / "data" / "game24_groups.jsonl"), tokenizer)
     total = sum(lengths.total_tokens for lengths in dataset.lengths)
     # Published: 6.77 = N(P+R) / (P + NR) without EOS, for 100 responses each.
     without_eos = total - 100 * len(dataset)
@@ -262,9 +261,9 @@ def test_real_few_shot_prompts_share_what_was_measured(shared_folder: Path):
     assert summarize_dataset(dataset).prompt_tokens.mean == 354
 
 
-def test_real_unstable_boundaries_are_tokenized_whole(shared_folder: Path):
-    path = shared_folder / "data" / "tot_text_groups.jsonl"
-    tokenizer = load_tokenizer(str(shared_folder / "tokenizers" / "gpt2"))
+def test_real_unstable_boundaries_are_tokenized_whole(shared_dir: Path):
+    path = shared_dir / "data" / "tot_text_groups.jsonl"
+    tokenizer = load_tokenizer(str(shared_dir / "tokenizers" / "gpt2"))
     dataset = load_preferences(str(path), tokenizer)
     num_unstable = 0
     for row, group in zip(map(json.loads, path.open(encoding="utf-8")), dataset, strict=True):

@@ -187,6 +187,20 @@ def test_costliest_micro_batch_is_split_evenly_between_ranks():
     )
 
 
+def test_the_costliest_run_is_the_one_that_is_split():
+    lengths = [make_lengths([length]) for length in (1, 1, 4, 5, 5)]
+    options = StepOptions(groups_per_step=5, world_size=3, max_tokens_per_micro_batch=10, shuffle=False)
+    (step,) = StepPlanner(lengths, options).steps()
+    assert {batch.group_indices for rank in step for batch in rank} == {(0, 1, 2), (3,), (4,)}
+
+
+def test_the_rank_that_did_least_gets_the_costliest_of_a_round():
+    lengths = [make_lengths([length]) for length in (3, 4, 5, 6)]
+    options = StepOptions(groups_per_step=4, world_size=2, max_tokens_per_micro_batch=6, shuffle=False)
+    (step,) = StepPlanner(lengths, options).steps()
+    assert step == ((MicroBatch((3,)), MicroBatch((0,))), (MicroBatch((2,)), MicroBatch((1,))))
+
+
 def test_ranks_are_balanced_by_cost():
     planner = StepPlanner(pairs(256), StepOptions(groups_per_step=64, world_size=4, max_tokens_per_micro_batch=600))
     for step in planner.steps(0):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import build_tokenizer
 from typer.testing import CliRunner
 
 from kvpref.cli import data as data_command
@@ -52,6 +51,14 @@ def test_shared_response_starts_count_in_the_prefix_saving_only():
     assert statistics.prefix_saving == pytest.approx(8 / 5)
 
 
+def test_prompts_of_unequal_length_count_as_the_shortest():
+    group = Group([Sequence([1, 2, 3, 4], [False, False, False, True]), Sequence([1, 2, 5], [False, False, True])])
+    statistics = summarize_dataset(PreferenceDataset([group]))
+    assert statistics.prompt_tokens.mean == 2
+    assert statistics.prompt_share == pytest.approx(5 / 7)
+    assert statistics.prompt_saving == pytest.approx(7 / 5)
+
+
 def test_batch_figures():
     dataset = PreferenceDataset([make_group(10, 2, 4), make_group(20, 1, 1, 4), make_group(1, 1)])
     options = StepOptions(
@@ -83,7 +90,7 @@ def app() -> typer.Typer:
 
 
 @pytest.fixture
-def tokenizer_folder(tmp_path: Path) -> str:
+def tokenizer_folder(tmp_path: Path, build_tokenizer) -> str:
     build_tokenizer().save_pretrained(tmp_path / "tokenizer")
     return str(tmp_path / "tokenizer")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from conftest import CHAT_TEMPLATE, LongestMatchTokenizer, build_space_trimming_tokenizer, build_tokenizer
 
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.data.rendering import render_row
@@ -85,38 +84,39 @@ def test_response_inside_a_multibyte_character_boundary(tokenizer, load):
         ("hex", "  world", "  world"),
     ],
 )
-def test_spaces_that_trimmed_offsets_hide(load, prompt, response, scored):
-    tokenizer = build_space_trimming_tokenizer()
-    assert tokenizer("o ", return_offsets_mapping=True)["offset_mapping"] == [(0, 1)], "the fixture must trim"
-    sequence = load(tokenizer, {"prompt": prompt, "responses": [response]})[0].sequences[0]
-    assert scored_text(tokenizer, sequence) == scored + "</s>"
+def test_spaces_that_trimmed_offsets_hide(load, prompt, response, scored, space_trimming_tokenizer):
+    assert space_trimming_tokenizer("o ", return_offsets_mapping=True)["offset_mapping"] == [(0, 1)], (
+        "the fixture must trim"
+    )
+    sequence = load(space_trimming_tokenizer, {"prompt": prompt, "responses": [response]})[0].sequences[0]
+    assert scored_text(space_trimming_tokenizer, sequence) == scored + "</s>"
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 @pytest.mark.parametrize("adds_eos", [False, True])
 @pytest.mark.parametrize("response", [" world", " world</s>"])
-def test_eos_comes_once(load, pad_is_eos, adds_eos, response):
+def test_eos_comes_once(load, pad_is_eos, adds_eos, response, build_tokenizer):
     tokenizer = build_tokenizer(pad_is_eos=pad_is_eos, adds_eos=adds_eos)
     sequence = load(tokenizer, {"prompt": "hello", "responses": [response]})[0].sequences[0]
     assert sequence.input_ids == (*build_tokenizer()("hello world")["input_ids"], tokenizer.eos_token_id)
     assert sequence.scored == (False, True, True)
 
 
-def test_eos_inside_the_texts_is_kept_and_the_mask_is_not_found_by_ids(load):
+def test_eos_inside_the_texts_is_kept_and_the_mask_is_not_found_by_ids(load, build_tokenizer):
     tokenizer = build_tokenizer(pad_is_eos=True)
     sequence = load(tokenizer, {"prompt": "hello</s></s>", "responses": [" world</s> fox"]})[0].sequences[0]
     assert prompt_text(tokenizer, sequence) == "hello</s></s>"
     assert scored_text(tokenizer, sequence) == " world</s> fox</s>"
 
 
-def test_tokenizer_without_eos_adds_none(load):
+def test_tokenizer_without_eos_adds_none(load, build_tokenizer):
     tokenizer = build_tokenizer(eos=False)
     sequence = load(tokenizer, {"prompt": "hello", "responses": [" world"]})[0].sequences[0]
     assert list(sequence.input_ids) == tokenizer("hello world")["input_ids"]
 
 
 @pytest.mark.parametrize("prompt", ["hello", "<s>hello"])
-def test_bos_that_the_tokenizer_adds_comes_once_and_unscored(load, prompt):
+def test_bos_that_the_tokenizer_adds_comes_once_and_unscored(load, prompt, build_tokenizer):
     tokenizer = build_tokenizer(adds_bos=True)
     sequence = load(tokenizer, {"prompt": prompt, "responses": [" world"]})[0].sequences[0]
     assert list(sequence.input_ids) == [*tokenizer("hello world")["input_ids"], tokenizer.eos_token_id]
@@ -140,7 +140,7 @@ def test_prompt_swallowed_by_one_response_gives_bos_to_all(tokenizer, load):
     assert scored_text(tokenizer, group.sequences[1]) == "p</s>"
 
 
-def test_empty_prompt_without_bos_is_a_bad_row(load, write_jsonl):
+def test_empty_prompt_without_bos_is_a_bad_row(load, write_jsonl, build_tokenizer):
     rows = [{"prompt": "hello", "responses": [" fox"]}, {"prompt": "", "responses": ["fox"]}]
     with pytest.raises(InputError, match=r"rows\.jsonl:2: a response starts at the very first token.*no BOS token"):
         load(build_tokenizer(bos=False), *rows)
@@ -153,7 +153,7 @@ def test_implicit_prompt_is_the_common_token_prefix(tokenizer, load):
     assert [prompt_text(tokenizer, sequence) for sequence in nothing_shared.sequences] == ["<s>", "<s>"]
 
 
-def test_implicit_prompt_where_one_text_begins_the_other_scores_its_eos(tokenizer, load):
+def test_implicit_prompt_where_one_text_begins_the_other_scores_its_eos(tokenizer, load, build_tokenizer):
     group = load(tokenizer, {"chosen": "hello world", "rejected": "hello world fox"})[0]
     assert [scored_text(tokenizer, sequence) for sequence in group.sequences] == ["</s>", " fox</s>"]
     with pytest.raises(InputError, match="do not differ after their common beginning"):
@@ -177,7 +177,7 @@ def test_implicit_chat_rows_equal_explicit_ones(chat_tokenizer, load):
     assert implicit.fingerprint == explicit.fingerprint
 
 
-def test_chat_template_without_end_of_turn_gets_eos(load):
+def test_chat_template_without_end_of_turn_gets_eos(load, build_tokenizer):
     tokenizer = build_tokenizer(chat_template="{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}")
     sequence = load(tokenizer, {"prompt": [USER], "responses": [[GOOD]]})[0].sequences[0]
     assert tokenizer.decode(sequence.input_ids) == "user hello assistant world </s>"
@@ -185,15 +185,21 @@ def test_chat_template_without_end_of_turn_gets_eos(load):
     assert scored_text(tokenizer, sequence).lstrip() == "assistant world </s>"
 
 
-def test_chat_template_that_ends_with_eos_and_a_newline_gets_no_second_one(load):
+def test_chat_template_that_ends_with_eos_and_a_newline_gets_no_second_one(load, build_tokenizer):
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}</s>\n{% endfor %}"
     tokenizer = build_tokenizer(chat_template=template, adds_bos=True)
     sequence = load(tokenizer, {"prompt": [USER], "responses": ["world"]})[0].sequences[0]
     assert tokenizer.decode(sequence.input_ids) == "<s>hello</s>\nworld</s>\n"
 
 
-def test_chat_template_that_rewrites_the_prompt_uses_the_common_beginning(load):
-    template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\nthink{% endif %}")
+def test_chat_template_decides_about_bos(load, build_tokenizer, chat_template):
+    tokenizer = build_tokenizer(chat_template=chat_template, adds_bos=True)
+    sequence = load(tokenizer, {"prompt": [USER], "responses": ["world"]})[0].sequences[0]
+    assert tokenizer.bos_token_id not in sequence.input_ids
+
+
+def test_chat_template_that_rewrites_the_prompt_uses_the_common_beginning(load, build_tokenizer, chat_template):
+    template = chat_template.replace("assistant\n{% endif %}", "assistant\nthink{% endif %}")
     tokenizer = build_tokenizer(chat_template=template)
     sequence = load(tokenizer, {"prompt": [USER], "responses": ["world"]})[0].sequences[0]
     assert scored_text(tokenizer, sequence) == "world<|im_end|>\n"
@@ -205,20 +211,20 @@ def test_messages_without_chat_template_say_what_to_do_even_when_skipping(tokeni
         load(tokenizer, *rows, on_bad_row="skip")
 
 
-def test_chat_template_that_refuses_is_a_bad_row(load):
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+def test_chat_template_that_refuses_is_a_bad_row(load, build_tokenizer, chat_template):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + chat_template
     row = {"prompt": [{"role": "system", "content": "x"}, USER], "responses": ["world"]}
     with pytest.raises(InputError, match=r"rows\.jsonl:1: the chat template refuses the messages \(no system role\)"):
         load(build_tokenizer(chat_template=template), row)
 
 
-def test_chat_template_that_writes_nothing_for_a_response(load):
+def test_chat_template_that_writes_nothing_for_a_response(load, build_tokenizer):
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(InputError, match="writes nothing for it"):
         load(build_tokenizer(chat_template=template), {"prompt": [USER], "responses": ["world"]})
 
 
-def test_response_that_the_tokenizer_drops_is_a_bad_row(load):
+def test_response_that_the_tokenizer_drops_is_a_bad_row(load, build_tokenizer):
     from tokenizers import normalizers
 
     tokenizer = build_tokenizer()
@@ -227,20 +233,18 @@ def test_response_that_the_tokenizer_drops_is_a_bad_row(load):
         load(tokenizer, {"prompt": "hello", "responses": ["\u200b"]})
 
 
-def test_slow_tokenizer_scores_from_the_first_token_that_differs(load):
-    tokenizer = LongestMatchTokenizer()
-    group = load(tokenizer, {"prompt": "d ab", "responses": ["c", "f"]})[0]
-    tokens = [tokenizer.convert_ids_to_tokens(list(sequence.input_ids)) for sequence in group.sequences]
+def test_slow_tokenizer_scores_from_the_first_token_that_differs(load, slow_tokenizer):
+    group = load(slow_tokenizer, {"prompt": "d ab", "responses": ["c", "f"]})[0]
+    tokens = [slow_tokenizer.convert_ids_to_tokens(list(sequence.input_ids)) for sequence in group.sequences]
     assert tokens == [["d", " ", "abc", "</s>"], ["d", " ", "ab", "f", "</s>"]]
     assert [sequence.scored.index(True) for sequence in group.sequences] == [2, 3]
 
 
-def test_slow_tokenizer_reads_implicit_prompts_and_empty_ones(load):
-    tokenizer = LongestMatchTokenizer()
-    implicit = load(tokenizer, {"chosen": "abcd", "rejected": "abce"})[0]
+def test_slow_tokenizer_reads_implicit_prompts_and_empty_ones(load, slow_tokenizer):
+    implicit = load(slow_tokenizer, {"chosen": "abcd", "rejected": "abce"})[0]
     assert [sequence.scored for sequence in implicit.sequences] == [(False, True, True)] * 2
-    swallowed = load(tokenizer, {"prompt": "ab", "responses": ["c"]})[0].sequences[0]
-    assert tokenizer.convert_ids_to_tokens(list(swallowed.input_ids)) == ["<s>", "abc", "</s>"]
+    swallowed = load(slow_tokenizer, {"prompt": "ab", "responses": ["c"]})[0].sequences[0]
+    assert slow_tokenizer.convert_ids_to_tokens(list(swallowed.input_ids)) == ["<s>", "abc", "</s>"]
     assert swallowed.scored == (False, True, True)
 
 
