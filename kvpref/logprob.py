@@ -25,7 +25,8 @@ class HeadParams:
 
     Attributes:
         logit_scale: Factor on the logits.
-        max_tile_bytes: Bound on one tile of logits, in bytes; None takes what was fastest for the device.
+        max_tile_bytes: Bound on one tile of logits, in bytes (a tile has at least one token and 256 columns); None
+            takes what was fastest for the device.
     """
 
     logit_scale: float = 1.0
@@ -97,8 +98,9 @@ class _Tiles:
         # 16-bit products with fp32 results exist on CUDA only; elsewhere the operands are widened tile by tile.
         narrow = hidden.is_cuda and gemm_dtype in (torch.bfloat16, torch.float16)
         self.gemm_dtype = gemm_dtype if narrow else self.sum_dtype
-        self.tokens_per_tile = max(1, min(self.num_tokens, _MAX_TOKENS_PER_TILE))
         tile_bytes = params.max_tile_bytes or _TILE_BYTES.get(hidden.device.type, _DEFAULT_TILE_BYTES)
+        most_tokens = min(_MAX_TOKENS_PER_TILE, tile_bytes // (self.sum_dtype.itemsize * _MIN_VOCAB_PER_TILE))
+        self.tokens_per_tile = max(1, min(self.num_tokens, most_tokens))
         columns = tile_bytes // (self.sum_dtype.itemsize * self.tokens_per_tile)
         self.vocab_per_tile = min(self.vocab_size, max(_MIN_VOCAB_PER_TILE, columns))
 
