@@ -20,6 +20,7 @@ from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.modeling.attach import attach
 from kvpref.modeling.passes import response_logps
 from kvpref.modeling.schedules import forward_backward
+from kvpref.modeling.support import unwrap
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.callbacks import EpochCallback, MetricsFileCallback, ThroughputProgressCallback
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
@@ -80,6 +81,9 @@ class PreferenceTrainer(Trainer):
             **kwargs,
         )
         self._replace_progress()
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if dataset is not None:
+                _check_lengths(dataset, self.model)
 
     # What feeds the loop
 
@@ -259,3 +263,14 @@ def _selected(dataset: PreferenceDataset | list[Group] | None, loss: PreferenceL
         return None
     groups = dataset if isinstance(dataset, PreferenceDataset) else PreferenceDataset(dataset)
     return groups if type(loss).select is PreferenceLoss.select else groups.map_groups(loss.select)
+
+
+def _check_lengths(dataset: PreferenceDataset, model: nn.Module) -> None:
+    """Raise InputError for the first group with a sequence longer than the model's positions."""
+    limit = getattr(unwrap(model).config, "max_position_embeddings", None)
+    for group_id, lengths in zip(dataset.group_ids, dataset.lengths, strict=True):
+        if limit is not None and lengths.max_sequence_tokens > limit:
+            raise InputError(
+                f"{group_id}: a sequence of {lengths.max_sequence_tokens} tokens is longer than the model's {limit} "
+                "positions; set max_prompt_tokens and max_response_tokens to cut longer ones"
+            )
