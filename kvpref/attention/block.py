@@ -30,6 +30,8 @@ class VarlenBlock:
         cu_seqlens_k: (num_pairs + 1,) int32 row offsets of the keys, on the device.
         max_seqlen_q: Longest query range, in tokens.
         max_seqlen_k: Longest key range, in tokens.
+        num_queries: Rows of the query, over all pairs.
+        num_keys: Rows of keys and values, over all pairs.
         causal: Query j of a pair sees its keys up to and including j; both ranges are then equal.
         pairs: The non-empty pairs as (q_start, q_end, k_start, k_end), known on the host so that CPU backends never
             read a tensor.
@@ -39,6 +41,8 @@ class VarlenBlock:
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    num_queries: int
+    num_keys: int
     causal: bool
     pairs: tuple[tuple[int, int, int, int], ...]
 
@@ -50,6 +54,8 @@ class VarlenBlock:
             cu_seqlens_k=torch.tensor(layout.cu_seqlens_k, dtype=torch.int32, device=device),
             max_seqlen_q=max(end - start for start, end in spans_q),
             max_seqlen_k=max(end - start for start, end in spans_k),
+            num_queries=layout.cu_seqlens_q[-1],
+            num_keys=layout.cu_seqlens_k[-1],
             causal=layout.causal,
             # A zero-length query or key range kills the process inside PyTorch's CPU flash kernel.
             pairs=tuple((*q, *k) for q, k in zip(spans_q, spans_k, strict=True) if q[1] > q[0] and k[1] > k[0]),

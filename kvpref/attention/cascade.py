@@ -89,9 +89,10 @@ def _check_tensors(
                 f"{name} {tuple(tensor.shape)} does not fit query {tuple(query.shape)}: head dims must be equal and "
                 "the number of query heads a multiple of the number of key/value heads"
             )
-    plan.backend.check(query, key, plan.self_block)
-    for (prefix_key, _), block in zip(prefixes, plan.cross_blocks, strict=True):
-        plan.backend.check(query, prefix_key, block)
+    blocks = (plan.self_block, *plan.cross_blocks)
+    for pair, block in zip(((key, value), *prefixes), blocks, strict=True):
+        for tensor in pair:
+            plan.backend.check(query, tensor, block)
 
 
 class _Cascade(torch.autograd.Function):

@@ -64,8 +64,9 @@ class Backend(ABC):
         """
 
     def check(self, query: torch.Tensor, key: torch.Tensor, block: VarlenBlock) -> None:
-        """Raise ValueError if the block's rows do not fit the query's or the key's."""
-        _, num_queries, _, num_keys = block.pairs[-1] if block.pairs else (0, 0, 0, 0)
-        for name, needed, rows in (("query", num_queries, query.shape[0]), ("key", num_keys, key.shape[0])):
-            if needed > rows:
-                raise ValueError(f"the block covers {needed} {name} rows; the {name} has {rows}")
+        """Raise ValueError if the block is for other numbers of rows than the query and the key (or value) have."""
+        found, expected = (query.shape[0], key.shape[0]), (block.num_queries, block.num_keys)
+        if found != expected:
+            raise ValueError(
+                f"the block is for {expected[0]} queries and {expected[1]} keys; got {found[0]} and {found[1]}"
+            )
