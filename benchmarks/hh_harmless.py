@@ -95,7 +95,9 @@ def plot(runs: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
     )
     figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.8), constrained_layout=True)
     for axis, (loss, name, title) in zip(axes, panels, strict=True):
-        for mode, style in zip(MODES, ({"linewidth": 4, "alpha": 0.4}, {"linewidth": 1, "color": "black"}), strict=True):
+        for mode, style in zip(
+            MODES, ({"linewidth": 4, "alpha": 0.4}, {"linewidth": 1, "color": "black"}), strict=True
+        ):
             steps = runs[loss, mode]["steps"]
             axis.plot([line["step"] for line in steps], [line[name] for line in steps], label=mode, **style)
         axis.set(title=title, xlabel="optimizer step (16 pairs)")

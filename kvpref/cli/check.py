@@ -44,8 +44,10 @@ def _check_architecture(source: str) -> dict[str, Any]:
 
     from kvpref.cli.loading import load_config
     from kvpref.modeling.attach import attach
+    from kvpref.modeling.support import check_config
 
     settings = load_config(source)
+    check_config(settings)  # before building: a model of another family may not even build
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)

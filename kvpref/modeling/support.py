@@ -37,13 +37,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def check_architecture(model: PreTrainedModel) -> None:
-    """Check what does not change after loading: family, rotary embeddings, head.
+def check_config(config: Any) -> None:
+    """Check what a configuration alone tells: family and rotary embeddings.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
     """
-    config = model.config
     name = config.model_type
     if name in REFUSED:
         reason, nearest = REFUSED[name]
@@ -55,6 +54,21 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"model type {name!r} is not supported: nobody has checked that it is exact; supported families: "
             f"{', '.join(FAMILIES)}. {SAFE_FALLBACK}"
         )
+    for rope_type in _rope_types(config):
+        if rope_type in LENGTH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"rope type {rope_type!r} picks frequencies from the longest position of each forward, so two passes "
+                "could disagree; remove the rope scaling from the config or choose 'linear', 'yarn' or 'llama3'"
+            )
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Check what does not change after loading: the configuration, and that the class is transformers' own.
+
+    Raises:
+        UnsupportedModelError: With the reason and the nearest thing that works.
+    """
+    check_config(model.config)
     if not type(model).__name__.endswith("ForCausalLM") and not type(model).__name__.endswith("LMHeadModel"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
@@ -64,12 +78,6 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is custom code ({type(model).__module__}), which kvpref has not checked; "
             f"load the model with trust_remote_code=False"
         )
-    for rope_type in _rope_types(config):
-        if rope_type in LENGTH_DEPENDENT_ROPE:
-            raise UnsupportedModelError(
-                f"rope type {rope_type!r} picks frequencies from the longest position of each forward, so two passes "
-                "could disagree; remove the rope scaling from the config or choose 'linear', 'yarn' or 'llama3'"
-            )
 
 
 def check_training_state(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -245,6 +246,30 @@ class PreferenceTrainer(Trainer):
             logs = {**logs, **self._metric_meter.pop(self.args.world_size)}
             logs.update(self.token_meter.rates(self.args.world_size))
         super().log(logs, *args, **kwargs)
+
+    # Saving
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers.Trainer`; a failed write raises RunError."""
+        with self._saving():
+            super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._saving():
+            super()._save_checkpoint(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except RunError:
+            raise
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # A full disk shows as any of the three, depending on which file was being written.
+            raise RunError(
+                f"cannot save to {self.args.output_dir} at step {self.state.global_step}: {error}; earlier checkpoints "
+                "are intact. Make room (or fix permissions), then continue with --resume"
+            ) from error
 
     def floating_point_ops(self, inputs: Step) -> int:  # type: ignore[override]
         """Training FLOPs of a step's linear layers: 6 per parameter and token that runs through the layers."""

@@ -1,0 +1,189 @@
+"""The commands end to end, in fresh processes where that is the point."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from command_line import Run, command_line, environment
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_needs_no_heavy_imports() -> None:
+    # Importing torch or transformers alone takes seconds; --help must answer within one.
+    code = "import sys, kvpref.cli; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("launcher", [["-m", "kvpref"], [str(ROOT / "cli.py")]])
+def test_launchers(launcher: list[str]) -> None:
+    done = subprocess.run([sys.executable, *launcher, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().count(".") == 2
+
+
+@pytest.mark.parametrize("command", [["train"], ["score"], ["check"], ["data", "inspect"], ["demo"]])
+def test_every_command_has_an_example(command: list[str], kvpref_command: Run) -> None:
+    done = kvpref_command(*command, "--help")
+    assert done.returncode == 0
+    assert f"Example: kvpref {' '.join(command)}" in done.stdout
+
+
+def test_train_saves_a_model_and_how_it_was_made(trained_dir: Path) -> None:
+    names = {path.name for path in trained_dir.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "run.yaml", "metrics.jsonl"} <= names
+    assert "kvpref" not in (trained_dir / "config.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(trained_dir)
+    assert model(input_ids=torch.tensor([[2, 3]])).logits.isfinite().all()
+
+
+def test_train_repeats_from_the_saved_run_file(trained_dir: Path, tmp_path: Path, kvpref_command: Run) -> None:
+    done = kvpref_command("train", "--config-file", trained_dir / "run.yaml", "--output", tmp_path / "again", "--json")
+    assert done.returncode == 0, done.stderr
+    again, first = load_file(tmp_path / "again" / "model.safetensors"), load_file(trained_dir / "model.safetensors")
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert math.isfinite(json.loads(done.stdout.splitlines()[-1])["train_loss"])
+
+
+def test_killed_run_resumes_to_the_same_end(
+    tmp_path: Path, kvpref_command: Run, trained_dir: Path, pairs_file: Path
+) -> None:
+    def arguments(output: Path) -> list[object]:
+        return [
+            *("train", trained_dir, pairs_file, "--output", output, "--batch-size", 4, "--max-steps", 40),
+            *("--save-steps", 3, "--logging-steps", 1, "--learning-rate", 1e-2, "--set", "use_cpu=true"),
+        ]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert kvpref_command(*arguments(whole)).returncode == 0
+    process = subprocess.Popen(command_line(*arguments(parts)), env=environment(), stderr=subprocess.DEVNULL)
+    wait_for(parts / "checkpoint-6" / "trainer_state.json", process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (parts / "model.safetensors").exists(), "killed too late to prove anything"
+
+    assert kvpref_command(*arguments(parts)).returncode == 2, "without --resume nothing is overwritten"
+    done = kvpref_command(*arguments(parts), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from checkpoint-" in done.stderr
+    final, expected = load_file(parts / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(final[name], expected[name]) for name in expected)
+    assert losses(parts) == losses(whole)
+
+
+def test_full_disk_keeps_what_was_saved(
+    tmp_path: Path, kvpref_command: Run, trained_dir: Path, pairs_file: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["train", trained_dir, pairs_file, "--output", output, "--batch-size", 4, "--max-steps", 4]
+    arguments += ["--save-steps", 2, "--set", "use_cpu=true"]
+    assert kvpref_command(*arguments).returncode == 0
+    saved = (output / "checkpoint-2" / "model.safetensors").read_bytes()
+    longer = [
+        8 if argument == 4 and arguments[index - 1] == "--max-steps" else argument
+        for index, argument in enumerate(arguments)
+    ]
+    # A limit on the size of files fails writes just as a full disk does.
+    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command_line(*longer, "--resume")]
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "cannot save to" in error
+    assert "continue with --resume" in error
+    assert (output / "checkpoint-2" / "model.safetensors").read_bytes() == saved
+
+
+def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    from kvpref.cli.training_run import find_checkpoint
+
+    for step, state in ((3, '{"global_step": 3}'), (6, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    lines: list[str] = []
+    assert find_checkpoint(tmp_path, resume=True, report=lines.append) == str(tmp_path / "checkpoint-3")
+    assert lines == [
+        "checkpoint-12 is incomplete and is passed over",
+        "checkpoint-6 is incomplete and is passed over",
+        "resuming from checkpoint-3",
+    ]
+
+
+def test_bad_rows_are_skipped_and_listed(
+    tmp_path: Path, kvpref_command: Run, trained_dir: Path, pairs_file: Path
+) -> None:
+    data = tmp_path / "some_bad.jsonl"
+    data.write_text(pairs_file.read_text() + '{"prompt": "one"}\n')
+    output = tmp_path / "out"
+    done = kvpref_command("train", trained_dir, data, "--output", output, "--max-steps", 1, "--on-bad-row", "skip")
+    assert done.returncode == 0, done.stderr
+    assert "24 groups; 1 bad rows skipped" in done.stderr
+    (listed,) = (json.loads(line) for line in (output / "some_bad.bad_rows.jsonl").read_text().splitlines())
+    assert listed["location"].endswith("some_bad.jsonl:25")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_score_writes_each_response(
+    tmp_path: Path, suffix: str, kvpref_command: Run, trained_dir: Path, pairs_file: Path
+) -> None:
+    output = tmp_path / f"scores.{suffix}"
+    done = kvpref_command("score", trained_dir, pairs_file, "--output", output, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["num_sequences"] == 48
+    if suffix == "jsonl":
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+    else:
+        rows = pyarrow.parquet.read_table(output).to_pylist()
+    assert [(row["group"], row["response"]) for row in rows] == [(g, r) for g in range(24) for r in range(2)]
+    model = AutoModelForCausalLM.from_pretrained(trained_dir)
+    # Row 0 by hand: "one ... eight" (18 words from "one" on), then " one two" and EOS.
+    prompt = [2 + step % 10 for step in range(18)]
+    input_ids = torch.tensor([[*prompt, 2, 3, 0]])
+    logps = model(input_ids=input_ids).logits.float().log_softmax(-1)
+    expected = sum(logps[0, position - 1, input_ids[0, position]].item() for position in (18, 19, 20))
+    assert rows[0]["num_tokens"] == 3
+    # float32, two orders of summation
+    assert rows[0]["sum_logp"] == pytest.approx(expected, abs=1e-4)
+    assert rows[0]["mean_logp"] == pytest.approx(expected / 3, abs=1e-4)
+
+
+def test_check_reads_the_configuration_only(kvpref_command: Run, config_file: Path) -> None:
+    done = kvpref_command("check", "--config", config_file, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "model": str(config_file),
+        "supported": True,
+        "model_type": "llama",
+    }
+
+
+def test_check_numeric_compares_with_the_naive_forward(kvpref_command: Run, trained_dir: Path) -> None:
+    done = kvpref_command("check", trained_dir, "--numeric", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < result["max_logp_error"] < 1e-4
+    assert 0 < result["max_gradient_error"] < 1e-3
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, "the run ended before its checkpoint"
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.02)
