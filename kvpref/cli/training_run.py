@@ -43,10 +43,10 @@ def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None])
         RunError: If the run fails (a NaN loss, say).
     """
     args = training_arguments(run)
-    checkpoint = find_checkpoint(Path(args.output_dir or "."), resume=resume, report=report)
+    report_main = report if args.process_index == 0 else _silent
+    checkpoint = find_checkpoint(Path(args.output_dir or "."), resume=resume, report=report_main)
     model = load_model(run.model, run.config, dtype=run.dtype, seed=args.seed)
     tokenizer = load_matching_tokenizer(run.tokenizer, run.model, model)
-    report_main = report if args.process_index == 0 else _silent
     train_data = _load(run, run.data, tokenizer, args, report_main)
     eval_data = None if run.eval_data is None else _load(run, run.eval_data, tokenizer, args, report_main)
     trainer = PreferenceTrainer(

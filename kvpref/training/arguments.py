@@ -57,6 +57,9 @@ class PreferenceTrainingArguments(TrainingArguments):
                 raise InputError(f"unknown {name} {value!r}; choose from: {', '.join(valid)}")
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.ddp_find_unused_parameters is None:
+            # Every trainable parameter takes part in every step; looking for others would walk the graph each time.
+            self.ddp_find_unused_parameters = False
         # One process drives one device: DataParallel would scatter a batch that only makes sense whole.
         if self.n_gpu > 1:
             self._n_gpu = 1

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from kvpref.batch import Batch, ResponseLogps
 from kvpref.data import PreferenceDataset
@@ -113,13 +117,19 @@ def _compute(
     model.eval()
     try:
         with torch.no_grad(), _without_adapter(model):
-            for step in make_loader(groups, planner, args):
+            for step in _with_progress(make_loader(groups, planner, args), args):
                 for inputs in step:
                     found.update(_score(model, inputs, args, lengths))
     finally:
         model.train(was_training)
     found = _gather_ranks(found, args.world_size)
     return torch.cat([found[index] for index in range(len(groups))])
+
+
+def _with_progress(loader: DataLoader[Any], args: PreferenceTrainingArguments) -> Iterable[Any]:
+    if args.disable_tqdm or args.process_index != 0:
+        return loader
+    return track(loader, description="reference log-probs", console=Console(stderr=True))
 
 
 def _score(
