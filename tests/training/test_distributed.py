@@ -20,7 +20,12 @@ TOLERANCE = 1e-10
 
 def run_two_processes(kind: str, output: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(WORKER.parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "1",
+    }
     done = subprocess.run(
         [*command, str(WORKER), kind, str(output)], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -124,9 +124,7 @@ def test_resume_repeats_the_uninterrupted_run(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 7, "optim": "adamw_torch", "learning_rate": 1e-2, "save_steps": 3}
     whole = train(tmp_path / "whole", **settings)
     stopped = make_args(str(tmp_path / "parts"), save_strategy="steps", **settings)
-    kvpref.PreferenceTrainer(
-        make_model(), stopped, train_dataset=make_groups(), callbacks=[_StopAfter(step=4)]
-    ).train()
+    kvpref.PreferenceTrainer(make_model(), stopped, train_dataset=make_groups(), callbacks=[_StopAfter(step=4)]).train()
     resumed = kvpref.PreferenceTrainer(make_model(), stopped, train_dataset=make_groups())
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
     # Bitwise: the same steps in the same order on the same machine.
@@ -151,9 +149,7 @@ def test_nan_loss_stops_and_names_the_groups(tmp_path: Path) -> None:
     def broken(policy: kvpref.ResponseLogps, reference: None, batch: kvpref.Batch) -> kvpref.LossOutput:
         return kvpref.LossOutput(policy.sum().mean() * float("nan"), {})
 
-    trainer = kvpref.PreferenceTrainer(
-        make_model(), make_args(str(tmp_path)), train_dataset=make_groups(), loss=broken
-    )
+    trainer = kvpref.PreferenceTrainer(make_model(), make_args(str(tmp_path)), train_dataset=make_groups(), loss=broken)
     before = weights(trainer).clone()
     with pytest.raises(kvpref.RunError, match=r"loss is nan at optimizer step 1.*made:\d+"):
         trainer.train()
