@@ -82,6 +82,17 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return copied if dtype is None else copied.to(dtype)
 
 
+def checkpoint_layers(model: nn.Module, use_reentrant: bool = False, **options: Any) -> nn.Module:
+    """Checkpoint the layers, by the name that this release of transformers prefers; returns the model."""
+    arguments = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments, **options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments, **options)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return model
+
+
 def loss_weights(groups: list[Group]) -> torch.Tensor:
     """One random weight per scored token, so that no error can cancel in the sum; (num_scored_tokens,) float64."""
     num_scored = sum(sum(sequence.scored) for group in groups for sequence in group.sequences)
@@ -106,7 +117,7 @@ def naive_token_logps(model: nn.Module, groups: list[Group]) -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logps = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-        shares.append(logps[torch.tensor(sequence.scored[1:], device=device)])
+        shares.append(logps[torch.tensor(sequence.scored[1:], dtype=torch.bool, device=device)])
     return torch.cat(shares)
 
 

@@ -30,7 +30,7 @@ def gradients(out: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
+    return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
 
 
 def in_float64(inputs: Inputs) -> Inputs:

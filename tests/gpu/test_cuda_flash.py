@@ -152,7 +152,7 @@ def test_models_are_no_worse_than_naive_bf16(kind: str, mode: str, checkpointing
     with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast"):
         baseline = oracle.naive(oracle.twin(model), groups)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            oracle.checkpoint_layers(model)
         batch = kvpref.collate(groups, min_shared_tokens=1, device="cuda")
         found = oracle.shared(kvpref.attach(model), batch, mode=mode)
     assert oracle.relative_error(found.token_logps, exact.token_logps) <= 2 * oracle.relative_error(

@@ -44,8 +44,19 @@ def test_encode_then_score_equals_the_oracle(scenario: str, num_uses: int) -> No
 def test_encode_then_score_with_checkpointing() -> None:
     model = tiny_model("llama", torch.float64)
     truth = oracle.naive(oracle.twin(model), story_questions_answers())
-    kvpref.attach(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    oracle.checkpoint_layers(kvpref.attach(model))
     oracle.assert_same(score_in_two_calls(model, story_questions_answers(), 2), truth, FP64_TOLERANCE)
+
+
+def test_recomputation_does_not_grow_the_cache() -> None:
+    """A layer that runs again in the backward pass must read the cache only."""
+    model = oracle.checkpoint_layers(kvpref.attach(tiny_model("llama")))
+    batch = kvpref.collate(story_questions_answers(), min_shared_tokens=1)
+    cache = kvpref.encode_prefix(model, batch)
+    num_bytes = cache.num_bytes
+    kvpref.score_responses(model, batch, cache).token_logps.sum().backward()
+    assert cache.num_bytes == num_bytes
+    assert [len(layer.slabs) for layer in cache.layers] == [1, 1]
 
 
 def test_scoring_does_not_change_the_cache() -> None:

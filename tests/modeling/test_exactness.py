@@ -24,13 +24,6 @@ FP64_TOLERANCE = 1e-10
 FP32_TOLERANCE = 1e-5
 
 
-def enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
-    """Checkpoint every layer, by the name that this release of transformers prefers."""
-    arguments = {"use_reentrant": use_reentrant}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 @functools.cache
 def truth(variant: str, scenario: str) -> oracle.Result:
     """The oracle in float64; what dtypes, modes and options are compared with."""
@@ -51,7 +44,7 @@ def test_every_supported_family_is_tested() -> None:
 def test_fp64_families(variant: str, mode: str, checkpointing: bool) -> None:
     model = attached(variant)
     if checkpointing:
-        enable_checkpointing(model)
+        oracle.checkpoint_layers(model)
     batch = kvpref.collate(five_levels(), min_shared_tokens=1)
     assert batch.tree.num_levels == 5
     oracle.assert_same(oracle.shared(model, batch, mode=mode), truth(variant, "five_levels"), FP64_TOLERANCE)
@@ -75,7 +68,7 @@ def test_fp64_scenarios(scenario: str, mode: str) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_checkpointed_scenarios(scenario: str) -> None:
     model = attached("qwen3")
-    enable_checkpointing(model)
+    oracle.checkpoint_layers(model)
     batch = kvpref.collate(SCENARIOS[scenario](), min_shared_tokens=1)
     oracle.assert_same(oracle.shared(model, batch), truth("qwen3", scenario), FP64_TOLERANCE)
 

@@ -56,7 +56,7 @@ def test_lora_gradients(order: str, mode: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_lora_with_checkpointing(order: str) -> None:
     model = attached_lora(order)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    oracle.checkpoint_layers(model)
     found = oracle.shared(model, kvpref.collate(five_levels(), min_shared_tokens=1))
     oracle.assert_same(found, naive_lora(five_levels()), FP64_TOLERANCE)
 
