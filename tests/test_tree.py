@@ -170,6 +170,16 @@ def test_worked_example() -> None:
     assert tree.paths == ((0, 1), (0, 2), (3,), (0, 1))
 
 
+def test_a_short_shared_run_is_repeated_where_it_would_cost_a_longer_one() -> None:
+    """Greedy sharing from the top would keep the first run, and leave no depth or length for what is worth more."""
+    by_depth = build_tree([(1, *[row] * 4, end) for row in (2, 3) for end in (5, 6)], max_depth=1)
+    assert [segment.input_ids for segment in by_depth.segments[:1]] == [(1, 2, 2, 2, 2)]
+    assert by_depth.num_unique_tokens == 2 * 5 + 4
+    by_length = build_tree([*((1, 1, 1, 2, 2, end) for end in range(5)), (1, 1, 1, 3)], min_shared_tokens=3)
+    assert by_length.segments[0].input_ids == (1, 1, 1, 2, 2)
+    assert by_length.num_unique_tokens == 5 + 5 + 4
+
+
 def test_a_sequence_that_is_a_prefix_of_another_ends_inside_the_tree() -> None:
     tree = build_tree([(1, 2), (1, 2, 3)])
     assert tree.paths == ((0,), (0, 1))

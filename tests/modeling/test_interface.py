@@ -59,6 +59,14 @@ def test_reentrant_checkpointing_is_refused_while_training() -> None:
     kvpref.response_logps(model.eval(), batch_of(pairs()))
 
 
+def test_checkpointing_that_leaves_the_kind_open_is_refused() -> None:
+    """The default has changed between releases of PyTorch, so the kind must be said."""
+    model = kvpref.attach(tiny_model("llama"))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"preserve_rng_state": False})
+    with pytest.raises(UnsupportedModelError, match="use_reentrant"):
+        kvpref.response_logps(model, batch_of(pairs()))
+
+
 def test_copies_of_keyword_arguments_per_layer_do_no_harm() -> None:
     """FSDP2 maps over keyword arguments as pytrees, which copies every dict and list on the way to each layer."""
 
