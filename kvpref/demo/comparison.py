@@ -1,0 +1,140 @@
+"""The modes on the same batches: time, tokens through the layers, and whether losses and gradients agree."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kvpref.batch import Batch, ResponseLogps, collate
+from kvpref.data import PreferenceDataset, StepOptions, StepPlanner
+from kvpref.losses import DPO
+from kvpref.modeling.passes import response_logps
+from kvpref.modeling.schedules import forward_backward
+
+MODES = ("two_pass", "packed", "padded")
+
+
+class ComparedBatch(NamedTuple):
+    """One step's groups, collated for every mode, and their reference log-probs."""
+
+    batch: Batch
+    reference: ResponseLogps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeCost:
+    """What one mode took for forward and backward, per optimizer step."""
+
+    mode: str
+    """Name of the mode."""
+
+    time_ms: float
+    """Median over the rounds of the mean time of a step."""
+
+    num_forward_tokens: float
+    """Tokens through the layers, padding included, mean over the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The costs of all modes, and how far their results are apart."""
+
+    costs: tuple[ModeCost, ...]
+    """In the order of `MODES`."""
+
+    max_loss_difference: float
+    """Largest relative difference of a step's loss between two modes."""
+
+    max_gradient_difference: float
+    """Largest distance between two modes' gradients of a step, relative to the gradient's norm."""
+
+    def ratios(self, mode: str) -> tuple[float, float]:
+        """How many times the tokens and the time of ``two_pass`` another mode takes."""
+        by_mode = {cost.mode: cost for cost in self.costs}
+        shared, other = by_mode["two_pass"], by_mode[mode]
+        return other.num_forward_tokens / shared.num_forward_tokens, other.time_ms / shared.time_ms
+
+
+@torch.no_grad()
+def prepare_batches(
+    model: nn.Module, groups: PreferenceDataset, *, groups_per_step: int, num_steps: int
+) -> list[ComparedBatch]:
+    """Batches as the trainer makes them, with the log-probs that `model` gives now as the reference.
+
+    The trainer puts prompts of about equal length together, so ``padded`` is not charged for padding that it can avoid.
+    """
+    model.eval()
+    planner = StepPlanner(groups.lengths, StepOptions(groups_per_step=groups_per_step), groups.group_ids)
+    batches = []
+    for step in planner.steps()[:num_steps]:
+        indices = step[0][0].group_indices
+        batch = collate([groups[index] for index in indices], modes=MODES)
+        batches.append(ComparedBatch(batch, response_logps(model, batch)))
+    return batches
+
+
+def compare_modes(model: nn.Module, batches: list[ComparedBatch], loss: DPO, num_rounds: int) -> Comparison:
+    """Run forward and backward of every mode on every batch; the parameters do not change.
+
+    Modes take turns within each round, in one process, so that whatever else the machine does hits all alike.
+    """
+    model.train()
+    # The first run of each mode, which also warms up, gives the results to compare.
+    differences = [_differences(model, item, loss) for item in batches]
+    rounds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for number in range(num_rounds):
+        shift = number % len(MODES)
+        for mode in MODES[shift:] + MODES[:shift]:
+            seconds = _time(lambda mode=mode: _run_all(model, batches, loss, mode))  # type: ignore[misc]
+            rounds[mode].append(seconds * 1000 / len(batches))
+    model.zero_grad()
+    costs = tuple(
+        ModeCost(
+            mode=mode,
+            time_ms=statistics.median(rounds[mode]),
+            num_forward_tokens=statistics.mean(item.batch.plan(mode).num_forward_tokens for item in batches),
+        )
+        for mode in MODES
+    )
+    return Comparison(
+        costs=costs,
+        max_loss_difference=max(loss_difference for loss_difference, _ in differences),
+        max_gradient_difference=max(gradient_difference for _, gradient_difference in differences),
+    )
+
+
+def _run_all(model: nn.Module, batches: list[ComparedBatch], loss: DPO, mode: str) -> None:
+    for item in batches:
+        _run(model, item, loss, mode)
+
+
+def _run(model: nn.Module, item: ComparedBatch, loss: DPO, mode: str) -> float:
+    """Forward and backward of one batch; its loss."""
+    model.zero_grad()
+    # Log-probs lie sequence after sequence in every mode, so one reference serves all.
+    return forward_backward(model, item.batch, loss, reference=item.reference, mode=mode).loss.item()
+
+
+def _differences(model: nn.Module, item: ComparedBatch, loss: DPO) -> tuple[float, float]:
+    """Largest relative differences of the loss and of the gradient between two modes on one batch."""
+    losses, gradients = [], []
+    for mode in MODES:
+        losses.append(_run(model, item, loss, mode))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    pairs = [(i, j) for i in range(len(MODES)) for j in range(i)]
+    return (
+        max(abs(losses[i] - losses[j]) / max(abs(losses[i]), abs(losses[j])) for i, j in pairs),
+        max(((gradients[i] - gradients[j]).norm() / gradients[i].norm()).item() for i, j in pairs),
+    )
+
+
+def _time(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
