@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/kvpref demo --output outputs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

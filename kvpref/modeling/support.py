@@ -86,17 +86,18 @@ def check_training_state(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: With the setting to change.
     """
-    if not model.training:
-        return
+    # Not only where the root trains: PEFT adapters and frozen parts are switched one by one.
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+        if not module.training:
+            continue
+        if isinstance(module, nn.Dropout) and module.p > 0:
             raise UnsupportedModelError(
                 f"dropout {module.p} in {name} makes two forwards of one token differ; set it to 0 in the config "
                 "(attention_dropout, resid_pdrop, embd_pdrop, hidden_dropout, lora_dropout) or call model.eval()"
             )
         # Most families keep attention dropout as a number, and mode `padded` never hands it to kvpref.
         attention_dropout = getattr(module, "attention_dropout", 0.0)
-        if isinstance(attention_dropout, int | float) and module.training and attention_dropout > 0:
+        if isinstance(attention_dropout, int | float) and attention_dropout > 0:
             raise UnsupportedModelError(
                 f"attention dropout {attention_dropout} in {name} makes two forwards of one token differ; set "
                 "attention_dropout to 0 in the config or call model.eval()"
