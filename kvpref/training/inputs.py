@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from kvpref.batch import Batch, collate
 from kvpref.data import MicroBatch, PreferenceDataset, StepOptions, StepPlanner, StepSampler
+from kvpref.errors import InputError
+from kvpref.groups import Group
+from kvpref.losses import PreferenceLoss
+from kvpref.modeling.support import unwrap
 from kvpref.training.arguments import PreferenceTrainingArguments
 
 
@@ -80,3 +85,22 @@ def make_loader(groups: PreferenceDataset, planner: StepPlanner, args: Preferenc
 
 def _keep_list(step: Sequence[MicroBatchInputs]) -> list[MicroBatchInputs]:
     return list(step)
+
+
+def select_groups(dataset: PreferenceDataset | list[Group] | None, loss: PreferenceLoss) -> PreferenceDataset | None:
+    """The dataset with only the sequences that the loss reads."""
+    if dataset is None:
+        return None
+    groups = dataset if isinstance(dataset, PreferenceDataset) else PreferenceDataset(dataset)
+    return groups if type(loss).select is PreferenceLoss.select else groups.map_groups(loss.select)
+
+
+def check_lengths(dataset: PreferenceDataset, model: nn.Module) -> None:
+    """Raise InputError for the first group with a sequence longer than the model's positions."""
+    limit = getattr(unwrap(model).config, "max_position_embeddings", None)
+    for group_id, lengths in zip(dataset.group_ids, dataset.lengths, strict=True):
+        if limit is not None and lengths.max_sequence_tokens > limit:
+            raise InputError(
+                f"{group_id}: a sequence of {lengths.max_sequence_tokens} tokens is longer than the model's {limit} "
+                "positions; set max_prompt_tokens and max_response_tokens to cut longer ones"
+            )

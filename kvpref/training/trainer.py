@@ -21,10 +21,9 @@ from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.modeling.attach import attach
 from kvpref.modeling.passes import response_logps
 from kvpref.modeling.schedules import forward_backward
-from kvpref.modeling.support import unwrap
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.callbacks import EpochCallback, MetricsFileCallback, ThroughputProgressCallback
-from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
+from kvpref.training.inputs import MicroBatchInputs, check_lengths, make_loader, make_planner, select_groups
 from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.reference import ReferenceLogps, load_or_compute
 
@@ -75,8 +74,8 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_selected(train_dataset, self.loss),
-            eval_dataset=_selected(eval_dataset, self.loss),
+            train_dataset=select_groups(train_dataset, self.loss),
+            eval_dataset=select_groups(eval_dataset, self.loss),
             processing_class=processing_class,
             callbacks=[MetricsFileCallback(), *(callbacks or [])],
             **kwargs,
@@ -84,7 +83,7 @@ class PreferenceTrainer(Trainer):
         self._replace_progress()
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
-                _check_lengths(dataset, self.model)
+                check_lengths(dataset, self.model)
 
     # What feeds the loop
 
@@ -216,7 +215,7 @@ class PreferenceTrainer(Trainer):
             raise InputError(
                 "pass eval_dataset to PreferenceTrainer: its reference log-probs are computed before training"
             )
-        dataset = self.eval_dataset if eval_dataset is None else _selected(eval_dataset, self.loss)
+        dataset = self.eval_dataset if eval_dataset is None else select_groups(eval_dataset, self.loss)
         if dataset is None:
             raise InputError("evaluation needs an eval_dataset")
         args, meter = self.args, MetricMeter()
@@ -280,22 +279,3 @@ class PreferenceTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             if self.pop_callback(callback) is not None and not self.args.disable_tqdm:
                 self.add_callback(ThroughputProgressCallback(self.token_meter))
-
-
-def _selected(dataset: PreferenceDataset | list[Group] | None, loss: PreferenceLoss) -> PreferenceDataset | None:
-    """The dataset with only the sequences that the loss reads."""
-    if dataset is None:
-        return None
-    groups = dataset if isinstance(dataset, PreferenceDataset) else PreferenceDataset(dataset)
-    return groups if type(loss).select is PreferenceLoss.select else groups.map_groups(loss.select)
-
-
-def _check_lengths(dataset: PreferenceDataset, model: nn.Module) -> None:
-    """Raise InputError for the first group with a sequence longer than the model's positions."""
-    limit = getattr(unwrap(model).config, "max_position_embeddings", None)
-    for group_id, lengths in zip(dataset.group_ids, dataset.lengths, strict=True):
-        if limit is not None and lengths.max_sequence_tokens > limit:
-            raise InputError(
-                f"{group_id}: a sequence of {lengths.max_sequence_tokens} tokens is longer than the model's {limit} "
-                "positions; set max_prompt_tokens and max_response_tokens to cut longer ones"
-            )
