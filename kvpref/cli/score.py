@@ -59,7 +59,9 @@ def score(
     _write(rows, output)
     print(f"wrote {len(rows)} log-probs of {len(groups)} groups to {output}", file=sys.stderr)
     if groups.report is not None and groups.report.bad_rows:
-        print(f"skipped {len(groups.report.bad_rows)} bad rows", file=sys.stderr)
+        listed = output.with_suffix(".bad_rows.jsonl")
+        groups.report.write_bad_rows(listed)
+        print(f"skipped {len(groups.report.bad_rows)} bad rows, listed in {listed}", file=sys.stderr)
     if json_:
         print(json.dumps({"output": str(output), "num_sequences": len(rows), "num_groups": len(groups)}))
 

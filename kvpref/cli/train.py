@@ -38,7 +38,7 @@ def train(
     mode: Annotated[
         str | None, typer.Option(help="two_pass, one_pass, packed, padded.", rich_help_panel=_TRAINING)
     ] = None,
-    epochs: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
+    epochs: Annotated[float | None, typer.Option(help="Default: 3.", rich_help_panel=_TRAINING)] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAINING)] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Groups per device and step.", rich_help_panel=_TRAINING)
@@ -46,19 +46,27 @@ def train(
     max_tokens: Annotated[
         int | None, typer.Option(help="Token budget of a micro-batch.", rich_help_panel=_TRAINING)
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=_TRAINING)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default: 5e-5.", rich_help_panel=_TRAINING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of random weights and the order of the data.", rich_help_panel=_TRAINING)
+    ] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="bf16 autocast.", rich_help_panel=_TRAINING)] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", rich_help_panel=_TRAINING)
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING)
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any training argument, NAME=VALUE.", rich_help_panel=_TRAINING),
     ] = None,
-    logging_steps: Annotated[int | None, typer.Option(rich_help_panel=_SAVING)] = None,
-    eval_steps: Annotated[int | None, typer.Option(rich_help_panel=_SAVING)] = None,
-    save_steps: Annotated[int | None, typer.Option(rich_help_panel=_SAVING)] = None,
+    logging_steps: Annotated[
+        int | None, typer.Option(help="Steps between log lines; default: 10.", rich_help_panel=_SAVING)
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between evaluations; default: at the end.", rich_help_panel=_SAVING)
+    ] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; default: 200.", rich_help_panel=_SAVING)
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_SAVING)
     ] = False,
