@@ -71,10 +71,15 @@ def run(args: argparse.Namespace, loss: str, mode: str, start: Path | None) -> d
     model = [str(start), args.train] if start else ["--config", str(HERE / "llama_384.json"), args.train]
     command = [sys.executable, "-m", "kvpref", "train", *model, "--tokenizer", args.tokenizer, "--loss", loss]
     command += ["--mode", mode, "--eval-data", args.eval, "--output", str(output), *COMMON, *SETTINGS[loss]]
-    command += ["--max-steps", str(args.max_steps), "--json", "--resume"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command += ["--max-steps", str(args.max_steps), "--resume"]
+    if not (output / "model.safetensors").exists():  # a finished run is not repeated
+        subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {"final": json.loads(done.stdout.splitlines()[-1]), "steps": [line for line in lines if "loss" in line]}
+    return {
+        "training": next(line for line in lines if "train_runtime" in line),
+        "evaluation": next(line for line in reversed(lines) if "eval_loss" in line),
+        "steps": [line for line in lines if "loss" in line],
+    }
 
 
 def largest_difference(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> float:

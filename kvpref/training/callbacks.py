@@ -69,7 +69,7 @@ class ThroughputProgressCallback(ProgressCallback):
             rates = self.meter.rates(args.world_size)
             bar.set_postfix_str(
                 f"{rates['groups_per_second']:.1f} examples/s, "
-                f"{rates['unique_tokens_per_second']:.0f} unique tokens/s, {rates['token_saving']:.2f}x fewer tokens",
+                f"{rates['unique_tokens_per_second']:.0f} unique tokens/s, {rates['token_saving']:.2f}x token saving",
                 refresh=False,
             )
 

@@ -41,13 +41,15 @@ class TokenMeter:
     Attributes:
         num_groups: Groups trained.
         num_unique_tokens: Tokens stored and computed once per prefix tree.
-        num_total_tokens: Tokens of all sequences, as ordinary training would compute.
+        num_total_tokens: Tokens of all sequences, shared prompts once per sequence.
+        num_forward_tokens: Tokens that ran through the layers in the mode at hand, padding included.
     """
 
     def __init__(self) -> None:
         self.num_groups = 0
         self.num_unique_tokens = 0
         self.num_total_tokens = 0
+        self.num_forward_tokens = 0
         self._seconds = 0.0
         self._started: float | None = None
 
@@ -60,15 +62,16 @@ class TokenMeter:
             self._seconds += time.perf_counter() - self._started
             self._started = None
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, mode: str) -> None:
         self.num_groups += batch.num_groups
         self.num_unique_tokens += batch.num_unique_tokens
         self.num_total_tokens += batch.num_total_tokens
+        self.num_forward_tokens += batch.plan(mode).num_forward_tokens
 
     @property
     def token_saving(self) -> float:
-        """Tokens of ordinary training per token computed here."""
-        return self.num_total_tokens / max(1, self.num_unique_tokens)
+        """Tokens of all sequences per token that ran; below 1 where padding ran too."""
+        return self.num_total_tokens / max(1, self.num_forward_tokens)
 
     def rates(self, world_size: int) -> dict[str, float]:
         """Throughput over all ranks, per second of training."""

@@ -160,7 +160,7 @@ class PreferenceTrainer(Trainer):
         )
         if not inputs.is_filler:
             self._metric_meter.add(output.metrics, num_units)
-            self.token_meter.add(batch)
+            self.token_meter.add(batch, args.mode)
         return output.loss.float() * weight
 
     def _check_finite(self, losses: list[torch.Tensor], inputs: Step) -> None:

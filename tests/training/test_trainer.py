@@ -214,3 +214,12 @@ class _StopAfter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control.should_training_stop = state.global_step >= self.step
         return control
+
+
+@pytest.mark.parametrize(
+    ("mode", "at_least", "at_most"), [("two_pass", 1.2, 2.0), ("packed", 1, 1), ("padded", 0.5, 1)]
+)
+def test_token_saving_counts_the_tokens_that_ran(tmp_path: Path, mode: str, at_least: float, at_most: float) -> None:
+    trainer = train(tmp_path, mode=mode)
+    assert at_least <= trainer.token_meter.token_saving <= at_most
+    assert trainer.token_meter.num_groups == 11
