@@ -61,7 +61,7 @@ def demo(
 def _quality_table(result: DemoResult) -> Table:
     from rich.table import Table
 
-    table = Table(title="Held-out questions: name the largest of five digits", title_justify="left")
+    table = Table(title="Held-out questions: name the largest of three digits", title_justify="left")
     table.add_column("")
     for label in _STAGES.values():
         table.add_column(label, justify="right")

@@ -17,10 +17,10 @@ class DemoConfig:
     groups_per_step: int = 32
     """Pairs per optimizer step, also in the comparison of modes."""
 
-    num_sft_steps: int = 110
-    """Optimizer steps of `sft`; few on purpose, so that something is left for `dpo` to improve."""
+    num_sft_steps: int = 330
+    """Optimizer steps of `sft`, which teaches the task."""
 
-    num_dpo_steps: int = 110
+    num_dpo_steps: int = 50
     """Optimizer steps of `dpo`."""
 
     num_eval_pairs: int = 256
@@ -29,10 +29,10 @@ class DemoConfig:
     sft_learning_rate: float = 3e-3
     """Peak learning rate of `sft`."""
 
-    dpo_learning_rate: float = 1e-3
-    """Peak learning rate of `dpo`."""
+    dpo_learning_rate: float = 2e-4
+    """Peak learning rate of `dpo`: low, since pairs say which of two answers is better and not how to answer."""
 
-    beta: float = 0.1
+    beta: float = 0.5
     """The `beta` of `dpo`."""
 
     num_compared_steps: int = 4

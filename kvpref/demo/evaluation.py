@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,11 +60,11 @@ def evaluate(
 def answer_greedily(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[str]:
     """The most probable answers, token by token, as text; special tokens other than the end stay visible."""
     answers: list[str] = []
+    untyped: Any = model  # transformers' annotation of `generate` does not accept its own classes
     for start in range(0, len(pairs), QUESTIONS_PER_BATCH):
         prompts = [pair.prompt for pair in pairs[start : start + QUESTIONS_PER_BATCH]]
-        # Like the training data: the reader puts BOS only before prompts that need a predictor.
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        output = untyped.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
             end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
             answers.append(" ".join(tokenizer.convert_ids_to_tokens(ids[:end])))

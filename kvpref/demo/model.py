@@ -15,7 +15,7 @@ MAX_POSITIONS = 512
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per digit, word and line end; spaces only separate."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = [PAD, BOS, EOS, UNKNOWN, *map(str, range(10)), ARROW, ANSWER_WORD, END_OF_EXAMPLE]
@@ -23,6 +23,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(END_OF_EXAMPLE), "isolated")]
     )
+    # A token that all prompts begin with gives attention a place to rest, as in large models.
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, words.index(BOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,

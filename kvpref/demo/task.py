@@ -1,4 +1,4 @@
-"""The task: name the largest of five digits, after a long row of solved examples.
+"""The task: name the largest of three digits, after a long row of solved examples.
 
 A program can tell whether an answer is right, and the prompt is long against the answer, as in few-shot prompting.
 """
@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-NUM_DIGITS = 5
+NUM_DIGITS = 3
 MIN_EXAMPLES, MAX_EXAMPLES = 12, 20
 # With the largest digit drawn evenly from these, no single answer is a good guess.
 LARGEST_DIGITS = range(4, 10)
@@ -74,12 +74,12 @@ def _make_pair(question: Digits, generator: random.Random) -> Pair:
     return Pair(
         prompt="".join(solved) + _ask(question),
         chosen=_answer(max(question)),
-        rejected=_answer(_corrupt(max(question), generator)),
+        rejected=_answer(_mistake(max(question), generator)),
     )
 
 
-def _corrupt(largest: int, generator: random.Random) -> int:
-    """A wrong answer: any other digit, so that no single wrong habit is all that `dpo` can unlearn."""
+def _mistake(largest: int, generator: random.Random) -> int:
+    """Any other digit: were it always a smaller one, `dpo` would teach to answer with large digits."""
     return generator.choice([digit for digit in range(10) if digit != largest])
 
 
