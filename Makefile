@@ -18,8 +18,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peft,plot]"
 	touch $(READY)
 
+# One thread: tensors this small gain nothing from more.
 demo: $(READY)
-	$(BIN)/kvpref demo --output outputs/demo
+	OMP_NUM_THREADS=1 $(BIN)/kvpref demo --output outputs/demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
