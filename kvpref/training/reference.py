@@ -82,7 +82,11 @@ def model_fingerprint(model: nn.Module) -> str:
     an optimizer step changes nearly every value.
     """
     digest = hashlib.sha256()
+    # The adapter is switched off for the reference, so its (random) weights do not matter.
+    adapter_prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     for name, tensor in sorted(unwrap(model).state_dict().items()):
+        if adapter_prefix is not None and adapter_prefix in name:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()
         stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)

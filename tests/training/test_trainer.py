@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import kvpref
 from kvpref.data import PreferenceDataset
+from kvpref.training.reference import model_fingerprint
 
 # float64 model: only the order of sums differs between two ways to one gradient.
 TOLERANCE = 1e-10
@@ -223,3 +224,16 @@ def test_token_saving_counts_the_tokens_that_ran(tmp_path: Path, mode: str, at_l
     trainer = train(tmp_path, mode=mode)
     assert at_least <= trainer.token_meter.token_saving <= at_most
     assert trainer.token_meter.num_groups == 11
+
+
+def test_reference_does_not_depend_on_the_adapter() -> None:
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+
+    def fingerprint(base_seed: int, adapter_seed: int) -> str:
+        base = make_model(base_seed)
+        torch.manual_seed(adapter_seed)
+        config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        return model_fingerprint(peft.get_peft_model(base, config))
+
+    assert fingerprint(0, 1) == fingerprint(0, 2)
+    assert fingerprint(0, 1) != fingerprint(3, 1)
