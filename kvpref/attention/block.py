@@ -46,6 +46,13 @@ class VarlenBlock:
     causal: bool
     pairs: tuple[tuple[int, int, int, int], ...]
 
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs that attend to each other, per head."""
+        if self.causal:
+            return sum((q1 - q0) * (q1 - q0 + 1) // 2 for q0, q1, _, _ in self.pairs)
+        return sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in self.pairs)
+
     @classmethod
     def from_layout(cls, layout: VarlenLayout, device: torch.device | str = "cpu") -> VarlenBlock:
         spans_q, spans_k = tuple(pairwise(layout.cu_seqlens_q)), tuple(pairwise(layout.cu_seqlens_k))

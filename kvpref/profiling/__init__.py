@@ -1,0 +1,1 @@
+"""Measuring a model on this machine: time per mode, beside the ideal."""
