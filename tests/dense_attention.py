@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvpref.attention import AttentionParams, CascadePlan, VarlenBlock, get_backend
+from kvpref.attention import AttentionParams, CascadePlan, VarlenBlock
 from kvpref.layout import build_layout
 from kvpref.tree import PrefixTree, build_tree
 
@@ -41,7 +41,7 @@ def make_plan(tree: PrefixTree, depth: int, backend: str, scale: float) -> Casca
         self_block=VarlenBlock.from_layout(level.self_block),
         cross_blocks=tuple(VarlenBlock.from_layout(block) for block in level.cross_blocks),
         params=AttentionParams(scale=scale),
-        backend=get_backend(backend),
+        backend=backend,
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
 from kvpref.layout import VarlenLayout
+
+Pair = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,6 @@ class VarlenBlock:
         num_queries: Rows of the query, over all pairs.
         num_keys: Rows of keys and values, over all pairs.
         causal: Query j of a pair sees its keys up to and including j; both ranges are then equal.
-        pairs: The non-empty pairs as (q_start, q_end, k_start, k_end), known on the host so that CPU backends never
-            read a tensor.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -44,11 +45,15 @@ class VarlenBlock:
     num_queries: int
     num_keys: int
     causal: bool
-    pairs: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The non-empty pairs as (q_start, q_end, k_start, k_end). Reads the offsets, so on CUDA it synchronises."""
+        return _non_empty_pairs(tuple(self.cu_seqlens_q.tolist()), tuple(self.cu_seqlens_k.tolist()))
 
     @property
     def num_pairs(self) -> int:
-        """Query-key pairs that attend to each other, per head."""
+        """Query-key pairs that attend to each other, per head. Reads the offsets, so on CUDA it synchronises."""
         if self.causal:
             return sum((q1 - q0) * (q1 - q0 + 1) // 2 for q0, q1, _, _ in self.pairs)
         return sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in self.pairs)
@@ -64,6 +69,11 @@ class VarlenBlock:
             num_queries=layout.cu_seqlens_q[-1],
             num_keys=layout.cu_seqlens_k[-1],
             causal=layout.causal,
-            # A zero-length query or key range kills the process inside PyTorch's CPU flash kernel.
-            pairs=tuple((*q, *k) for q, k in zip(spans_q, spans_k, strict=True) if q[1] > q[0] and k[1] > k[0]),
         )
+
+
+@lru_cache(maxsize=64)  # every layer of a pass asks for the same few blocks
+def _non_empty_pairs(cu_seqlens_q: tuple[int, ...], cu_seqlens_k: tuple[int, ...]) -> tuple[Pair, ...]:
+    # A zero-length query or key range kills the process inside PyTorch's CPU flash kernel.
+    spans = zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
+    return tuple((*q, *k) for q, k in spans if q[1] > q[0] and k[1] > k[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,40 @@ from kvpref.plans import ModePlan, PassPlan
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
+class LayerSlot:
+    """One attention layer's place in a running pass: what it reads, and what it leaves.
+
+    Slots are chained and handed out in the order in which layers run. Looking a layer up by its identity or number
+    would make torch.compile specialise each layer's code on it, and compile every layer anew.
+
+    Attributes:
+        prefixes: Keys and values of the passes before, (T_d, num_kv_heads, head_dim) each, per depth d.
+        following: The next layer's slot; None for the last.
+        module: The attention module that took the slot.
+        own: The keys and values of this pass.
+    """
+
+    def __init__(self, prefixes: tuple[KeyValue, ...], following: LayerSlot | None) -> None:
+        self.prefixes, self.following = prefixes, following
+        self.module: nn.Module | None = None
+        self.own: KeyValue | None = None
+
+
+def make_slots(cache: PrefixCache, num_layers: int) -> list[LayerSlot]:
+    """The slots of the next pass over `num_layers` attention layers, chained."""
+    slots: list[LayerSlot] = []
+    for index in reversed(range(num_layers)):
+        prefixes = tuple(cache.layers[index].slabs) if cache.layers else ()
+        slots.append(LayerSlot(prefixes, slots[-1] if slots else None))
+    return slots[::-1]
+
+
 class PrefixCacheLayer(CacheLayerMixin):
     """One layer's slabs: per depth d, keys and values of shape (T_d, num_kv_heads, head_dim), keys after RoPE."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.module = module
         self.slabs: list[KeyValue] = []
 
     def get_seq_length(self) -> int:
@@ -61,7 +91,7 @@ class PrefixCache(Cache):
         super().__init__(layers=[])
         self.passes: list[PassPlan] = []
         self.predictor_hidden: list[torch.Tensor] = []
-        self._layer_of: dict[nn.Module, PrefixCacheLayer] = {}
+        self._model: nn.Module | None = None
 
     layers: list[PrefixCacheLayer]  # type: ignore[assignment]
 
@@ -75,18 +105,27 @@ class PrefixCache(Cache):
         """Bytes of all keys and values held."""
         return sum(tensor.nbytes for layer in self.layers for slab in layer.slabs for tensor in slab)
 
-    def record(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Append the slab of one pass for one attention module.
+    def claim(self, model: nn.Module) -> None:
+        """Tie this cache to the model that fills it.
 
-        Args:
-            module: The attention module that computed them.
-            key: (T_d, num_kv_heads, head_dim), after RoPE, contiguous.
-            value: (T_d, num_kv_heads, head_dim), contiguous.
+        Raises:
+            InputError: If another model has filled it.
         """
-        if module not in self._layer_of:
-            self._layer_of[module] = PrefixCacheLayer()
-            self.layers.append(self._layer_of[module])
-        self._layer_of[module].slabs.append((key, value))
+        if self._model not in (None, model):
+            raise InputError("the prefix cache was made by another model; encode the prefix with this one")
+        self._model = model
+
+    def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
+        """Whether the slots were taken by the attention modules that filled this cache, in the same order."""
+        return not self.layers or [layer.module for layer in self.layers] == [slot.module for slot in slots]
+
+    def record(self, slots: Sequence[LayerSlot]) -> None:
+        """Append the slabs that a pass left in its slots."""
+        if not self.layers:
+            self.layers = [PrefixCacheLayer(slot.module) for slot in slots if slot.module is not None]
+        for layer, slot in zip(self.layers, slots, strict=True):
+            assert slot.own is not None
+            layer.slabs.append(slot.own)
 
     def close_pass(self, item: PassPlan, hidden: torch.Tensor) -> None:
         """Note that a pass has run.
@@ -110,20 +149,13 @@ class PrefixCache(Cache):
             for held, own in zip(self.passes, plan.passes, strict=False)
         )
 
-    def prefixes(self, module: nn.Module, num_depths: int) -> list[KeyValue]:
-        """The slabs of the first `num_depths` depths for one attention module."""
-        if num_depths == 0:
-            return []
-        if module not in self._layer_of:
-            raise InputError("the prefix cache was made by another model; encode the prefix with this one")
-        return self._layer_of[module].slabs[:num_depths]
-
     def fork(self) -> PrefixCache:
         """A cache with the same slabs (not copied) that can grow without changing this one."""
         forked = PrefixCache()
         forked.passes = list(self.passes)
         forked.predictor_hidden = list(self.predictor_hidden)
-        for module, layer in self._layer_of.items():
-            for key, value in layer.slabs:
-                forked.record(module, key, value)
+        forked._model = self._model
+        for layer in self.layers:
+            forked.layers.append(PrefixCacheLayer(layer.module))
+            forked.layers[-1].slabs = list(layer.slabs)
         return forked

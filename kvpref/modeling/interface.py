@@ -18,9 +18,9 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpref.attention import AttentionParams, CascadePlan, cascade_attention, select_backend
+from kvpref.attention import AttentionParams, CascadePlan, cascade_attention
 from kvpref.errors import UnsupportedModelError
-from kvpref.modeling.cache import KeyValue, PrefixCache
+from kvpref.modeling.cache import LayerSlot, PrefixCache, make_slots
 from kvpref.modeling.mask_rule import MaskFunction, require_causal
 from kvpref.plans import PassPlan
 
@@ -43,30 +43,38 @@ class RunningPass:
     Args:
         plan: Blocks of the pass.
         cache: Slabs of the earlier passes; this pass adds its own when `keep` is set.
+        num_layers: Attention layers of the model.
         num_positions: Length of the longest sequence in the batch, in tokens.
         backend: Name of the attention backend, or ``auto``.
         keep: Whether later passes will read this pass's keys and values.
     """
 
-    def __init__(self, plan: PassPlan, cache: PrefixCache, num_positions: int, backend: str, keep: bool) -> None:
-        self.plan, self.cache, self.num_positions, self.backend, self.keep = plan, cache, num_positions, backend, keep
-        self.num_ancestors = cache.num_passes
-        self._attended: dict[nn.Module, int] = {}
-        self._finished = False
+    def __init__(
+        self, plan: PassPlan, cache: PrefixCache, *, num_layers: int, num_positions: int, backend: str, keep: bool
+    ) -> None:
+        self.plan, self.num_positions, self.backend, self.keep = plan, num_positions, backend, keep
+        self._cache = cache
+        self._slots = make_slots(cache, num_layers)
+        self._next_slot: LayerSlot | None = self._slots[0]
+        self._slot_of: dict[nn.Module, LayerSlot] | None = None
 
-    def finish(self, num_layers: int) -> None:
-        """Close the pass and check that every attention layer took part exactly once.
+    def finish(self) -> None:
+        """Close the pass: check that every attention layer took part exactly once, and hand its slabs to the cache.
 
         Raises:
             UnsupportedModelError: If a layer did not come through, or came more than once.
         """
-        self._finished = True
-        if len(self._attended) != num_layers or any(count != 1 for count in self._attended.values()):
+        slot_of = {slot.module: slot for slot in self._slots if slot.module is not None}
+        if len(slot_of) != len(self._slots) or not self._cache.same_layers(self._slots):
+            num_calls = sum(slot.module is not None for slot in self._slots)
             raise UnsupportedModelError(
-                f"{len(self._attended)} attention layers ran through kvpref "
-                f"({sum(self._attended.values())} calls) where the model has {num_layers}; this model routes attention "
-                "in a way kvpref does not follow"
+                f"{len(slot_of)} attention layers ran through kvpref ({num_calls} calls) where the model has "
+                f"{len(self._slots)}, or they ran in another order than in the pass before; this model routes "
+                "attention in a way kvpref does not follow"
             )
+        self._slot_of = slot_of
+        if self.keep:
+            self._cache.record(self._slots)
 
     def attend(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -82,26 +90,40 @@ class RunningPass:
         if self.keep:
             # One copy for this pass's own attention and for the passes that follow.
             key, value = key.contiguous(), value.contiguous()
-        if not self._finished:  # a recomputed layer reads the cache and must not write to it again
-            self._attended[module] = self._attended.get(module, 0) + 1
-            if self.keep:
-                self.cache.record(module, key, value)
-        prefixes = self.cache.prefixes(module, self.num_ancestors)
+        prefixes = self._enter(module, key, value).prefixes
         outs: list[torch.Tensor] = []
-        start = 0
-        for level in self.plan.levels:
-            rows = slice(start, start + level.num_rows)
+        for level, q, k, v in zip(self.plan.levels, *map(self._split, (query, key, value)), strict=True):
             plan = CascadePlan(
                 self_block=level.self_block,
                 cross_blocks=level.cross_blocks,
                 params=AttentionParams(scale=scale),
-                backend=select_backend(self.backend, query),
+                backend=self.backend,
             )
-            own: KeyValue = (key[rows], value[rows])
-            outs.append(cascade_attention(query[rows], *own, prefixes, plan))
-            prefixes = [*prefixes, own]  # mode one_pass: later levels of the row see earlier ones
-            start = rows.stop
+            outs.append(cascade_attention(q, k, v, prefixes, plan))
+            prefixes = (*prefixes, (k, v))  # mode one_pass: later levels of the row see earlier ones
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows of each level."""
+        levels = self.plan.levels
+        # Autograd would copy the gradient of a split, even of one into a single part.
+        return (tensor,) if len(levels) == 1 else tensor.split([level.num_rows for level in levels])
+
+    def _enter(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> LayerSlot:
+        """The slot of a layer that attends now."""
+        if self._slot_of is not None:  # a checkpoint recomputes this layer: it reads, and must not write again
+            return self._slot_of[module]
+        slot = self._next_slot
+        if slot is None:
+            raise UnsupportedModelError(
+                f"more attention calls than the model's {len(self._slots)} layers; this model routes attention in a "
+                "way kvpref does not follow"
+            )
+        self._next_slot = slot.following
+        slot.module = module
+        if self.keep:
+            slot.own = (key, value)
+        return slot
 
 
 @contextmanager

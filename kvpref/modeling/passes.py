@@ -101,11 +101,19 @@ def _run_level_pass(model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, 
     """Run the next pass over all segments of its levels; (1, T, hidden_size)."""
     item = plan.passes[cache.num_passes]
     is_last = cache.num_passes == len(plan.passes) - 1
-    running = RunningPass(item, cache, plan.max_sequence_tokens, backend, keep=not is_last)
+    cache.claim(model)
+    running = RunningPass(
+        item,
+        cache,
+        num_layers=model.config.num_hidden_layers,
+        num_positions=plan.max_sequence_tokens,
+        backend=backend,
+        keep=not is_last,
+    )
     with bind_pass(running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
         hidden = _backbone(model, item, attention_mask=torch.ones_like(item.input_ids))
-    running.finish(num_layers=model.config.num_hidden_layers)
+    running.finish()
     return hidden
 
 

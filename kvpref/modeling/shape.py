@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from kvpref.flops import ModelShape
@@ -18,19 +19,20 @@ def model_shape(model: nn.Module) -> ModelShape:
     plain = unwrap(model)
     config, head = plain.config, output_head(plain)
     outside = {id(head.weight), id(plain.get_input_embeddings().weight)}
+    weights = {id(weight): weight for module in plain.modules() if (weight := _linear_weight(module)) is not None}
     num_heads = config.num_attention_heads
     return ModelShape(
-        linear_weights=sum(
-            module.weight.numel()
-            for module in plain.modules()
-            if getattr(module, "weight", None) is not None
-            and module.weight.ndim == 2
-            and id(module.weight) not in outside
-            and not isinstance(module, nn.Embedding)
-        ),
+        linear_weights=sum(weight.numel() for key, weight in weights.items() if key not in outside),
         num_layers=config.num_hidden_layers,
         num_heads=num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         hidden_size=head.in_features,
         vocab_size=head.out_features,
     )
+
+
+def _linear_weight(module: nn.Module) -> torch.Tensor | None:
+    """The matrix that a module multiplies every token by, if it does."""
+    weight = getattr(module, "weight", None)
+    is_matrix = isinstance(weight, torch.Tensor) and weight.ndim == 2
+    return weight if is_matrix and not isinstance(module, nn.Embedding) else None

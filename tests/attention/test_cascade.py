@@ -189,7 +189,7 @@ def test_second_derivatives_are_refused(backend: str) -> None:
     out = run(inputs, make_plan(tree, 0, backend, SCALE))
     weights = torch.ones_like(out, requires_grad=True)
     (grad,) = torch.autograd.grad(out, inputs.query, weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"cascade_backward.*no autograd formula"):
         grad.sum().backward()
 
 

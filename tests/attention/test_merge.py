@@ -24,7 +24,7 @@ def partials(num_parts: int, num_keys: int = 3) -> tuple[list[tuple[torch.Tensor
 def test_parts_make_the_whole() -> None:
     for num_parts in (1, 2, 3, 5):
         parts, whole = partials(num_parts)
-        out, lse = merge_partials(parts)
+        out, lse = merge_partials(parts, torch.float64)
         # A handful of float64 additions.
         torch.testing.assert_close(out, whole, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(lse, torch.stack([lse for _, lse in parts]).logsumexp(0), rtol=1e-13, atol=1e-13)
@@ -33,7 +33,7 @@ def test_parts_make_the_whole() -> None:
 def test_rows_that_saw_no_key_do_not_count() -> None:
     parts, _ = partials(2)
     empty = (torch.zeros_like(parts[0][0]), torch.full_like(parts[0][1], float("-inf")))
-    out, lse = merge_partials([empty, parts[1], empty])
+    out, lse = merge_partials([empty, parts[1], empty], torch.float64)
     assert torch.equal(out, parts[1][0])
     assert torch.equal(lse, parts[1][1])
 
@@ -42,8 +42,8 @@ def test_some_rows_without_keys() -> None:
     parts, _ = partials(2)
     out_part, lse_part = parts[1][0].clone(), parts[1][1].clone()
     out_part[1], lse_part[:, 1] = 0, float("-inf")
-    out, lse = merge_partials([parts[0], (out_part, lse_part)])
-    full_out, full_lse = merge_partials(parts)
+    out, lse = merge_partials([parts[0], (out_part, lse_part)], torch.float64)
+    full_out, full_lse = merge_partials(parts, torch.float64)
     others = [0, 2, 3, 4]
     assert torch.equal(out[1], parts[0][0][1])
     assert torch.equal(lse[:, 1], parts[0][1][:, 1])
@@ -54,7 +54,7 @@ def test_some_rows_without_keys() -> None:
 def test_very_different_sizes_stay_finite() -> None:
     parts, _ = partials(2)
     for shift in (-1e4, 1e4):
-        out, lse = merge_partials([parts[0], (parts[1][0], parts[1][1] + shift)])
+        out, lse = merge_partials([parts[0], (parts[1][0], parts[1][1] + shift)], torch.float64)
         winner = parts[1] if shift > 0 else parts[0]
         assert torch.equal(out, winner[0])
         assert lse.isfinite().all()
@@ -63,8 +63,8 @@ def test_very_different_sizes_stay_finite() -> None:
 def test_16_bit_parts_are_merged_in_fp32() -> None:
     parts, _ = partials(3)
     narrow = [(out.bfloat16(), lse.float()) for out, lse in parts]
-    out, lse = merge_partials(narrow)
+    out, lse = merge_partials(narrow, torch.float32)
     assert out.dtype == lse.dtype == torch.float32
-    exact, _ = merge_partials([(out.double(), lse.double()) for out, lse in narrow])
+    exact, _ = merge_partials([(out.double(), lse.double()) for out, lse in narrow], torch.float64)
     # fp32 arithmetic on the same bf16 numbers.
     torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)

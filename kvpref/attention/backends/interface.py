@@ -62,11 +62,3 @@ class Backend(ABC):
         Returns:
             dq (T, H, D), dk and dv (P, G, D), in the kernel's dtype (at least that of q).
         """
-
-    def check(self, query: torch.Tensor, key: torch.Tensor, block: VarlenBlock) -> None:
-        """Raise ValueError if the block is for other numbers of rows than the query and the key (or value) have."""
-        found, expected = (query.shape[0], key.shape[0]), (block.num_queries, block.num_keys)
-        if found != expected:
-            raise ValueError(
-                f"the block is for {expected[0]} queries and {expected[1]} keys; got {found[0]} and {found[1]}"
-            )
