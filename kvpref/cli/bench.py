@@ -1,0 +1,185 @@
+"""`kvpref bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpref.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kvpref.data import PreferenceDataset
+    from kvpref.profiling.comparison import CaseResult
+    from kvpref.profiling.modes import Cut, ModeComparison
+    from kvpref.profiling.report import Column, Report
+
+DEFAULT_MODES = "two_pass,one_pass,packed,padded"
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")],
+    data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    modes: Annotated[str, typer.Option(help="Modes, separated by commas; packed is always run.")] = DEFAULT_MODES,
+    groups: Annotated[int, typer.Option(help="Prompts per step, spread evenly over the data.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Token budget of a micro-batch, counted as the mode counts.")] = 16384,
+    repeats: Annotated[int, typer.Option(help="Rounds; every mode is timed once in each.")] = 5,
+    loss: Annotated[str, typer.Option(help="A loss that `kvpref train` knows.")] = "dpo",
+    optimizer: Annotated[bool, typer.Option(help="Count AdamW's step too.")] = True,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+) -> None:
+    """Time a training step of your model on your data in each mode, beside the speed-up that the FLOPs allow.
+
+    The modes take turns in one process. A mode whose loss is not that of `packed` is reported, not timed.
+
+    Example: kvpref bench ./llama pairs.jsonl --groups 32 --max-tokens 8192 --output bench
+    """
+    wanted = _parse_modes(modes)
+    for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--repeats", repeats)):
+        if count < 1:
+            raise InputError(f"{name} must be at least 1; got {count}")
+    import kvpref
+    from kvpref.cli.loading import load_matching_tokenizer, load_model
+    from kvpref.data import load_preferences
+    from kvpref.losses import make_loss
+    from kvpref.training.inputs import check_lengths
+
+    from_config = model.endswith(".json")
+    loss_fn = make_loss(loss)
+    loaded = kvpref.attach(load_model(*((None, model) if from_config else (model, None)), dtype=dtype))
+    tokens = load_matching_tokenizer(tokenizer, None if from_config else model, loaded)
+    dataset = _sample(load_preferences(data, tokens), groups).map_groups(loss_fn.select)
+    check_lengths(dataset, loaded)
+    cuts = {mode: _cut(dataset, mode, max_tokens) for mode in wanted}
+    comparison = _measure(loaded, cuts, loss_fn, optimizer, repeats)
+    report = _make_report(
+        comparison,
+        title=f"{model} on {len(dataset)} groups of {data}",
+        settings={
+            "model": model,
+            "data": data,
+            "dtype": str(next(loaded.parameters()).dtype),
+            "num_groups": len(dataset),
+            "max_tokens_per_micro_batch": max_tokens,
+            "loss": loss,
+            "optimizer": "AdamW" if optimizer else None,
+        },
+        model=loaded,
+    )
+    _show(report, output)
+    if json_:
+        print(json.dumps(report.to_json()))
+    if comparison.different:
+        raise RunError(f"modes that do not compute what packed does were not timed: {', '.join(comparison.different)}")
+
+
+def _parse_modes(modes: str) -> list[str]:
+    from kvpref.plans import MODES
+    from kvpref.profiling.steps import BASELINE_MODE
+
+    names = [name.strip() for name in modes.split(",") if name.strip()]
+    unknown = [name for name in names if name not in MODES]
+    if unknown or not names:
+        raise InputError(f"unknown mode {', '.join(unknown) or modes!r}; choose from: {', '.join(MODES)}")
+    return list(dict.fromkeys([*names, BASELINE_MODE]))
+
+
+def _sample(dataset: PreferenceDataset, count: int) -> PreferenceDataset:
+    """`count` groups at even distances, or all of them where there are fewer."""
+    from kvpref.data import PreferenceDataset
+
+    count = min(count, len(dataset))
+    return PreferenceDataset(dataset[index * len(dataset) // count] for index in range(count))
+
+
+def _cut(dataset: PreferenceDataset, mode: str, max_tokens: int) -> Cut:
+    """The micro-batches that the trainer makes of these groups in this mode."""
+    from kvpref.data import StepOptions, StepPlanner
+
+    options = StepOptions(
+        groups_per_step=len(dataset),
+        max_tokens_per_micro_batch=max_tokens,
+        mode=mode,  # type: ignore[arg-type]
+        shuffle=False,
+    )
+    (step,) = StepPlanner(dataset.lengths, options, dataset.group_ids).steps()
+    return [[dataset[index] for index in micro_batch.group_indices] for micro_batch in step[0]]
+
+
+def _measure(model: nn.Module, cuts: dict[str, Cut], loss: Any, use_optimizer: bool, repeats: int) -> ModeComparison:
+    import torch
+
+    from kvpref.profiling.modes import compare_modes
+    from kvpref.profiling.timing import TimingOptions
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if use_optimizer else None
+    try:
+        return compare_modes(
+            model,
+            cuts,
+            loss,
+            optimizer=optimizer,
+            options=TimingOptions(num_rounds=repeats),
+            on_start=lambda mode: print(f"checking {mode}", file=sys.stderr),
+        )
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of device memory: {error}; lower --max-tokens or leave a mode out of --modes") from error
+
+
+def _make_report(comparison: ModeComparison, *, title: str, settings: dict[str, Any], model: nn.Module) -> Report:
+    from kvpref.profiling.comparison import Comparison
+    from kvpref.profiling.provenance import Provenance
+    from kvpref.profiling.report import Report
+    from kvpref.profiling.steps import BASELINE_MODE
+
+    outcomes = {mode: outcome._asdict() for mode, outcome in comparison.outcomes.items()}
+    return Report(
+        title=title,
+        provenance=Provenance.collect(next(model.parameters()).device),
+        settings={**settings, "outcomes": outcomes},
+        comparisons=(Comparison(name="step", baseline=BASELINE_MODE, results=comparison.results),),
+        skipped=comparison.different,
+    )
+
+
+def _show(report: Report, output: Path | None) -> None:
+    from rich.console import Console
+
+    from kvpref.profiling.plot import draw
+    from kvpref.profiling.report import comparison_table
+
+    console = Console()
+    console.print(comparison_table(report, extra=_columns()))
+    for mode, reason in report.skipped.items():
+        console.print(f"{mode} was not timed: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if output is None:
+        return
+    report.write(output / "bench.json")
+    drawn = draw(report, output / "bench.png")
+    print(f"wrote {output / 'bench.json'}" + (" and bench.png" if drawn else "; no bench.png"), file=sys.stderr)
+
+
+def _columns() -> list[Column]:
+    from kvpref.profiling.report import Column
+
+    def rate(fact: str) -> Any:
+        return lambda result: f"{result.facts[fact] / result.time_ms.median * 1000:.0f}"
+
+    def peak(result: CaseResult) -> str:
+        return "not measured on CPU" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.0f} MiB"
+
+    return [
+        Column("unique tokens/s", rate("unique_tokens")),
+        Column("tokens/s", rate("total_tokens")),
+        Column("peak memory", peak),
+    ]

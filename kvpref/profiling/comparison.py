@@ -1,0 +1,137 @@
+"""Measure cases against a baseline, beside the speed-up that their FLOPs allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvpref.errors import InputError
+from kvpref.profiling.spread import Spread
+from kvpref.profiling.timing import TimingOptions, peak_device_bytes, time_rounds
+
+Fact = int | float | str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """One way to do the work of a comparison."""
+
+    name: str
+    """What tables and plots call it."""
+
+    run: Callable[[], object]
+    """Does the work once."""
+
+    flops: int
+    """FLOPs of one run."""
+
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+    """Counts that stand beside the times in the report (tokens, say)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """What was measured of one case."""
+
+    name: str
+    """As in `Case`."""
+
+    time_ms: Spread
+    """Time of one run, in milliseconds."""
+
+    speedup: Spread
+    """Time of the baseline over this case's, taken inside each round."""
+
+    ideal: float
+    """FLOPs of the baseline over this case's."""
+
+    efficiency: Spread
+    """Speed-up over ideal; 1 means that every FLOP that was saved saved its time."""
+
+    flops: int
+    """FLOPs of one run."""
+
+    peak_bytes: int | None
+    """Peak of the CUDA allocator in one run; None where it was not measured."""
+
+    rounds_ms: tuple[float, ...]
+    """Time per round, in milliseconds."""
+
+    facts: Mapping[str, Fact]
+    """As in `Case`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The cases in one setting."""
+
+    name: str
+    """The setting: a workload, say."""
+
+    baseline: str
+    """Name of the case that the others are compared with."""
+
+    results: tuple[CaseResult, ...]
+    """One per case."""
+
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+    """Counts of the setting."""
+
+    bar: float | None = None
+    """Efficiency that the cases besides the baseline are held to; None where there is no such bar."""
+
+    def contenders(self) -> tuple[CaseResult, ...]:
+        """The results besides the baseline's."""
+        return tuple(result for result in self.results if result.name != self.baseline)
+
+    def verdict(self, result: CaseResult) -> str:
+        """``met`` or ``missed`` by the median, and nothing for the baseline or without a bar."""
+        if self.bar is None or result.name == self.baseline:
+            return ""
+        return "met" if result.efficiency.median >= self.bar else "missed"
+
+
+def compare(
+    cases: Sequence[Case], *, baseline: str, device: torch.device, options: TimingOptions | None = None
+) -> tuple[CaseResult, ...]:
+    """Time the cases in turns and set each beside the baseline.
+
+    Args:
+        cases: With different names, the baseline among them.
+        baseline: Name of the case that the others are compared with.
+        device: Where the work runs.
+        options: Rounds and warm-up.
+
+    Returns:
+        One result per case, in their order.
+
+    Raises:
+        InputError: If no case is called `baseline`, or two have one name.
+    """
+    by_name = {case.name: case for case in cases}
+    if len(by_name) != len(cases):
+        raise InputError(f"cases need different names; got {', '.join(case.name for case in cases)}")
+    if baseline not in by_name:
+        raise InputError(f"there is no case {baseline!r} to compare with; there are: {', '.join(by_name)}")
+    rounds = time_rounds({case.name: case.run for case in cases}, device, options)
+    results = []
+    for case in cases:
+        ratios = [base / own for base, own in zip(rounds[baseline], rounds[case.name], strict=True)]
+        speedup, ideal = Spread.of(ratios), by_name[baseline].flops / case.flops
+        results.append(
+            CaseResult(
+                name=case.name,
+                time_ms=Spread.of(rounds[case.name]),
+                speedup=speedup,
+                ideal=ideal,
+                efficiency=speedup.scaled(1 / ideal),
+                flops=case.flops,
+                # After the timed rounds, so that optimizer states and caches exist as in the middle of a training.
+                peak_bytes=peak_device_bytes(case.run, device),
+                rounds_ms=rounds[case.name],
+                facts=dict(case.facts),
+            )
+        )
+    return tuple(results)

@@ -1,0 +1,142 @@
+"""One training step as it is timed: forward and backward of every micro-batch, and the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kvpref.batch import Batch, ResponseLogps, collate
+from kvpref.flops import Work, count_work, total_work
+from kvpref.groups import Group
+from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
+from kvpref.modeling.passes import response_logps
+from kvpref.modeling.schedules import forward_backward
+
+BASELINE_MODE = "packed"
+"""What modes are compared with: the same kernels and no padding, every prompt repeated."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepMicroBatch:
+    """One micro-batch of a step."""
+
+    batch: Batch
+    """Its groups, collated, on the model's device."""
+
+    reference: ResponseLogps | None
+    """Reference log-probs, if the loss needs any."""
+
+    weight: float
+    """Its share of the step's loss units, so that the step's loss does not depend on the cut."""
+
+
+class StepOutcome(NamedTuple):
+    """What a step computed; equal in every mode, to rounding."""
+
+    loss: float
+    """Loss of the whole step."""
+
+    mean_token_logp: float
+    """Mean log-prob of the scored tokens, in nats: the loss alone can hide an error that falls on both responses."""
+
+
+class TrainStep:
+    """A step that can be run again and again.
+
+    Args:
+        model: Attached model.
+        loss: As for `kvpref.forward_backward`.
+        micro_batches: What the step runs, one after another.
+        mode: As in `kvpref.response_logps`.
+        optimizer: Stepped at the end of each run; None leaves the weights as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PreferenceLoss | LossFunction,
+        micro_batches: Sequence[StepMicroBatch],
+        mode: str,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.model, self.loss, self.mode, self.optimizer = model, loss, mode, optimizer
+        self.micro_batches = tuple(micro_batches)
+
+    def run(self) -> torch.Tensor:
+        """Zero the gradients, run every micro-batch, step the optimizer; the step's loss, detached, on the device."""
+        self.model.zero_grad(set_to_none=True)
+        losses = [self._forward_backward(item, self.loss).loss * item.weight for item in self.micro_batches]
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return torch.stack(losses).sum()
+
+    def check(self) -> StepOutcome:
+        """Run every micro-batch without the optimizer and tell what came out."""
+        self.model.zero_grad(set_to_none=True)
+        loss, logp_sum, num_tokens = 0.0, 0.0, 0
+        for item in self.micro_batches:
+            output = self._forward_backward(item, self._recording_loss)
+            loss += output.loss.item() * item.weight
+            logp_sum += output.metrics["logp_sum"].item()
+            num_tokens += int(output.metrics["num_tokens"].item())
+        self.model.zero_grad(set_to_none=True)
+        return StepOutcome(loss, logp_sum / max(1, num_tokens))
+
+    def work(self) -> Work:
+        """Counts of what one run computes."""
+        return total_work(count_work(item.batch.plan(self.mode)) for item in self.micro_batches)
+
+    def _recording_loss(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+        logps = policy.token_logps.detach()
+        counts = {"logp_sum": logps.double().sum(), "num_tokens": torch.tensor(logps.numel())}
+        return LossOutput(self.loss(policy, reference, batch).loss, counts)
+
+    def _forward_backward(self, item: StepMicroBatch, loss: PreferenceLoss | LossFunction) -> LossOutput:
+        return forward_backward(
+            self.model,
+            item.batch,
+            loss,
+            reference=item.reference,
+            mode=self.mode,
+            backward=lambda value: (value * item.weight).backward(),  # type: ignore[no-untyped-call]
+        )
+
+
+def make_micro_batches(
+    model: nn.Module,
+    cut: Sequence[Sequence[Group]],
+    loss: PreferenceLoss | LossFunction,
+    *,
+    mode: str,
+    device: torch.device,
+) -> tuple[StepMicroBatch, ...]:
+    """Collate the micro-batches of a step and compute the reference log-probs with the weights as they are.
+
+    Args:
+        model: Attached model; it is its own reference.
+        cut: The groups of each micro-batch.
+        loss: Its units weight the micro-batches; it says whether a reference is needed.
+        mode: Whose plans to build.
+        device: Where the tensors go.
+    """
+    wrapped = as_loss(loss)
+    batches = [collate(groups, device=device, modes=(mode,)) for groups in cut]
+    units = [wrapped.num_units(batch) for batch in batches]
+    return tuple(
+        StepMicroBatch(
+            batch=batch,
+            reference=_reference(model, batch) if wrapped.needs_reference else None,
+            weight=count / sum(units),
+        )
+        for batch, count in zip(batches, units, strict=True)
+    )
+
+
+@torch.no_grad()
+def _reference(model: nn.Module, batch: Batch) -> ResponseLogps:
+    # In one mode for all: a mode that is its own reference would cancel its own error.
+    return response_logps(model, batch, mode=BASELINE_MODE)

@@ -1,0 +1,102 @@
+"""Time several cases against one another on a machine that may do other things at the same time.
+
+The cases take turns inside each round, in one process, so that a slow phase of the machine falls on all of them; what
+is compared are the ratios inside a round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kvpref.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions:
+    """How often cases are timed."""
+
+    num_rounds: int = 5
+    """Rounds; every case is timed once in each."""
+
+    num_warmup: int = 1
+    """Rounds before them that are not counted: allocations, page faults, kernel selection."""
+
+    budget_s: float | None = None
+    """No new round starts after so many seconds, once there are `min_rounds`. None puts no limit."""
+
+    min_rounds: int = 3
+    """Rounds that run whatever the budget; the lower of it and `num_rounds` holds."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_rounds", "min_rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.num_warmup < 0:
+            raise InputError(f"num_warmup must not be negative; got {self.num_warmup}")
+
+
+def time_rounds(
+    cases: Mapping[str, Callable[[], object]], device: torch.device, options: TimingOptions | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Time every case once per round.
+
+    The first case of a round changes from round to round, so that no case always follows the same other one.
+
+    Args:
+        cases: Name -> what to time; called without arguments.
+        device: Where the work runs. On CUDA the events of the current stream measure it, from an idle device until
+            the last kernel has ended; elsewhere the clock does.
+        options: `TimingOptions()` if None.
+
+    Returns:
+        Name -> milliseconds per round, as many for every case.
+    """
+    options = options or TimingOptions()
+    names = list(cases)
+    for _ in range(options.num_warmup):
+        for name in names:
+            cases[name]()
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+    started = time.perf_counter()
+    for number in range(options.num_rounds):
+        spent_s = time.perf_counter() - started
+        if number >= options.min_rounds and options.budget_s is not None and spent_s > options.budget_s:
+            break
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            rounds[name].append(time_once(cases[name], device))
+    return {name: tuple(values) for name, values in rounds.items()}
+
+
+def time_once(function: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call, including what it started on the device."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        function()
+        return (time.perf_counter() - started) * 1000
+    torch.cuda.synchronize(device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize(device)
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds
+
+
+def peak_device_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes that the CUDA allocator held for tensors at once during one call, those held before it included.
+
+    None on other devices: the operating system's peak of a process covers everything that ran in it before.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
