@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -24,6 +26,8 @@ def merge_partials(partials: Sequence[Partial], dtype: torch.dtype) -> Partial:
     """
     if len(partials) == 1:
         return partials[0][0].to(dtype), partials[0][1]
+    if partials[0][0].is_cuda and partials[0][1].dtype == torch.float32 and _has_triton():
+        return _merge_fused(partials, dtype)
     lses = torch.stack([lse for _, lse in partials])
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - lse).transpose(1, 2).unsqueeze(-1)
@@ -31,6 +35,21 @@ def merge_partials(partials: Sequence[Partial], dtype: torch.dtype) -> Partial:
     for weight, (partial, _) in zip(weights[1:], partials[1:], strict=True):
         out = torch.addcmul(out, weight, partial.to(out.dtype))
     return out.to(dtype), lse
+
+
+def _merge_fused(partials: Sequence[Partial], dtype: torch.dtype) -> Partial:
+    from kvpref.attention.merge_triton import merge_two  # Triton is not there on every machine
+
+    merged = partials[0]
+    for index, partial in enumerate(partials[1:], start=2):
+        # Intermediate results stay in fp32, so the result is rounded once.
+        merged = merge_two(merged, partial, dtype if index == len(partials) else torch.float32)
+    return merged
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def accumulate(grads: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,8 @@ class LayerSlot:
 
     Attributes:
         prefixes: Keys and values of the passes before, (T_d, num_kv_heads, head_dim) each, per depth d.
-        following: The next layer's slot; None for the last.
+        following: The next layer's slot. After the last layer's comes an end, which follows nothing and is no
+            layer's, so that the last layer looks like the others.
         module: The attention module that took the slot.
         own: The keys and values of this pass.
     """
@@ -36,11 +37,10 @@ class LayerSlot:
 
 def make_slots(cache: PrefixCache, num_layers: int) -> list[LayerSlot]:
     """The slots of the next pass over `num_layers` attention layers, chained."""
-    slots: list[LayerSlot] = []
+    chain = [LayerSlot((), None)]
     for index in reversed(range(num_layers)):
-        prefixes = tuple(cache.layers[index].slabs) if cache.layers else ()
-        slots.append(LayerSlot(prefixes, slots[-1] if slots else None))
-    return slots[::-1]
+        chain.append(LayerSlot(tuple(cache.layers[index].slabs) if cache.layers else (), chain[-1]))
+    return chain[:0:-1]
 
 
 class PrefixCacheLayer(CacheLayerMixin):

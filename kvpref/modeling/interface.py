@@ -55,7 +55,7 @@ class RunningPass:
         self.plan, self.num_positions, self.backend, self.keep = plan, num_positions, backend, keep
         self._cache = cache
         self._slots = make_slots(cache, num_layers)
-        self._next_slot: LayerSlot | None = self._slots[0]
+        self._next_slot = self._slots[0]
         self._slot_of: dict[nn.Module, LayerSlot] | None = None
 
     def finish(self) -> None:
@@ -114,7 +114,7 @@ class RunningPass:
         if self._slot_of is not None:  # a checkpoint recomputes this layer: it reads, and must not write again
             return self._slot_of[module]
         slot = self._next_slot
-        if slot is None:
+        if slot.following is None:
             raise UnsupportedModelError(
                 f"more attention calls than the model's {len(self._slots)} layers; this model routes attention in a "
                 "way kvpref does not follow"

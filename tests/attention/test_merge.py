@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpref.attention.merge import merge_partials
+from kvpref.attention.merge import accumulate, merge_partials
 
 
 def partials(num_parts: int, num_keys: int = 3) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
@@ -68,3 +68,15 @@ def test_16_bit_parts_are_merged_in_fp32() -> None:
     exact, _ = merge_partials([(out.double(), lse.double()) for out, lse in narrow], torch.float64)
     # fp32 arithmetic on the same bf16 numbers.
     torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_rounded_once() -> None:
+    """Sums of 2 and of 64 16-bit terms equal the exact sum rounded at the end; adding in bf16 would stall."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 64):
+        terms = [1 + torch.rand(5, 2, 4, generator=generator).bfloat16() for _ in range(count)]
+        found = accumulate(terms, torch.bfloat16)
+        exact = torch.stack([term.double() for term in terms]).sum(0)
+        assert torch.equal(found, exact.bfloat16())
+    wide = [torch.rand(3, generator=generator, dtype=torch.float64) for _ in range(3)]
+    assert torch.equal(accumulate(wide, torch.float64), wide[0] + wide[1] + wide[2])
