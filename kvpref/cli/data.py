@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpref.data.dataset import OnBadRow
-from kvpref.data.planning import Mode
+from kvpref.data.costs import Mode
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,9 +3,10 @@
 Importing this package imports neither torch nor transformers nor datasets.
 """
 
+from kvpref.data.costs import CostModel, Mode, work_of
 from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset, load_preferences
 from kvpref.data.lengths import GroupLengths, measure_group
-from kvpref.data.planning import MicroBatch, Mode, StepOptions, StepPlan, StepPlanner
+from kvpref.data.planning import MicroBatch, StepOptions, StepPlan, StepPlanner
 from kvpref.data.report import BadRow, DataReport
 from kvpref.data.sampling import StepSampler
 from kvpref.data.statistics import (
@@ -20,6 +21,7 @@ from kvpref.data.tokenization import load_tokenizer
 __all__ = [
     "BadRow",
     "BatchStatistics",
+    "CostModel",
     "DataOptions",
     "DataReport",
     "DataStatistics",
@@ -38,4 +40,5 @@ __all__ = [
     "measure_group",
     "summarize_batches",
     "summarize_dataset",
+    "work_of",
 ]

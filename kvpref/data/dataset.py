@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from kvpref.data.lengths import GroupLengths, measure_sequences
+from kvpref.data.lengths import GroupLengths, measure_group
 from kvpref.data.reading import RawRow, read_rows
 from kvpref.data.rendering import RenderedRow, render_row
 from kvpref.data.report import BadRow, DataReport
@@ -85,8 +85,8 @@ class PreferenceDataset:
 
     @cached_property
     def lengths(self) -> list[GroupLengths]:
-        """Token counts per group."""
-        return [measure_sequences(self._groups.token_ids(index)) for index in range(len(self))]
+        """Counts of tokens, attention pairs and scored tokens per group."""
+        return [measure_group(group) for group in self]
 
     @property
     def group_ids(self) -> list[str | None]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvpref.groups import Group
 
 
 class GroupLengths(NamedTuple):
-    """Token counts of one group (or of several together)."""
+    """Counts of one group (or of several together, see `combine`).
+
+    `shared` means that the tokens that all sequences of a group begin with are there once. What only some sequences
+    share, or several groups, is counted apart: a prefix tree may find less work than these counts, never more, as long
+    as its `min_shared_tokens` and `max_depth` let it share what a group begins with.
+    """
 
     unique_tokens: int
     """The tokens that all sequences begin with once, and the rest of each sequence."""
@@ -23,21 +28,55 @@ class GroupLengths(NamedTuple):
     num_sequences: int
     """How many sequences there are."""
 
+    unique_pairs: int
+    """Query-key pairs of causal attention with the beginning shared: P(P+1)/2 + sum of R*P + R(R+1)/2."""
+
+    total_pairs: int
+    """Query-key pairs of causal attention with each sequence alone: sum of L(L+1)/2."""
+
+    unique_scored: int
+    """Scored tokens, those in the shared beginning once (where any sequence scores them)."""
+
+    total_scored: int
+    """Scored tokens of all sequences."""
+
 
 def measure_group(group: Group) -> GroupLengths:
-    """Count the tokens of one group."""
-    return measure_sequences([sequence.input_ids for sequence in group.sequences])
-
-
-def measure_sequences(sequences: Sequence[Sequence[int]]) -> GroupLengths:
-    """Count the tokens of the sequences (at least one) of one group, all of one list type."""
-    total = sum(map(len, sequences))
+    """Count the tokens, attention pairs and scored tokens of one group."""
+    sequences = [sequence.input_ids for sequence in group.sequences]
+    lengths = list(map(len, sequences))
+    repeats = len(sequences) - 1
     # What the smallest and the largest of sorted lists have in common, all of them have.
-    shared = num_shared(min(sequences), max(sequences))  # type: ignore[type-var]
-    return GroupLengths(total - shared * (len(sequences) - 1), total, max(map(len, sequences)), len(sequences))
+    shared = num_shared(min(sequences), max(sequences))
+    scored = [sequence.scored.count(True) for sequence in group.sequences]
+    starts = [sequence.scored[:shared] for sequence in group.sequences]
+    scored_in_starts = sum(start.count(True) for start in starts)
+    unique_in_starts = sum(map(any, zip(*starts, strict=True))) if scored_in_starts else 0
+    total_pairs = sum(map(_causal_pairs, lengths))
+    return GroupLengths(
+        unique_tokens=sum(lengths) - shared * repeats,
+        total_tokens=sum(lengths),
+        max_sequence_tokens=max(lengths),
+        num_sequences=len(sequences),
+        unique_pairs=total_pairs - _causal_pairs(shared) * repeats,
+        total_pairs=total_pairs,
+        unique_scored=sum(scored) - scored_in_starts + unique_in_starts,
+        total_scored=sum(scored),
+    )
+
+
+def combine(lengths: Iterable[GroupLengths]) -> GroupLengths:
+    """The counts of several groups (at least one) together."""
+    columns = GroupLengths(*zip(*lengths, strict=True))  # type: ignore[arg-type]
+    sums = GroupLengths(*map(sum, columns))  # type: ignore[arg-type]
+    return sums._replace(max_sequence_tokens=max(columns.max_sequence_tokens))  # type: ignore[call-overload]
 
 
 def num_shared(first: Sequence[object], second: Sequence[object]) -> int:
     """The length of the longest common prefix of two token lists or texts."""
     shortest = min(len(first), len(second))
     return next((index for index in range(shortest) if first[index] != second[index]), shortest)
+
+
+def _causal_pairs(num_tokens: int) -> int:
+    return num_tokens * (num_tokens + 1) // 2

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from statistics import fmean
 
+from kvpref.data.costs import Mode
 from kvpref.data.dataset import PreferenceDataset
-from kvpref.data.planning import Mode, StepPlanner
+from kvpref.data.planning import StepPlanner
 from kvpref.groups import Group
 
 
@@ -68,7 +70,10 @@ class BatchStatistics:
     """The micro-batches that a budget gives, in the first epoch."""
 
     mode: Mode
-    """Whose cost was counted."""
+    """Whose tokens were counted."""
+
+    world_size: int
+    """Ranks that the steps were planned for."""
 
     num_steps: int
     """Optimizer steps per epoch."""
@@ -83,13 +88,26 @@ class BatchStatistics:
     """Mean, over all ranks, fillers left out."""
 
     tokens_per_micro_batch: LengthSummary
-    """Cost in tokens, padding included where the mode pads."""
+    """Tokens that the model processes, padding included where the mode pads."""
 
     budget_fill: float | None
-    """Mean cost / budget, from 0 to 1; None without a budget."""
+    """Mean tokens / budget, from 0 to 1; None without a budget."""
 
     padding_share: float
     """Padding tokens / processed tokens, from 0 to 1; 0 in the modes that do not pad."""
+
+    cost_unit: str
+    """What the costs below are counted in: tokens, FLOPs or seconds."""
+
+    imbalance: float
+    """Mean over the steps of (cost of the costliest rank / mean cost of the ranks) - 1; fillers cost too."""
+
+    costliest_rank_per_step: float
+    """Mean over the steps of the costliest rank's cost: what a step takes where ranks wait at its end (DDP)."""
+
+    costliest_micro_batches_per_step: float
+    """Mean over the steps of the sum of each round's costliest micro-batch: the same where ranks wait for one another
+    at each micro-batch (FSDP)."""
 
 
 def summarize_dataset(dataset: PreferenceDataset) -> DataStatistics:
@@ -128,22 +146,30 @@ def _response_starts(group: Group) -> list[int]:
 
 def summarize_batches(planner: StepPlanner) -> BatchStatistics:
     """Measure the micro-batches of the first epoch."""
-    planned = [micro_batch for step in planner.steps(0) for rank in step for micro_batch in rank]
+    steps = planner.steps(0)
+    planned = [micro_batch for step in steps for rank in step for micro_batch in rank]
     real = [micro_batch for micro_batch in planned if not micro_batch.is_filler]
-    costs = [planner.micro_batch_cost(micro_batch) for micro_batch in real]
+    tokens = [planner.micro_batch_tokens(micro_batch) for micro_batch in real]
     budget = planner.options.max_tokens_per_micro_batch
     padding = 0
     if planner.options.mode == "padded":
-        padding = sum(costs) - sum(planner.micro_batch_lengths(micro_batch).total_tokens for micro_batch in real)
+        padding = sum(tokens) - sum(planner.micro_batch_lengths(micro_batch).total_tokens for micro_batch in real)
+    costs = [[list(map(planner.micro_batch_cost, rank)) for rank in step] for step in steps]
+    by_rank = [list(map(sum, step)) for step in costs]
     return BatchStatistics(
         mode=planner.options.mode,
+        world_size=planner.options.world_size,
         num_steps=planner.num_steps,
         num_micro_batches=len(real),
         num_fillers=len(planned) - len(real),
         micro_batches_per_step=len(real) / planner.num_steps,
-        tokens_per_micro_batch=summarize(costs),
-        budget_fill=None if budget is None else sum(costs) / len(costs) / budget,
-        padding_share=padding / sum(costs),
+        tokens_per_micro_batch=summarize(tokens),
+        budget_fill=None if budget is None else sum(tokens) / len(tokens) / budget,
+        padding_share=padding / sum(tokens),
+        cost_unit=planner.costs.cost_model.unit,
+        imbalance=fmean(max(ranks) * len(ranks) / sum(ranks) - 1 for ranks in by_rank),
+        costliest_rank_per_step=fmean(map(max, by_rank)),
+        costliest_micro_batches_per_step=fmean(sum(map(max, zip(*step, strict=True))) for step in costs),
     )
 
 

@@ -193,10 +193,12 @@ def test_lengths_share_the_prefix_common_to_all_sequences():
         return Group([Sequence(ids, [False] * len(ids)) for ids in sequences])
 
     # 1 2 is common to all; 1 2 3 only to two of them.
-    assert measure_group(group([1, 2, 3, 4], [1, 2, 9], [1, 2, 3])) == GroupLengths(2 + 2 + 1 + 1, 10, 4, 3)
-    assert measure_group(group([1, 2, 3])) == GroupLengths(3, 3, 3, 1)
-    assert measure_group(group([1], [2])) == GroupLengths(2, 2, 1, 2)
-    assert measure_group(group([1, 2], [1, 2], [1, 2, 3])) == GroupLengths(3, 7, 3, 3)
+    assert measure_group(group([1, 2, 3, 4], [1, 2, 9], [1, 2, 3])) == GroupLengths(
+        6, 10, 4, 3, 3 + 7 + 3 + 3, 22, 0, 0
+    )
+    assert measure_group(group([1, 2, 3])) == GroupLengths(3, 3, 3, 1, 6, 6, 0, 0)
+    assert measure_group(group([1], [2])) == GroupLengths(2, 2, 1, 2, 2, 2, 0, 0)
+    assert measure_group(group([1, 2], [1, 2], [1, 2, 3])) == GroupLengths(3, 7, 3, 3, 3 + 3, 12, 0, 0)
     dataset = PreferenceDataset([group([1, 2], [1, 3]), group([4])])
     assert dataset.lengths == [GroupLengths(3, 4, 2, 2), GroupLengths(1, 1, 1, 1)]
 
