@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvpref.losses import LossOutput
     from kvpref.modeling.attach import attach
     from kvpref.modeling.cache import PrefixCache
+    from kvpref.modeling.compilation import compile_layers
     from kvpref.modeling.passes import encode_prefix, response_logps, score_responses
     from kvpref.modeling.schedules import forward_backward
     from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
@@ -33,6 +34,7 @@ _HOMES = {
     "UnsupportedModelError": "kvpref.errors",
     "attach": "kvpref.modeling.attach",
     "collate": "kvpref.batch",
+    "compile_layers": "kvpref.modeling.compilation",
     "encode_prefix": "kvpref.modeling.passes",
     "forward_backward": "kvpref.modeling.schedules",
     "response_logps": "kvpref.modeling.passes",
@@ -53,6 +55,7 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "collate",
+    "compile_layers",
     "encode_prefix",
     "forward_backward",
     "response_logps",

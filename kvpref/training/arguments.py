@@ -40,6 +40,9 @@ class PreferenceTrainingArguments(TrainingArguments):
     max_prefix_depth: int | None = field(
         default=None, metadata={"help": "Deepest segment of the prefix tree; 1 is prompts and responses."}
     )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "torch.compile the decoder layers; torch_compile=True means the same."}
+    )
     sort_window_steps: int = field(
         default=16, metadata={"help": "Groups are sorted by length within this many optimizer steps' worth of data."}
     )
@@ -51,6 +54,13 @@ class PreferenceTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a NaN loss stops the run."})
 
     def __post_init__(self) -> None:
+        if self.torch_compile_backend or self.torch_compile_mode:
+            raise InputError(
+                "torch_compile_backend and torch_compile_mode are not used: call "
+                "kvpref.compile_layers(kvpref.attach(model), backend=..., mode=...) before making the trainer"
+            )
+        # Compiling the whole model would trace through the passes; the layers are what there is to gain from.
+        self.compile_layers, self.torch_compile = self.compile_layers or self.torch_compile, False
         super().__post_init__()
         for name, value, valid in (("mode", self.mode, MODES), ("schedule", self.schedule, SCHEDULES)):
             if value not in valid:

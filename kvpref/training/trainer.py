@@ -19,6 +19,7 @@ from kvpref.errors import InputError, RunError
 from kvpref.groups import Group
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.modeling.attach import attach
+from kvpref.modeling.compilation import compile_layers
 from kvpref.modeling.passes import response_logps
 from kvpref.modeling.schedules import forward_backward
 from kvpref.training.arguments import PreferenceTrainingArguments
@@ -68,6 +69,8 @@ class PreferenceTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         attach(model)
+        if args.compile_layers:
+            compile_layers(model)
         self.loss = as_loss(args.make_loss() if loss is None else loss)
         self._references: dict[str, ReferenceLogps | None] = {}
         self._metric_meter, self.token_meter = MetricMeter(), TokenMeter()

@@ -74,7 +74,7 @@ def test_deterministic(backend: str) -> None:
 
 def test_unknown_names_are_answered_with_the_known() -> None:
     for choose in (get_backend, lambda name: select_backend(name, random(1, 1, 8))):
-        with pytest.raises(ValueError, match=r"'flash_attn_9'; choose from: auto, cpu_flash, cuda_flash, reference"):
+        with pytest.raises(ValueError, match=r"'flash_attn_9'; choose from: auto, cpu_flash, cuda_flash, efficient, "):
             choose("flash_attn_9")
 
 

@@ -237,3 +237,11 @@ def test_reference_does_not_depend_on_the_adapter() -> None:
 
     assert fingerprint(0, 1) == fingerprint(0, 2)
     assert fingerprint(0, 1) != fingerprint(3, 1)
+
+
+def test_torch_compile_means_the_layers(tmp_path: Path) -> None:
+    args = kvpref.PreferenceTrainingArguments(output_dir=str(tmp_path), torch_compile=True)
+    assert args.compile_layers
+    assert not args.torch_compile
+    with pytest.raises(InputError, match=r"kvpref\.compile_layers"):
+        kvpref.PreferenceTrainingArguments(output_dir=str(tmp_path), torch_compile_backend="eager")
