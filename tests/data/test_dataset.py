@@ -200,7 +200,7 @@ def test_lengths_share_the_prefix_common_to_all_sequences():
     assert measure_group(group([1], [2])) == GroupLengths(2, 2, 1, 2, 2, 2, 0, 0)
     assert measure_group(group([1, 2], [1, 2], [1, 2, 3])) == GroupLengths(3, 7, 3, 3, 3 + 3, 12, 0, 0)
     dataset = PreferenceDataset([group([1, 2], [1, 3]), group([4])])
-    assert dataset.lengths == [GroupLengths(3, 4, 2, 2), GroupLengths(1, 1, 1, 1)]
+    assert dataset.lengths == [GroupLengths(3, 4, 2, 2, 5, 6, 0, 0), GroupLengths(1, 1, 1, 1, 1, 1, 0, 0)]
 
 
 def test_map_groups_keeps_the_chosen(tokenizer, write_jsonl):
