@@ -136,8 +136,8 @@ def test_trees_are_no_worse_than_naive_bf16(depth: int, head_dim: int, heads: tu
 
 def test_auto_selects_it_for_16_bit_only() -> None:
     assert select_backend("auto", random(1, 1, 64)).name == "cuda_flash"
-    assert select_backend("auto", random(1, 1, 64, dtype=torch.float32)).name == "reference"
-    with pytest.raises(ValueError, match=r"float16 or bfloat16.*these can: reference"):
+    assert select_backend("auto", random(1, 1, 64, dtype=torch.float32)).name == "efficient"
+    with pytest.raises(ValueError, match=r"float16 or bfloat16.*these can: efficient, reference"):
         select_backend("cuda_flash", random(1, 1, 64, dtype=torch.float32))
 
 
@@ -165,7 +165,7 @@ def test_models_are_no_worse_than_naive_bf16(kind: str, mode: str, checkpointing
 
 
 def test_fp32_model_on_cuda() -> None:
-    """The reference backend on the GPU, fp32 with TF32 off: 6e-8 per operation, amplified by norms and softmax."""
+    """`auto` on the GPU, fp32 with TF32 off: 6e-8 per operation, amplified by norms and softmax."""
     groups = five_levels()
     model = tiny_model("mistral", torch.float32).cuda()
     truth = oracle.naive(tiny_model("mistral", torch.float64), groups)

@@ -1,0 +1,274 @@
+"""`flash_attn`, `flash_attn_3`, `flash_attn_4`: the FlashAttention packages; one varlen kernel launch per block.
+
+Their internal functions are called, because the public ones neither take an outside output and log-sum-exp in the
+backward pass nor return gradients without autograd. Signatures were read from the repository Dao-AILab/flash-attention
+at the versions that each class names.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from kvpref.attention.backends.interface import Backend
+from kvpref.attention.backends.optional_package import OptionalPackage
+from kvpref.attention.block import AttentionParams, VarlenBlock
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class _FlashAttention(Backend):
+    """What the generations share: dtypes, native GQA, varlen log-sum-exp (H, T), causal masks aligned to the bottom
+    right (the usual ones here, because causal blocks have equal query and key ranges).
+
+    `torch.use_deterministic_algorithms` selects their deterministic backward.
+    """
+
+    package: ClassVar[OptionalPackage]
+    max_head_dim: ClassVar[int] = 256
+    min_capability: ClassVar[tuple[int, int]] = (8, 0)
+    below_capability: ClassVar[tuple[int, int] | None] = None
+
+    def unsupported_reason(self, query: torch.Tensor) -> str | None:
+        if query.device.type != "cuda":
+            return f"it runs on CUDA tensors only, got device {query.device.type!r}"
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            return f"it needs float16 or bfloat16, got {query.dtype}; load the model in bf16 or use autocast"
+        if query.shape[-1] > self.max_head_dim or query.shape[-1] % 8:
+            return f"it needs a head dim that is a multiple of 8 and at most {self.max_head_dim}, got {query.shape[-1]}"
+        capability = torch.cuda.get_device_capability(query.device)
+        if capability < self.min_capability:
+            return f"it needs compute capability {_dotted(self.min_capability)} or later, got {_dotted(capability)}"
+        if self.below_capability is not None and capability >= self.below_capability:
+            return f"it needs compute capability below {_dotted(self.below_capability)}, got {_dotted(capability)}"
+        return self.package.missing_reason()
+
+
+class FlashAttn(_FlashAttention):
+    """FlashAttention-2 (Dao 2023, arXiv 2307.08691), package flash-attn 2.7 to 2.8.
+
+    Older releases return eight tensors in another order, so they are refused.
+    """
+
+    name = "flash_attn"
+    package = OptionalPackage(
+        module="flash_attn.flash_attn_interface",
+        distribution="flash-attn",
+        minimum_version="2.7.0",
+        install='pip install "kvpref[flash-attn]" --no-build-isolation',
+    )
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = self.package.load()._flash_attn_varlen_forward(
+            q,
+            k,
+            v,
+            block.cu_seqlens_q,
+            block.cu_seqlens_k,
+            _longest_query(block),
+            block.max_seqlen_k,
+            dropout_p=0.0,
+            softmax_scale=params.scale,
+            causal=block.causal,
+        )
+        return out, _minus_infinity_without_keys(lse)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        block: VarlenBlock,
+        params: AttentionParams,
+    ) -> Gradients:
+        dq, dk, dv = _zeros(q, k, v)
+        self.package.load()._flash_attn_varlen_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            dq,
+            dk,
+            dv,
+            block.cu_seqlens_q,
+            block.cu_seqlens_k,
+            block.max_seqlen_q,
+            block.max_seqlen_k,
+            dropout_p=0.0,
+            softmax_scale=params.scale,
+            causal=block.causal,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return dq, dk, dv
+
+
+class FlashAttn3(_FlashAttention):
+    """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), as built from ``hopper/`` since April 2025.
+
+    Arguments go by position up to `causal`, as in the package's own calls: between releases names changed
+    (``out`` to ``out_``, ``causal`` to ``is_causal``) and defaults came and went, positions did not.
+    """
+
+    name = "flash_attn_3"
+    below_capability = (10, 0)
+    package = OptionalPackage(
+        module="flash_attn_interface",
+        distribution="flash-attn-3",
+        install="build it from the folder hopper of github.com/Dao-AILab/flash-attention",
+    )
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new_keys_and_out = (None, None, None, None)  # k_new, v_new, qv, out
+        new_offsets_and_used = (None, None, None)  # cu_seqlens_k_new, seqused_q, seqused_k
+        paging_rotary_descale = (None,) * 9
+        out, lse, *_ = self.package.load()._flash_attn_forward(
+            q,
+            k,
+            v,
+            *new_keys_and_out,
+            block.cu_seqlens_q,
+            block.cu_seqlens_k,
+            *new_offsets_and_used,
+            block.max_seqlen_q,
+            block.max_seqlen_k,
+            *paging_rotary_descale,
+            params.scale,
+            block.causal,
+        )
+        return out, _minus_infinity_without_keys(lse)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        block: VarlenBlock,
+        params: AttentionParams,
+    ) -> Gradients:
+        dq, dk, dv = _zeros(q, k, v)
+        self.package.load()._flash_attn_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            block.cu_seqlens_q,
+            block.cu_seqlens_k,
+            None,  # seqused_q
+            None,  # seqused_k
+            block.max_seqlen_q,
+            block.max_seqlen_k,
+            dq,
+            dk,
+            dv,
+            params.scale,
+            block.causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return dq, dk, dv
+
+
+class FlashAttn4(_FlashAttention):
+    """FlashAttention-4 in CuTe DSL, package flash-attn-4 (4.0.0 betas); Hopper and Blackwell, head dims up to 128.
+
+    Its forward returns two tensors or four, depending on the release; the first two are the output and the
+    log-sum-exp in all of them.
+    """
+
+    name = "flash_attn_4"
+    max_head_dim = 128
+    min_capability = (9, 0)
+    below_capability = (13, 0)
+    package = OptionalPackage(
+        module="flash_attn.cute.interface", distribution="flash-attn-4", install="pip install --pre flash-attn-4"
+    )
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        result = self.package.load()._flash_attn_fwd(
+            q,
+            k,
+            v,
+            cu_seqlens_q=block.cu_seqlens_q,
+            cu_seqlens_k=block.cu_seqlens_k,
+            max_seqlen_q=block.max_seqlen_q,
+            max_seqlen_k=block.max_seqlen_k,
+            softmax_scale=params.scale,
+            causal=block.causal,
+            return_lse=True,
+        )
+        return result[0], _minus_infinity_without_keys(result[1])
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        block: VarlenBlock,
+        params: AttentionParams,
+    ) -> Gradients:
+        dq, dk, dv = _zeros(q, k, v)
+        self.package.load()._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            dout.contiguous(),
+            lse.contiguous(),
+            softmax_scale=params.scale,
+            causal=block.causal,
+            cu_seqlens_q=block.cu_seqlens_q,
+            cu_seqlens_k=block.cu_seqlens_k,
+            max_seqlen_q=block.max_seqlen_q,
+            max_seqlen_k=block.max_seqlen_k,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            dq=dq,
+            dk=dk,
+            dv=dv,
+        )
+        return dq, dk, dv
+
+
+def _longest_query(block: VarlenBlock) -> int:
+    """With at most one query per pair, FA2's GQA path reshapes the rows and fails if a pair has none.
+
+    The number is an upper bound for the kernel, so 2 keeps it on the general path.
+    """
+    return max(block.max_seqlen_q, 2)
+
+
+def _zeros(*tensors: torch.Tensor) -> Gradients:
+    """Preallocated gradients: zero where a kernel writes nothing, as for keys of a pair without queries."""
+    dq, dk, dv = (torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+    return dq, dk, dv
+
+
+def _minus_infinity_without_keys(lse: torch.Tensor) -> torch.Tensor:
+    """FlashAttention-2 reports +inf for a row that saw no key, the later ones -inf."""
+    return lse.masked_fill(lse == float("inf"), float("-inf"))
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

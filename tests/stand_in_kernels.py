@@ -1,0 +1,58 @@
+"""What the CPU stand-ins for kernels share.
+
+A stand-in has the signature of the real function, recorded from its source, computes with the `reference` backend, and
+returns what the real one does: its layout of the log-sum-exp, its mark for rows without keys, and NaN where it leaves
+memory as the allocator gave it. So an argument in the wrong place, a layout or a missing normalisation shows.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from kvpref.attention import AttentionParams, VarlenBlock, get_backend
+
+Tensor = torch.Tensor
+NAN, INF = float("nan"), float("inf")
+
+
+def block_of(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -> VarlenBlock:
+    """The block that the arguments describe, after the checks that the kernels make."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q >= cu_q.diff().max()
+    assert max_k >= cu_k.diff().max()
+    assert isinstance(causal, bool | int)
+    return VarlenBlock(
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        num_queries=int(cu_q[-1]),
+        num_keys=int(cu_k[-1]),
+        causal=bool(causal),
+    )
+
+
+def compute_forward(q: Tensor, k: Tensor, v: Tensor, block: VarlenBlock, scale: float) -> tuple[Tensor, Tensor]:
+    return get_backend("reference").forward(q, k, v, block, AttentionParams(scale=scale))
+
+
+def write_gradients(
+    targets: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    block: VarlenBlock,
+    scale: float,
+) -> None:
+    """Write only the rows of pairs that have queries and keys; inputs are dout, q, k, v, out, lse."""
+    grads = get_backend("reference").backward(*inputs, block, AttentionParams(scale=scale))
+    for q0, q1, k0, k1 in block.pairs:
+        for target, grad, rows in zip(targets, grads, (slice(q0, q1), slice(k0, k1), slice(k0, k1)), strict=True):
+            assert target.shape == grad.shape
+            target[rows] = grad[rows]
+
+
+def rows_without(cu_seqlens: Tensor, other: Tensor) -> list[int]:
+    """Rows whose pair is empty on the other side."""
+    spans = zip(pairwise(cu_seqlens.tolist()), pairwise(other.tolist()), strict=True)
+    return [row for (start, end), (first, last) in spans if first == last for row in range(start, end)]
