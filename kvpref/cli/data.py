@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpref.data.dataset import OnBadRow
 from kvpref.data.costs import Mode
+from kvpref.data.dataset import OnBadRow
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from kvpref.data import BatchStatistics, DataReport, DataStatistics
+    from kvpref.data import BatchStatistics, DataReport, DataStatistics, PreferenceDataset, StepOptions
+    from kvpref.flops import ModelShape
+    from kvpref.modeling.calibration import Calibration
 
 MAX_BAD_ROWS_SHOWN = 10
+MAX_TOKENS_MEASURED = {"cpu": 1024, "cuda": 16384}
 
 app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
 
@@ -42,30 +45,31 @@ def inspect(
     max_response_tokens: Annotated[int | None, typer.Option(help="Keep the first so many response tokens.")] = None,
     on_bad_row: Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or skip and list it.")] = "stop",
     max_tokens_per_micro_batch: Annotated[int | None, typer.Option(help="Token budget of a micro-batch.")] = None,
-    groups_per_step: Annotated[int, typer.Option(help="Groups per optimizer step.")] = 16,
+    groups_per_step: Annotated[int, typer.Option(help="Groups per optimizer step, over all ranks.")] = 16,
     mode: Annotated[Mode, typer.Option(help="Which tokens count against the budget.")] = "two_pass",
+    world_size: Annotated[int, typer.Option(help="Ranks (devices) to plan for.")] = 1,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Predict the time of a step: measures this model (folder, hub name or config.json) here."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16, auto.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write bad rows to this file, one JSON object each.")] = None,
 ) -> None:
     """Print lengths, the ideal saving of shared prompts, bad rows, truncation, and the batches of a budget."""
     from rich.console import Console
 
-    from kvpref.data import (
-        DataOptions,
-        StepOptions,
-        StepPlanner,
-        load_preferences,
-        load_tokenizer,
-        summarize_batches,
-        summarize_dataset,
-    )
+    from kvpref.data import DataOptions, StepOptions, load_preferences, load_tokenizer, summarize_dataset
 
     # Options are checked before minutes go into reading.
     options = DataOptions(
         max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens, on_bad_row=on_bad_row
     )
     step_options = StepOptions(
-        groups_per_step=groups_per_step, max_tokens_per_micro_batch=max_tokens_per_micro_batch, mode=mode
+        groups_per_step=groups_per_step,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        mode=mode,
+        world_size=world_size,
     )
     with Console(stderr=True).status(f"reading {source}"):
         dataset = load_preferences(source, load_tokenizer(tokenizer), options)
@@ -76,11 +80,61 @@ def inspect(
     # Printed before planning: a budget that is too small for a group should not cost the user these figures.
     console = Console()
     _print_data(console, dataset.report, statistics)
-    batches = summarize_batches(StepPlanner(dataset.lengths, step_options, dataset.group_ids))
-    _print_batches(console, batches)
+    batches = _inspect_batches(console, dataset, step_options, model, dtype)
     if as_json:
-        result = {"data": asdict(statistics), "batches": asdict(batches), "report": asdict(dataset.report)}
+        result = {"data": asdict(statistics), **batches, "report": asdict(dataset.report)}
         print(json.dumps(result | {"fingerprint": dataset.fingerprint}))
+
+
+def _inspect_batches(
+    console: Console, dataset: PreferenceDataset, options: StepOptions, model: str | None, dtype: str
+) -> dict[str, Any]:
+    """Print and return what micro-batches there are, and with a model how long they take."""
+    from kvpref.data import CostModel, StepPlanner, summarize_batches
+
+    # Before a model is loaded: planning refuses a budget that is too small.
+    planner = StepPlanner(dataset.lengths, options, dataset.group_ids)
+    if model is None:
+        batches = summarize_batches(planner)
+        _print_batches(console, batches)
+        return {"batches": asdict(batches)}
+    shape, calibration = _measure(model, dtype, options)
+    # Steps are planned as training plans them, by FLOPs; seconds only say what they take on this device.
+    planner = StepPlanner(dataset.lengths, options, dataset.group_ids, CostModel.from_shape(shape))
+    batches = summarize_batches(planner, calibration.cost_model)
+    prediction = {
+        "device": calibration.device,
+        "seconds_per_step": batches.costliest_rank_per_step,
+        "seconds_per_step_in_lockstep": batches.costliest_micro_batches_per_step,
+        "seconds_per_epoch": batches.costliest_rank_per_step * batches.num_steps,
+        "fit_error": calibration.relative_error,
+        "cost_model": asdict(calibration.cost_model),
+    }
+    _print_batches(console, batches)
+    _print_prediction(console, batches, calibration)
+    return {"batches": asdict(batches), "prediction": prediction}
+
+
+def _measure(model: str, dtype: str, options: StepOptions) -> tuple[ModelShape, Calibration]:
+    """Load a model and time it on the device at hand."""
+    import torch
+    from rich.console import Console
+
+    from kvpref.cli.loading import load_model
+    from kvpref.modeling.attach import attach
+    from kvpref.modeling.calibration import MIN_TOKENS, calibrate
+    from kvpref.modeling.shape import model_shape
+
+    # Time does not depend on the weights' values, so a configuration will do.
+    source = (None, model) if model.endswith(".json") else (model, None)
+    loaded = attach(load_model(*source, dtype=dtype))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(loaded, device)
+    # Larger micro-batches say more about a GPU, which small ones do not fill, and take minutes on a CPU.
+    most = MAX_TOKENS_MEASURED[device.type]
+    max_tokens = max(MIN_TOKENS, min(options.max_tokens_per_micro_batch or most, most))
+    with Console(stderr=True).status(f"measuring {model} in mode {options.mode} on {device}"):
+        return model_shape(loaded), calibrate(loaded, mode=options.mode, max_tokens=max_tokens)
 
 
 def _print_data(console: Console, report: DataReport, statistics: DataStatistics) -> None:
@@ -114,6 +168,23 @@ def _print_batches(console: Console, batches: BatchStatistics) -> None:
             "steps": f"{batches.num_steps} per epoch, {batches.micro_batches_per_step:.2f} micro-batches each",
             "micro-batches": f"{tokens.mean:.0f} tokens on average, at most {tokens.max}, in mode {batches.mode}"
             f"{fill}{padding}",
+            "ranks": f"{batches.world_size}, the busiest {batches.imbalance:.1%} above the mean in {batches.cost_unit}",
+        },
+    )
+
+
+def _print_prediction(console: Console, batches: BatchStatistics, calibration: Calibration) -> None:
+    seconds = batches.costliest_rank_per_step
+    lockstep = ""
+    if batches.world_size > 1:
+        lockstep = f" ({batches.costliest_micro_batches_per_step:.3g} s if ranks wait at every micro-batch, as in FSDP)"
+    _print_facts(
+        console,
+        {
+            "predicted": f"{seconds:.3g} s per optimizer step{lockstep}, {seconds * batches.num_steps:.3g} s per "
+            f"epoch, forward and backward in mode {batches.mode}",
+            "measured on": f"{calibration.device}, {len(calibration.measurements)} made-up micro-batches; "
+            f"fit error {calibration.relative_error:.1%}",
         },
     )
 

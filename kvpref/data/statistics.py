@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import fmean
 
-from kvpref.data.costs import Mode
+from kvpref.data.costs import CostModel, Mode
+from kvpref.data.cutting import GroupCosts
 from kvpref.data.dataset import PreferenceDataset
 from kvpref.data.planning import StepPlanner
 from kvpref.groups import Group
@@ -144,8 +145,13 @@ def _response_starts(group: Group) -> list[int]:
     return [sequence.scored.index(True) if True in sequence.scored else len(sequence) for sequence in group.sequences]
 
 
-def summarize_batches(planner: StepPlanner) -> BatchStatistics:
-    """Measure the micro-batches of the first epoch."""
+def summarize_batches(planner: StepPlanner, cost_model: CostModel | None = None) -> BatchStatistics:
+    """Measure the micro-batches of the first epoch.
+
+    Args:
+        planner: Plans the steps.
+        cost_model: What the planned micro-batches cost, where that is known better than by the planner's own model.
+    """
     steps = planner.steps(0)
     planned = [micro_batch for step in steps for rank in step for micro_batch in rank]
     real = [micro_batch for micro_batch in planned if not micro_batch.is_filler]
@@ -154,7 +160,9 @@ def summarize_batches(planner: StepPlanner) -> BatchStatistics:
     padding = 0
     if planner.options.mode == "padded":
         padding = sum(tokens) - sum(planner.micro_batch_lengths(micro_batch).total_tokens for micro_batch in real)
-    costs = [[list(map(planner.micro_batch_cost, rank)) for rank in step] for step in steps]
+    model = cost_model or planner.costs.cost_model
+    priced = GroupCosts(planner.lengths, planner.options.mode, model)
+    costs = [[[priced.run_cost(item.group_indices) for item in rank] for rank in step] for step in steps]
     by_rank = [list(map(sum, step)) for step in costs]
     return BatchStatistics(
         mode=planner.options.mode,
@@ -166,7 +174,7 @@ def summarize_batches(planner: StepPlanner) -> BatchStatistics:
         tokens_per_micro_batch=summarize(tokens),
         budget_fill=None if budget is None else sum(tokens) / len(tokens) / budget,
         padding_share=padding / sum(tokens),
-        cost_unit=planner.costs.cost_model.unit,
+        cost_unit=model.unit,
         imbalance=fmean(max(ranks) * len(ranks) / sum(ranks) - 1 for ranks in by_rank),
         costliest_rank_per_step=fmean(map(max, by_rank)),
         costliest_micro_batches_per_step=fmean(sum(map(max, zip(*step, strict=True))) for step in costs),

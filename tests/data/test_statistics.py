@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from group_lengths import make_lengths
 from typer.testing import CliRunner
 
 from kvpref.cli import data as data_command
-from kvpref.data import PreferenceDataset, StepOptions, StepPlanner, summarize_batches, summarize_dataset
+from kvpref.data import CostModel, PreferenceDataset, StepOptions, StepPlanner, summarize_batches, summarize_dataset
 from kvpref.data.statistics import LengthSummary, summarize
 from kvpref.errors import InputError
 from kvpref.groups import Group, Sequence
@@ -82,6 +84,30 @@ def test_batch_figures_without_budget_or_padding_and_with_fillers():
     assert batches.padding_share == 0
 
 
+def test_imbalance_and_step_costs_by_hand():
+    options = StepOptions(groups_per_step=3, world_size=2, shuffle=False)
+    planner = StepPlanner([make_lengths([length]) for length in (1, 2, 4)], options)
+    # The step's best cut is 4 against 2 and 1.
+    batches = summarize_batches(planner)
+    assert (batches.world_size, batches.cost_unit) == (2, "tokens")
+    assert batches.imbalance == pytest.approx(4 / 3.5 - 1)
+    assert batches.costliest_rank_per_step == batches.costliest_micro_batches_per_step == 4
+    # The same plan at other prices: 4 * 5 / 2 pairs against 3 + 1.
+    priced = summarize_batches(planner, CostModel(per_token=0.0, per_pair=2.0, per_micro_batch=1.0, unit="seconds"))
+    assert priced.cost_unit == "seconds"
+    assert priced.imbalance == pytest.approx(21 / 15 - 1)
+    assert priced.costliest_rank_per_step == 21
+
+
+def test_rounds_cost_more_where_ranks_wait_in_each():
+    options = StepOptions(groups_per_step=4, world_size=2, shuffle=False, max_tokens_per_micro_batch=9)
+    batches = summarize_batches(StepPlanner([make_lengths([length]) for length in (9, 6, 5, 4)], options))
+    # 9 + 4 against 6 + 5; round by round 9 and 5.
+    assert batches.costliest_rank_per_step == 13
+    assert batches.costliest_micro_batches_per_step == 14
+    assert batches.imbalance == pytest.approx(13 / 12 - 1)
+
+
 @pytest.fixture
 def app() -> typer.Typer:
     app = typer.Typer()
@@ -119,6 +145,50 @@ def test_inspect_prints_figures_and_json_on_the_last_line(app, tokenizer_folder,
         assert shown in " ".join(result.stdout.split())
     assert f"skipped {path}:6: missing field" in result.stdout
     assert "reading" not in result.stdout
+
+
+def test_inspect_plans_for_several_ranks(app, tokenizer_folder, write_jsonl):
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--groups-per-step", "5", "--world-size", "2"]
+    result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    # Five equal groups on two ranks: three and two.
+    assert last["batches"]["world_size"] == 2
+    assert last["batches"]["imbalance"] == pytest.approx(3 / 2.5 - 1)
+    assert "prediction" not in last
+    assert "2, the busiest 20.0% above the mean in tokens" in " ".join(result.stdout.split())
+    assert "predicted" not in result.stdout
+
+
+def test_inspect_predicts_the_time_of_a_step_on_this_device(app, tokenizer_folder, write_jsonl, tmp_path: Path):
+    config = {"model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--groups-per-step", "2", "--world-size", "2"]
+    arguments += ["--max-tokens-per-micro-batch", "256", "--model", str(tmp_path / "config.json"), "--json"]
+    result = CliRunner().invoke(app, ["data", "inspect", *arguments])
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    prediction, costs = last["prediction"], last["prediction"]["cost_model"]
+    assert prediction["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert costs["unit"] == last["batches"]["cost_unit"] == "seconds"
+    # Each step is one group on each rank: hello world fox EOS and hello fox EOS, the first token shared and unscored.
+    one = costs["per_token"] * 6 + costs["per_pair"] * (1 + 2 + 3 + 4 + 2 + 3) + costs["per_scored"] * 5
+    assert prediction["seconds_per_step"] == pytest.approx(one + costs["per_micro_batch"])
+    assert prediction["seconds_per_epoch"] == pytest.approx(3 * prediction["seconds_per_step"])
+    assert prediction["fit_error"] >= 0
+    for shown in ("s per optimizer step", "if ranks wait at every micro-batch", "s per epoch", "fit error"):
+        assert shown in " ".join(result.stdout.split())
+
+
+def test_inspect_refuses_a_budget_before_it_loads_a_model(app, tokenizer_folder, write_jsonl):
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--max-tokens-per-micro-batch", "3"]
+    result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--model", "nowhere"])
+    with pytest.raises(InputError, match="the group alone takes 6 tokens"):
+        raise result.exception
+    result = CliRunner().invoke(app, ["data", "inspect", *arguments[:3], "--model", "nowhere.json"])
+    with pytest.raises(InputError, match=r"nowhere\.json: cannot read the model configuration"):
+        raise result.exception
 
 
 def test_inspect_lists_few_bad_rows_and_counts_the_rest(app, tokenizer_folder, write_jsonl):
