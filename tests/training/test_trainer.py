@@ -243,5 +243,5 @@ def test_torch_compile_means_the_layers(tmp_path: Path) -> None:
     args = kvpref.PreferenceTrainingArguments(output_dir=str(tmp_path), torch_compile=True)
     assert args.compile_layers
     assert not args.torch_compile
-    with pytest.raises(InputError, match=r"kvpref\.compile_layers"):
+    with pytest.raises(kvpref.InputError, match=r"kvpref\.compile_layers"):
         kvpref.PreferenceTrainingArguments(output_dir=str(tmp_path), torch_compile_backend="eager")
