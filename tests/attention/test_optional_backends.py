@@ -156,3 +156,17 @@ def test_stand_ins_have_the_operators_signature(direction: str) -> None:
     stand_in = getattr(stand_in_efficient, f"efficient_attention_{direction}")
     found = [(p.name, p.kind is p.KEYWORD_ONLY) for p in inspect.signature(stand_in).parameters.values()]
     assert found == schema_of(getattr(torch.ops.aten, f"_efficient_attention_{direction}"))
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_pytorch_takes_the_forward_call(num_kv_heads: int) -> None:
+    """The real operator, on meta tensors: PyTorch checks the arguments and gives the padded log-sum-exp's shape.
+
+    The backward operator has no meta kernel that takes its own arguments (torch 2.13), so its call is bound to the
+    schema only, above.
+    """
+    layout = VarlenLayout(cu_seqlens_q=(0, 3, 3, 40), cu_seqlens_k=(0, 5, 9, 12), causal=False)
+    query, key = (torch.empty(rows, heads, 8, device="meta") for rows, heads in ((40, 4), (12, num_kv_heads)))
+    out, lse = get_backend("efficient").forward(query, key, key, VarlenBlock.from_layout(layout, "meta"), PARAMS)
+    assert out.shape == (40, 4, 8)
+    assert (lse.shape, lse.dtype) == ((4, 40), torch.float32)
