@@ -4,11 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench bench-gpu lint format clean
 
 help:
 	@echo "make demo    train a tiny model on made-up preferences and compare modes (about two minutes)"
 	@echo "make test    the tests"
+	@echo "make bench   speed-ups beside their ideals on the CPU; BENCH_ARGS=--quick for a few minutes"
+	@echo "make bench-gpu   GPU tests and sweeps with the Python at hand, under eight minutes; DRY_RUN=1 on any machine"
 	@echo "make lint    format check, lint, types, import layers"
 
 # torch first and pinned: an open range would pull the CUDA build on a machine without GPU.
@@ -24,6 +26,13 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+bench: $(READY)
+	$(BIN)/python benchmarks/sweeps.py $(BENCH_ARGS)
+
+# The Python at hand: a GPU machine brings its own torch, and may reach no package index.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,49 @@
+"""Rows that run a whole model in mode `two_pass` against mode `packed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from models import build_model
+from options import SweepOptions
+from workloads import Workload
+
+from kvpref.errors import RunError
+from kvpref.losses import LossFunction, PreferenceLoss
+from kvpref.profiling.comparison import Comparison
+from kvpref.profiling.modes import compare_modes
+from kvpref.profiling.steps import BASELINE_MODE
+
+
+def measure_modes(
+    name: str,
+    build: Callable[[], Workload],
+    options: SweepOptions,
+    *,
+    loss: Callable[[Workload], PreferenceLoss | LossFunction],
+    with_optimizer: bool,
+) -> Comparison:
+    """Build a workload and its model, and compare the modes on it.
+
+    Raises:
+        RunError: If the modes do not compute the same; nothing is timed then.
+    """
+    workload = build()
+    model = build_model(workload.sizes, options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if with_optimizer else None
+    comparison = compare_modes(model, workload.cuts, loss(workload), optimizer=optimizer, options=options.timing)
+    if comparison.different:
+        raise RunError("; ".join(f"{mode}: {how}" for mode, how in comparison.different.items()))
+    return Comparison(
+        name=name,
+        baseline=BASELINE_MODE,
+        results=comparison.results,
+        facts={
+            **asdict(workload.sizes),
+            "num_groups": sum(len(groups) for groups in workload.cuts["two_pass"]),
+            **{f"loss {mode}": outcome.loss for mode, outcome in comparison.outcomes.items()},
+        },
+        bar=workload.bar,
+    )

@@ -1,0 +1,64 @@
+"""What every sweep is told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from places import ROOT
+
+from kvpref.profiling.timing import TimingOptions
+
+
+class MissingDataError(Exception):
+    """A workload needs a file that is not here; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Where the sweeps run, and how much of them."""
+
+    device: torch.device
+    """Where the tensors are."""
+
+    gpu_rows: bool = False
+    """The rows that are meant for a data-centre GPU (layers of an 8B model) instead of those for a CPU."""
+
+    quick: bool = False
+    """A few of the rows, small."""
+
+    dry_run: bool = False
+    """Every row with tiny shapes and made-up data: shows that everything runs, measures nothing worth keeping."""
+
+    shared: Path | None = None
+    """Folder with `data` and `tokenizers`; None looks for the environment's KVPREF_SHARED, then beside the checkout."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 on CUDA, float32 elsewhere."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def timing(self) -> TimingOptions:
+        """Rounds per row; slow rows stop at the third."""
+        if self.dry_run:
+            return TimingOptions(num_rounds=2, num_warmup=0)
+        # Every case has run once, for its results, before it is timed.
+        num_rounds = 3 if self.quick else 5 if self.gpu_rows else 7
+        return TimingOptions(num_rounds=num_rounds, num_warmup=0, budget_s=10.0 if self.gpu_rows else 45.0)
+
+    def shared_file(self, name: str) -> Path:
+        """A file or folder of the shared data.
+
+        Raises:
+            MissingDataError: If it is not there.
+        """
+        root = self.shared or Path(os.environ.get("KVPREF_SHARED", ROOT.parent / "shared"))
+        path = root / name
+        if not path.exists():
+            raise MissingDataError(
+                f"no {path}; --shared or KVPREF_SHARED names the folder that holds data/ and tokenizers/"
+            )
+        return path

@@ -1,0 +1,20 @@
+"""Folders of the benchmarks; standard library only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def results_folder(*, keep: bool) -> Path:
+    """Where results go: $OUT if it is set; else the folder under version control, or one outside it.
+
+    Args:
+        keep: Whether the run measures all that the kept results hold; a part of it must not replace them.
+    """
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    return HERE / "results" if keep else ROOT / "outputs" / "bench"

@@ -1,0 +1,179 @@
+"""The sweeps with tiny shapes: every row runs, and without what a GPU machine may lack."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+ABSENT = ("datasets", "trl", "peft", "matplotlib", "kvpref.data", "kvpref.training")
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The benchmarks' own modules, which import one another by their bare names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import options
+    import real_data
+    import workloads
+
+    return {"options": options, "real_data": real_data, "workloads": workloads}
+
+
+def run(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment.pop("OUT", None)
+    command = ["-c", code] if code else []
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    """Rows and their cases, after a check that each holds what was measured."""
+    report = json.loads(path.read_text())
+    assert report["skipped"] == {}
+    assert report["settings"]["dry_run"] is True
+    for row in report["comparisons"]:
+        for result in row["results"]:
+            assert len(result["rounds_ms"]) == 2
+            assert min(result["rounds_ms"]) > 0
+            assert result["ideal"] > 0
+    return {row["name"]: [result["name"] for result in row["results"]] for row in report["comparisons"]}
+
+
+def test_a_dry_run_measures_every_row(tmp_path: Path) -> None:
+    done = run(BENCHMARKS / "sweeps.py", "--dry-run", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    modes = ["two_pass", "packed"]
+    real = ["hh_harmless", "mixed", "gsm8k", "game24 N=10", "game24 N=100", "squality flat", "squality stories"]
+    steps = read(tmp_path / "train_step.json")
+    assert list(steps)[: len(real)] == real
+    assert all(cases == modes for cases in steps.values())
+    assert {name.split()[0] for name in list(steps)[len(real) :]} == {
+        "Capybara", "HH-RLHF", "MetaMath-DPO", "TLDR", "Helpsteer", "UltraFeedback"
+    }  # fmt: skip
+    shapes = ["512/128/2", "1024/128/2", "1024/128/8", "2048/64/4"]
+    assert list(read(tmp_path / "forward_backward.json")) == [f"{s} vocab {v}" for v in ("49k", "1k") for s in shapes]
+    assert list(read(tmp_path / "attention.json"))[:4] == shapes
+    assert all(cases == ["fused", "naive"] for cases in read(tmp_path / "logprob.json").values())
+    assert "efficiency" in done.stdout
+    stories = json.loads((tmp_path / "train_step.json").read_text())["comparisons"][real.index("squality stories")]
+    shared = stories["results"][0]["facts"]
+    assert shared["num_micro_batches"] == 1
+    # 27 tokens of the story and what follows: 2 questions of 24 tokens, 6 answers of 3 each.
+    assert shared["unique_tokens"] == 27 + 2 * (24 + 6 * 3)
+
+
+def test_rows_for_a_gpu_need_the_engine_only(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"for name in {ABSENT!r}: sys.modules[name] = None  # importing it now raises ImportError\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "runpy.run_path(sys.path[0] + '/sweeps.py', run_name='__main__')\n"
+    )
+    done = run("--device", "cuda", "--dry-run", "--output", tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    assert list(read(tmp_path / "forward_backward_cuda.json")) == ["4096/512/2", "16384/64/2", "8192/2048/32"]
+    attention = read(tmp_path / "attention_cuda.json")
+    assert len(attention) == 6
+    assert all(name.endswith("/28") for name in attention)
+    assert "matplotlib is not installed" in done.stdout
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_missing_data_skips_the_row_and_says_so(tmp_path: Path) -> None:
+    row = ("--sweep", "train_step", "--row", "hh_harmless")
+    done = run(BENCHMARKS / "sweeps.py", *row, "--shared", tmp_path / "absent", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "skipped hh_harmless: no " in done.stdout
+    report = json.loads((tmp_path / "train_step.json").read_text())
+    assert report["comparisons"] == []
+    assert "hh_harmless_pairs.jsonl" in report["skipped"]["hh_harmless"]
+
+
+def test_a_spent_budget_starts_no_row(tmp_path: Path) -> None:
+    done = run(BENCHMARKS / "sweeps.py", "--dry-run", "--sweep", "logprob", "--budget", 0, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the time budget is spent") == 3
+
+
+def test_unknown_rows_are_refused(tmp_path: Path) -> None:
+    done = run(BENCHMARKS / "sweeps.py", "--dry-run", "--sweep", "logprob", "--row", "x", "--output", tmp_path)
+    assert done.returncode == 2
+    assert "no row 'x'; choose from: 1024 x 384 x 50432" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_gpu_is_said(tmp_path: Path) -> None:
+    done = run(BENCHMARKS / "sweeps.py", "--device", "cuda", "--output", tmp_path)
+    assert done.returncode == 2
+    assert "needs a CUDA device" in done.stderr
+
+
+def test_the_gpu_driver_stops_in_time_and_keeps_what_it_has(tmp_path: Path) -> None:
+    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--budget", 0.5, "--output", tmp_path)
+    assert done.returncode == 1
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert [part["name"] for part in parts] == ["tests", "attention", "forward_backward", "train_step", "logprob"]
+    assert all(part["exit_code"] is None for part in parts)
+    assert parts[0]["note"] == "stopped: too slow"
+    assert parts[-1]["note"] == "skipped: the time is spent"
+
+
+def test_the_shares_of_the_gpu_driver_fit_in_eight_minutes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu as driver
+
+    parts = driver.make_parts(tmp_path, dry_run=False)
+    assert sum(part.budget_s + driver.GRACE_S for part in parts) <= driver.TOTAL_S < 8 * 60
+
+
+def test_any_beginning_of_the_order_is_spread_evenly(modules: dict[str, ModuleType]) -> None:
+    order = modules["real_data"].spread_order(1000)
+    assert sorted(order) == list(range(1000))
+    for count in (4, 10, 50):
+        gaps = sorted([*order[:count], 1000])
+        assert max(b - a for a, b in zip([0, *gaps], gaps, strict=False)) <= 3 * 1000 / count
+
+
+def test_length_statistics_have_the_published_median_and_ratio(modules: dict[str, ModuleType]) -> None:
+    options = modules["options"].SweepOptions(device=torch.device("cpu"))
+    builders = modules["workloads"].length_statistics(options)
+    (groups,) = next(build for name, build in builders.items() if name.startswith("TLDR"))().cuts["two_pass"]
+    for group in groups:
+        for sequence in group.sequences:
+            assert len(sequence) == 416
+            assert (len(sequence) - sum(sequence.scored)) / sum(sequence.scored) == pytest.approx(11.14, rel=0.02)
+    assert 2 * 416 * len(groups) <= 4096
+
+
+def test_a_group_cut_for_memory_keeps_all_its_sequences(modules: dict[str, ModuleType]) -> None:
+    workloads = modules["workloads"]
+    shape = workloads.Shape(prompt=5, response=2, responses=7, packed_cut=3)
+    groups = workloads.make_groups(shape, vocab_size=50)
+    cuts = workloads.one_micro_batch(groups, shape.packed_cut)
+    assert [len(group) for part in cuts["packed"] for group in part] == [3, 3, 1]
+    assert [s for part in cuts["packed"] for group in part for s in group.sequences] == list(groups[0].sequences)
+    assert len({sequence.input_ids[5] for sequence in groups[0].sequences}) == 7
+
+
+def test_real_files_make_steps_within_their_budget(modules: dict[str, ModuleType], shared_dir: Path) -> None:
+    options = modules["options"].SweepOptions(device=torch.device("cpu"), shared=shared_dir, quick=True)
+    ((groups,),) = [modules["real_data"].real_files(options)["hh_harmless"]().cuts["two_pass"]]
+    num_tokens = sum(len(sequence) for group in groups for sequence in group.sequences)
+    assert 1024 <= num_tokens <= 2048
+    assert all(len(group) == 2 and group.labels == (True, False) for group in groups)

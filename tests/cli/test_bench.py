@@ -1,0 +1,93 @@
+"""`kvpref bench` end to end on a tiny model, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Run
+
+MODES = ["two_pass", "one_pass", "packed", "padded"]
+
+
+def test_it_reports_every_mode(
+    tmp_path: Path, kvpref_command: Run, config_file: Path, tokenizer_dir: Path, pairs_file: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    done = kvpref_command(
+        *("bench", config_file, pairs_file, "--tokenizer", tokenizer_dir, "--groups", 6, "--max-tokens", 60),
+        *("--repeats", 2, "--output", tmp_path / "out", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed == json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    (comparison,) = printed["comparisons"]
+    results = {result["name"]: result for result in comparison["results"]}
+    assert list(results) == MODES
+    assert all(len(result["rounds_ms"]) == 2 for result in results.values())
+    # 18 prompt words and answers of two words and EOS; a budget of 60 takes two pairs of 24 unique tokens, one of 42.
+    assert results["two_pass"]["facts"]["unique_tokens"] == 6 * 24
+    assert results["packed"]["facts"]["total_tokens"] == 6 * 42
+    assert results["packed"]["facts"]["num_micro_batches"] == 6
+    assert results["two_pass"]["facts"]["num_micro_batches"] == 3
+    assert results["two_pass"]["ideal"] > 1
+    assert results["two_pass"]["peak_bytes"] is None
+    assert "not measured on CPU" in done.stdout
+    outcomes = printed["settings"]["outcomes"]
+    # float32, the same sums in another order
+    assert all(outcomes[mode]["loss"] == pytest.approx(outcomes["packed"]["loss"], abs=1e-5) for mode in MODES)
+
+
+def test_the_baseline_is_added_and_the_optimizer_left_out(
+    kvpref_command: Run, trained_dir: Path, pairs_file: Path
+) -> None:
+    arguments = ("--modes", "two_pass", "--groups", 2, "--repeats", 1, "--loss", "sft", "--no-optimizer", "--json")
+    done = kvpref_command("bench", trained_dir, pairs_file, *arguments)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert [result["name"] for result in printed["comparisons"][0]["results"]] == ["two_pass", "packed"]
+    assert printed["settings"]["optimizer"] is None
+    # sft runs the chosen answers only, which leaves nothing to share inside a pair
+    assert printed["comparisons"][0]["results"][0]["facts"]["num_sequences"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--modes", "two_pass,three_pass"), "unknown mode 'three_pass'; choose from: two_pass, one_pass"),
+        (("--modes", ""), "unknown mode ''"),
+        (("--groups", 0), "--groups must be at least 1; got 0"),
+        (("--loss", "nonsense"), "unknown loss 'nonsense'"),
+        (("--max-tokens", 10), "the group alone takes 24 tokens"),
+        (("--dtype", "int3"), "unknown dtype 'int3'"),
+    ],
+)
+def test_bad_input_exits_with_2(
+    arguments: tuple[object, ...],
+    message: str,
+    kvpref_command: Run,
+    config_file: Path,
+    tokenizer_dir: Path,
+    pairs_file: Path,
+) -> None:
+    done = kvpref_command("bench", config_file, pairs_file, "--tokenizer", tokenizer_dir, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+
+
+def test_groups_that_the_loss_cannot_take_are_named(
+    tmp_path: Path, kvpref_command: Run, config_file: Path, tokenizer_dir: Path
+) -> None:
+    data = tmp_path / "three.jsonl"
+    data.write_text('{"prompt": "one two", "responses": [" one", " two", " three"], "scores": [1, 2, 3]}\n')
+    done = kvpref_command("bench", config_file, data, "--tokenizer", tokenizer_dir)
+    assert done.returncode == 2, done.stderr
+    assert "three.jsonl:1: a pairwise loss needs exactly 2 responses" in done.stderr
+
+
+def test_help_has_an_example(kvpref_command: Run) -> None:
+    done = kvpref_command("bench", "--help")
+    assert done.returncode == 0
+    assert "Example: kvpref bench" in done.stdout

@@ -1,0 +1,51 @@
+"""The order and number of runs. What they take is left to the machine: no test asserts a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpref.profiling import timing
+from kvpref.profiling.timing import TimingOptions, peak_device_bytes, time_rounds
+
+CPU = torch.device("cpu")
+
+
+def logged(options: TimingOptions) -> tuple[list[str], dict[str, tuple[float, ...]]]:
+    calls: list[str] = []
+    cases = {name: lambda name=name: calls.append(name) for name in "abc"}
+    return calls, time_rounds(cases, CPU, options)
+
+
+def test_cases_take_turns_and_each_starts_a_round() -> None:
+    calls, rounds = logged(TimingOptions(num_rounds=3, num_warmup=1))
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert {name: len(values) for name, values in rounds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert all(value >= 0 for values in rounds.values() for value in values)
+
+
+def test_a_spent_budget_stops_after_the_least_number_of_rounds() -> None:
+    calls, rounds = logged(TimingOptions(num_rounds=9, num_warmup=0, budget_s=0.0, min_rounds=4))
+    assert len(calls) == 3 * 4
+    assert len(rounds["a"]) == 4
+
+
+def test_no_budget_runs_all_rounds() -> None:
+    assert len(logged(TimingOptions(num_rounds=2, num_warmup=0, budget_s=0.0, min_rounds=4))[0]) == 3 * 2
+
+
+def test_times_are_milliseconds_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 0.0, 10.0, 10.25])  # start, budget, begin, end
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    rounds = time_rounds({"only": lambda: None}, CPU, TimingOptions(num_rounds=1, num_warmup=0))
+    assert rounds == {"only": (250.0,)}
+
+
+@pytest.mark.parametrize("wrong", [{"num_rounds": 0}, {"min_rounds": 0}, {"num_warmup": -1}])
+def test_options_are_checked(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TimingOptions(**wrong)
+
+
+def test_peak_memory_is_not_guessed_on_a_cpu() -> None:
+    assert peak_device_bytes(lambda: pytest.fail("there is nothing to run it for"), CPU) is None
