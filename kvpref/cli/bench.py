@@ -13,8 +13,10 @@ from kvpref.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from kvpref.data import PreferenceDataset
+    from kvpref.losses import PreferenceLoss
     from kvpref.profiling.comparison import CaseResult
     from kvpref.profiling.modes import Cut, ModeComparison
     from kvpref.profiling.report import Column, Report
@@ -46,18 +48,10 @@ def bench(
     for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--repeats", repeats)):
         if count < 1:
             raise InputError(f"{name} must be at least 1; got {count}")
-    import kvpref
-    from kvpref.cli.loading import load_matching_tokenizer, load_model
-    from kvpref.data import load_preferences
     from kvpref.losses import make_loss
-    from kvpref.training.inputs import check_lengths
 
-    from_config = model.endswith(".json")
     loss_fn = make_loss(loss)
-    loaded = kvpref.attach(load_model(*((None, model) if from_config else (model, None)), dtype=dtype))
-    tokens = load_matching_tokenizer(tokenizer, None if from_config else model, loaded)
-    dataset = _sample(load_preferences(data, tokens), groups).map_groups(loss_fn.select)
-    check_lengths(dataset, loaded)
+    loaded, dataset = _load(model, data, tokenizer, dtype, groups, loss_fn)
     cuts = {mode: _cut(dataset, mode, max_tokens) for mode in wanted}
     comparison = _measure(loaded, cuts, loss_fn, optimizer, repeats)
     report = _make_report(
@@ -92,6 +86,23 @@ def _parse_modes(modes: str) -> list[str]:
     return list(dict.fromkeys([*names, BASELINE_MODE]))
 
 
+def _load(
+    model: str, data: str, tokenizer: str | None, dtype: str, groups: int, loss: PreferenceLoss
+) -> tuple[PreTrainedModel, PreferenceDataset]:
+    """The attached model, and the sampled groups with only the sequences that the loss reads."""
+    import kvpref
+    from kvpref.cli.loading import load_matching_tokenizer, load_model
+    from kvpref.data import load_preferences
+    from kvpref.training.inputs import check_lengths
+
+    folder, config = (None, model) if model.endswith(".json") else (model, None)
+    loaded = kvpref.attach(load_model(folder, config, dtype=dtype))
+    tokens = load_matching_tokenizer(tokenizer, folder, loaded)
+    dataset = _sample(load_preferences(data, tokens), groups).map_groups(loss.select)
+    check_lengths(dataset, loaded)
+    return loaded, dataset
+
+
 def _sample(dataset: PreferenceDataset, count: int) -> PreferenceDataset:
     """`count` groups at even distances, or all of them where there are fewer."""
     from kvpref.data import PreferenceDataset
@@ -114,7 +125,9 @@ def _cut(dataset: PreferenceDataset, mode: str, max_tokens: int) -> Cut:
     return [[dataset[index] for index in micro_batch.group_indices] for micro_batch in step[0]]
 
 
-def _measure(model: nn.Module, cuts: dict[str, Cut], loss: Any, use_optimizer: bool, repeats: int) -> ModeComparison:
+def _measure(
+    model: nn.Module, cuts: dict[str, Cut], loss: PreferenceLoss, use_optimizer: bool, repeats: int
+) -> ModeComparison:
     import torch
 
     from kvpref.profiling.modes import compare_modes

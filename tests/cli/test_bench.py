@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Run
+
+from kvpref import LossOutput, RunError
+from kvpref.cli.bench import bench
+from kvpref.profiling import steps
 
 MODES = ["two_pass", "one_pass", "packed", "padded"]
 
@@ -85,6 +90,23 @@ def test_groups_that_the_loss_cannot_take_are_named(
     done = kvpref_command("bench", config_file, data, "--tokenizer", tokenizer_dir)
     assert done.returncode == 2, done.stderr
     assert "three.jsonl:1: a pairwise loss needs exactly 2 responses" in done.stderr
+
+
+def test_a_mode_that_differs_fails_the_run_after_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_file: Path, tokenizer_dir: Path, pairs_file: Path
+) -> None:
+    real = steps.forward_backward
+
+    def broken(*args: Any, mode: str, **kwargs: Any) -> LossOutput:
+        output = real(*args, mode=mode, **kwargs)
+        return output._replace(loss=output.loss * 2) if mode == "padded" else output
+
+    monkeypatch.setattr(steps, "forward_backward", broken)
+    with pytest.raises(RunError, match="not timed: padded"):
+        bench(str(config_file), str(pairs_file), str(tokenizer_dir), groups=2, repeats=1, output=tmp_path)
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [result["name"] for result in report["comparisons"][0]["results"]] == ["two_pass", "one_pass", "packed"]
+    assert list(report["skipped"]) == ["padded"]
 
 
 def test_help_has_an_example(kvpref_command: Run) -> None:

@@ -128,7 +128,7 @@ def test_a_mode_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("wrong", [StepOutcome(0.7, -2.1), StepOutcome(0.8, -2.0), StepOutcome(float("nan"), -2.0)])
 def test_differences_of_loss_and_log_prob_count(wrong: StepOutcome) -> None:
     outcomes = {"packed": StepOutcome(0.7, -2.0), "two_pass": StepOutcome(0.70001, -2.0001), "padded": wrong}
-    assert list(find_differences(outcomes, tolerance=1e-4)) == ["padded"]
+    assert list(find_differences(outcomes, StepOutcome(1e-4, 1e-4))) == ["padded"]
 
 
 def test_the_baseline_is_needed() -> None:
