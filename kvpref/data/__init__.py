@@ -8,7 +8,7 @@ from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset, load_p
 from kvpref.data.lengths import GroupLengths, measure_group
 from kvpref.data.planning import MicroBatch, StepOptions, StepPlan, StepPlanner
 from kvpref.data.report import BadRow, DataReport
-from kvpref.data.sampling import StepSampler
+from kvpref.data.sampling import PlannedStep, StepSampler
 from kvpref.data.statistics import (
     BatchStatistics,
     DataStatistics,
@@ -30,6 +30,7 @@ __all__ = [
     "MicroBatch",
     "Mode",
     "OnBadRow",
+    "PlannedStep",
     "PreferenceDataset",
     "StepOptions",
     "StepPlan",

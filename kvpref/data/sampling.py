@@ -7,6 +7,20 @@ from collections.abc import Iterator
 from kvpref.data.planning import MicroBatch, StepPlanner
 from kvpref.errors import InputError
 
+STEPS_AHEAD = 2
+"""How many steps beyond the current one a sampler names, for whoever prepares them ahead of use."""
+
+
+class PlannedStep(tuple[MicroBatch, ...]):
+    """One rank's micro-batches of an optimizer step, which know what comes next.
+
+    Attributes:
+        following: The micro-batches of the next `STEPS_AHEAD` steps of the epoch, fewer at its end. They travel with
+            the step, so they stay right when steps are skipped or an iteration is dropped.
+    """
+
+    following: tuple[tuple[MicroBatch, ...], ...] = ()
+
 
 class StepSampler:
     """Yields this rank's micro-batches of each optimizer step; pass it as a DataLoader's ``batch_sampler``.
@@ -33,6 +47,9 @@ class StepSampler:
     def __len__(self) -> int:
         return self.planner.num_steps
 
-    def __iter__(self) -> Iterator[tuple[MicroBatch, ...]]:
-        for step in self.planner.steps(self.epoch):
-            yield step[self.rank]
+    def __iter__(self) -> Iterator[PlannedStep]:
+        own = [step[self.rank] for step in self.planner.steps(self.epoch)]
+        for index, micro_batches in enumerate(own):
+            step = PlannedStep(micro_batches)
+            step.following = tuple(own[index + 1 : index + 1 + STEPS_AHEAD])
+            yield step

@@ -1,4 +1,4 @@
-"""From planned micro-batches to collated inputs; runs in data workers."""
+"""From planned micro-batches to collated inputs; runs in data workers, or in a thread ahead of use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from kvpref.batch import Batch, collate
-from kvpref.data import MicroBatch, PreferenceDataset, StepOptions, StepPlanner, StepSampler
+from kvpref.data import CostModel, MicroBatch, PlannedStep, PreferenceDataset, StepOptions, StepPlanner, StepSampler
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses import PreferenceLoss
+from kvpref.modeling.shape import model_shape
 from kvpref.modeling.support import unwrap
 from kvpref.training.arguments import PreferenceTrainingArguments
+from kvpref.training.prefetch import Prefetcher
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,13 +36,22 @@ class MicroBatchInputs:
 
 
 class StepDataset(Dataset[MicroBatchInputs]):
-    """A preference dataset whose items are micro-batches: ``dataset[micro_batch]``."""
+    """A preference dataset whose items are micro-batches: ``dataset[micro_batch]``.
 
-    def __init__(self, groups: PreferenceDataset, args: PreferenceTrainingArguments) -> None:
+    Args:
+        groups: The groups that micro-batches name.
+        args: Mode and sharing.
+        ahead: Collate the next steps in a thread while the current one trains.
+    """
+
+    def __init__(self, groups: PreferenceDataset, args: PreferenceTrainingArguments, *, ahead: bool = False) -> None:
         self.groups = groups
         self.mode = args.mode
         self.min_shared_tokens = args.min_shared_tokens
         self.max_prefix_depth = args.max_prefix_depth
+        self._prefetcher: Prefetcher[tuple[MicroBatch, ...], list[MicroBatchInputs]] | None = None
+        if ahead:
+            self._prefetcher = Prefetcher()
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -54,11 +65,33 @@ class StepDataset(Dataset[MicroBatchInputs]):
         )
         return MicroBatchInputs(batch=batch, group_indices=micro_batch.group_indices, is_filler=micro_batch.is_filler)
 
+    def __getitems__(self, step: PlannedStep) -> list[MicroBatchInputs]:
+        """The micro-batches of a whole step; DataLoader calls this with what the batch sampler yields."""
+        if self._prefetcher is None:
+            return self._collate_step(step)
+        return self._prefetcher.get(self._collate_step, step, step.following)
+
+    def _collate_step(self, step: tuple[MicroBatch, ...]) -> list[MicroBatchInputs]:
+        return [self[micro_batch] for micro_batch in step]
+
 
 def make_planner(
-    groups: PreferenceDataset, args: PreferenceTrainingArguments, *, groups_per_device: int, shuffle: bool
+    groups: PreferenceDataset,
+    args: PreferenceTrainingArguments,
+    *,
+    groups_per_device: int,
+    shuffle: bool,
+    cost_model: CostModel | None = None,
 ) -> StepPlanner:
-    """Plan steps of ``groups_per_device * world_size`` groups."""
+    """Plan steps of ``groups_per_device * world_size`` groups.
+
+    Args:
+        groups: What to train on.
+        args: Sizes, limits and the order.
+        groups_per_device: Groups per step and rank.
+        shuffle: Whether the order is random.
+        cost_model: What ranks are balanced by, the same on every rank; see `make_cost_model`. Tokens if None.
+    """
     options = StepOptions(
         groups_per_step=groups_per_device * args.world_size,
         max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
@@ -68,19 +101,36 @@ def make_planner(
         shuffle=shuffle,
         window_steps=args.sort_window_steps,
     )
-    return StepPlanner(groups.lengths, options, group_ids=groups.group_ids)
+    return StepPlanner(groups.lengths, options, group_ids=groups.group_ids, cost_model=cost_model)
+
+
+def make_cost_model(model: nn.Module) -> CostModel:
+    """The FLOPs of a micro-batch under `model`, as yet unwrapped.
+
+    FLOPs and not seconds: every rank must plan alike, and measured seconds differ. Call it before FSDP shards the
+    model, when the sizes of the weights are still the same everywhere.
+    """
+    return CostModel.from_shape(model_shape(model))
 
 
 def make_loader(groups: PreferenceDataset, planner: StepPlanner, args: PreferenceTrainingArguments) -> DataLoader[Any]:
     """A loader whose items are one optimizer step's micro-batches for this rank."""
     return DataLoader(
-        StepDataset(groups, args),
+        StepDataset(groups, args, ahead=collates_ahead(args)),
         batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
         collate_fn=_keep_list,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
+
+
+def collates_ahead(args: PreferenceTrainingArguments) -> bool:
+    """Whether a thread collates ahead: on CUDA, unless data workers do.
+
+    On a CPU training needs the cores and the interpreter that the thread would take: no step got shorter there.
+    """
+    return args.dataloader_num_workers == 0 and args.device.type == "cuda"
 
 
 def _keep_list(step: Sequence[MicroBatchInputs]) -> list[MicroBatchInputs]:
