@@ -178,8 +178,8 @@ def _show(report: Report, output: Path | None) -> None:
     if output is None:
         return
     report.write(output / "bench.json")
-    drawn = draw(report, output / "bench.png")
-    print(f"wrote {output / 'bench.json'}" + (" and bench.png" if drawn else "; no bench.png"), file=sys.stderr)
+    picture = " and bench.png" if draw(report, output / "bench.png") else '; bench.png needs pip install "kvpref[plot]"'
+    print(f"wrote {output / 'bench.json'}{picture}", file=sys.stderr)
 
 
 def _columns() -> list[Column]:
