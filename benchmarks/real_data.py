@@ -52,7 +52,7 @@ FILES = {
     "hh_harmless": RealFile(file="hh_harmless_pairs", sizes=SMALL, max_tokens=4096, quick=True),
     "mixed": RealFile(file="mixed_pairs", sizes=SMALL, max_tokens=4096),
     "gsm8k": RealFile(file="gsm8k_groups", sizes=SMALL, max_tokens=4096, quick=True, dry_responses=4),
-    "game24 N=10": RealFile(file="game24_groups", sizes=SMALL, max_tokens=8192, max_responses=10, dry_responses=10),
+    "game24 N=10": RealFile(file="game24_groups", sizes=SMALL, max_tokens=9216, max_responses=10, dry_responses=10),
     "game24 N=100": RealFile(file="game24_groups", sizes=SMALL, max_tokens=32768, dry_responses=100),
     "squality flat": RealFile(
         file="squality_groups", sizes=LONG_CONTEXT, max_tokens=32768, quick=True, dry_responses=6
