@@ -35,6 +35,7 @@ class GroupCosts:
 
     Attributes:
         lengths: Counts per group.
+        mode: What the model computes for them.
         cost_model: What counts cost.
         budget: Most tokens of a micro-batch, infinite without a bound.
         tokens: Tokens of each group alone.
@@ -45,6 +46,7 @@ class GroupCosts:
         self, lengths: Sequence[GroupLengths], mode: Mode, cost_model: CostModel, budget: int | None = None
     ) -> None:
         self.lengths = lengths
+        self.mode = mode
         self.cost_model = cost_model
         self.budget = inf if budget is None else budget
         self._counts = COUNTS[mode]
