@@ -112,24 +112,47 @@ class _Tiles:
         for start in range(0, self.vocab_size, self.vocab_per_tile):
             yield slice(start, min(start + self.vocab_per_tile, self.vocab_size))
 
-    def matmul(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, first: bool) -> None:
+        """``total += left @ right`` in place; with `first`, what `total` held is overwritten."""
         left, right = left.to(self.gemm_dtype), right.to(self.gemm_dtype)
-        if self.gemm_dtype == self.sum_dtype:
-            return left @ right
-        return torch.mm(left, right, out_dtype=self.sum_dtype)
+        if total.dtype == self.gemm_dtype:
+            torch.addmm(total, left, right, beta=0 if first else 1, out=total)
+        else:
+            wide = self.gemm_dtype == self.sum_dtype
+            product = left @ right if wide else torch.mm(left, right, out_dtype=self.sum_dtype)
+            total.copy_(product) if first else total.add_(product)
 
     def logits(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, columns: slice
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        columns: slice,
+        buffer: torch.Tensor,
     ) -> torch.Tensor:
-        logits = self.matmul(hidden, weight[columns].T)
+        """One tile, in `buffer`: memory that is used again stays in the cache and costs no page faults."""
+        shape = (hidden.shape[0], columns.stop - columns.start)
+        logits = buffer[: shape[0] * shape[1]].view(shape)
+        self.add_product(logits, hidden, weight[columns].T, first=True)
         if bias is not None:
             logits += bias[columns]
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def buffer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Memory for one tile of logits."""
+        return hidden.new_empty(self.tokens_per_tile * self.vocab_per_tile, dtype=self.sum_dtype)
 
     def locate(self, targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Which targets lie in these columns, and where (clamped where they do not)."""
         inside = (targets >= columns.start) & (targets < columns.stop)
         return inside, (targets - columns.start).clamp(0, columns.stop - columns.start - 1)
+
+
+def _logsumexp_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """(tokens, columns) -> (tokens,); overwrites the logits."""
+    # Finite where all columns are masked out, or the difference would be NaN.
+    largest = logits.amax(dim=1).clamp_(min=torch.finfo(logits.dtype).min)
+    return logits.sub_(largest.unsqueeze(1)).exp_().sum(dim=1).log_().add_(largest)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -145,14 +168,15 @@ class _TokenLogprobs(torch.autograd.Function):
         lse = hidden.new_full((tiles.num_tokens,), float("-inf"), dtype=tiles.sum_dtype)
         # A target outside [0, V) lies in no tile: NaN, not a plausible number.
         target_logits = torch.full_like(lse, float("nan"))
+        buffer = tiles.buffer(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiles.token_ranges():
                 for columns in tiles.vocab_ranges():
-                    logits = tiles.logits(hidden[rows], weight, bias, columns)
+                    logits = tiles.logits(hidden[rows], weight, bias, columns, buffer)
                     inside, index = tiles.locate(targets[rows], columns)
                     found = logits.gather(1, index.unsqueeze(1)).squeeze(1)
                     target_logits[rows] = torch.where(inside, found, target_logits[rows])
-                    lse[rows] = torch.logaddexp(lse[rows], torch.logsumexp(logits, dim=1))
+                    lse[rows] = torch.logaddexp(lse[rows], _logsumexp_in_place(logits))
         ctx.tiles = tiles
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         return target_logits - lse
@@ -165,22 +189,25 @@ class _TokenLogprobs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # Several row tiles add up in the weight's gradient, so it is then kept in the wider dtype.
         weight_dtype = weight.dtype if tiles.num_tokens <= tiles.tokens_per_tile else tiles.sum_dtype
-        grad_hidden = torch.zeros_like(hidden, dtype=tiles.sum_dtype) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=weight_dtype) if need_weight else None
+        grad_hidden = torch.empty_like(hidden, dtype=tiles.sum_dtype) if need_hidden else None
+        # Without a token no tile would overwrite it.
+        make_weight = torch.empty_like if tiles.num_tokens else torch.zeros_like
+        grad_weight = make_weight(weight, dtype=weight_dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=tiles.sum_dtype) if need_bias else None
+        buffer = tiles.buffer(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiles.token_ranges():
                 row_grad = grad[rows].to(tiles.sum_dtype) * tiles.scale
                 for columns in tiles.vocab_ranges():
                     # d logp / d logits = scale * (onehot - softmax)
-                    dlogits = tiles.logits(hidden[rows], weight, bias, columns)
+                    dlogits = tiles.logits(hidden[rows], weight, bias, columns, buffer)
                     dlogits.sub_(lse[rows].unsqueeze(1)).exp_().mul_(row_grad.neg().unsqueeze(1))
                     inside, index = tiles.locate(targets[rows], columns)
                     dlogits.scatter_add_(1, index.unsqueeze(1), torch.where(inside, row_grad, 0.0).unsqueeze(1))
                     if grad_hidden is not None:
-                        grad_hidden[rows] += tiles.matmul(dlogits, weight[columns])
+                        tiles.add_product(grad_hidden[rows], dlogits, weight[columns], first=columns.start == 0)
                     if grad_weight is not None:
-                        grad_weight[columns] += tiles.matmul(dlogits.T, hidden[rows])
+                        tiles.add_product(grad_weight[columns], dlogits.T, hidden[rows], first=rows.start == 0)
                     if grad_bias is not None:
                         grad_bias[columns] += dlogits.sum(0)
         return (

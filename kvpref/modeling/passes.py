@@ -90,14 +90,35 @@ def _run_plan(
 
 def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, backend: str, stop: int) -> None:
     check_training_state(model)
-    run = _run_padded if plan.mode == "padded" else _run_level_pass
-    while cache.num_passes < stop:
-        hidden = run(model, plan, cache, backend)
-        item = plan.passes[cache.num_passes]
+    passes = plan.passes[cache.num_passes : stop]
+    embeds = _embed(model, passes)
+    for item, embedded in zip(passes, embeds, strict=True):
+        if plan.mode == "padded":
+            hidden = _backbone(model, item, embedded, attention_mask=item.attention_mask)
+        else:
+            hidden = _run_level_pass(model, plan, cache, backend, embedded)
         cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
 
 
-def _run_level_pass(model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, backend: str) -> torch.Tensor:
+def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.Tensor, ...]:
+    """Input embeddings of each pass, (B, T_d, hidden_size); more than one pass has one row.
+
+    Looked up together: the gradient of an embedding is as large as the vocabulary, whatever the number of tokens, and
+    one lookup has one.
+    """
+    if not passes:
+        return ()
+    input_ids = torch.cat([item.input_ids for item in passes], dim=1)
+    embeds: torch.Tensor = model.get_input_embeddings()(input_ids)
+    if len(passes) == 1:
+        return (embeds,)
+    # Copies, because torch.compile would compile the first layer once more for a view.
+    return tuple(part.clone() for part in embeds.split([item.input_ids.shape[1] for item in passes], dim=1))
+
+
+def _run_level_pass(
+    model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, backend: str, embeds: torch.Tensor
+) -> torch.Tensor:
     """Run the next pass over all segments of its levels; (1, T, hidden_size)."""
     item = plan.passes[cache.num_passes]
     is_last = cache.num_passes == len(plan.passes) - 1
@@ -112,20 +133,16 @@ def _run_level_pass(model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, 
     )
     with bind_pass(running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
-        hidden = _backbone(model, item, attention_mask=torch.ones_like(item.input_ids))
+        hidden = _backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids))
     running.finish()
     return hidden
 
 
-def _run_padded(model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, backend: str) -> torch.Tensor:
-    """The common baseline: padded rows through transformers' own attention; (B, T, hidden_size)."""
-    item = plan.passes[0]
-    return _backbone(model, item, attention_mask=item.attention_mask)
-
-
-def _backbone(model: PreTrainedModel, item: PassPlan, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def _backbone(
+    model: PreTrainedModel, item: PassPlan, embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
     output = model.base_model(
-        input_ids=item.input_ids,
+        inputs_embeds=embeds,
         position_ids=item.position_ids,
         attention_mask=attention_mask,
         use_cache=False,

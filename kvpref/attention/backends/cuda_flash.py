@@ -39,7 +39,9 @@ class CudaFlash(Backend):
             v,
             block.cu_seqlens_q,
             block.cu_seqlens_k,
-            block.max_seqlen_q,
+            # At 1 the kernel folds the heads of a group into query rows by a reshape that needs as many queries as
+            # pairs, which a pair without queries breaks. Any upper bound gives the same numbers.
+            max(block.max_seqlen_q, 2),
             block.max_seqlen_k,
             0.0,
             block.causal,
