@@ -35,6 +35,9 @@ class SweepOptions:
     shared: Path | None = None
     """Folder with `data` and `tokenizers`; None looks for the environment's KVPREF_SHARED, then beside the checkout."""
 
+    clock: str = "wall"
+    """Which of `kvpref.profiling.timing.CLOCKS` measures on a CPU."""
+
     @property
     def dtype(self) -> torch.dtype:
         """bfloat16 on CUDA, float32 elsewhere."""
@@ -44,10 +47,11 @@ class SweepOptions:
     def timing(self) -> TimingOptions:
         """Rounds per row; slow rows stop at the third."""
         if self.dry_run:
-            return TimingOptions(num_rounds=2, num_warmup=0)
+            return TimingOptions(num_rounds=2, num_warmup=0, clock=self.clock)
         # Every case has run once, for its results, before it is timed.
         num_rounds = 3 if self.quick else 5 if self.gpu_rows else 7
-        return TimingOptions(num_rounds=num_rounds, num_warmup=0, budget_s=10.0 if self.gpu_rows else 45.0)
+        budget_s = 10.0 if self.gpu_rows else 45.0
+        return TimingOptions(num_rounds=num_rounds, num_warmup=0, budget_s=budget_s, clock=self.clock)
 
     def shared_file(self, name: str) -> Path:
         """A file or folder of the shared data.

@@ -29,6 +29,7 @@ from kvpref.profiling.comparison import Comparison
 from kvpref.profiling.plot import draw
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.report import Report, comparison_table
+from kvpref.profiling.timing import CLOCKS
 
 SWEEPS: dict[str, ModuleType] = {
     "attention": attention,
@@ -50,6 +51,7 @@ def main() -> int:
         quick=args.quick,
         dry_run=args.dry_run,
         shared=args.shared,
+        clock=args.clock,
     )
     rows = {name: list(SWEEPS[name].rows(options)) for name in args.sweep}
     known = {row for names in rows.values() for row in names}
@@ -74,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="which rows, and where they run")
     parser.add_argument("--quick", action="store_true", help="a few rows, two or three minutes")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes and made-up data on the CPU, seconds")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="process: CPU time, if others work here")
     parser.add_argument("--shared", type=Path, help="folder with data/ and tokenizers/")
     parser.add_argument("--budget", type=float, help="seconds after which no new row starts")
     parser.add_argument(
@@ -114,13 +117,14 @@ def run_sweep(name: str, options: SweepOptions, only: list[str], deadline: float
 def make_report(name: str, options: SweepOptions, comparisons: list[Comparison], skipped: dict[str, str]) -> Report:
     """What has been measured so far."""
     return Report(
-        title=SWEEPS[name].TITLE,
+        title=SWEEPS[name].TITLE + (" (CPU time)" if options.clock == "process" else ""),
         provenance=Provenance.collect(options.device),
         settings={
             "dtype": str(options.dtype),
             "quick": options.quick,
             "dry_run": options.dry_run,
             "gpu_rows": options.gpu_rows,
+            "clock": options.clock,
         },
         comparisons=tuple(comparisons),
         skipped=dict(skipped),

@@ -35,10 +35,16 @@ def test_no_budget_runs_all_rounds() -> None:
 
 
 def test_times_are_milliseconds_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 0.0, 10.0, 10.25])  # start, budget, begin, end
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
-    rounds = time_rounds({"only": lambda: None}, CPU, TimingOptions(num_rounds=1, num_warmup=0))
-    assert rounds == {"only": (250.0,)}
+    clocks = {name: iter([begin, begin + 0.25]).__next__ for name, begin in (("wall", 10.0), ("process", 3.0))}
+    monkeypatch.setattr(timing, "CLOCKS", clocks)
+    for name in clocks:
+        options = TimingOptions(num_rounds=1, num_warmup=0, clock=name)
+        assert time_rounds({"only": lambda: None}, CPU, options) == {"only": (250.0,)}
+
+
+def test_unknown_clocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown clock 'sun'; choose from: wall, process"):
+        TimingOptions(clock="sun")
 
 
 @pytest.mark.parametrize("wrong", [{"num_rounds": 0}, {"min_rounds": 0}, {"num_warmup": -1}])
