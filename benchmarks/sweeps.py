@@ -21,6 +21,7 @@ import forward_backward
 import logprob
 import torch
 import train_step
+import trainer
 from options import MissingDataError, SweepOptions
 from places import results_folder
 
@@ -36,6 +37,7 @@ SWEEPS: dict[str, ModuleType] = {
     "logprob": logprob,
     "forward_backward": forward_backward,
     "train_step": train_step,
+    "trainer": trainer,
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
 
 from kvpref.groups import Group, Sequence
-from kvpref.plans import ModePlan, build_plan, tensors_to
+from kvpref.plans import ModePlan, build_plan, map_tensors, tensors_to
 from kvpref.tree import PrefixTree, build_tree
 
 
@@ -97,9 +99,18 @@ class Batch:
         """This batch with the tensors of all plans built so far on `device`."""
         if torch.device(device) == self.device:
             return self
-        moved = Batch(self.groups, self.tree, device)
-        moved._plans = {mode: tensors_to(plan, device) for mode, plan in self._plans.items()}
-        return moved
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True), torch.device(device))
+
+    def pin_memory(self) -> Batch:
+        """This batch with all tensors in page-locked memory, from which `to` copies to CUDA without waiting."""
+        return self._mapped(torch.Tensor.pin_memory, self.device)
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Batch:
+        mapped = copy(self)
+        mapped.device = device
+        mapped.group_index = function(self.group_index)
+        mapped._plans = {mode: map_tensors(plan, function) for mode, plan in self._plans.items()}
+        return mapped
 
 
 DEFAULT_MIN_SHARED_TOKENS = 16

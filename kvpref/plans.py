@@ -84,19 +84,24 @@ def build_plan(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTre
 
 
 def tensors_to(plan: T, device: torch.device | str) -> T:
-    """A copy of a plan dataclass with every tensor on `device`."""
+    """A copy of a plan dataclass with every tensor on `device`; from pinned memory the copies do not wait."""
+    return map_tensors(plan, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(plan: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
+    """A copy of a plan dataclass with ``function(tensor)`` in place of every tensor."""
     if not is_dataclass(plan) or isinstance(plan, type):
         raise TypeError(f"expected a dataclass instance, got {type(plan).__name__}")
-    moved = {field.name: _move(getattr(plan, field.name), device) for field in fields(plan)}
-    return replace(plan, **moved)
+    mapped = {field.name: _map(getattr(plan, field.name), function) for field in fields(plan)}
+    return replace(plan, **mapped)
 
 
-def _move(value: Any, device: torch.device | str) -> Any:
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if isinstance(value, tuple):
-        return tuple(_move(item, device) for item in value)
-    return tensors_to(value, device) if is_dataclass(value) else value
+        return tuple(_map(item, function) for item in value)
+    return map_tensors(value, function) if is_dataclass(value) else value
 
 
 def _int64(values: AbstractSequence[int]) -> torch.Tensor:

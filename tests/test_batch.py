@@ -8,6 +8,7 @@ from sample_groups import SCENARIOS, pairs, tokens
 
 import kvpref
 from kvpref import Batch, Group, ResponseLogps, Sequence
+from kvpref.plans import map_tensors
 
 
 def test_counts() -> None:
@@ -113,3 +114,23 @@ def test_response_logps_is_a_tuple_of_tensors() -> None:
     logps = response_logps([1.0], [1])
     assert isinstance(logps, tuple)
     assert all(isinstance(item, torch.Tensor) for item in logps)
+
+
+@pytest.mark.parametrize("mode", ["two_pass", "one_pass", "packed", "padded"])
+def test_pinning_covers_every_tensor_and_changes_none(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Page-locked memory needs a CUDA driver; a copy stands in for it, and shows which tensors were asked for.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    batch = kvpref.collate(pairs(), modes=(mode,), min_shared_tokens=1)
+    pinned = batch.pin_memory()
+    before, after = [tensors_of(item) for item in (batch, pinned)]
+    assert len(before) == len(after) > 5
+    assert all(torch.equal(old, new) and old is not new for old, new in zip(before, after, strict=True))
+    assert pinned.groups == batch.groups
+    assert pinned.tree is batch.tree
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    found = [batch.group_index]
+    for plan in batch._plans.values():
+        map_tensors(plan, lambda tensor: found.append(tensor) or tensor)
+    return found

@@ -56,10 +56,6 @@ class PackedGroups:
         """The id of one group, without building it."""
         return self._ids[index]
 
-    def token_ids(self, index: int) -> list[array[int]]:
-        """The token ids of one group's sequences, without building the group."""
-        return [self._input_ids[start:end] for start, end in self._spans(index)]
-
     def _spans(self, index: int) -> Iterator[tuple[int, int]]:
         for sequence in range(self._group_ends[index], self._group_ends[index + 1]):
             yield self._sequence_ends[sequence], self._sequence_ends[sequence + 1]

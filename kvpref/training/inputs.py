@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,10 @@ class MicroBatchInputs:
     group_indices: tuple[int, ...]
     is_filler: bool
 
+    def pin_memory(self) -> MicroBatchInputs:
+        """The same in page-locked memory; DataLoader calls this for what its workers send."""
+        return replace(self, batch=self.batch.pin_memory())
+
 
 class StepDataset(Dataset[MicroBatchInputs]):
     """A preference dataset whose items are micro-batches: ``dataset[micro_batch]``.
@@ -52,6 +56,7 @@ class StepDataset(Dataset[MicroBatchInputs]):
         self._prefetcher: Prefetcher[tuple[MicroBatch, ...], list[MicroBatchInputs]] | None = None
         if ahead:
             self._prefetcher = Prefetcher()
+        self._pins = ahead and pins_memory(args)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -72,7 +77,8 @@ class StepDataset(Dataset[MicroBatchInputs]):
         return self._prefetcher.get(self._collate_step, step, step.following)
 
     def _collate_step(self, step: tuple[MicroBatch, ...]) -> list[MicroBatchInputs]:
-        return [self[micro_batch] for micro_batch in step]
+        inputs = [self[micro_batch] for micro_batch in step]
+        return [item.pin_memory() for item in inputs] if self._pins else inputs
 
 
 def make_planner(
@@ -119,6 +125,8 @@ def make_loader(groups: PreferenceDataset, planner: StepPlanner, args: Preferenc
         StepDataset(groups, args, ahead=collates_ahead(args)),
         batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
         collate_fn=_keep_list,
+        # In a data worker there is no device; without workers the thread that collates pins.
+        pin_memory=args.dataloader_num_workers > 0 and pins_memory(args),
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
@@ -126,11 +134,13 @@ def make_loader(groups: PreferenceDataset, planner: StepPlanner, args: Preferenc
 
 
 def collates_ahead(args: PreferenceTrainingArguments) -> bool:
-    """Whether a thread collates ahead: on CUDA, unless data workers do.
+    """Whether a thread collates ahead: unless data workers do."""
+    return args.dataloader_num_workers == 0
 
-    On a CPU training needs the cores and the interpreter that the thread would take: no step got shorter there.
-    """
-    return args.dataloader_num_workers == 0 and args.device.type == "cuda"
+
+def pins_memory(args: PreferenceTrainingArguments) -> bool:
+    """Whether batches wait in page-locked memory, from which copies to CUDA do not hold up the host."""
+    return bool(args.dataloader_pin_memory) and args.device.type == "cuda"
 
 
 def _keep_list(step: Sequence[MicroBatchInputs]) -> list[MicroBatchInputs]:

@@ -24,7 +24,14 @@ from kvpref.modeling.passes import response_logps
 from kvpref.modeling.schedules import forward_backward
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.callbacks import EpochCallback, MetricsFileCallback, ThroughputProgressCallback
-from kvpref.training.inputs import MicroBatchInputs, check_lengths, make_loader, make_planner, select_groups
+from kvpref.training.inputs import (
+    MicroBatchInputs,
+    check_lengths,
+    make_cost_model,
+    make_loader,
+    make_planner,
+    select_groups,
+)
 from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.reference import ReferenceLogps, load_or_compute
 
@@ -71,6 +78,7 @@ class PreferenceTrainer(Trainer):
         attach(model)
         if args.compile_layers:
             compile_layers(model)
+        self._cost_model = make_cost_model(model)
         self.loss = as_loss(args.make_loss() if loss is None else loss)
         self._references: dict[str, ReferenceLogps | None] = {}
         self._metric_meter, self.token_meter = MetricMeter(), TokenMeter()
@@ -94,15 +102,17 @@ class PreferenceTrainer(Trainer):
         """Optimizer steps of `per_device_train_batch_size` groups, already cut for this rank."""
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
-        args = self.args
-        planner = make_planner(
-            self.train_dataset, args, groups_per_device=args.per_device_train_batch_size, shuffle=True
-        )
-        loader = make_loader(self.train_dataset, planner, args)
+        loader = self._make_loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
         self.remove_callback(EpochCallback)
         assert isinstance(loader.batch_sampler, StepSampler)
         self.add_callback(EpochCallback(loader.batch_sampler))
         return loader
+
+    def _make_loader(self, dataset: PreferenceDataset, groups_per_device: int, *, shuffle: bool) -> DataLoader[Any]:
+        planner = make_planner(
+            dataset, self.args, groups_per_device=groups_per_device, shuffle=shuffle, cost_model=self._cost_model
+        )
+        return make_loader(dataset, planner, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
@@ -222,11 +232,11 @@ class PreferenceTrainer(Trainer):
         if dataset is None:
             raise InputError("evaluation needs an eval_dataset")
         args, meter = self.args, MetricMeter()
-        planner = make_planner(dataset, args, groups_per_device=args.per_device_eval_batch_size, shuffle=False)
+        loader = self._make_loader(dataset, args.per_device_eval_batch_size, shuffle=False)
         model = self.model_wrapped
         model.eval()
         with torch.no_grad():
-            for step in make_loader(dataset, planner, args):
+            for step in loader:
                 for inputs in step:
                     output = self._evaluate_micro_batch(model, dataset, inputs)
                     meter.add({"loss": output.loss, **output.metrics}, self._num_units(inputs))
