@@ -39,7 +39,9 @@ def _measure(name: str, build: Callable[[], Workload], options: SweepOptions) ->
     workload = build()
     batch = collate(workload.cuts["two_pass"][0], device=options.device)
     cases = [_case(case, batch.plan(mode), workload.sizes, options) for case, mode in CASES.items()]
-    results = compare(cases, baseline="unshared", device=options.device, options=options.timing)
+    results = compare(
+        cases, baseline="unshared", device=options.device, options=options.timing, with_memory=options.with_memory
+    )
     # On a CPU the bars are on whole steps; the rows of attention alone are there to see where time goes.
     return Comparison(
         name=name,

@@ -85,5 +85,7 @@ def _measure(shape: HeadShape, options: SweepOptions) -> Comparison:
     ]
     for case in cases:
         case.run()  # warm-up
-    results = compare(cases, baseline="naive", device=options.device, options=options.timing)
+    results = compare(
+        cases, baseline="naive", device=options.device, options=options.timing, with_memory=options.with_memory
+    )
     return Comparison(name=name, baseline="naive", results=results)

@@ -33,7 +33,14 @@ def measure_modes(
     workload = build()
     model = build_model(workload.sizes, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if with_optimizer else None
-    comparison = compare_modes(model, workload.cuts, loss(workload), optimizer=optimizer, options=options.timing)
+    comparison = compare_modes(
+        model,
+        workload.cuts,
+        loss(workload),
+        optimizer=optimizer,
+        options=options.timing,
+        with_memory=options.with_memory,
+    )
     if comparison.different:
         raise RunError("; ".join(f"{mode}: {how}" for mode, how in comparison.different.items()))
     return Comparison(

@@ -44,6 +44,11 @@ class SweepOptions:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
+    def with_memory(self) -> bool:
+        """Whether peaks are measured: on a CPU that takes two more runs per case, under the profiler."""
+        return self.device.type == "cuda"
+
+    @property
     def timing(self) -> TimingOptions:
         """Rounds per row; slow rows stop at the third."""
         if self.dry_run:

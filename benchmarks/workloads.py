@@ -82,7 +82,7 @@ GPU_ATTENTION_GRID = tuple(
     for prompt in (4096, 16384, 32768)
 )
 """DualKV publishes 1.62x, 3.74x and 6.00x at 28 responses and prompts of 4K, 16K and 32K, without their length. With 2K
-(the length of its training run) the ideals are 1.75x, 4.2x and 6.9x, so that is the likely one; 1K stands beside it."""
+(the length of its training run) the ideals are 2.21x, 4.22x and 6.88x, so that is likely; 1K stands beside it."""
 
 LENGTH_STATISTICS = {
     "Capybara": (1160, 1.59),

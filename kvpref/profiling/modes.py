@@ -46,6 +46,7 @@ def compare_modes(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     options: TimingOptions | None = None,
+    with_memory: bool = True,
     on_start: Callable[[str], None] = lambda mode: None,
 ) -> ModeComparison:
     """Run one training step in every mode.
@@ -56,6 +57,7 @@ def compare_modes(
         loss: As for `kvpref.forward_backward`.
         optimizer: Part of the step, if given.
         options: Rounds and warm-up.
+        with_memory: As in `compare`.
         on_start: Told the mode whose results are computed next.
 
     Raises:
@@ -74,7 +76,7 @@ def compare_modes(
     tolerance = _TOLERANCE.get(parameter.dtype, _TOLERANCE_16_BIT)
     different = find_differences(outcomes, tolerance)
     cases = [step_case(step) for mode, step in steps.items() if mode not in different]
-    results = compare(cases, baseline=BASELINE_MODE, device=parameter.device, options=options)
+    results = compare(cases, baseline=BASELINE_MODE, device=parameter.device, options=options, with_memory=with_memory)
     return ModeComparison(results=results, outcomes=outcomes, different=different)
 
 
@@ -86,6 +88,7 @@ def step_case(step: TrainStep) -> Case:
         name=step.mode,
         run=step.run,
         flops=model_shape(step.model).flops(work).total,
+        resident_bytes=step.resident_bytes,
         facts={
             "num_micro_batches": len(batches),
             "num_sequences": sum(batch.num_sequences for batch in batches),

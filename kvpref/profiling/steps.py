@@ -90,6 +90,12 @@ class TrainStep:
         """Counts of what one run computes."""
         return total_work(count_work(item.batch.plan(self.mode)) for item in self.micro_batches)
 
+    def resident_bytes(self) -> int:
+        """Bytes of the weights, the buffers and the optimizer's state, as they are now."""
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        kept = [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *kept))
+
     def _recording_loss(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
         logps = policy.token_logps.detach()
         counts = {"logp_sum": logps.double().sum(), "num_tokens": torch.tensor(logps.numel())}

@@ -96,17 +96,3 @@ def time_once(function: Callable[[], object], device: torch.device, clock: str =
     torch.cuda.synchronize(device)
     milliseconds: float = start.elapsed_time(end)
     return milliseconds
-
-
-def peak_device_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes that the CUDA allocator held for tensors at once during one call, those held before it included.
-
-    None on other devices: the operating system's peak of a process covers everything that ran in it before.
-    """
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    function()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def case(name: str, flops: int) -> Case:
-    return Case(name=name, run=lambda: None, flops=flops, facts={"tokens": 3})
+    return Case(name=name, run=lambda: None, flops=flops, resident_bytes=lambda: 7, facts={"tokens": 3})
 
 
 def test_ratios_are_taken_inside_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +25,10 @@ def test_ratios_are_taken_inside_rounds(monkeypatch: pytest.MonkeyPatch) -> None
     assert shared.efficiency.median == 2.0
     assert shared.rounds_ms == rounds["shared"]
     assert shared.time_ms.median == 4.0
-    assert shared.peak_bytes is None
+    assert shared.peak_bytes == 7  # nothing is allocated beyond what is resident
     assert shared.facts == {"tokens": 3}
+    without = compare([case("base", 1)], baseline="base", device=CPU, with_memory=False)
+    assert without[0].peak_bytes is None
     assert (base.speedup.median, base.ideal, base.efficiency.median) == (1.0, 1.0, 1.0)
 
 

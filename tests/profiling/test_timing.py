@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpref.profiling import timing
-from kvpref.profiling.timing import TimingOptions, peak_device_bytes, time_once, time_rounds
+from kvpref.profiling.timing import TimingOptions, time_once, time_rounds
 
 CPU = torch.device("cpu")
 
@@ -51,20 +51,6 @@ def test_unknown_clocks_are_refused() -> None:
 def test_options_are_checked(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TimingOptions(**wrong)
-
-
-def test_peak_memory_is_not_guessed_on_a_cpu() -> None:
-    assert peak_device_bytes(lambda: pytest.fail("there is nothing to run it for"), CPU) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_peaks_count_what_a_call_held_for_a_moment() -> None:
-    device, size = torch.device("cuda"), 64 * 2**20
-    before = torch.cuda.memory_allocated(device)
-    peak = peak_device_bytes(lambda: [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)], device)
-    assert peak == before + 2 * size
-    assert torch.cuda.memory_allocated(device) == before
 
 
 @pytest.mark.gpu
