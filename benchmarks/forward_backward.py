@@ -1,4 +1,4 @@
-"""Forward and backward of a model: `two_pass` against `packed`."""
+"""Forward and backward of a model: `two_pass` and `one_pass` against `packed`."""
 
 from __future__ import annotations
 

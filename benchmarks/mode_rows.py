@@ -1,4 +1,4 @@
-"""Rows that run a whole model in mode `two_pass` against mode `packed`."""
+"""Rows that run a whole model in the modes that share prefixes, against mode `packed`."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ class SweepOptions:
         if self.dry_run:
             return TimingOptions(num_rounds=2, num_warmup=0, clock=self.clock)
         # Every case has run once, for its results, before it is timed.
-        num_rounds = 3 if self.quick else 5 if self.gpu_rows else 7
-        budget_s = 10.0 if self.gpu_rows else 45.0
+        num_rounds = 3 if self.quick else 5
+        budget_s = 10.0 if self.gpu_rows else 30.0
         return TimingOptions(num_rounds=num_rounds, num_warmup=0, budget_s=budget_s, clock=self.clock)
 
     def shared_file(self, name: str) -> Path:

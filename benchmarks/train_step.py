@@ -1,4 +1,4 @@
-"""Whole training steps, forward, backward, AdamW and zeroing the gradients: `two_pass` against `packed`.
+"""Whole training steps, forward, backward, AdamW and zeroing the gradients: modes that share against `packed`.
 
 Pairs train with DPO and precomputed reference log-probs, larger groups with a loss of the best response against the
 rest.

@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, list[str]]:
 def test_a_dry_run_measures_every_row(tmp_path: Path) -> None:
     done = run(BENCHMARKS / "sweeps.py", "--dry-run", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    modes = ["two_pass", "packed"]
+    modes = ["two_pass", "one_pass", "packed"]
     real = ["hh_harmless", "mixed", "gsm8k", "game24 N=10", "game24 N=100", "squality flat", "squality stories"]
     steps = read(tmp_path / "train_step.json")
     assert list(steps)[: len(real)] == real
