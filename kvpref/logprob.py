@@ -112,15 +112,22 @@ class _Tiles:
         for start in range(0, self.vocab_size, self.vocab_per_tile):
             yield slice(start, min(start + self.vocab_per_tile, self.vocab_size))
 
+    def product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``left @ right`` in the wider dtype; in `out` where the products are computed in that dtype too."""
+        left, right = left.to(self.gemm_dtype), right.to(self.gemm_dtype)
+        if self.gemm_dtype == self.sum_dtype:
+            return torch.mm(left, right, out=out)
+        return torch.mm(left, right, out_dtype=self.sum_dtype)
+
     def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, first: bool) -> None:
         """``total += left @ right`` in place; with `first`, what `total` held is overwritten."""
-        left, right = left.to(self.gemm_dtype), right.to(self.gemm_dtype)
         if total.dtype == self.gemm_dtype:
+            left, right = left.to(self.gemm_dtype), right.to(self.gemm_dtype)
             torch.addmm(total, left, right, beta=0 if first else 1, out=total)
+        elif first:
+            total.copy_(self.product(left, right))
         else:
-            wide = self.gemm_dtype == self.sum_dtype
-            product = left @ right if wide else torch.mm(left, right, out_dtype=self.sum_dtype)
-            total.copy_(product) if first else total.add_(product)
+            total += self.product(left, right)
 
     def logits(
         self,
@@ -128,18 +135,20 @@ class _Tiles:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         columns: slice,
-        buffer: torch.Tensor,
+        buffer: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One tile, in `buffer`: memory that is used again stays in the cache and costs no page faults."""
+        """One tile, in `buffer` if it can be: memory that is used again stays in the cache and costs no page faults."""
         shape = (hidden.shape[0], columns.stop - columns.start)
-        logits = buffer[: shape[0] * shape[1]].view(shape)
-        self.add_product(logits, hidden, weight[columns].T, first=True)
+        tile = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
+        logits = self.product(hidden, weight[columns].T, out=tile)
         if bias is not None:
             logits += bias[columns]
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
 
-    def buffer(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Memory for one tile of logits."""
+    def buffer(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Memory for one tile of logits; None where products come in memory of their own."""
+        if self.gemm_dtype != self.sum_dtype:
+            return None
         return hidden.new_empty(self.tokens_per_tile * self.vocab_per_tile, dtype=self.sum_dtype)
 
     def locate(self, targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:

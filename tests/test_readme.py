@@ -41,3 +41,12 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     names["args"].max_steps, names["args"].report_to = 1, []
     names["trainer"].train()
     assert names["trainer"].state.global_step == 1
+
+
+def test_results_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(README.parent / "benchmarks"))
+    import readme_table
+
+    lines = readme_table.table(README.parent / "benchmarks" / "results")
+    assert len(lines) > 20
+    assert "\n".join(lines) in README.read_text()

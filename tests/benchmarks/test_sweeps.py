@@ -124,6 +124,16 @@ def test_a_missing_gpu_is_said(tmp_path: Path) -> None:
     assert "needs a CUDA device" in done.stderr
 
 
+def test_the_gpu_driver_runs_dry_on_a_cpu(tmp_path: Path) -> None:
+    """Every part of `make bench-gpu`, tiny; the GPU tests skip without a device."""
+    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--output", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert [part["exit_code"] for part in parts] == [0] * 5
+    for sweep in ("attention", "forward_backward", "train_step", "logprob"):
+        assert read(tmp_path / f"{sweep}_cuda.json")
+
+
 def test_the_gpu_driver_stops_in_time_and_keeps_what_it_has(tmp_path: Path) -> None:
     done = run(BENCHMARKS / "gpu.py", "--dry-run", "--budget", 0.5, "--output", tmp_path)
     assert done.returncode == 1
