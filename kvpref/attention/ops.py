@@ -17,8 +17,14 @@ from kvpref.attention.backends import select_backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
 from kvpref.attention.merge import accumulate, merge_partials
 
+_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, SymInt[] max_seqlens, float scale, str backend"
 
-@torch.library.custom_op("kvpref::cascade_forward", mutates_args=())
+
+@torch.library.custom_op(
+    "kvpref::cascade_forward",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor[] keys, Tensor[] values, {_BLOCKS_SCHEMA}) -> (Tensor, Tensor)",
+)
 def cascade_forward(
     query: torch.Tensor,
     keys: Sequence[torch.Tensor],
@@ -53,7 +59,14 @@ def cascade_forward(
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op("kvpref::cascade_backward", mutates_args=())
+@torch.library.custom_op(
+    "kvpref::cascade_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor dout, Tensor query, Tensor[] keys, Tensor[] values, Tensor out, Tensor lse, "
+        f"{_BLOCKS_SCHEMA}) -> (Tensor, Tensor[], Tensor[])"
+    ),
+)
 def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one by one
     dout: torch.Tensor,
     query: torch.Tensor,

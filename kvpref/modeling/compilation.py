@@ -37,8 +37,9 @@ def compile_layers(model: M, **options: Any) -> M:
     if options.get("dynamic") is False:
         raise InputError("compile_layers needs dynamic shapes: the number of tokens differs from batch to batch")
     # A layer leaves its keys and values with the running pass. When a checkpoint recomputes the layer they must not be
-    # left again, which is what this setting says.
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # left again, which is what this setting says. Releases without it refuse to compile checkpointed layers.
+    if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for module in inner.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(**{"fullgraph": True, "dynamic": True, **options})
