@@ -1,6 +1,6 @@
 """The results table of README.md, from the JSON that the sweeps wrote:
 
-    python benchmarks/readme_table.py
+python benchmarks/readme_table.py
 """
 
 from __future__ import annotations
