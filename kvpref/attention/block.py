@@ -52,7 +52,7 @@ class VarlenBlock:
         return _non_empty_pairs(tuple(self.cu_seqlens_q.tolist()), tuple(self.cu_seqlens_k.tolist()))
 
     @property
-    def num_pairs(self) -> int:
+    def num_attended_pairs(self) -> int:
         """Query-key pairs that attend to each other, per head. Reads the offsets, so on CUDA it synchronises."""
         if self.causal:
             return sum((q1 - q0) * (q1 - q0 + 1) // 2 for q0, q1, _, _ in self.pairs)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kvpref.attention.backends import select_backend
@@ -20,7 +21,7 @@ from kvpref.attention.merge import accumulate, merge_partials
 _BLOCKS_SCHEMA = "Tensor[] cu_seqlens, SymInt[] max_seqlens, float scale, str backend"
 
 
-@torch.library.custom_op(
+@custom_op(
     "kvpref::cascade_forward",
     mutates_args=(),
     schema=f"(Tensor query, Tensor[] keys, Tensor[] values, {_BLOCKS_SCHEMA}) -> (Tensor, Tensor)",
@@ -59,7 +60,7 @@ def cascade_forward(
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op(
+@custom_op(
     "kvpref::cascade_backward",
     mutates_args=(),
     schema=(
@@ -158,19 +159,18 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 cascade_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _count_products(query: torch.Tensor, cu_seqlens: Sequence[torch.Tensor]) -> int:
+def _count_products(
+    query: torch.Tensor, keys: Sequence[torch.Tensor], cu_seqlens: Sequence[torch.Tensor], max_seqlens: Sequence[int]
+) -> int:
     """Query-key pairs over all blocks times heads times head dim."""
-    keys = [offsets.new_empty(0) for offsets in cu_seqlens[1::2]]
-    blocks = _blocks(keys, query, cu_seqlens, [0] * len(cu_seqlens))
-    return sum(block.num_pairs for block in blocks) * query.shape[1] * query.shape[2]
+    blocks = _blocks(keys, query, cu_seqlens, max_seqlens)
+    return sum(block.num_attended_pairs for block in blocks) * query.shape[1] * query.shape[2]
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_forward, get_raw=True)
-def _(
-    query: torch.Tensor, keys: Any, values: Any, cu_seqlens: Sequence[torch.Tensor], *args: Any, **kwargs: Any
-) -> int:
+def _(query: torch.Tensor, keys: Any, values: Any, cu_seqlens: Any, max_seqlens: Any, *args: Any, **kwargs: Any) -> int:
     """Two products per attended pair: scores and output. The masked half of causal blocks is not counted."""
-    return 2 * 2 * _count_products(query, cu_seqlens)
+    return 2 * 2 * _count_products(query, keys, cu_seqlens, max_seqlens)
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_backward, get_raw=True)
@@ -182,8 +182,9 @@ def _(
     out: Any,
     lse: Any,
     cu_seqlens: Any,
+    max_seqlens: Any,
     *args: Any,
     **kwargs: Any,
 ) -> int:
     """Five products per attended pair: scores again, dV, dP, dQ and dK."""
-    return 5 * 2 * _count_products(query, cu_seqlens)
+    return 5 * 2 * _count_products(query, keys, cu_seqlens, max_seqlens)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from kvpref.data import PreferenceDataset, StepOptions, StepPlanner
 from kvpref.losses import DPO
 from kvpref.modeling.passes import response_logps
 from kvpref.modeling.schedules import forward_backward
+from kvpref.profiling.timing import TimingOptions, time_rounds
 
 MODES = ("two_pass", "packed", "padded")
 
@@ -87,17 +87,16 @@ def compare_modes(model: nn.Module, batches: list[ComparedBatch], loss: DPO, num
     model.train()
     # The first run of each mode, which also warms up, gives the results to compare.
     differences = [_differences(model, item, loss) for item in batches]
-    rounds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for number in range(num_rounds):
-        shift = number % len(MODES)
-        for mode in MODES[shift:] + MODES[:shift]:
-            seconds = _time(lambda mode=mode: _run_all(model, batches, loss, mode))  # type: ignore[misc]
-            rounds[mode].append(seconds * 1000 / len(batches))
+    rounds = time_rounds(
+        {mode: partial(_run_all, model, batches, loss, mode) for mode in MODES},
+        next(model.parameters()).device,
+        TimingOptions(num_rounds=num_rounds, num_warmup=0),
+    )
     model.zero_grad()
     costs = tuple(
         ModeCost(
             mode=mode,
-            time_ms=statistics.median(rounds[mode]),
+            time_ms=statistics.median(rounds[mode]) / len(batches),
             num_forward_tokens=statistics.mean(item.batch.plan(mode).num_forward_tokens for item in batches),
         )
         for mode in MODES
@@ -132,9 +131,3 @@ def _differences(model: nn.Module, item: ComparedBatch, loss: DPO) -> tuple[floa
         max(abs(losses[i] - losses[j]) / max(abs(losses[i]), abs(losses[j])) for i, j in pairs),
         max(((gradients[i] - gradients[j]).norm() / gradients[i].norm()).item() for i, j in pairs),
     )
-
-
-def _time(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start

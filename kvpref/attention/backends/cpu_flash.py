@@ -11,8 +11,7 @@ import torch
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, Pair, VarlenBlock
 
-# Measured on two cores, forward and backward, 6 and 9 heads of 64: 2.2x faster at 8 tokens, 1.2 to 1.5x at 16, even at
-# 32 and slower beyond, where the kernel is busy and padding and copies cost more than calls.
+# Up to here calls cost more than arithmetic; beyond, the kernel is busy and padding and copies cost more than calls.
 _MAX_BUCKETED_TOKENS = 20
 _MIN_BUCKET_SEGMENTS = 8
 # The longest segment of a bucket over its shortest; the shortest ones all go together.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kvpref.attention.backends import flash_kernels
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
-
-_MAX_HEAD_DIM = 256
 
 
 class CudaFlash(Backend):
@@ -20,15 +19,7 @@ class CudaFlash(Backend):
     name = "cuda_flash"
 
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        if query.device.type != "cuda":
-            return f"it runs on CUDA tensors only, got device {query.device.type!r}"
-        if query.dtype not in (torch.float16, torch.bfloat16):
-            return f"it needs float16 or bfloat16, got {query.dtype}; load the model in bf16 or use autocast"
-        if query.shape[-1] > _MAX_HEAD_DIM or query.shape[-1] % 8:
-            return f"it needs a head dim that is a multiple of 8 and at most {_MAX_HEAD_DIM}, got {query.shape[-1]}"
-        if torch.cuda.get_device_capability(query.device) < (8, 0):
-            return "it needs compute capability 8.0 or later (Ampere)"
-        return None
+        return flash_kernels.refusal(query)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
@@ -39,17 +30,14 @@ class CudaFlash(Backend):
             v,
             block.cu_seqlens_q,
             block.cu_seqlens_k,
-            # At 1 the kernel folds the heads of a group into query rows by a reshape that needs as many queries as
-            # pairs, which a pair without queries breaks. Any upper bound gives the same numbers.
-            max(block.max_seqlen_q, 2),
+            flash_kernels.longest_query(block),
             block.max_seqlen_k,
             0.0,
             block.causal,
             False,
             scale=params.scale,
         )
-        # The kernel reports +inf for a row that saw no key.
-        return out, lse.masked_fill(lse == float("inf"), float("-inf"))
+        return out, flash_kernels.minus_infinity_without_keys(lse)
 
     def backward(
         self,

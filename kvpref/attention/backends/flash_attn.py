@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from kvpref.attention.backends import flash_kernels
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.optional_package import OptionalPackage
 from kvpref.attention.block import AttentionParams, VarlenBlock
@@ -27,21 +28,17 @@ class _FlashAttention(Backend):
 
     package: ClassVar[OptionalPackage]
     max_head_dim: ClassVar[int] = 256
-    min_capability: ClassVar[tuple[int, int]] = (8, 0)
+    min_capability: ClassVar[tuple[int, int]] = flash_kernels.AMPERE
     below_capability: ClassVar[tuple[int, int] | None] = None
 
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        if query.device.type != "cuda":
-            return f"it runs on CUDA tensors only, got device {query.device.type!r}"
-        if query.dtype not in (torch.float16, torch.bfloat16):
-            return f"it needs float16 or bfloat16, got {query.dtype}; load the model in bf16 or use autocast"
-        if query.shape[-1] > self.max_head_dim or query.shape[-1] % 8:
-            return f"it needs a head dim that is a multiple of 8 and at most {self.max_head_dim}, got {query.shape[-1]}"
-        capability = torch.cuda.get_device_capability(query.device)
-        if capability < self.min_capability:
-            return f"it needs compute capability {_dotted(self.min_capability)} or later, got {_dotted(capability)}"
-        if self.below_capability is not None and capability >= self.below_capability:
-            return f"it needs compute capability below {_dotted(self.below_capability)}, got {_dotted(capability)}"
+        reason = flash_kernels.refusal(query, self.max_head_dim, self.min_capability)
+        if reason is not None:
+            return reason
+        capability, bound = torch.cuda.get_device_capability(query.device), self.below_capability
+        if bound is not None and capability >= bound:
+            found, limit = flash_kernels.dotted(capability), flash_kernels.dotted(bound)
+            return f"it needs compute capability below {limit}, got {found}"
         return self.package.missing_reason()
 
 
@@ -68,13 +65,13 @@ class FlashAttn(_FlashAttention):
             v,
             block.cu_seqlens_q,
             block.cu_seqlens_k,
-            _longest_query(block),
+            flash_kernels.longest_query(block),
             block.max_seqlen_k,
             dropout_p=0.0,
             softmax_scale=params.scale,
             causal=block.causal,
         )
-        return out, _minus_infinity_without_keys(lse)
+        return out, flash_kernels.minus_infinity_without_keys(lse)
 
     def backward(
         self,
@@ -149,7 +146,7 @@ class FlashAttn3(_FlashAttention):
             params.scale,
             block.causal,
         )
-        return out, _minus_infinity_without_keys(lse)
+        return out, flash_kernels.minus_infinity_without_keys(lse)
 
     def backward(
         self,
@@ -216,7 +213,7 @@ class FlashAttn4(_FlashAttention):
             causal=block.causal,
             return_lse=True,
         )
-        return result[0], _minus_infinity_without_keys(result[1])
+        return result[0], flash_kernels.minus_infinity_without_keys(result[1])
 
     def backward(
         self,
@@ -251,24 +248,7 @@ class FlashAttn4(_FlashAttention):
         return dq, dk, dv
 
 
-def _longest_query(block: VarlenBlock) -> int:
-    """With at most one query per pair, FA2's GQA path reshapes the rows and fails if a pair has none.
-
-    The number is an upper bound for the kernel, so 2 keeps it on the general path.
-    """
-    return max(block.max_seqlen_q, 2)
-
-
 def _zeros(*tensors: torch.Tensor) -> Gradients:
     """Preallocated gradients: zero where a kernel writes nothing, as for keys of a pair without queries."""
     dq, dk, dv = (torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
     return dq, dk, dv
-
-
-def _minus_infinity_without_keys(lse: torch.Tensor) -> torch.Tensor:
-    """FlashAttention-2 reports +inf for a row that saw no key, the later ones -inf."""
-    return lse.masked_fill(lse == float("inf"), float("-inf"))
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"

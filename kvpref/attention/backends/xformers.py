@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
+from kvpref.attention.backends import flash_kernels
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.optional_package import OptionalPackage
 from kvpref.attention.block import AttentionParams, VarlenBlock
-
-_MAX_HEAD_DIM = 256
 
 
 class Xformers(Backend):
@@ -30,15 +29,7 @@ class Xformers(Backend):
     )
 
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        if query.device.type != "cuda":
-            return f"it runs on CUDA tensors only, got device {query.device.type!r}"
-        if query.dtype not in (torch.float16, torch.bfloat16):
-            return f"it needs float16 or bfloat16, got {query.dtype}; load the model in bf16 or use autocast"
-        if query.shape[-1] > _MAX_HEAD_DIM or query.shape[-1] % 8:
-            return f"it needs a head dim that is a multiple of 8 and at most {_MAX_HEAD_DIM}, got {query.shape[-1]}"
-        if torch.cuda.get_device_capability(query.device) < (8, 0):
-            return "it needs compute capability 8.0 or later (Ampere)"
-        reason = self.package.missing_reason()
+        reason = flash_kernels.refusal(query) or self.package.missing_reason()
         if reason is None and not self.package.load().flash.FwOp.is_available():
             return (
                 f"this xformers was built without FlashAttention for this torch; reinstall it: {self.package.install}"
@@ -61,8 +52,7 @@ class Xformers(Backend):
             op=fmha.flash.FwOp,
         )
         lse = lse[0].flatten(0, 1)  # (1, G, H/G, T) -> (H, T)
-        # The kernel reports +inf for a row that saw no key.
-        return out[0].flatten(1, 2), lse.masked_fill(lse == float("inf"), float("-inf"))
+        return out[0].flatten(1, 2), flash_kernels.minus_infinity_without_keys(lse)
 
     def backward(
         self,
@@ -98,9 +88,7 @@ def _bias(attn_bias: Any, block: VarlenBlock) -> Any:
 
     Its public constructors take lengths on the host and copy them to the device, once per layer.
     """
-    # With at most one query per pair, the kernel's GQA path reshapes the rows and fails if a pair has none; the
-    # longest query is an upper bound for the kernel, so 2 keeps it on the general path.
-    queries = _lengths(attn_bias, block.cu_seqlens_q, max(block.max_seqlen_q, 2), block.num_queries)
+    queries = _lengths(attn_bias, block.cu_seqlens_q, flash_kernels.longest_query(block), block.num_queries)
     if block.causal:
         return attn_bias.BlockDiagonalCausalMask(q_seqinfo=queries, k_seqinfo=queries)
     keys = _lengths(attn_bias, block.cu_seqlens_k, block.max_seqlen_k, block.num_keys)
