@@ -36,8 +36,8 @@ from kvpref.data import (
     load_tokenizer,
     summarize_batches,
 )
-from kvpref.modeling.calibration import calibrate
 from kvpref.modeling.shape import model_shape
+from kvpref.profiling.calibration import calibrate
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import TimingOptions, time_rounds
 

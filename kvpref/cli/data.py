@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kvpref.data import BatchStatistics, DataReport, DataStatistics, PreferenceDataset, StepOptions
     from kvpref.flops import ModelShape
-    from kvpref.modeling.calibration import Calibration
+    from kvpref.profiling.calibration import Calibration
 
 MAX_BAD_ROWS_SHOWN = 10
 MAX_TOKENS_MEASURED = {"cpu": 1024, "cuda": 16384}
@@ -122,8 +122,8 @@ def _measure(model: str, dtype: str, options: StepOptions) -> tuple[ModelShape, 
 
     from kvpref.cli.loading import load_model
     from kvpref.modeling.attach import attach
-    from kvpref.modeling.calibration import MIN_TOKENS, calibrate
     from kvpref.modeling.shape import model_shape
+    from kvpref.profiling.calibration import MIN_TOKENS, calibrate
 
     # Time does not depend on the weights' values, so a configuration will do.
     source = (None, model) if model.endswith(".json") else (model, None)

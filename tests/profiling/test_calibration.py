@@ -14,7 +14,7 @@ from kvpref.data import CostModel
 from kvpref.errors import InputError
 from kvpref.flops import Work, count_work
 from kvpref.modeling.attach import attach
-from kvpref.modeling.calibration import (
+from kvpref.profiling.calibration import (
     Measurement,
     _make_batch,
     _make_ups,

@@ -7,10 +7,10 @@ pair, per scored row, and per micro-batch. See `CostModel`.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from kvpref.groups import Sequence as TokenSequence
 from kvpref.losses import LossOutput
 from kvpref.modeling.schedules import forward_backward
 from kvpref.modeling.support import unwrap
+from kvpref.profiling.timing import TimingOptions, time_rounds
 
 MIN_TOKENS = 256
 
@@ -100,11 +101,15 @@ def calibrate(
     longest = getattr(config, "max_position_embeddings", None) or max_tokens
     make_ups = _make_ups(max_tokens, longest)
     batches = [_make_batch(make_up, config.vocab_size, mode).to(device) for make_up in make_ups]
+    cases = {
+        str(index): partial(forward_backward, model, batch, _mean_logp, mode=mode, backend=backend)
+        for index, batch in enumerate(batches)
+    }
     with _training_without_traces(model):
-        seconds = _time_interleaved(model, batches, mode, backend, repeats)
+        rounds_ms = time_rounds(cases, device, TimingOptions(num_rounds=repeats))
     measurements = tuple(
-        Measurement(count_work(batch.plan(mode)), statistics.median(times))
-        for batch, times in zip(batches, seconds, strict=True)
+        Measurement(count_work(batch.plan(mode)), statistics.median(times) / 1000)
+        for batch, times in zip(batches, rounds_ms.values(), strict=True)
     )
     cost_model, relative_error = fit_cost_model(measurements)
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
@@ -205,29 +210,8 @@ def _make_batch(make_up: MakeUp, vocab_size: int, mode: str) -> Batch:
     return collate(groups, modes=(mode,))
 
 
-def _time_interleaved(
-    model: nn.Module, batches: Sequence[Batch], mode: str, backend: str, repeats: int
-) -> list[list[float]]:
-    """Seconds of each batch, `repeats` times; the batches take turns, so that other load falls on all of them."""
-    seconds: list[list[float]] = [[] for _ in batches]
-    for repeat in range(repeats + 1):
-        for batch, times in zip(batches, seconds, strict=True):
-            _synchronize(batch.device)
-            started = time.perf_counter()
-            forward_backward(model, batch, _mean_logp, mode=mode, backend=backend)
-            _synchronize(batch.device)
-            if repeat:
-                times.append(time.perf_counter() - started)
-    return seconds
-
-
 def _mean_logp(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
     return LossOutput(loss=-policy.token_logps.mean(), metrics={})
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
