@@ -60,6 +60,9 @@ def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None])
         metrics.update(trainer.evaluate())
     trainer.save_model(args.output_dir)
     report_main(f"saved the model to {args.output_dir}")
+    # Ranks leave together, and not while gloo's or NCCL's threads still hold a collective's tensors.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return metrics if args.process_index == 0 else {}
 
 

@@ -16,6 +16,7 @@ from kvpref.modeling.head import head_logps
 from kvpref.modeling.interface import RunningPass, bind_pass
 from kvpref.modeling.support import check_training_state
 from kvpref.plans import ModePlan, PassPlan
+from kvpref.regions import region
 
 
 def response_logps(model: nn.Module, batch: Batch, *, mode: str = "two_pass", backend: str = "auto") -> ResponseLogps:
@@ -85,7 +86,8 @@ def _run_plan(
     """All passes not yet in `cache`, then the LM head; (U,) log-probs of the unique scored tokens."""
     cache = PrefixCache() if cache is None else cache
     _run_passes(model, plan=plan, cache=cache, backend=backend, stop=len(plan.passes))
-    return head_logps(model, torch.cat(cache.predictor_hidden), plan.targets)
+    with region("lm head"):
+        return head_logps(model, torch.cat(cache.predictor_hidden), plan.targets)
 
 
 def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, backend: str, stop: int) -> None:
@@ -93,10 +95,11 @@ def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, b
     passes = plan.passes[cache.num_passes : stop]
     embeds = _embed(model, passes)
     for item, embedded in zip(passes, embeds, strict=True):
-        if plan.mode == "padded":
-            hidden = _backbone(model, item, embedded, attention_mask=item.attention_mask)
-        else:
-            hidden = _run_level_pass(model, plan, cache, backend, embedded)
+        with region(f"pass {cache.num_passes}"):
+            if plan.mode == "padded":
+                hidden = _backbone(model, item, embedded, attention_mask=item.attention_mask)
+            else:
+                hidden = _run_level_pass(model, plan, cache, backend, embedded)
         cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
 
 

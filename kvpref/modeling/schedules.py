@@ -11,6 +11,7 @@ from kvpref.batch import Batch, ResponseLogps
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss
 from kvpref.modeling.passes import response_logps
+from kvpref.regions import region
 
 SCHEDULES = ("full",)
 
@@ -48,8 +49,10 @@ def forward_backward(
     if schedule not in SCHEDULES:
         raise InputError(f"unknown schedule {schedule!r}; choose from: {', '.join(SCHEDULES)}")
     policy = response_logps(model, batch, mode=mode, backend=backend)
-    output = check_output(loss_fn(policy, reference, batch), loss_fn)
-    backward(output.loss)
+    with region("loss"):
+        output = check_output(loss_fn(policy, reference, batch), loss_fn)
+    with region("backward"):
+        backward(output.loss)
     return LossOutput(loss=output.loss.detach(), metrics=output.metrics)
 
 

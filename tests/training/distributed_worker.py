@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 
@@ -41,7 +42,6 @@ def run_fsdp2(output: str) -> None:
     grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     if rank == 0:
         torch.save(grads, f"{output}/grads.pt")
-    dist.destroy_process_group()
 
 
 def _weighted_backward(loss: torch.Tensor, weight: float) -> None:
@@ -50,3 +50,9 @@ def _weighted_backward(loss: torch.Tensor, weight: float) -> None:
 
 if __name__ == "__main__":
     {"ddp": run_ddp, "fsdp2": run_fsdp2}[sys.argv[1]](sys.argv[2])
+    dist.barrier()
+    # Without Python's own shutdown: gloo's thread may still hold the last collective's tensors, and the process aborts
+    # where that thread releases one while the interpreter goes down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
