@@ -1,11 +1,12 @@
-"""Named stretches of a training step, which profilers attribute time and memory to."""
+"""Named stretches of a training step, and named tensors: what profilers attribute time and memory to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch.profiler import record_function
 
 PREFIX = "kvpref: "
@@ -32,3 +33,27 @@ def region(name: str) -> Iterator[None]:
 def current_region() -> str | None:
     """The innermost region that this thread is in."""
     return _current.get()
+
+
+Observer = Callable[[str, tuple[torch.Tensor, ...]], None]
+
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("kvpref_observers", default=())
+
+
+def mark(kind: str, *tensors: torch.Tensor) -> None:
+    """Tell observers what kind of data tensors hold.
+
+    The engine marks ``prefix K/V``, ``prefix K/V gradients`` and ``log-probs``.
+    """
+    for observer in _observers.get():
+        observer(kind, tensors)
+
+
+@contextmanager
+def observe_marks(observer: Observer) -> Iterator[None]:
+    """Call ``observer(kind, tensors)`` for every `mark` inside."""
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
