@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from copy import copy
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from kvpref.groups import Group, Sequence
 from kvpref.plans import ModePlan, build_plan, map_tensors, tensors_to
-from kvpref.tree import PrefixTree, build_tree
+from kvpref.tree import PrefixTree, TokenIds, build_tree
 
 
 class ResponseLogps(NamedTuple):
@@ -42,6 +43,24 @@ class ResponseLogps(NamedTuple):
         return self.sum() / self.lengths().clamp(min=1)
 
 
+DEFAULT_MIN_SHARED_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """Which shared runs of tokens become segments of their own."""
+
+    min_shared_tokens: int = DEFAULT_MIN_SHARED_TOKENS
+    """Shorter runs are repeated."""
+
+    max_depth: int | None = None
+    """Deepest segment; 1 allows prompts and responses, None any depth."""
+
+    def tree(self, sequences: AbstractSequence[TokenIds]) -> PrefixTree:
+        """The prefix tree of some sequences."""
+        return build_tree(sequences, min_shared_tokens=self.min_shared_tokens, max_depth=self.max_depth)
+
+
 class Batch:
     """A micro-batch: groups, their prefix tree, and the tensors of each mode, built when first asked for.
 
@@ -49,14 +68,22 @@ class Batch:
         groups: As given.
         sequences: All sequences, group after group.
         tree: The prefix tree over all sequences, across groups too.
+        sharing: What the tree was built with.
         group_index: (num_sequences,) int64, on `device`.
         device: Where the plans' tensors are.
     """
 
-    def __init__(self, groups: AbstractSequence[Group], tree: PrefixTree, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        groups: AbstractSequence[Group],
+        tree: PrefixTree,
+        device: torch.device | str = "cpu",
+        sharing: Sharing | None = None,
+    ) -> None:
         self.groups = tuple(groups)
         self.sequences: tuple[Sequence, ...] = tuple(s for group in self.groups for s in group.sequences)
         self.tree = tree
+        self.sharing = Sharing() if sharing is None else sharing
         self.device = torch.device(device)
         sizes = [len(group) for group in self.groups]
         self.group_index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.device)
@@ -113,9 +140,6 @@ class Batch:
         return mapped
 
 
-DEFAULT_MIN_SHARED_TOKENS = 16
-
-
 def collate(
     groups: AbstractSequence[Group],
     *,
@@ -139,8 +163,8 @@ def collate(
     if not groups:
         raise ValueError("collate needs at least one group; got none")
     sequences = [sequence.input_ids for group in groups for sequence in group.sequences]
-    tree = build_tree(sequences, min_shared_tokens=min_shared_tokens, max_depth=max_depth)
-    batch = Batch(groups, tree, device)
+    sharing = Sharing(min_shared_tokens=min_shared_tokens, max_depth=max_depth)
+    batch = Batch(groups, sharing.tree(sequences), device, sharing)
     for mode in modes:
         batch.plan(mode)
     return batch

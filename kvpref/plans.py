@@ -104,7 +104,7 @@ def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return map_tensors(value, function) if is_dataclass(value) else value
 
 
-def _int64(values: AbstractSequence[int]) -> torch.Tensor:
+def int64(values: AbstractSequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
@@ -124,11 +124,11 @@ def _pass_of_levels(levels: AbstractSequence[Level]) -> PassPlan:
         predictor_rows.extend(num_rows + row for row in level.predictor_rows)
         num_rows += len(level.input_ids)
     return PassPlan(
-        input_ids=_int64([token for level in levels for token in level.input_ids]).unsqueeze(0),
-        position_ids=_int64([position for level in levels for position in level.position_ids]).unsqueeze(0),
+        input_ids=int64([token for level in levels for token in level.input_ids]).unsqueeze(0),
+        position_ids=int64([position for level in levels for position in level.position_ids]).unsqueeze(0),
         attention_mask=None,
         levels=tuple(_level_blocks(level) for level in levels),
-        predictor_rows=_int64(predictor_rows),
+        predictor_rows=int64(predictor_rows),
     )
 
 
@@ -136,9 +136,9 @@ def _plan_of_layout(mode: str, layout: LevelLayout, passes: tuple[PassPlan, ...]
     return ModePlan(
         mode=mode,
         passes=passes,
-        targets=_int64([target for level in layout.levels for target in level.targets]),
-        token_index=_int64(layout.token_index),
-        cu_seqlens=_int64(layout.cu_seqlens),
+        targets=int64([target for level in layout.levels for target in level.targets]),
+        token_index=int64(layout.token_index),
+        cu_seqlens=int64(layout.cu_seqlens),
         max_sequence_tokens=layout.max_position + 1,
         num_forward_tokens=sum(item.input_ids.numel() for item in passes),
     )
@@ -166,7 +166,7 @@ def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) 
     targets: list[int] = []
     cu_seqlens = [0]
     for index, sequence in enumerate(sequences):
-        input_ids[index, : len(sequence)] = _int64(sequence.input_ids)
+        input_ids[index, : len(sequence)] = int64(sequence.input_ids)
         attention_mask[index, : len(sequence)] = 1
         scored = [position for position, flag in enumerate(sequence.scored) if flag]
         rows.extend(index * width + position - 1 for position in scored)
@@ -177,14 +177,14 @@ def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) 
         position_ids=torch.arange(width).expand(len(sequences), -1),
         attention_mask=attention_mask,
         levels=(),
-        predictor_rows=_int64(rows),
+        predictor_rows=int64(rows),
     )
     return ModePlan(
         mode=mode,
         passes=(only_pass,),
-        targets=_int64(targets),
+        targets=int64(targets),
         token_index=torch.arange(len(targets)),
-        cu_seqlens=_int64(cu_seqlens),
+        cu_seqlens=int64(cu_seqlens),
         max_sequence_tokens=width,
         num_forward_tokens=input_ids.numel(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvpref.errors import InputError
 from kvpref.plans import ModePlan, PassPlan
+from kvpref.regions import mark
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -22,7 +23,6 @@ class LayerSlot:
     would make torch.compile specialise each layer's code on it, and compile every layer anew.
 
     Attributes:
-        prefixes: Keys and values of the passes before, (T_d, num_kv_heads, head_dim) each, per depth d.
         following: The next layer's slot. After the last layer's comes an end, which follows nothing and is no
             layer's, so that the last layer looks like the others.
         module: The attention module that took the slot.
@@ -30,16 +30,34 @@ class LayerSlot:
     """
 
     def __init__(self, prefixes: tuple[KeyValue, ...], following: LayerSlot | None) -> None:
-        self.prefixes, self.following = prefixes, following
+        self.following = following
         self.module: nn.Module | None = None
         self.own: KeyValue | None = None
+        self._prefixes = prefixes
+
+    def read(self) -> tuple[KeyValue, ...]:
+        """Keys and values of the passes before, (rows, num_kv_heads, head_dim) each, one pair per cross block."""
+        return self._prefixes
 
 
-def make_slots(cache: PrefixCache, num_layers: int) -> list[LayerSlot]:
-    """The slots of the next pass over `num_layers` attention layers, chained."""
+class KeyValues(Protocol):
+    """Where a running pass finds the keys and values that it reads, and leaves its own."""
+
+    def slots(self, num_layers: int) -> list[LayerSlot]:
+        """The slots of the next pass over `num_layers` attention layers, chained."""
+
+    def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
+        """Whether the slots were taken by the attention modules of the passes before, in the same order."""
+
+    def record(self, slots: Sequence[LayerSlot]) -> None:
+        """Take the keys and values that a pass left in its slots."""
+
+
+def chain_slots(prefixes: Sequence[tuple[KeyValue, ...]]) -> list[LayerSlot]:
+    """Slots whose layers read `prefixes`, one tuple per layer."""
     chain = [LayerSlot((), None)]
-    for index in reversed(range(num_layers)):
-        chain.append(LayerSlot(tuple(cache.layers[index].slabs) if cache.layers else (), chain[-1]))
+    for pairs in reversed(prefixes):
+        chain.append(LayerSlot(pairs, chain[-1]))
     return chain[:0:-1]
 
 
@@ -115,6 +133,10 @@ class PrefixCache(Cache):
             raise InputError("the prefix cache was made by another model; encode the prefix with this one")
         self._model = model
 
+    def slots(self, num_layers: int) -> list[LayerSlot]:
+        """The slots of the next pass: every layer reads its slabs, one per pass so far."""
+        return chain_slots([tuple(layer.slabs) for layer in self.layers] or [()] * num_layers)
+
     def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
         """Whether the slots were taken by the attention modules that filled this cache, in the same order."""
         return not self.layers or [layer.module for layer in self.layers] == [slot.module for slot in slots]
@@ -126,6 +148,7 @@ class PrefixCache(Cache):
         for layer, slot in zip(self.layers, slots, strict=True):
             assert slot.own is not None
             layer.slabs.append(slot.own)
+            mark("prefix K/V", *slot.own)
 
     def close_pass(self, item: PassPlan, hidden: torch.Tensor) -> None:
         """Note that a pass has run.

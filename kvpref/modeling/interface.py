@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpref.attention import AttentionParams, CascadePlan, cascade_attention
 from kvpref.errors import UnsupportedModelError
-from kvpref.modeling.cache import LayerSlot, PrefixCache, make_slots
+from kvpref.modeling.cache import KeyValues, LayerSlot
 from kvpref.modeling.mask_rule import MaskFunction, require_causal
 from kvpref.plans import PassPlan
 
@@ -42,7 +42,7 @@ class RunningPass:
 
     Args:
         plan: Blocks of the pass.
-        cache: Slabs of the earlier passes; this pass adds its own when `keep` is set.
+        key_values: What earlier passes left; this pass adds its own when `keep` is set.
         num_layers: Attention layers of the model.
         num_positions: Length of the longest sequence in the batch, in tokens.
         backend: Name of the attention backend, or ``auto``.
@@ -50,22 +50,22 @@ class RunningPass:
     """
 
     def __init__(
-        self, plan: PassPlan, cache: PrefixCache, *, num_layers: int, num_positions: int, backend: str, keep: bool
+        self, plan: PassPlan, key_values: KeyValues, *, num_layers: int, num_positions: int, backend: str, keep: bool
     ) -> None:
         self.plan, self.num_positions, self.backend, self.keep = plan, num_positions, backend, keep
-        self._cache = cache
-        self._slots = make_slots(cache, num_layers)
+        self._key_values = key_values
+        self._slots = key_values.slots(num_layers)
         self._next_slot = self._slots[0]
         self._slot_of: dict[nn.Module, LayerSlot] | None = None
 
     def finish(self) -> None:
-        """Close the pass: check that every attention layer took part exactly once, and hand its slabs to the cache.
+        """Close the pass: check that every attention layer took part exactly once, and hand over what they leave.
 
         Raises:
             UnsupportedModelError: If a layer did not come through, or came more than once.
         """
         slot_of = {slot.module: slot for slot in self._slots if slot.module is not None}
-        if len(slot_of) != len(self._slots) or not self._cache.same_layers(self._slots):
+        if len(slot_of) != len(self._slots) or not self._key_values.same_layers(self._slots):
             num_calls = sum(slot.module is not None for slot in self._slots)
             raise UnsupportedModelError(
                 f"{len(slot_of)} attention layers ran through kvpref ({num_calls} calls) where the model has "
@@ -74,7 +74,7 @@ class RunningPass:
             )
         self._slot_of = slot_of
         if self.keep:
-            self._cache.record(self._slots)
+            self._key_values.record(self._slots)
 
     def attend(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -90,7 +90,7 @@ class RunningPass:
         if self.keep:
             # One copy for this pass's own attention and for the passes that follow.
             key, value = key.contiguous(), value.contiguous()
-        prefixes = self._enter(module, key, value).prefixes
+        prefixes = self._enter(module, key, value).read()
         outs: list[torch.Tensor] = []
         for level, q, k, v in zip(self.plan.levels, *map(self._split, (query, key, value)), strict=True):
             plan = CascadePlan(

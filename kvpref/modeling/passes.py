@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvpref.batch import Batch, ResponseLogps
 from kvpref.errors import InputError
 from kvpref.modeling.attach import run_inside
-from kvpref.modeling.cache import PrefixCache
+from kvpref.modeling.cache import KeyValues, PrefixCache
 from kvpref.modeling.head import head_logps
 from kvpref.modeling.interface import RunningPass, bind_pass
 from kvpref.modeling.support import check_training_state
@@ -99,7 +99,16 @@ def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, b
             if plan.mode == "padded":
                 hidden = _backbone(model, item, embedded, attention_mask=item.attention_mask)
             else:
-                hidden = _run_level_pass(model, plan, cache, backend, embedded)
+                cache.claim(model)
+                hidden = run_level_pass(
+                    model,
+                    item,
+                    embedded,
+                    cache,
+                    num_positions=plan.max_sequence_tokens,
+                    backend=backend,
+                    keep=item is not plan.passes[-1],
+                )
         cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
 
 
@@ -119,20 +128,37 @@ def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.
     return tuple(part.clone() for part in embeds.split([item.input_ids.shape[1] for item in passes], dim=1))
 
 
-def _run_level_pass(
-    model: PreTrainedModel, plan: ModePlan, cache: PrefixCache, backend: str, embeds: torch.Tensor
+def run_level_pass(
+    model: PreTrainedModel,
+    item: PassPlan,
+    embeds: torch.Tensor,
+    key_values: KeyValues,
+    *,
+    num_positions: int,
+    backend: str,
+    keep: bool,
 ) -> torch.Tensor:
-    """Run the next pass over all segments of its levels; (1, T, hidden_size)."""
-    item = plan.passes[cache.num_passes]
-    is_last = cache.num_passes == len(plan.passes) - 1
-    cache.claim(model)
+    """Run one pass of the model's layers.
+
+    Args:
+        model: Attached model, in whose forward this runs.
+        item: The pass.
+        embeds: (1, T, hidden_size), its input embeddings.
+        key_values: What it reads, and where its own keys and values go.
+        num_positions: Length of the longest sequence, in tokens.
+        backend: Attention backend, or ``auto``.
+        keep: Whether later passes will read this one's keys and values.
+
+    Returns:
+        (1, T, hidden_size), the final hidden states.
+    """
     running = RunningPass(
         item,
-        cache,
+        key_values,
         num_layers=model.config.num_hidden_layers,
-        num_positions=plan.max_sequence_tokens,
+        num_positions=num_positions,
         backend=backend,
-        keep=not is_last,
+        keep=keep,
     )
     with bind_pass(running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
