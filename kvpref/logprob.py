@@ -7,6 +7,8 @@ both passes work on tiles of at most `max_tile_bytes`, so peak memory does not d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,18 @@ _MAX_TOKENS_PER_TILE = 8192
 _MIN_VOCAB_PER_TILE = 256
 _TILE_BYTES = {"cpu": 16 * 2**20}  # tiles that stay in the CPU's last-level cache
 _DEFAULT_TILE_BYTES = 256 * 2**20
+
+_tiled_for: ContextVar[str | None] = ContextVar("kvpref_tiled_for", default=None)
+
+
+@contextmanager
+def tiles_for(device_type: str) -> Iterator[None]:
+    """Lay out tiles as on another type of device: for fake tensors on the CPU that stand in for it."""
+    token = _tiled_for.set(device_type)
+    try:
+        yield
+    finally:
+        _tiled_for.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +109,11 @@ class _Tiles:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, params: HeadParams, gemm_dtype: torch.dtype) -> None:
         self.num_tokens, self.vocab_size, self.scale = hidden.shape[0], weight.shape[0], params.logit_scale
         self.sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        device = _tiled_for.get() or hidden.device.type
         # 16-bit products with fp32 results exist on CUDA only; elsewhere the operands are widened tile by tile.
-        narrow = hidden.is_cuda and gemm_dtype in (torch.bfloat16, torch.float16)
+        narrow = device == "cuda" and gemm_dtype in (torch.bfloat16, torch.float16)
         self.gemm_dtype = gemm_dtype if narrow else self.sum_dtype
-        tile_bytes = params.max_tile_bytes or _TILE_BYTES.get(hidden.device.type, _DEFAULT_TILE_BYTES)
+        tile_bytes = params.max_tile_bytes or _TILE_BYTES.get(device, _DEFAULT_TILE_BYTES)
         most_tokens = min(_MAX_TOKENS_PER_TILE, tile_bytes // (self.sum_dtype.itemsize * _MIN_VOCAB_PER_TILE))
         self.tokens_per_tile = max(1, min(self.num_tokens, most_tokens))
         columns = tile_bytes // (self.sum_dtype.itemsize * self.tokens_per_tile)

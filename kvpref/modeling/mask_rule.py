@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.masking_utils import causal_mask_function
 
 from kvpref.errors import UnsupportedModelError
@@ -28,11 +29,12 @@ def require_causal(mask_function: MaskFunction, num_positions: int) -> None:
     """
     if mask_function is cast(MaskFunction, causal_mask_function):
         return
-    visible = {row: _row(mask_function, row, num_positions) for row in _probed_rows(num_positions)}
-    if all(torch.equal(mask, _causal_row(row, num_positions)) for row, mask in visible.items()):
+    with unset_fake_temporarily():  # a step planned on fake tensors probes real positions
+        visible = {row: _row(mask_function, row, num_positions) for row in _probed_rows(num_positions)}
+        window = _window(visible, num_positions)
+    if window == num_positions:
         return
-    window = int(visible[num_positions - 1].sum())
-    if all(torch.equal(mask, _causal_row(row, num_positions, window)) for row, mask in visible.items()):
+    if window is not None:
         raise UnsupportedModelError(
             f"a layer sees only the last {window} tokens (sliding window) and this batch holds a sequence of "
             f"{num_positions} tokens; keep sequences within the window (max_prompt_tokens, max_response_tokens) or "
@@ -50,6 +52,14 @@ def _probed_rows(num_positions: int) -> list[int]:
     return sorted(rows)
 
 
+def _window(visible: dict[int, torch.Tensor], num_positions: int) -> int | None:
+    """How many tokens the probed rows see at most; all if they are causal, None if they are not a sliding window."""
+    window = int(visible[num_positions - 1].sum())
+    if all(torch.equal(mask, _causal_row(row, num_positions, window)) for row, mask in visible.items()):
+        return window
+    return None
+
+
 def _row(mask_function: MaskFunction, row: int, num_positions: int) -> torch.Tensor:
     """Which keys the query at position `row` sees, (num_positions,) bool."""
     zero = torch.zeros((), dtype=torch.int64)
@@ -57,6 +67,6 @@ def _row(mask_function: MaskFunction, row: int, num_positions: int) -> torch.Ten
     return visible.expand(num_positions)
 
 
-def _causal_row(row: int, num_positions: int, window: int | None = None) -> torch.Tensor:
+def _causal_row(row: int, num_positions: int, window: int) -> torch.Tensor:
     keys = torch.arange(num_positions)
-    return (keys <= row) if window is None else (keys <= row) & (keys > row - window)
+    return (keys <= row) & (keys > row - window)
