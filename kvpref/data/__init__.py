@@ -9,6 +9,7 @@ from kvpref.data.lengths import GroupLengths, measure_group
 from kvpref.data.planning import MicroBatch, StepOptions, StepPlan, StepPlanner
 from kvpref.data.report import BadRow, DataReport
 from kvpref.data.sampling import PlannedStep, StepSampler
+from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.statistics import (
     BatchStatistics,
     DataStatistics,
@@ -21,6 +22,7 @@ from kvpref.data.tokenization import load_tokenizer
 __all__ = [
     "BadRow",
     "BatchStatistics",
+    "Clusters",
     "CostModel",
     "DataOptions",
     "DataReport",
@@ -36,6 +38,7 @@ __all__ = [
     "StepPlan",
     "StepPlanner",
     "StepSampler",
+    "find_clusters",
     "load_preferences",
     "load_tokenizer",
     "measure_group",

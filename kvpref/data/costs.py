@@ -44,6 +44,10 @@ COUNTS: dict[str, Callable[[GroupLengths], Counts]] = {
 """What the model computes for a micro-batch, per mode, given the micro-batch's lengths taken together."""
 
 
+SHARING_MODES = frozenset(mode for mode, counts in COUNTS.items() if counts is _shared)
+"""The modes that encode a shared beginning once, also one that several groups of a micro-batch share."""
+
+
 def work_of(lengths: GroupLengths, mode: Mode) -> Work:
     """What one forward and backward over groups of these lengths computes in `mode`, padding included."""
     from kvpref.flops import Work  # imports torch, which planning does not need

@@ -2,8 +2,9 @@
 
 Two rules, because padding couples groups. Where nothing is padded, tokens and cost of a micro-batch are sums over its
 groups, so any groups may go together and `cut_by_cost` evens the costs out. In mode ``padded`` a group is padded to the
-longest of its micro-batch, so `cut_by_length` keeps groups of like length together. `benchmarks/planning.py` compares
-both with other rules on real data.
+longest of its micro-batch, so `cut_by_length` keeps groups of like length together. Where prompts are encoded once,
+`cut_together` also keeps groups together that begin alike. `benchmarks/planning.py` compares them with other rules on
+real data.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from heapq import heapify, heappop, heappush
 from itertools import accumulate
 from math import inf
 
-from kvpref.data.costs import COUNTS, CostModel, Mode
-from kvpref.data.lengths import GroupLengths, combine
+from kvpref.data.costs import COUNTS, SHARING_MODES, CostModel, Mode
+from kvpref.data.lengths import GroupLengths, combine, combine_sharing
+from kvpref.data.sharing import Clusters
 
 Runs = list[list[int]]
 """Micro-batches of one step: indices of groups."""
@@ -32,6 +34,7 @@ class GroupCosts:
         mode: What the model computes for them.
         cost_model: What that costs.
         budget: Most tokens of a micro-batch; None for no bound.
+        clusters: Which groups begin alike, which counts in modes that encode prompts once; None for no groups.
 
     Attributes:
         lengths: Counts per group.
@@ -40,15 +43,22 @@ class GroupCosts:
         budget: Most tokens of a micro-batch, infinite without a bound.
         tokens: Tokens of each group alone.
         costs: Cost of each group alone, without what every micro-batch costs.
+        clusters: Which groups begin alike; None where that does not matter.
     """
 
     def __init__(
-        self, lengths: Sequence[GroupLengths], mode: Mode, cost_model: CostModel, budget: int | None = None
+        self,
+        lengths: Sequence[GroupLengths],
+        mode: Mode,
+        cost_model: CostModel,
+        budget: float | None = None,
+        clusters: Clusters | None = None,
     ) -> None:
         self.lengths = lengths
         self.mode = mode
         self.cost_model = cost_model
         self.budget = inf if budget is None else budget
+        self.clusters = clusters if mode in SHARING_MODES else None
         self._counts = COUNTS[mode]
         counts = [self._counts(group) for group in lengths]
         self.tokens = [group[0] for group in counts]
@@ -67,8 +77,14 @@ class GroupCosts:
         return self.cost_model.cost(self._counts(lengths))
 
     def run_lengths(self, run: Sequence[int]) -> GroupLengths:
-        """Counts of these groups together."""
-        return combine([self.lengths[group] for group in run])
+        """Counts of these groups together: what groups of a cluster begin with is encoded once."""
+        if self.clusters is None:
+            return combine([self.lengths[group] for group in run])
+        members: dict[int, list[GroupLengths]] = {}
+        for group in run:
+            members.setdefault(self.clusters.of_group[group], []).append(self.lengths[group])
+        shared, shortest = self.clusters.shared_tokens, self.clusters.min_shared_tokens
+        return combine([combine_sharing(own, shared[cluster], shortest) for cluster, own in members.items()])
 
 
 def cut_by_cost(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Runs:
@@ -91,6 +107,36 @@ def cut_by_cost(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Ru
         if runs is not None:
             return runs
     return halve_to_multiple(packed, costs, world_size)
+
+
+def waiting_cost(runs: Runs, costs: GroupCosts, world_size: int) -> float:
+    """What a step costs where ranks wait for one another at every micro-batch: of each round the costliest.
+
+    Runs of about equal cost make up a round; see `StepPlanner`.
+    """
+    return sum(sorted(map(costs.run_cost, runs), reverse=True)[::world_size])
+
+
+def cut_together(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Runs:
+    """Cut groups by cost, those of a cluster together where that costs no more; for modes that encode prompts once.
+
+    Each cluster of the step, in parts as large as the budget allows, is first cut as if it were one group. Where ranks
+    would wait longer for one another than it saves, every group is on its own.
+
+    Args:
+        groups: Indices of a step's groups, each within the budget, those of a cluster next to one another.
+        costs: Of all groups.
+        world_size: The number of micro-batches is a multiple of it, unless every group is alone.
+    """
+    apart = cut_by_cost(groups, costs, world_size)
+    parts = _cluster_parts(groups, costs)
+    if len(parts) == len(groups):
+        return apart
+    lengths = [costs.run_lengths(part) for part in parts]
+    cut = cut_by_cost(range(len(parts)), GroupCosts(lengths, costs.mode, costs.cost_model, costs.budget), world_size)
+    together = [[group for part in run for group in parts[part]] for run in cut]
+    together = halve_to_multiple(together, costs, world_size)
+    return min((together, apart), key=lambda runs: waiting_cost(runs, costs, world_size))
 
 
 def cut_by_length(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Runs:
@@ -140,6 +186,20 @@ def _halve(run: list[int], costs: GroupCosts) -> Runs:
     after = [costs.cost(part) for part in accumulate(reversed(lengths), _add)][::-1]
     at = min(range(1, len(run)), key=lambda cut: max(before[cut - 1], after[cut]))
     return [run[:at], run[at:]]
+
+
+def _cluster_parts(groups: Sequence[int], costs: GroupCosts) -> Runs:
+    """Neighbours of one cluster that fit the budget together."""
+    parts: Runs = []
+    for group in groups:
+        assert costs.clusters is not None
+        cluster = costs.clusters.of_group[group]
+        joins = bool(parts) and costs.clusters.of_group[parts[-1][0]] == cluster
+        if joins and costs.run_tokens([*parts[-1], group]) <= costs.budget:
+            parts[-1].append(group)
+        else:
+            parts.append([group])
+    return parts
 
 
 def _costliest_first(groups: Sequence[int], costs: GroupCosts, num_runs: int) -> Runs | None:

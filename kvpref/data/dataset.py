@@ -13,6 +13,7 @@ from kvpref.data.reading import RawRow, read_rows
 from kvpref.data.rendering import RenderedRow, render_row
 from kvpref.data.report import BadRow, DataReport
 from kvpref.data.rows import RowError, parse_row
+from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.storage import PackedGroups
 from kvpref.data.tokenization import SequenceTokenizer, TokenizedSequence
 from kvpref.data.truncation import truncate_row
@@ -66,6 +67,7 @@ class PreferenceDataset:
     def __init__(self, groups: Iterable[Group], report: DataReport | None = None) -> None:
         self._groups = groups if isinstance(groups, PackedGroups) else PackedGroups(groups)
         self.report = report
+        self._clusters: dict[tuple[int, int], Clusters] = {}
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -92,6 +94,16 @@ class PreferenceDataset:
     def group_ids(self) -> list[str | None]:
         """The id of every group, for error messages."""
         return [self._groups.id_of(index) for index in range(len(self))]
+
+    def clusters(self, groups_per_step: int, min_shared_tokens: int) -> Clusters:
+        """Which groups begin alike and belong into one step; see `find_clusters`. Computed once per arguments."""
+        key = (groups_per_step, min_shared_tokens)
+        if key not in self._clusters:
+            beginnings = [self._groups.beginning_of(index) for index in range(len(self))]
+            self._clusters[key] = find_clusters(
+                beginnings, groups_per_step=groups_per_step, min_shared_tokens=min_shared_tokens
+            )
+        return self._clusters[key]
 
     def map_groups(self, function: Callable[[Group], Group]) -> PreferenceDataset:
         """A new dataset of ``function(group)`` for every group, with the same report."""

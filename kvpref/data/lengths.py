@@ -12,8 +12,8 @@ class GroupLengths(NamedTuple):
     """Counts of one group (or of several together, see `combine`).
 
     `shared` means that the tokens that all sequences of a group begin with are there once. What only some sequences
-    share, or several groups, is counted apart: a prefix tree may find less work than these counts, never more, as long
-    as its `min_shared_tokens` and `max_depth` let it share what a group begins with.
+    share, or several groups, is counted apart (but see `combine_sharing`): a prefix tree may find less work than these
+    counts, never more, as long as its `min_shared_tokens` and `max_depth` let it share what a group begins with.
     """
 
     unique_tokens: int
@@ -70,6 +70,28 @@ def combine(lengths: Iterable[GroupLengths]) -> GroupLengths:
     columns = GroupLengths(*zip(*lengths, strict=True))  # type: ignore[arg-type]
     sums = GroupLengths(*map(sum, columns))  # type: ignore[arg-type]
     return sums._replace(max_sequence_tokens=max(columns.max_sequence_tokens))  # type: ignore[call-overload]
+
+
+def combine_sharing(groups: Sequence[GroupLengths], num_tokens: int, min_shared_tokens: int) -> GroupLengths:
+    """The counts of groups together when the first `num_tokens`, which they have in common, are there once.
+
+    An upper bound for the prefix tree: the rest of what a group's sequences begin with is there once per group, or, if
+    it is shorter than `min_shared_tokens`, in every sequence.
+    """
+    saved_tokens = num_tokens * (len(groups) - 1)
+    saved_pairs = _causal_pairs(num_tokens) * (len(groups) - 1)
+    for group in groups:
+        repeats = group.num_sequences - 1
+        rest = (group.total_tokens - group.unique_tokens) // repeats - num_tokens if repeats else 0
+        if 0 < rest < min_shared_tokens:
+            saved_tokens -= rest * repeats
+            saved_pairs -= (_causal_pairs(num_tokens + rest) - _causal_pairs(num_tokens)) * repeats
+    together = combine(groups)
+    if saved_tokens <= 0:
+        return together
+    return together._replace(
+        unique_tokens=together.unique_tokens - saved_tokens, unique_pairs=together.unique_pairs - saved_pairs
+    )
 
 
 def num_shared(first: Sequence[object], second: Sequence[object]) -> int:

@@ -1,19 +1,21 @@
 """Which groups make up each optimizer step, and how a step is cut into micro-batches for the ranks.
 
-Pure Python numbers. Everything follows from the lengths, the options, the cost model and the epoch, so every rank plans
-alike without communication, and a run resumes by skipping the steps that it has done.
+Pure Python numbers. Everything follows from the lengths, the clusters, the options, the cost model and the epoch, so
+every rank plans alike without communication, and a run resumes by skipping the steps that it has done.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvpref.data.costs import COUNTS, CostModel, Mode
-from kvpref.data.cutting import GroupCosts, Runs, cut_by_cost, cut_by_length
+from kvpref.data.cutting import GroupCosts, Runs, cut_by_cost, cut_by_length, cut_together
 from kvpref.data.lengths import GroupLengths
+from kvpref.data.sharing import Clusters
 from kvpref.errors import InputError
 
 
@@ -37,7 +39,7 @@ class StepOptions:
     """Seed of the order."""
 
     shuffle: bool = True
-    """False keeps the order of the data, apart from the sorting inside windows (for evaluation)."""
+    """False keeps the order of the data, apart from the sorting inside windows and clusters (for evaluation)."""
 
     window_steps: int = 16
     """Groups of about equal length are looked for within so many steps' groups: more gives less padding and fuller
@@ -70,21 +72,25 @@ class StepPlanner:
     """Plans the steps of any epoch.
 
     The token budget bounds memory and so decides how many micro-batches a step has; the cost model decides which groups
-    go together and to which rank, so that no rank waits long for another.
+    go together and to which rank, so that no rank waits long for another. Groups of a cluster come into one step, next
+    to one another, in every mode; a cluster is cut only if it exceeds a step or no place for it is left.
 
     Args:
         lengths: Counts per group.
         options: Sizes, limits and the order.
         group_ids: Names of the groups for error messages; their indices if None.
         cost_model: What micro-batches cost, the same on every rank; tokens if None.
+        clusters: Which groups begin alike, for as many groups per step; None keeps none together.
 
     Attributes:
         lengths: Counts per group.
         options: Sizes, limits and the order.
+        clusters: Which groups begin alike, or None.
         costs: Tokens and cost of groups and micro-batches.
 
     Raises:
         InputError: If there are no groups, or a single group exceeds the budget.
+        ValueError: If the clusters are those of another number of groups.
     """
 
     def __init__(
@@ -93,13 +99,17 @@ class StepPlanner:
         options: StepOptions,
         group_ids: Sequence[str | None] | None = None,
         cost_model: CostModel | None = None,
+        clusters: Clusters | None = None,
     ) -> None:
         if not lengths:
             raise InputError("there are no groups to plan steps for; load a data set with at least one row")
+        if clusters is not None and len(clusters.of_group) != len(lengths):
+            raise ValueError(f"clusters are of {len(clusters.of_group)} groups; there are {len(lengths)}")
+        self.clusters = clusters
         self.options = options
         self.lengths = lengths
         budget = options.max_tokens_per_micro_batch
-        self.costs = GroupCosts(lengths, options.mode, cost_model or CostModel(), budget)
+        self.costs = GroupCosts(lengths, options.mode, cost_model or CostModel(), budget, clusters)
         tokens = self.costs.tokens
         largest = max(range(len(lengths)), key=tokens.__getitem__)
         if budget is not None and tokens[largest] > budget:
@@ -134,29 +144,46 @@ class StepPlanner:
     def cut(self, groups: Sequence[int]) -> Runs:
         """Cut one step's groups into micro-batches."""
         rule = cut_by_length if self.options.mode == "padded" else cut_by_cost
+        if self.costs.clusters is not None:
+            rule = cut_together
         return rule(groups, self.costs, self.options.world_size)
 
     def _group_steps(self, epoch: int) -> list[list[int]]:
         """Groups of each step, the same in every mode."""
-        options = self.options
-        order = list(range(len(self.lengths)))
+        options, num_groups = self.options, len(self.lengths)
         # A string seed goes through SHA-512, so it gives the same order on every machine and Python.
         generator = random.Random(f"kvpref steps {options.seed} {epoch}")
+        units = self._units(generator)
         if options.shuffle:
-            generator.shuffle(order)
+            generator.shuffle(units)
         # The incomplete step is taken out before the sorting, which would fill it with the longest groups.
-        num_complete = len(order) - len(order) % options.groups_per_step
-        window = options.window_steps * options.groups_per_step
+        num_complete = num_groups - num_groups % options.groups_per_step
+        windows = _split(num_complete, options.window_steps * options.groups_per_step)
+        *parts, rest = _fill(units, [*windows, num_groups - num_complete])
         steps = []
-        for start in range(0, num_complete, window):
+        for size, part in zip(windows, parts, strict=True):
             # Sorted by a length that does not depend on the mode, so that every mode trains on the same steps.
-            groups = sorted(order[start : min(start + window, num_complete)], key=self._length)
-            steps += [groups[i : i + options.groups_per_step] for i in range(0, len(groups), options.groups_per_step)]
+            part.sort(key=lambda unit: max(map(self._length, unit)))
+            steps += [sum(step, []) for step in _fill(part, _split(size, options.groups_per_step))]
         if options.shuffle:
             generator.shuffle(steps)
-        if num_complete < len(order):
-            steps.append(order[num_complete:])
-        return steps
+        return [*steps, sum(rest, [])] if rest else steps
+
+    def _units(self, generator: random.Random) -> Runs:
+        """Groups to keep together: clusters, those larger than a step in parts, and groups that are alone."""
+        if self.clusters is None:
+            return [[group] for group in range(len(self.lengths))]
+        members: dict[int, list[int]] = {}
+        for group, cluster in enumerate(self.clusters.of_group):
+            members.setdefault(cluster, []).append(group)
+        units: Runs = []
+        for own in members.values():
+            most = self.options.groups_per_step
+            if len(own) > most and self.options.shuffle:
+                # So that an epoch cuts it otherwise than the one before.
+                generator.shuffle(own)
+            units += [own[start : start + most] for start in range(0, len(own), most)]
+        return units
 
     def _length(self, group: int) -> int:
         return self.lengths[group].max_sequence_tokens
@@ -180,3 +207,34 @@ class StepPlanner:
                 ranks[rank].append(micro_batch)
                 loads[rank] += cost
         return tuple(map(tuple, ranks))
+
+
+def _split(number: int, size: int) -> list[int]:
+    """A number as so many times `size` and what remains."""
+    return [min(size, number - start) for start in range(0, number, size)]
+
+
+def _fill(units: Runs, sizes: Sequence[int]) -> list[Runs]:
+    """Put units into places for so many groups, in all as many as there are.
+
+    Each place takes the first unit that fits until it is full. A unit is cut only where none fits.
+    """
+    waiting: dict[int, deque[tuple[int, list[int]]]] = {}  # by size, with their places in the order
+    for position, unit in enumerate(units):
+        waiting.setdefault(len(unit), deque()).append((position, unit))
+    filled: list[Runs] = []
+    for size in sizes:
+        place: Runs = []
+        room = size
+        while room:
+            queues = [queue for queue in waiting.values() if queue]
+            fitting = [queue for queue in queues if len(queue[0][1]) <= room]
+            position, unit = min(fitting or queues, key=lambda queue: queue[0][0]).popleft()
+            if len(unit) > room:
+                # The first of all, so it stays the first of its queue.
+                unit, rest = unit[:room], unit[room:]
+                waiting.setdefault(len(rest), deque()).appendleft((position, rest))
+            place.append(unit)
+            room -= len(unit)
+        filled.append(place)
+    return filled

@@ -161,7 +161,7 @@ def summarize_batches(planner: StepPlanner, cost_model: CostModel | None = None)
     if planner.options.mode == "padded":
         padding = sum(tokens) - sum(planner.micro_batch_lengths(micro_batch).total_tokens for micro_batch in real)
     model = cost_model or planner.costs.cost_model
-    priced = GroupCosts(planner.lengths, planner.options.mode, model)
+    priced = GroupCosts(planner.lengths, planner.options.mode, model, clusters=planner.clusters)
     costs = [[[priced.run_cost(item.group_indices) for item in rank] for rank in step] for step in steps]
     by_rank = [list(map(sum, step)) for step in costs]
     return BatchStatistics(

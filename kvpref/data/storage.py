@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from kvpref.groups import Group, Sequence
+from kvpref.tree import shared_prefix_length
 
 
 class PackedGroups:
@@ -55,6 +56,15 @@ class PackedGroups:
     def id_of(self, index: int) -> str | None:
         """The id of one group, without building it."""
         return self._ids[index]
+
+    def beginning_of(self, index: int) -> array[int]:
+        """The tokens that all sequences of a group begin with, up to the first that is scored in the first sequence."""
+        spans = list(self._spans(index))
+        sequences = [self._input_ids[start:end] for start, end in spans]
+        # Arrays slice and compare as tuples do; what the smallest and the largest share, all of them share.
+        shared = shared_prefix_length(min(sequences), max(sequences))  # type: ignore[arg-type]
+        scored = self._scored.find(1, *spans[0])
+        return sequences[0][: shared if scored < 0 else min(shared, scored - spans[0][0])]
 
     def _spans(self, index: int) -> Iterator[tuple[int, int]]:
         for sequence in range(self._group_ends[index], self._group_ends[index + 1]):

@@ -12,6 +12,7 @@ from kvpref.batch import Batch, ResponseLogps
 from kvpref.errors import InputError
 from kvpref.modeling.attach import run_inside
 from kvpref.modeling.cache import KeyValues, PrefixCache
+from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
 from kvpref.modeling.head import head_logps
 from kvpref.modeling.interface import RunningPass, bind_pass
 from kvpref.modeling.support import check_training_state
@@ -19,7 +20,9 @@ from kvpref.plans import ModePlan, PassPlan
 from kvpref.regions import region
 
 
-def response_logps(model: nn.Module, batch: Batch, *, mode: str = "two_pass", backend: str = "auto") -> ResponseLogps:
+def response_logps(
+    model: nn.Module, batch: Batch, *, mode: str = "two_pass", backend: str = "auto", checkpoint: str = "none"
+) -> ResponseLogps:
     """Log-probs of the scored tokens of every sequence.
 
     Every mode returns the same numbers, to rounding, and the same gradients.
@@ -29,6 +32,8 @@ def response_logps(model: nn.Module, batch: Batch, *, mode: str = "two_pass", ba
         batch: From `kvpref.collate`, on the model's device.
         mode: ``two_pass``, ``one_pass``, ``packed`` or ``padded``.
         backend: Attention backend, or ``auto``; mode ``padded`` always runs transformers' `sdpa`.
+        checkpoint: Which passes compute their activations again in the backward pass: ``none``, ``prefix`` (those whose
+            keys and values others read) or ``all``. In training mode only.
 
     Returns:
         The log-probs, in the caller's order of sequences.
@@ -38,7 +43,7 @@ def response_logps(model: nn.Module, batch: Batch, *, mode: str = "two_pass", ba
         UnsupportedModelError: If the model's state (dropout, checkpointing) or this batch cannot be run exactly.
     """
     plan = batch.plan(mode)
-    unique_logps = run_inside(model, partial(_run_plan, plan=plan, backend=backend))
+    unique_logps = run_inside(model, partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint))
     return _gather(unique_logps, plan, batch)
 
 
@@ -81,21 +86,38 @@ def _gather(unique_logps: torch.Tensor, plan: ModePlan, batch: Batch) -> Respons
 
 
 def _run_plan(
-    model: PreTrainedModel, *, plan: ModePlan, backend: str, cache: PrefixCache | None = None
+    model: PreTrainedModel,
+    *,
+    plan: ModePlan,
+    backend: str,
+    cache: PrefixCache | None = None,
+    checkpoint: str = "none",
 ) -> torch.Tensor:
     """All passes not yet in `cache`, then the LM head; (U,) log-probs of the unique scored tokens."""
     cache = PrefixCache() if cache is None else cache
-    _run_passes(model, plan=plan, cache=cache, backend=backend, stop=len(plan.passes))
+    _run_passes(model, plan=plan, cache=cache, backend=backend, stop=len(plan.passes), checkpoint=checkpoint)
     with region("lm head"):
         return head_logps(model, torch.cat(cache.predictor_hidden), plan.targets)
 
 
-def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, backend: str, stop: int) -> None:
+def _run_passes(
+    model: PreTrainedModel,
+    *,
+    plan: ModePlan,
+    cache: PrefixCache,
+    backend: str,
+    stop: int,
+    checkpoint: str = "none",
+) -> None:
     check_training_state(model)
     passes = plan.passes[cache.num_passes : stop]
     embeds = _embed(model, passes)
     for item, embedded in zip(passes, embeds, strict=True):
-        with region(f"pass {cache.num_passes}"):
+        is_prefix = item is not plan.passes[-1]
+        with (
+            region(f"pass {cache.num_passes}"),
+            checkpointed(model, checkpoints_pass(checkpoint, is_prefix=is_prefix)),
+        ):
             if plan.mode == "padded":
                 hidden = _backbone(model, item, embedded, attention_mask=item.attention_mask)
             else:
@@ -107,7 +129,7 @@ def _run_passes(model: PreTrainedModel, *, plan: ModePlan, cache: PrefixCache, b
                     cache,
                     num_positions=plan.max_sequence_tokens,
                     backend=backend,
-                    keep=item is not plan.passes[-1],
+                    keep=is_prefix,
                 )
         cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
 

@@ -1,8 +1,8 @@
-"""One forward and backward over a micro-batch."""
+"""Forward and backward over a micro-batch, or over all those of an optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -10,13 +10,16 @@ from torch import nn
 from kvpref.batch import Batch, ResponseLogps
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss
+from kvpref.modeling.bounded import run_chunks
+from kvpref.modeling.distributed import local_module, synchronise_gradients
+from kvpref.modeling.options import SCHEDULES as SCHEDULES
+from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.passes import response_logps
 from kvpref.regions import region
+from kvpref.step import Step, join
 
-SCHEDULES = ("full",)
 
-
-def forward_backward(
+def forward_backward(  # noqa: PLR0913 - the options of a run, by name
     model: nn.Module,
     batch: Batch,
     loss_fn: PreferenceLoss | LossFunction,
@@ -24,6 +27,10 @@ def forward_backward(
     reference: ResponseLogps | None = None,
     mode: str = "two_pass",
     schedule: str = "full",
+    max_tokens_per_chunk: int | None = None,
+    prefix_cache: str = "device",
+    checkpoint: str = "none",
+    prefix_grad: bool = True,
     backend: str = "auto",
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
 ) -> LossOutput:
@@ -32,23 +39,97 @@ def forward_backward(
     Args:
         model: Attached model, possibly wrapped.
         batch: From `kvpref.collate`.
-        loss_fn: ``loss_fn(policy, reference, batch) -> LossOutput``.
+        loss_fn: ``loss_fn(policy, reference, batch) -> LossOutput``. It may couple responses in any way.
         reference: Reference log-probs of the same batch, handed to the loss.
         mode: As in `response_logps`.
-        schedule: ``full`` keeps the whole graph of the micro-batch until its backward.
+        schedule: ``full`` keeps the whole graph of the micro-batch until its backward. ``bounded`` (mode ``two_pass``)
+            keeps the activations of at most `max_tokens_per_chunk` tokens at once, and keys and values of prefixes:
+            the same gradients, and memory that does not depend on the number of responses.
+        max_tokens_per_chunk: For ``bounded``; 8192 if None.
+        prefix_cache: For ``bounded``: where keys and values wait between chunks, ``device`` or ``cpu``.
+        checkpoint: Which passes keep only the inputs of their layers: ``none``, ``prefix`` (passes whose keys and
+            values others read) or ``all``. In training mode only.
+        prefix_grad: False treats keys and values of prompts (segments without a scored token), and what their hidden
+            states predict, as constants. That is *not* the gradient of the loss; it saves the prompts' backward.
         backend: Attention backend, or ``auto``.
-        backward: What runs the backward pass; the trainer passes accelerate's, which scales for mixed precision.
+        backward: What runs the backward pass of the loss; pass accelerate's, which scales for mixed precision. In
+            ``bounded`` it stops at the log-probs, and what it leaves there is carried on to the parameters.
 
     Returns:
         The loss's output, detached.
 
     Raises:
-        InputError: If the schedule is unknown, or the loss does not return a scalar `LossOutput` with a gradient.
+        InputError: If an option is unknown or does not fit the others, or the loss does not return a scalar
+            `LossOutput` with a gradient.
+        UnsupportedModelError: If the model cannot run this schedule exactly.
         As `response_logps` otherwise.
     """
-    if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}; choose from: {', '.join(SCHEDULES)}")
-    policy = response_logps(model, batch, mode=mode, backend=backend)
+    options = EngineOptions(
+        mode=mode,
+        backend=backend,
+        schedule=schedule,
+        max_tokens_per_chunk=max_tokens_per_chunk,
+        prefix_cache=prefix_cache,
+        checkpoint=checkpoint,
+        prefix_grad=prefix_grad,
+    )
+    if options.runs_chunks:
+        step = join([batch], max_tokens_per_chunk=options.chunk_tokens, prefix_grad=prefix_grad)
+        outputs = forward_backward_step(
+            model, step, loss_fn, options, references=[reference], backward=lambda loss, _: backward(loss)
+        )
+        return outputs[0]
+    policy = response_logps(model, batch, mode=mode, backend=backend, checkpoint=checkpoint)
+    return _differentiate(policy, reference, batch, loss_fn, backward)
+
+
+def forward_backward_step(
+    model: nn.Module,
+    step: Step,
+    loss_fn: PreferenceLoss | LossFunction,
+    options: EngineOptions,
+    *,
+    references: Sequence[ResponseLogps | None],
+    backward: Callable[[torch.Tensor, int], None],
+) -> list[LossOutput]:
+    """Forward and backward of all micro-batches of an optimizer step, chunk by chunk.
+
+    What several micro-batches share is encoded once, and its backward pass runs once, at the end, with what all of
+    them leave: the weights do not change in between.
+
+    Args:
+        model: Attached model, possibly inside DistributedDataParallel, whose ranks are synchronised at the end.
+        step: From `kvpref.step.join`.
+        loss_fn: As in `forward_backward`; called once per micro-batch.
+        options: Those that `step` was joined for.
+        references: Per micro-batch, its reference log-probs.
+        backward: ``backward(loss, index)`` runs the backward pass of micro-batch `index`'s loss, weighted as its share
+            of the step asks.
+
+    Returns:
+        Per micro-batch the loss's output, detached.
+
+    Raises:
+        As `forward_backward`.
+    """
+    outputs: list[LossOutput] = []
+
+    def evaluate(index: int, policy: ResponseLogps) -> None:
+        batch, reference = step.batches[index], references[index]
+        outputs.append(_differentiate(policy, reference, batch, loss_fn, lambda loss: backward(loss, index)))
+
+    run_chunks(local_module(model), step, evaluate, options)
+    synchronise_gradients(model)
+    return outputs
+
+
+def _differentiate(
+    policy: ResponseLogps,
+    reference: ResponseLogps | None,
+    batch: Batch,
+    loss_fn: PreferenceLoss | LossFunction,
+    backward: Callable[[torch.Tensor], None],
+) -> LossOutput:
     with region("loss"):
         output = check_output(loss_fn(policy, reference, batch), loss_fn)
     with region("backward"):

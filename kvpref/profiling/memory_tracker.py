@@ -22,6 +22,7 @@ from kvpref.profiling.memory_timeline import MemorySnapshot, Sample, Timeline
 from kvpref.regions import current_region, observe_marks
 
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
+PREFIX_KV, PREFIX_KV_GRADIENTS = "prefix K/V", "prefix K/V gradients"
 LOG_PROBS, BACKWARD, OTHER = "log-probs", "backward", "other"
 ACTIVATIONS = "activations "
 """Before the name of a pass."""

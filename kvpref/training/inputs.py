@@ -89,7 +89,7 @@ def make_planner(
     shuffle: bool,
     cost_model: CostModel | None = None,
 ) -> StepPlanner:
-    """Plan steps of ``groups_per_device * world_size`` groups.
+    """Plan steps of ``groups_per_device * world_size`` groups, those that begin alike together.
 
     Args:
         groups: What to train on.
@@ -107,7 +107,11 @@ def make_planner(
         shuffle=shuffle,
         window_steps=args.sort_window_steps,
     )
-    return StepPlanner(groups.lengths, options, group_ids=groups.group_ids, cost_model=cost_model)
+    clusters = None
+    # Prompts that share a beginning take one depth more than responses that share a prompt.
+    if args.max_prefix_depth is None or args.max_prefix_depth > 1:
+        clusters = groups.clusters(options.groups_per_step, args.min_shared_tokens)
+    return StepPlanner(groups.lengths, options, groups.group_ids, cost_model, clusters)
 
 
 def make_cost_model(model: nn.Module) -> CostModel:

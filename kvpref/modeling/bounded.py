@@ -1,0 +1,212 @@
+"""The bounded schedule: forward and backward of an optimizer step, a chunk of tokens at a time.
+
+Parents run before children, without a graph, and leave keys and values in slabs. The loss is computed from the
+log-probs alone; its gradient with respect to each is that token's weight. Then chunks run again, children before
+parents, each with a graph of its own whose backward pass adds to the gradients of the slabs that it read; so a parent
+finds there all that its descendants leave. This is gradient caching (Gao et al. 2021, arXiv 2101.06983) for prefix
+trees. The last chunks of a forward pass keep their graphs, as many as the bound allows, and do not run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from transformers import PreTrainedModel
+
+from kvpref.batch import ResponseLogps
+from kvpref.chunk_plans import ChunkPlan, MicroBatchChunks
+from kvpref.chunks import SHARED
+from kvpref.modeling.attach import run_inside
+from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
+from kvpref.modeling.head import head_logps
+from kvpref.modeling.options import EngineOptions
+from kvpref.modeling.passes import run_level_pass
+from kvpref.modeling.slabs import ChunkKeyValues, SlabStore
+from kvpref.modeling.support import check_training_state, unwrap
+from kvpref.regions import mark, region
+from kvpref.step import Step
+
+Evaluate = Callable[[int, ResponseLogps], None]
+"""Called with the number of a micro-batch and its log-probs, a leaf's: leaves the loss's gradient in that leaf."""
+
+
+def run_chunks(model: nn.Module, step: Step, evaluate: Evaluate, options: EngineOptions) -> None:
+    """Add the gradients of an optimizer step's losses to the parameters' `.grad`.
+
+    Args:
+        model: Attached; not one of the wrappers that synchronise gradients in their forward.
+        step: The micro-batches.
+        evaluate: Computes the loss of one micro-batch and runs its backward pass down to the log-probs.
+        options: Bound, placement of keys and values, checkpointing.
+    """
+    _ChunkRunner(model, step, options).run(evaluate)
+
+
+@dataclass(kw_only=True)
+class _ChunkGraph:
+    """What is left of a chunk's forward pass, for its backward pass."""
+
+    logps: torch.Tensor
+    """(P,) log-probs of its scored tokens."""
+
+    edges: list[tuple[GradientEdge | None, GradientEdge | None]] = field(default_factory=list)
+    """Per layer, where the gradients of its keys and values enter the graph; not the tensors, which would stay."""
+
+
+class _ChunkRunner:
+    """One optimizer step in the making."""
+
+    def __init__(self, model: nn.Module, step: Step, options: EngineOptions) -> None:
+        self._model, self._step, self._options = model, step, options
+        self._device = step.batches[0].device
+        on_host = options.prefix_cache == "cpu" and moves_to_host(self._device)
+        self._store = SlabStore(step.chunks.slab_rows, on_host=on_host, prompts_get_grad=options.prefix_grad)
+        self._graphs: dict[ChunkPlan, _ChunkGraph] = {}
+        dtype = torch.promote_types(next(unwrap(model).parameters()).dtype, torch.float32)
+        self._logps = torch.zeros(step.chunks.num_logps, dtype=dtype, device=self._device)
+        self._weights = torch.zeros_like(self._logps)
+        mark("log-probs", self._logps, self._weights)
+
+    def run(self, evaluate: Evaluate) -> None:
+        check_training_state(unwrap(self._model))
+        chunks = self._step.chunks
+        self._forward(chunks.shared, keep_graphs=False)
+        for index, micro_batch in enumerate(chunks.micro_batches):
+            self._forward(micro_batch.chunks, keep_graphs=True)
+            self._weigh(index, micro_batch, evaluate)
+            self._backward(micro_batch.chunks)
+            self._store.drop(index)
+        self._backward(chunks.shared)
+        self._store.drop(SHARED)
+
+    def _forward(self, chunks: Sequence[ChunkPlan], *, keep_graphs: bool) -> None:
+        num_without = _num_before_last(chunks, self._options.chunk_tokens) if keep_graphs else len(chunks)
+        for index, chunk in enumerate(chunks):
+            with_graph = index >= num_without and self._gets_grad(chunk)
+            with torch.set_grad_enabled(with_graph), region(f"pass {chunk.depth}"):
+                graph = self._run(chunk, writes=True)
+            self._logps[chunk.logp_index] = graph.logps.detach()
+            if with_graph:
+                self._graphs[chunk] = graph
+
+    def _weigh(self, index: int, micro_batch: MicroBatchChunks, evaluate: Evaluate) -> None:
+        """Find the weight of each log-prob in the loss of a micro-batch."""
+        leaf = self._logps.detach().clone().requires_grad_()
+        policy = ResponseLogps(
+            token_logps=leaf.index_select(0, micro_batch.token_index),
+            cu_seqlens=micro_batch.cu_seqlens,
+            group_index=self._step.batches[index].group_index,
+        )
+        evaluate(index, policy)
+        if leaf.grad is not None:
+            self._weights += leaf.grad
+
+    def _backward(self, chunks: Sequence[ChunkPlan]) -> None:
+        for chunk in reversed(chunks):
+            if not self._gets_grad(chunk):
+                continue
+            graph = self._graphs.pop(chunk, None)
+            if graph is None:
+                with torch.enable_grad(), region(f"recompute pass {chunk.depth}"):
+                    graph = self._run(chunk, writes=False)
+            with region(f"backward pass {chunk.depth}"):
+                self._backward_of(chunk, graph)
+
+    def _gets_grad(self, chunk: ChunkPlan) -> bool:
+        return self._options.prefix_grad or not chunk.is_prompt
+
+    def _run(self, chunk: ChunkPlan, *, writes: bool) -> _ChunkGraph:
+        key_values = ChunkKeyValues(self._store, chunk, self._device)
+        program = partial(
+            _run_chunk,
+            chunk=chunk,
+            key_values=key_values,
+            num_positions=self._step.chunks.max_sequence_tokens,
+            options=self._options,
+        )
+        graph = _ChunkGraph(logps=run_inside(self._model, program))
+        if chunk.writes is not None:
+            if writes:
+                self._store.write(chunk.writes, key_values.own)
+            if torch.is_grad_enabled():
+                graph.edges = [(_edge(key), _edge(value)) for key, value in key_values.own]
+        return graph
+
+    def _backward_of(self, chunk: ChunkPlan, graph: _ChunkGraph) -> None:
+        roots: list[GradientEdge] = []
+        grads: list[torch.Tensor] = []
+        if graph.logps.requires_grad and graph.logps.numel():
+            roots.append(get_gradient_edge(graph.logps))
+            grads.append(self._weights[chunk.logp_index])
+        if chunk.writes is not None:
+            for edges, layer_grads in zip(graph.edges, self._store.grads(chunk.writes), strict=True):
+                for edge, grad in zip(edges, layer_grads, strict=True):
+                    # An adapter on the queries alone leaves keys and values of the first layer without a graph.
+                    if edge is not None and grad is not None:
+                        roots.append(edge)
+                        grads.append(grad)
+        if roots:
+            torch.autograd.backward(roots, grads)
+
+
+def moves_to_host(device: torch.device) -> bool:
+    """Whether host memory is another memory than the model's."""
+    return device.type != "cpu"
+
+
+def _run_chunk(
+    model: PreTrainedModel,
+    *,
+    chunk: ChunkPlan,
+    key_values: ChunkKeyValues,
+    num_positions: int,
+    options: EngineOptions,
+) -> torch.Tensor:
+    """One chunk through the layers and the LM head; (P,) log-probs."""
+    checkpoints = torch.is_grad_enabled() and checkpoints_pass(options.checkpoint, is_prefix=chunk.writes is not None)
+    with _without_cast_cache(chunk.targets.device), key_values.saving(), checkpointed(model, checkpoints):
+        embeds = model.get_input_embeddings()(chunk.item.input_ids)
+        hidden = run_level_pass(
+            model,
+            chunk.item,
+            embeds,
+            key_values,
+            num_positions=num_positions,
+            backend=options.backend,
+            keep=chunk.writes is not None,
+        )
+        rows = hidden.flatten(0, 1).index_select(0, chunk.item.predictor_rows)
+        if not rows.shape[0]:
+            return rows.new_zeros(0)
+        with region("lm head"):
+            return head_logps(model, rows, chunk.targets)
+
+
+@contextmanager
+def _without_cast_cache(device: torch.device) -> Iterator[None]:
+    """Autocast as it is, without its cache, which could hand weights cast without a graph to chunks that need one."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False):
+        yield
+
+
+def _edge(tensor: torch.Tensor) -> GradientEdge | None:
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+def _num_before_last(chunks: Sequence[ChunkPlan], max_tokens: int | None) -> int:
+    """How many chunks come before the last ones that together have at most `max_tokens` tokens."""
+    total = 0
+    for index in reversed(range(len(chunks))):
+        total += chunks[index].num_tokens
+        if max_tokens is not None and total > max_tokens:
+            return index + 1
+    return 0

@@ -1,0 +1,52 @@
+"""Activation checkpointing of single passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kvpref.errors import UnsupportedModelError
+
+CHECKPOINTS = ("none", "prefix", "all")
+"""Which passes keep only the inputs of their layers and compute them again: none, those that others read, or all."""
+
+_ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+def checkpoints_pass(choice: str, *, is_prefix: bool) -> bool:
+    """Whether a pass is checkpointed; `is_prefix` says whether others read its keys and values."""
+    return choice == "all" or (choice == "prefix" and is_prefix)
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    """Checkpoint every decoder layer that runs inside, without re-entering autograd; in training mode only.
+
+    Raises:
+        UnsupportedModelError: If the model's layers cannot be checkpointed.
+    """
+    if not enabled:
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layers that can be checkpointed; use checkpoint none"
+        )
+    before = [{name: vars(layer)[name] for name in _ATTRIBUTES if name in vars(layer)} for layer in layers]
+    # Re-entrant checkpointing loses the gradient through keys and values.
+    values = (True, partial(checkpoint, use_reentrant=False))
+    for layer in layers:
+        vars(layer).update(zip(_ATTRIBUTES, values, strict=True))
+    try:
+        yield
+    finally:
+        for layer, attributes in zip(layers, before, strict=True):
+            for name in _ATTRIBUTES:
+                del vars(layer)[name]
+            vars(layer).update(attributes)

@@ -1,0 +1,73 @@
+"""How the engine runs a micro-batch: everything that changes time and memory, and what may change the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpref.errors import InputError
+from kvpref.modeling.checkpointing import CHECKPOINTS
+from kvpref.plans import MODES
+
+SCHEDULES = ("full", "bounded")
+PREFIX_CACHES = ("device", "cpu")
+DEFAULT_MAX_TOKENS_PER_CHUNK = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Mode, schedule and what belongs to them; `validate` refuses what does not fit together."""
+
+    mode: str = "two_pass"
+    """``two_pass``, ``one_pass``, ``packed`` or ``padded``."""
+
+    backend: str = "auto"
+    """Attention backend, or ``auto``."""
+
+    schedule: str = "full"
+    """``full`` keeps the graph of the whole micro-batch; ``bounded`` that of at most `max_tokens_per_chunk` tokens."""
+
+    max_tokens_per_chunk: int | None = None
+    """Most tokens whose activations are held at once in schedule ``bounded``; None for 8192."""
+
+    prefix_cache: str = "device"
+    """Where keys and values of prefixes wait: ``device`` or ``cpu`` (schedule ``bounded``)."""
+
+    checkpoint: str = "none"
+    """Which passes compute their activations again: ``none``, ``prefix`` (those that others read) or ``all``."""
+
+    prefix_grad: bool = True
+    """False stops gradients at the keys and values of prompts: an approximation that skips the prompts' backward."""
+
+    def __post_init__(self) -> None:
+        for name, valid in (
+            ("mode", MODES),
+            ("schedule", SCHEDULES),
+            ("prefix_cache", PREFIX_CACHES),
+            ("checkpoint", CHECKPOINTS),
+        ):
+            if getattr(self, name) not in valid:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}; choose from: {', '.join(valid)}")
+        if self.max_tokens_per_chunk is not None and self.max_tokens_per_chunk < 1:
+            raise InputError(f"max_tokens_per_chunk must be at least 1; got {self.max_tokens_per_chunk}")
+        if self.runs_chunks and self.mode != "two_pass":
+            what = "schedule 'bounded'" if self.schedule == "bounded" else "prefix_grad=False"
+            raise InputError(f"{what} goes with mode 'two_pass', which keeps prefixes apart; got mode {self.mode!r}")
+        if self.schedule != "bounded":
+            for name, is_set in (
+                ("max_tokens_per_chunk", self.max_tokens_per_chunk is not None),
+                ("prefix_cache='cpu'", self.prefix_cache == "cpu"),
+            ):
+                if is_set:
+                    raise InputError(f"{name} goes with schedule 'bounded'; got schedule {self.schedule!r}")
+
+    @property
+    def runs_chunks(self) -> bool:
+        """Whether forward and backward run chunk by chunk, with keys and values as leaves."""
+        return self.schedule == "bounded" or not self.prefix_grad
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Most tokens of a chunk; None for no bound."""
+        if self.schedule != "bounded":
+            return None
+        return DEFAULT_MAX_TOKENS_PER_CHUNK if self.max_tokens_per_chunk is None else self.max_tokens_per_chunk

@@ -1,0 +1,227 @@
+"""What kernels hold while they run: seen on fake tensors, which no kernel touches.
+
+A dispatch mode puts, in place of kvpref's attention operators, the code of the backend that the target device would
+run. What remains hidden, buffers inside PyTorch's own kernels, is allocated beside them by formulas. Those for the CPU
+are what its allocator reports; those for CUDA were read from PyTorch's sources and not compared with a GPU.
+
+Shape legend: T queries (B pairs or rows of M queries), N keys, H heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from kvpref.attention.backends import cpu_flash
+from kvpref.attention.backends.cuda_flash import CudaFlash
+from kvpref.attention.backends.efficient import Efficient
+from kvpref.attention.backends.interface import Backend
+from kvpref.attention.backends.reference import Reference
+from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.merge import Partial, accumulate, merge_partials
+from kvpref.logprob import tiles_for
+
+_ATEN, _KVPREF = torch.ops.aten, torch.ops.kvpref
+
+Merge = Callable[[Sequence[Partial], torch.dtype], Partial]
+Choose = Callable[[torch.Tensor], Backend]
+
+
+@contextmanager
+def running_on(device_type: str) -> Iterator[None]:
+    """Let fake tensors on the CPU stand in for tensors on `device_type`, ``cuda`` or ``cpu``.
+
+    Enter it after the modes that are to see what kernels hold.
+    """
+    with tiles_for(device_type), _TargetKernels(device_type):
+        yield
+
+
+class _TargetKernels(TorchDispatchMode):
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        choose, merge = _BACKENDS[device_type]
+        self._cascades: dict[Any, Callable[..., Any]] = {
+            _KVPREF.cascade_forward.default: partial(_cascade_forward, choose, merge),
+            _KVPREF.cascade_backward.default: partial(_cascade_backward, choose),
+        }
+        self._hidden_bytes = _HIDDEN_BYTES[device_type]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        cascade = self._cascades.get(func)
+        if cascade is not None:
+            with self:  # the backend's kernels hide buffers too
+                return cascade(*args, **(kwargs or {}))
+        hidden = self._hidden_bytes.get(func)
+        buffer = None if hidden is None else torch.empty(hidden(*args), dtype=torch.uint8)
+        result = func(*args, **(kwargs or {}))
+        del buffer
+        return result
+
+
+def _cascade_forward(
+    choose: Choose,
+    merge: Merge,
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    cu_seqlens: Sequence[torch.Tensor],
+    max_seqlens: Sequence[int],
+    scale: float,
+    backend: str,
+) -> Partial:
+    """What `kvpref::cascade_forward` does, with a backend that its fake tensors would not be given."""
+    kernels, params = choose(query), AttentionParams(scale=scale)
+    blocks = _blocks(query, keys, cu_seqlens, max_seqlens)
+    partials = [
+        kernels.forward(query, key, value, block, params)
+        for key, value, block in zip(keys, values, blocks, strict=True)
+    ]
+    out, lse = merge(partials, query.dtype)
+    return out.contiguous(), lse.contiguous()
+
+
+def _cascade_backward(
+    choose: Choose,
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: Sequence[torch.Tensor],
+    max_seqlens: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """What `kvpref::cascade_backward` does, likewise."""
+    kernels, params = choose(query), AttentionParams(scale=scale)
+    dqs, dks, dvs = [], [], []
+    for key, value, block in zip(keys, values, _blocks(query, keys, cu_seqlens, max_seqlens), strict=True):
+        dq, dk, dv = kernels.backward(dout, query, key, value, out, lse, block, params)
+        dqs.append(dq)
+        dks.append(dk.to(key.dtype).contiguous())
+        dvs.append(dv.to(value.dtype).contiguous())
+    return accumulate(dqs, query.dtype).contiguous(), dks, dvs
+
+
+def _blocks(
+    query: torch.Tensor, keys: Sequence[torch.Tensor], cu_seqlens: Sequence[torch.Tensor], max_seqlens: Sequence[int]
+) -> list[VarlenBlock]:
+    return [
+        VarlenBlock(
+            cu_seqlens_q=cu_seqlens[2 * index],
+            cu_seqlens_k=cu_seqlens[2 * index + 1],
+            max_seqlen_q=max_seqlens[2 * index],
+            max_seqlen_k=max_seqlens[2 * index + 1],
+            num_queries=query.shape[0],
+            num_keys=key.shape[0],
+            causal=index == 0,
+        )
+        for index, key in enumerate(keys)
+    ]
+
+
+class _CpuFlash(cpu_flash.CpuFlash):
+    """Its index tensors are kept between calls; they must be real, whoever asks first."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, *args: Any) -> Partial:
+        with _disable_current_modes():
+            cpu_flash._calls(block.pairs, block.causal)
+        return super().forward(q, k, v, block, *args)
+
+
+def _cuda_backend(query: torch.Tensor) -> Backend:
+    """What `auto` chooses for a CUDA tensor like this one; on a device of compute capability 8.0 or later."""
+    head_dim, is_16_bit = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    if is_16_bit and head_dim <= 256 and head_dim % 8 == 0:
+        return CudaFlash()
+    return Efficient() if head_dim % (16 // query.dtype.itemsize) == 0 else Reference()
+
+
+def _merge_in_place(partials: Sequence[Partial], dtype: torch.dtype) -> Partial:
+    """What the fused merge on CUDA allocates: it works in the first result's memory where the dtype allows."""
+    out, lse = partials[0]
+    for index in range(2, len(partials) + 1):
+        wanted = dtype if index == len(partials) else torch.float32
+        out = out if out.dtype == wanted else torch.empty_like(out, dtype=wanted)
+    return out.to(dtype), lse
+
+
+_BACKENDS: dict[str, tuple[Choose, Merge]] = {
+    "cpu": (lambda query: _CpuFlash(), merge_partials),
+    "cuda": (_cuda_backend, _merge_in_place),
+}
+
+
+def _cpu_split(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """Rows of queries and of keys that the CPU's flash kernels work on at a time; (B, H, M, D) and (B, G, N, D)."""
+    num_queries = query.shape[2]
+    rows = 256 if num_queries >= 768 else 64 if num_queries >= 192 else 32
+    return min(rows, num_queries), min(512, key.shape[2])
+
+
+def _cpu_forward_bytes(query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
+    """Scores, two statistics and the output of a split, per thread."""
+    rows, keys = _cpu_split(query, key)
+    return torch.get_num_threads() * query.itemsize * rows * (keys + 2 + query.shape[3])
+
+
+def _cpu_backward_bytes(dout: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
+    """Scores and their gradient per thread, one statistic, and one more tensor of the query's size."""
+    rows, keys = _cpu_split(query, key)
+    return query.nbytes + query.itemsize * rows * (2 * keys * torch.get_num_threads() + 1)
+
+
+def _flash_backward_bytes(
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *_: Any,
+) -> int:
+    """FlashAttention-2 (`mha_varlen_bwd`): query (T, H, D), key (N, G, D).
+
+    An fp32 accumulator of dq and a row sum per query, every pair padded by 128 rows; with GQA dk and dv per query head.
+    """
+    num_rows = query.shape[0] + 128 * (len(cu_seqlens_q) - 1)
+    num_heads, head_dim = query.shape[1:]
+    expanded = 0 if key.shape[1] == num_heads else 2 * key.shape[0] * num_heads * head_dim * key.itemsize
+    return num_rows * num_heads * (_rounded(head_dim) + 1) * 4 + expanded
+
+
+def _sdpa_backward_bytes(dout: torch.Tensor, query: torch.Tensor, *_: Any) -> int:
+    """`scaled_dot_product_attention`, (B, H, M, D): a row sum per query, in 16 bits an fp32 accumulator of dq."""
+    num_rows, num_heads, length, head_dim = query.shape
+    columns = 1 if query.dtype == torch.float32 else _rounded(head_dim) + 1
+    return num_rows * num_heads * -(-length // 128) * 128 * columns * 4
+
+
+def _rounded(head_dim: int) -> int:
+    """The head dim as FlashAttention-2's buffers have it."""
+    multiple = 32 if head_dim <= 128 else 64
+    return -(-head_dim // multiple) * multiple
+
+
+_SDPA = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
+"""What `scaled_dot_product_attention` calls for the fake tensors; its results have the sizes of CUDA's kernels."""
+_SDPA_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+_HIDDEN_BYTES: dict[str, dict[Any, Callable[..., int]]] = {
+    "cpu": {_SDPA: _cpu_forward_bytes, _SDPA_BACKWARD: _cpu_backward_bytes},
+    "cuda": {
+        _ATEN._flash_attention_backward.default: _flash_backward_bytes,
+        _SDPA_BACKWARD: _sdpa_backward_bytes,
+    },
+}
+"""Operator -> bytes of the buffers that it takes and frees inside, from its arguments."""
