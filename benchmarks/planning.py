@@ -22,6 +22,7 @@ from models import LONG_CONTEXT, SMALL, build_model
 from options import SweepOptions
 from places import results_folder
 from planning_rules import RULES_OF_MODE, planner_with
+from planning_sharing import compare_sharing, sharing_table
 from rich.console import Console
 from rich.table import Table
 
@@ -238,6 +239,8 @@ def main() -> None:
     console.print(rules_table(rules))
     sorting = compare_sorting(datasets, cost_model)
     console.print(sorting_table(sorting))
+    sharing = list(compare_sharing(datasets, cost_model))
+    console.print(sharing_table(sharing))
     measured = measure(datasets, options, args.groups) if args.measure else []
     if measured:
         console.print(measured_table(measured))
@@ -246,6 +249,7 @@ def main() -> None:
         "sizes_of_costs": asdict(SMALL),
         "rules": rules,
         "sorting": sorting,
+        "sharing": sharing,
         "sizes_of_measured": asdict(LONG_CONTEXT),
         "measured": measured,
     }

@@ -90,17 +90,19 @@ def _inspect_batches(
     console: Console, dataset: PreferenceDataset, options: StepOptions, model: str | None, dtype: str
 ) -> dict[str, Any]:
     """Print and return what micro-batches there are, and with a model how long they take."""
+    from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
     from kvpref.data import CostModel, StepPlanner, summarize_batches
 
+    clusters = dataset.clusters(options.groups_per_step, DEFAULT_MIN_SHARED_TOKENS)
     # Before a model is loaded: planning refuses a budget that is too small.
-    planner = StepPlanner(dataset.lengths, options, dataset.group_ids)
+    planner = StepPlanner(dataset.lengths, options, dataset.group_ids, clusters=clusters)
     if model is None:
         batches = summarize_batches(planner)
         _print_batches(console, batches)
         return {"batches": asdict(batches)}
     shape, calibration = _measure(model, dtype, options)
     # Steps are planned as training plans them, by FLOPs; seconds only say what they take on this device.
-    planner = StepPlanner(dataset.lengths, options, dataset.group_ids, CostModel.from_shape(shape))
+    planner = StepPlanner(dataset.lengths, options, dataset.group_ids, CostModel.from_shape(shape), clusters)
     batches = summarize_batches(planner, calibration.cost_model)
     prediction = {
         "device": calibration.device,
@@ -168,6 +170,8 @@ def _print_batches(console: Console, batches: BatchStatistics) -> None:
             "steps": f"{batches.num_steps} per epoch, {batches.micro_batches_per_step:.2f} micro-batches each",
             "micro-batches": f"{tokens.mean:.0f} tokens on average, at most {tokens.max}, in mode {batches.mode}"
             f"{fill}{padding}",
+            "shared prompts": f"{batches.num_sharing_groups} groups begin like others beyond what is common; "
+            f"largest cluster: {batches.largest_cluster}",
             "ranks": f"{batches.world_size}, the busiest {batches.imbalance:.1%} above the mean in {batches.cost_unit}",
         },
     )

@@ -75,17 +75,18 @@ def combine(lengths: Iterable[GroupLengths]) -> GroupLengths:
 def combine_sharing(groups: Sequence[GroupLengths], num_tokens: int, min_shared_tokens: int) -> GroupLengths:
     """The counts of groups together when the first `num_tokens`, which they have in common, are there once.
 
-    An upper bound for the prefix tree: the rest of what a group's sequences begin with is there once per group, or, if
-    it is shorter than `min_shared_tokens`, in every sequence.
+    An upper bound for the prefix tree. Its groups may share more than `num_tokens`, so that what remains of a group's
+    beginning is too short for a segment, and repeated in each sequence; the worst case is counted.
     """
     saved_tokens = num_tokens * (len(groups) - 1)
     saved_pairs = _causal_pairs(num_tokens) * (len(groups) - 1)
     for group in groups:
         repeats = group.num_sequences - 1
-        rest = (group.total_tokens - group.unique_tokens) // repeats - num_tokens if repeats else 0
-        if 0 < rest < min_shared_tokens:
+        if repeats:
+            beginning = (group.total_tokens - group.unique_tokens) // repeats
+            rest = min(beginning - num_tokens, min_shared_tokens - 1)
             saved_tokens -= rest * repeats
-            saved_pairs -= (_causal_pairs(num_tokens + rest) - _causal_pairs(num_tokens)) * repeats
+            saved_pairs -= (_causal_pairs(beginning) - _causal_pairs(beginning - rest)) * repeats
     together = combine(groups)
     if saved_tokens <= 0:
         return together

@@ -7,9 +7,10 @@ every rank plans alike without communication, and a run resumes by skipping the 
 from __future__ import annotations
 
 import random
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from kvpref.data.costs import COUNTS, CostModel, Mode
@@ -164,10 +165,11 @@ class StepPlanner:
         for size, part in zip(windows, parts, strict=True):
             # Sorted by a length that does not depend on the mode, so that every mode trains on the same steps.
             part.sort(key=lambda unit: max(map(self._length, unit)))
-            steps += [sum(step, []) for step in _fill(part, _split(size, options.groups_per_step))]
+            filled = _fill(part, _split(size, options.groups_per_step))
+            steps += [list(chain.from_iterable(step)) for step in filled]
         if options.shuffle:
             generator.shuffle(steps)
-        return [*steps, sum(rest, [])] if rest else steps
+        return [*steps, list(chain.from_iterable(rest))] if rest else steps
 
     def _units(self, generator: random.Random) -> Runs:
         """Groups to keep together: clusters, those larger than a step in parts, and groups that are alone."""
@@ -215,26 +217,41 @@ def _split(number: int, size: int) -> list[int]:
 
 
 def _fill(units: Runs, sizes: Sequence[int]) -> list[Runs]:
-    """Put units into places for so many groups, in all as many as there are.
+    """Put units into bins for so many groups, in all as many as there are.
 
-    Each place takes the first unit that fits until it is full. A unit is cut only where none fits.
+    Each unit of several groups, the largest first, goes to the bin with room that is nearest to where the order alone
+    would put it, and is cut only where none has room for it; single groups fill up what is left, in order.
     """
-    waiting: dict[int, deque[tuple[int, list[int]]]] = {}  # by size, with their places in the order
+    rooms, ends = list(sizes), list(accumulate(sizes))
+    starts = [0, *accumulate(map(len, units))]
+    filled: list[list[tuple[int, list[int]]]] = [[] for _ in sizes]
+
+    def put(index: int, unit: list[int], position: int) -> None:
+        filled[index].append((position, unit))
+        rooms[index] -= len(unit)
+
+    several = [position for position, unit in enumerate(units) if len(unit) > 1]
+    for position in sorted(several, key=lambda position: -len(units[position])):
+        unit, wanted = units[position], bisect_right(ends, starts[position])
+        while unit:
+            index = _nearest(rooms, wanted, len(unit))
+            if index is None:
+                index = max(range(len(rooms)), key=rooms.__getitem__)
+            part, unit = unit[: rooms[index]], unit[rooms[index] :]
+            put(index, part, position)
+    index = 0
     for position, unit in enumerate(units):
-        waiting.setdefault(len(unit), deque()).append((position, unit))
-    filled: list[Runs] = []
-    for size in sizes:
-        place: Runs = []
-        room = size
-        while room:
-            queues = [queue for queue in waiting.values() if queue]
-            fitting = [queue for queue in queues if len(queue[0][1]) <= room]
-            position, unit = min(fitting or queues, key=lambda queue: queue[0][0]).popleft()
-            if len(unit) > room:
-                # The first of all, so it stays the first of its queue.
-                unit, rest = unit[:room], unit[room:]
-                waiting.setdefault(len(rest), deque()).appendleft((position, rest))
-            place.append(unit)
-            room -= len(unit)
-        filled.append(place)
-    return filled
+        if len(unit) == 1:
+            while not rooms[index]:
+                index += 1
+            put(index, unit, position)
+    return [[unit for _, unit in sorted(place)] for place in filled]
+
+
+def _nearest(rooms: Sequence[int], wanted: int, size: int) -> int | None:
+    """The bin nearest to the wanted one with room for so many groups, the earlier of two; None if there is none."""
+    for distance in range(len(rooms)):
+        for index in (wanted - distance, wanted + distance):
+            if 0 <= index < len(rooms) and rooms[index] >= size:
+                return index
+    return None

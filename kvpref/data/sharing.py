@@ -96,9 +96,7 @@ def find_clusters(beginnings: Sequence[Sequence[int]], *, groups_per_step: int, 
         members = order[run.start : run.end]
         for group in members:
             of_group[group], shared_tokens[group] = min(members), run.shared
-    return Clusters(
-        of_group=tuple(of_group), shared_tokens=tuple(shared_tokens), min_shared_tokens=min_shared_tokens
-    )
+    return Clusters(of_group=tuple(of_group), shared_tokens=tuple(shared_tokens), min_shared_tokens=min_shared_tokens)
 
 
 def _nested_runs(ordered: list[Sequence[int]]) -> list[_Run]:

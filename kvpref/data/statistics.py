@@ -88,6 +88,12 @@ class BatchStatistics:
     micro_batches_per_step: float
     """Mean, over all ranks, fillers left out."""
 
+    num_sharing_groups: int
+    """Groups that begin like others and are planned into one step with them; 0 where the planner knows of none."""
+
+    largest_cluster: int
+    """The most groups that begin alike; 1 where all are alone."""
+
     tokens_per_micro_batch: LengthSummary
     """Tokens that the model processes, padding included where the mode pads."""
 
@@ -171,6 +177,8 @@ def summarize_batches(planner: StepPlanner, cost_model: CostModel | None = None)
         num_micro_batches=len(real),
         num_fillers=len(planned) - len(real),
         micro_batches_per_step=len(real) / planner.num_steps,
+        num_sharing_groups=0 if planner.clusters is None else planner.clusters.num_sharing_groups,
+        largest_cluster=1 if planner.clusters is None else planner.clusters.largest,
         tokens_per_micro_batch=summarize(tokens),
         budget_fill=None if budget is None else sum(tokens) / len(tokens) / budget,
         padding_share=padding / sum(tokens),

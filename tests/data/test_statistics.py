@@ -121,7 +121,8 @@ def tokenizer_folder(tmp_path: Path, build_tokenizer) -> str:
     return str(tmp_path / "tokenizer")
 
 
-ROWS = [{"prompt": "hello", "chosen": " world fox", "rejected": " fox"}] * 5
+PAIR = {"prompt": "hello", "chosen": " world fox", "rejected": " fox"}
+ROWS = [PAIR] * 5
 
 
 def test_inspect_prints_figures_and_json_on_the_last_line(app, tokenizer_folder, write_jsonl, tmp_path: Path):
@@ -158,6 +159,16 @@ def test_inspect_plans_for_several_ranks(app, tokenizer_folder, write_jsonl):
     assert "prediction" not in last
     assert "2, the busiest 20.0% above the mean in tokens" in " ".join(result.stdout.split())
     assert "predicted" not in result.stdout
+
+
+def test_inspect_counts_groups_that_begin_alike(app, tokenizer_folder, write_jsonl):
+    rows = [PAIR | {"prompt": f"{letter * 40} {number}?"} for letter in "ab" for number in range(3)]
+    arguments = [write_jsonl(*rows), "--tokenizer", tokenizer_folder, "--groups-per-step", "3", "--json"]
+    result = CliRunner().invoke(app, ["data", "inspect", *arguments])
+    assert result.exit_code == 0, result.output
+    batches = json.loads(result.stdout.splitlines()[-1])["batches"]
+    assert (batches["num_sharing_groups"], batches["largest_cluster"]) == (6, 3)
+    assert "6 groups begin like others" in " ".join(result.stdout.split())
 
 
 def test_inspect_predicts_the_time_of_a_step_on_this_device(app, tokenizer_folder, write_jsonl, tmp_path: Path):
