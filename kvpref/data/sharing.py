@@ -88,7 +88,8 @@ def find_clusters(beginnings: Sequence[Sequence[int]], *, groups_per_step: int, 
     for name, value in (("groups_per_step", groups_per_step), ("min_shared_tokens", min_shared_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1; got {value}")
-    order = sorted(range(len(beginnings)), key=lambda group: beginnings[group])
+    # A Sequence need not compare; lists, tuples and arrays do.
+    order: list[int] = sorted(range(len(beginnings)), key=beginnings.__getitem__)  # type: ignore[arg-type]
     runs = _nested_runs([beginnings[group] for group in order])
     _find_common(runs, groups_per_step)
     of_group, shared_tokens = list(range(len(order))), [0] * len(order)
