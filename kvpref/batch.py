@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ class Batch:
         tree: The prefix tree over all sequences, across groups too.
         sharing: What the tree was built with.
         group_index: (num_sequences,) int64, on `device`.
+        cu_seqlens: (num_sequences + 1,) int64, on `device`: offsets of each sequence's scored tokens, in every mode.
         device: Where the plans' tensors are.
     """
 
@@ -87,6 +89,8 @@ class Batch:
         self.device = torch.device(device)
         sizes = [len(group) for group in self.groups]
         self.group_index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.device)
+        num_scored = [sum(sequence.scored) for sequence in self.sequences]
+        self.cu_seqlens = torch.tensor([0, *accumulate(num_scored)]).to(self.device)
         self._plans: dict[str, ModePlan] = {}
 
     @property
@@ -135,7 +139,7 @@ class Batch:
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Batch:
         mapped = copy(self)
         mapped.device = device
-        mapped.group_index = function(self.group_index)
+        mapped.group_index, mapped.cu_seqlens = function(self.group_index), function(self.cu_seqlens)
         mapped._plans = {mode: map_tensors(plan, function) for mode, plan in self._plans.items()}
         return mapped
 

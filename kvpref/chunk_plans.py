@@ -89,6 +89,18 @@ class StepChunks:
     num_logps: int
     max_sequence_tokens: int
 
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Tokens of the largest chunk."""
+        own = (chunk for micro_batch in self.micro_batches for chunk in micro_batch.chunks)
+        return max(chunk.num_tokens for chunk in (*self.shared, *own))
+
+    def num_tokens_by_micro_batch(self) -> list[int]:
+        """Tokens of each micro-batch's chunks; what they share is the first one's."""
+        counts = [sum(chunk.num_tokens for chunk in micro_batch.chunks) for micro_batch in self.micro_batches]
+        counts[0] += sum(chunk.num_tokens for chunk in self.shared)
+        return counts
+
 
 def build_step_chunks(
     micro_batches: AbstractSequence[AbstractSequence[Sequence]],

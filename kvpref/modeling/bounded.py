@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
 from kvpref.batch import ResponseLogps
-from kvpref.chunk_plans import ChunkPlan, MicroBatchChunks
+from kvpref.chunk_plans import ChunkPlan
 from kvpref.chunks import SHARED
 from kvpref.modeling.attach import run_inside
 from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
@@ -46,6 +46,12 @@ def run_chunks(model: nn.Module, step: Step, evaluate: Evaluate, options: Engine
         options: Bound, placement of keys and values, checkpointing.
     """
     _ChunkRunner(model, step, options).run(evaluate)
+
+
+@torch.no_grad()
+def score_chunks(model: nn.Module, step: Step, options: EngineOptions) -> ResponseLogps:
+    """The log-probs of a step of one micro-batch, without gradient."""
+    return _ChunkRunner(model, step, options).score()
 
 
 @dataclass(kw_only=True)
@@ -79,11 +85,17 @@ class _ChunkRunner:
         self._forward(chunks.shared, keep_graphs=False)
         for index, micro_batch in enumerate(chunks.micro_batches):
             self._forward(micro_batch.chunks, keep_graphs=True)
-            self._weigh(index, micro_batch, evaluate)
+            self._weigh(index, evaluate)
             self._backward(micro_batch.chunks)
             self._store.drop(index)
         self._backward(chunks.shared)
         self._store.drop(SHARED)
+
+    def score(self) -> ResponseLogps:
+        check_training_state(unwrap(self._model))
+        (micro_batch,) = self._step.chunks.micro_batches
+        self._forward(micro_batch.chunks, keep_graphs=False)
+        return self._responses(0, self._logps)
 
     def _forward(self, chunks: Sequence[ChunkPlan], *, keep_graphs: bool) -> None:
         num_without = _num_before_last(chunks, self._options.chunk_tokens) if keep_graphs else len(chunks)
@@ -95,15 +107,19 @@ class _ChunkRunner:
             if with_graph:
                 self._graphs[chunk] = graph
 
-    def _weigh(self, index: int, micro_batch: MicroBatchChunks, evaluate: Evaluate) -> None:
-        """Find the weight of each log-prob in the loss of a micro-batch."""
-        leaf = self._logps.detach().clone().requires_grad_()
-        policy = ResponseLogps(
-            token_logps=leaf.index_select(0, micro_batch.token_index),
+    def _responses(self, index: int, logps: torch.Tensor) -> ResponseLogps:
+        """Give each sequence of a micro-batch the log-probs along its path."""
+        micro_batch = self._step.chunks.micro_batches[index]
+        return ResponseLogps(
+            token_logps=logps.index_select(0, micro_batch.token_index),
             cu_seqlens=micro_batch.cu_seqlens,
             group_index=self._step.batches[index].group_index,
         )
-        evaluate(index, policy)
+
+    def _weigh(self, index: int, evaluate: Evaluate) -> None:
+        """Find the weight of each log-prob in the loss of a micro-batch."""
+        leaf = self._logps.detach().clone().requires_grad_()
+        evaluate(index, self._responses(index, leaf))
         if leaf.grad is not None:
             self._weights += leaf.grad
 

@@ -10,7 +10,7 @@ from torch import nn
 from kvpref.batch import Batch, ResponseLogps
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss
-from kvpref.modeling.bounded import run_chunks
+from kvpref.modeling.bounded import run_chunks, score_chunks
 from kvpref.modeling.distributed import local_module, synchronise_gradients
 from kvpref.modeling.options import SCHEDULES as SCHEDULES
 from kvpref.modeling.options import EngineOptions
@@ -135,6 +135,18 @@ def _differentiate(
     with region("backward"):
         backward(output.loss)
     return LossOutput(loss=output.loss.detach(), metrics=output.metrics)
+
+
+def score(model: nn.Module, batch: Batch, options: EngineOptions) -> ResponseLogps:
+    """Log-probs without gradient, within the memory that `forward_backward` takes with these options.
+
+    Raises:
+        As `forward_backward`.
+    """
+    with torch.no_grad():
+        if not options.runs_chunks:
+            return response_logps(model, batch, mode=options.mode, backend=options.backend)
+        return score_chunks(local_module(model), join([batch], max_tokens_per_chunk=options.chunk_tokens), options)
 
 
 def check_output(output: LossOutput, loss_fn: PreferenceLoss | LossFunction) -> LossOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, make_loss
-from kvpref.modeling.schedules import SCHEDULES
+from kvpref.modeling.checkpointing import CHECKPOINTS
+from kvpref.modeling.options import PREFIX_CACHES, SCHEDULES, EngineOptions
 from kvpref.plans import MODES
 
 
@@ -29,6 +30,31 @@ class PreferenceTrainingArguments(TrainingArguments):
     )
     mode: str = field(default="two_pass", metadata={"help": f"How batches run: {', '.join(MODES)}."})
     schedule: str = field(default="full", metadata={"help": f"What is kept for backward: {', '.join(SCHEDULES)}."})
+    max_tokens_per_chunk: int | None = field(
+        default=None, metadata={"help": "Schedule bounded: most tokens whose activations are held at once (8192)."}
+    )
+    prefix_cache: str = field(
+        default="device",
+        metadata={"help": f"Schedule bounded: where prefixes' keys and values wait: {', '.join(PREFIX_CACHES)}."},
+    )
+    checkpoint: str = field(
+        default="none",
+        metadata={
+            "help": f"Passes that compute their activations again: {', '.join(CHECKPOINTS)}; "
+            "gradient_checkpointing=True means all."
+        },
+    )
+    prefix_grad: bool = field(
+        default=True, metadata={"help": "False stops gradients at the prompts' keys and values: an approximation."}
+    )
+    share_across_micro_batches: bool = field(
+        default=True,
+        metadata={"help": "Schedule bounded: encode what micro-batches of a step share once per step."},
+    )
+    auto_budget: bool = field(
+        default=False,
+        metadata={"help": "Schedule bounded: when memory runs out, halve the chunk and repeat the step."},
+    )
     backend: str = field(default="auto", metadata={"help": "Attention backend, or auto."})
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "Token budget of one forward and backward; unique tokens in mode two_pass."}
@@ -61,12 +87,15 @@ class PreferenceTrainingArguments(TrainingArguments):
             )
         # Compiling the whole model would trace through the passes; the layers are what there is to gain from.
         self.compile_layers, self.torch_compile = self.compile_layers or self.torch_compile, False
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs in (None, {"use_reentrant": False}):
+            self.gradient_checkpointing, self.checkpoint = False, "all"
         super().__post_init__()
-        for name, value, valid in (("mode", self.mode, MODES), ("schedule", self.schedule, SCHEDULES)):
-            if value not in valid:
-                raise InputError(f"unknown {name} {value!r}; choose from: {', '.join(valid)}")
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        options = self.engine_options()
+        if self.auto_budget and (options.schedule != "bounded" or self.gradient_accumulation_steps > 1):
+            raise InputError(
+                "auto_budget repeats a step with smaller chunks: it needs schedule 'bounded' and "
+                "gradient_accumulation_steps 1 (max_tokens_per_micro_batch cuts large steps)"
+            )
         if self.ddp_find_unused_parameters is None:
             # Every trainable parameter takes part in every step; looking for others would walk the graph each time.
             self.ddp_find_unused_parameters = False
@@ -74,6 +103,14 @@ class PreferenceTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             self._n_gpu = 1
         self.make_loss()
+
+    def engine_options(self) -> EngineOptions:
+        """How forward and backward run.
+
+        Raises:
+            InputError: If an option is unknown or does not fit the others.
+        """
+        return EngineOptions(**{item.name: getattr(self, item.name) for item in fields(EngineOptions)})
 
     def make_loss(self) -> PreferenceLoss:
         """The loss that `loss` and `loss_args` name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from kvpref.data import CostModel, MicroBatch, PlannedStep, PreferenceDataset, S
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses import PreferenceLoss
+from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.shape import model_shape
 from kvpref.modeling.support import unwrap
+from kvpref.step import Step, join
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.prefetch import Prefetcher
 
@@ -39,6 +41,30 @@ class MicroBatchInputs:
         return replace(self, batch=self.batch.pin_memory())
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepInputs:
+    """What one rank runs in one planned step.
+
+    Attributes:
+        micro_batches: In the order in which they run.
+        joined: The same for the bounded schedule, in the same order: one `Step` of all of them, or one of each where
+            nothing is shared between them. Empty in schedule ``full``.
+    """
+
+    micro_batches: tuple[MicroBatchInputs, ...]
+    joined: tuple[Step, ...] = ()
+
+    def __iter__(self) -> Iterator[MicroBatchInputs]:
+        return iter(self.micro_batches)
+
+    def pin_memory(self) -> StepInputs:
+        """The same in page-locked memory."""
+        return StepInputs(
+            micro_batches=tuple(item.pin_memory() for item in self.micro_batches),
+            joined=tuple(step.pin_memory() for step in self.joined),
+        )
+
+
 class StepDataset(Dataset[MicroBatchInputs]):
     """A preference dataset whose items are micro-batches: ``dataset[micro_batch]``.
 
@@ -50,10 +76,11 @@ class StepDataset(Dataset[MicroBatchInputs]):
 
     def __init__(self, groups: PreferenceDataset, args: PreferenceTrainingArguments, *, ahead: bool = False) -> None:
         self.groups = groups
-        self.mode = args.mode
+        self.options = args.engine_options()
+        self.shares = args.share_across_micro_batches
         self.min_shared_tokens = args.min_shared_tokens
         self.max_prefix_depth = args.max_prefix_depth
-        self._prefetcher: Prefetcher[tuple[MicroBatch, ...], list[MicroBatchInputs]] | None = None
+        self._prefetcher: Prefetcher[tuple[MicroBatch, ...], StepInputs] | None = None
         if ahead:
             self._prefetcher = Prefetcher()
         self._pins = ahead and pins_memory(args)
@@ -64,21 +91,33 @@ class StepDataset(Dataset[MicroBatchInputs]):
     def __getitem__(self, micro_batch: MicroBatch) -> MicroBatchInputs:
         batch = collate(
             [self.groups[index] for index in micro_batch.group_indices],
-            modes=(self.mode,),
+            modes=() if self.options.runs_chunks else (self.options.mode,),
             min_shared_tokens=self.min_shared_tokens,
             max_depth=self.max_prefix_depth,
         )
         return MicroBatchInputs(batch=batch, group_indices=micro_batch.group_indices, is_filler=micro_batch.is_filler)
 
-    def __getitems__(self, step: PlannedStep) -> list[MicroBatchInputs]:
+    def __getitems__(self, step: PlannedStep) -> StepInputs:
         """The micro-batches of a whole step; DataLoader calls this with what the batch sampler yields."""
         if self._prefetcher is None:
             return self._collate_step(step)
         return self._prefetcher.get(self._collate_step, step, step.following)
 
-    def _collate_step(self, step: tuple[MicroBatch, ...]) -> list[MicroBatchInputs]:
-        inputs = [self[micro_batch] for micro_batch in step]
-        return [item.pin_memory() for item in inputs] if self._pins else inputs
+    def _collate_step(self, step: tuple[MicroBatch, ...]) -> StepInputs:
+        micro_batches = tuple(self[micro_batch] for micro_batch in step)
+        joined: tuple[Step, ...] = ()
+        if self.options.runs_chunks:
+            joined = join_micro_batches([item.batch for item in micro_batches], self.options, shares=self.shares)
+        inputs = StepInputs(micro_batches=micro_batches, joined=joined)
+        return inputs.pin_memory() if self._pins else inputs
+
+
+def join_micro_batches(batches: Sequence[Batch], options: EngineOptions, *, shares: bool) -> tuple[Step, ...]:
+    """Plan the bounded schedule of a step: as one, or each micro-batch by itself."""
+    parts = [batches] if shares else [[batch] for batch in batches]
+    return tuple(
+        join(part, max_tokens_per_chunk=options.chunk_tokens, prefix_grad=options.prefix_grad) for part in parts
+    )
 
 
 def make_planner(
@@ -128,7 +167,7 @@ def make_loader(groups: PreferenceDataset, planner: StepPlanner, args: Preferenc
     return DataLoader(
         StepDataset(groups, args, ahead=collates_ahead(args)),
         batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
-        collate_fn=_keep_list,
+        collate_fn=_keep,  # type: ignore[arg-type]
         # In a data worker there is no device; without workers the thread that collates pins.
         pin_memory=args.dataloader_num_workers > 0 and pins_memory(args),
         num_workers=args.dataloader_num_workers,
@@ -147,8 +186,8 @@ def pins_memory(args: PreferenceTrainingArguments) -> bool:
     return bool(args.dataloader_pin_memory) and args.device.type == "cuda"
 
 
-def _keep_list(step: Sequence[MicroBatchInputs]) -> list[MicroBatchInputs]:
-    return list(step)
+def _keep(step: StepInputs) -> StepInputs:
+    return step
 
 
 def select_groups(dataset: PreferenceDataset | list[Group] | None, loss: PreferenceLoss) -> PreferenceDataset | None:

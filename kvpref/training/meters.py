@@ -42,7 +42,8 @@ class TokenMeter:
         num_groups: Groups trained.
         num_unique_tokens: Tokens stored and computed once per prefix tree.
         num_total_tokens: Tokens of all sequences, shared prompts once per sequence.
-        num_forward_tokens: Tokens that ran through the layers in the mode at hand, padding included.
+        num_forward_tokens: Tokens that ran through the layers in the mode at hand, padding included; those that the
+            bounded schedule runs twice count once.
     """
 
     def __init__(self) -> None:
@@ -62,11 +63,11 @@ class TokenMeter:
             self._seconds += time.perf_counter() - self._started
             self._started = None
 
-    def add(self, batch: Batch, mode: str) -> None:
+    def add(self, batch: Batch, num_forward_tokens: int) -> None:
         self.num_groups += batch.num_groups
         self.num_unique_tokens += batch.num_unique_tokens
         self.num_total_tokens += batch.num_total_tokens
-        self.num_forward_tokens += batch.plan(mode).num_forward_tokens
+        self.num_forward_tokens += num_forward_tokens
 
     @property
     def token_saving(self) -> float:

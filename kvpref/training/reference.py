@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from kvpref.batch import Batch, ResponseLogps
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
-from kvpref.modeling.passes import response_logps
+from kvpref.modeling.schedules import score
 from kvpref.modeling.support import unwrap
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
@@ -43,12 +43,12 @@ class ReferenceLogps:
             self._spans.append((start, start + sum(group)))
             start += sum(group)
 
-    def for_batch(self, group_indices: tuple[int, ...], batch: Batch, mode: str) -> ResponseLogps:
+    def for_batch(self, group_indices: tuple[int, ...], batch: Batch) -> ResponseLogps:
         """The log-probs of one micro-batch, on its device."""
         parts = [self.token_logps[slice(*self._spans[index])] for index in group_indices]
         return ResponseLogps(
             token_logps=torch.cat(parts).to(batch.device),
-            cu_seqlens=batch.plan(mode).cu_seqlens,
+            cu_seqlens=batch.cu_seqlens,
             group_index=batch.group_index,
         )
 
@@ -140,7 +140,7 @@ def _score(
     model: nn.Module, inputs: MicroBatchInputs, args: PreferenceTrainingArguments, lengths: list[list[int]]
 ) -> dict[int, torch.Tensor]:
     batch = inputs.batch.to(args.device)
-    token_logps = response_logps(model, batch, mode=args.mode, backend=args.backend).token_logps.float().cpu()
+    token_logps = score(model, batch, args.engine_options()).token_logps.float().cpu()
     parts = token_logps.split([sum(lengths[index]) for index in inputs.group_indices])
     return dict(zip(inputs.group_indices, parts, strict=True))
 

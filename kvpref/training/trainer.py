@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +15,29 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from kvpref.batch import ResponseLogps
+from kvpref.batch import Batch, ResponseLogps
 from kvpref.data import PreferenceDataset, StepSampler
 from kvpref.errors import InputError, RunError
 from kvpref.groups import Group
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.modeling.attach import attach
 from kvpref.modeling.compilation import compile_layers
-from kvpref.modeling.passes import response_logps
-from kvpref.modeling.schedules import forward_backward
+from kvpref.modeling.schedules import score
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.callbacks import EpochCallback, MetricsFileCallback, ThroughputProgressCallback
 from kvpref.training.inputs import (
     MicroBatchInputs,
+    StepInputs,
     check_lengths,
     make_cost_model,
     make_loader,
     make_planner,
     select_groups,
 )
+from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.reference import ReferenceLogps, load_or_compute
-
-Step = list[MicroBatchInputs]
+from kvpref.training.step_runner import RunnerSettings, StepResult, StepRunner, find_not_finite
 
 
 class PreferenceTrainer(Trainer):
@@ -91,6 +93,15 @@ class PreferenceTrainer(Trainer):
             callbacks=[MetricsFileCallback(), *(callbacks or [])],
             **kwargs,
         )
+        settings = RunnerSettings(
+            options=args.engine_options(),
+            max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+            shares=args.share_across_micro_batches,
+            auto_budget=args.auto_budget,
+            report=lambda line: print(line, file=sys.stderr),
+        )
+        self._step_runner = StepRunner(self.accelerator, self.loss, settings)
+        self._memory_meter = MemoryMeter(args.device)
         self._replace_progress()
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
@@ -115,8 +126,8 @@ class PreferenceTrainer(Trainer):
         return make_loader(dataset, planner, self.args)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
-    ) -> tuple[list[Step], int]:
+        self, epoch_iterator: Iterator[StepInputs], num_batches: int, device: torch.device
+    ) -> tuple[list[StepInputs], int]:
         """The steps of one optimizer update, and the number of loss units in them over all ranks."""
         steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
         num_units = sum(self._num_units(inputs) for step in steps for inputs in step)
@@ -133,7 +144,7 @@ class PreferenceTrainer(Trainer):
     # The loop's body
 
     def training_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: Step, num_items_in_batch: int | torch.Tensor | None = None
+        self, model: nn.Module, inputs: StepInputs, num_items_in_batch: int | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Forward and backward over the micro-batches of one step; the loss of the step, detached.
 
@@ -145,46 +156,31 @@ class PreferenceTrainer(Trainer):
         if callable(set_train_mode):  # schedule-free optimizers have modes of their own
             set_train_mode()
         self.token_meter.start()
-        losses: list[torch.Tensor] = []
-        for index, micro_batch in enumerate(inputs):
-            is_last = index == len(inputs) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                losses.append(self._train_micro_batch(model, micro_batch, num_items_in_batch))
-        self._check_finite(losses, inputs)
-        self.token_meter.stop()
-        return torch.stack(losses).sum()
-
-    def _train_micro_batch(
-        self, model: nn.Module, inputs: MicroBatchInputs, num_units_in_step: int | torch.Tensor | None
-    ) -> torch.Tensor:
-        args, num_units = self.args, self._num_units(inputs)
         # Distributed wrappers average gradients over ranks; the loss is a sum over ranks of weighted means.
-        weight = num_units * args.world_size / num_units_in_step  # type: ignore[operator]
-        batch = inputs.batch.to(args.device)
-        output = forward_backward(
-            model,
-            batch,
-            self.loss,
-            reference=self._reference_of("train", self.train_dataset, inputs, batch),
-            mode=args.mode,
-            schedule=args.schedule,
-            backend=args.backend,
-            backward=lambda loss: self.accelerator.backward(loss * weight),
-        )
-        if not inputs.is_filler:
-            self._metric_meter.add(output.metrics, num_units)
-            self.token_meter.add(batch, args.mode)
-        return output.loss.float() * weight
+        units = [self._num_units(item) for item in inputs]
+        weights = [count * self.args.world_size / num_items_in_batch for count in units]  # type: ignore[operator]
+        with self._memory_meter.watching():
+            result = self._step_runner.run(model, inputs, weights, partial(self._reference_of, "train"))
+        losses = torch.stack([output.loss.float() for output in result.outputs])
+        self._check_finite(losses.tolist(), result, inputs)
+        for item, output, count, num_tokens in zip(
+            inputs, result.outputs, units, result.num_forward_tokens, strict=True
+        ):
+            if not item.is_filler:
+                self._metric_meter.add(output.metrics, count)
+                self.token_meter.add(item.batch, num_tokens)
+        self.token_meter.stop()
+        return (losses * torch.tensor(weights, device=losses.device)).sum()
 
-    def _check_finite(self, losses: list[torch.Tensor], inputs: Step) -> None:
-        for value, micro_batch in zip(torch.stack(losses).tolist(), inputs, strict=True):
-            if value - value != 0:  # NaN or infinite
-                ids = ", ".join(str(group.id) for group in micro_batch.batch.groups[:3])
-                raise RunError(
-                    f"the loss is {value} at optimizer step {self.state.global_step + 1}, in a micro-batch that starts "
-                    f"with {ids}; the weights were not changed by this step and earlier checkpoints are intact. Lower "
-                    "the learning rate or look at those rows, then continue with --resume"
-                )
+    def _check_finite(self, losses: list[float], result: StepResult, inputs: StepInputs) -> None:
+        found = next(find_not_finite(result, losses, inputs), None)
+        if found is not None:
+            value, where = found
+            raise RunError(
+                f"the loss is {value} at optimizer step {self.state.global_step + 1}: {where}; the weights were not "
+                "changed by this step and earlier checkpoints are intact. Lower the learning rate or look at those "
+                "rows, then continue with --resume"
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; reference log-probs are computed first, with the weights as they are before training."""
@@ -203,11 +199,11 @@ class PreferenceTrainer(Trainer):
             self._references[name] = load_or_compute(self.model, dataset, self.args, path)
 
     def _reference_of(
-        self, name: str, dataset: PreferenceDataset | None, inputs: MicroBatchInputs, batch: Any
+        self, name: str, inputs: MicroBatchInputs, batch: Batch, dataset: PreferenceDataset | None = None
     ) -> ResponseLogps | None:
-        self._prepare_reference(name, dataset)
+        self._prepare_reference(name, self.train_dataset if dataset is None else dataset)
         reference = self._references[name]
-        return None if reference is None else reference.for_batch(inputs.group_indices, batch, self.args.mode)
+        return None if reference is None else reference.for_batch(inputs.group_indices, batch)
 
     # Evaluation and logging
 
@@ -249,14 +245,15 @@ class PreferenceTrainer(Trainer):
         self, model: nn.Module, dataset: PreferenceDataset, inputs: MicroBatchInputs
     ) -> LossOutput:
         batch = inputs.batch.to(self.args.device)
-        policy = response_logps(model, batch, mode=self.args.mode, backend=self.args.backend)
-        return self.loss(policy, self._reference_of("eval", dataset, inputs, batch), batch)
+        policy = score(model, batch, self._step_runner.settings.options)
+        return self.loss(policy, self._reference_of("eval", inputs, batch, dataset), batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss's metrics and the throughput to the log lines of training."""
         if "loss" in logs:
             logs = {**logs, **self._metric_meter.pop(self.args.world_size)}
             logs.update(self.token_meter.rates(self.args.world_size))
+            logs.update(self._memory_meter.pop())
         super().log(logs, *args, **kwargs)
 
     # Saving
@@ -283,9 +280,12 @@ class PreferenceTrainer(Trainer):
                 "are intact. Make room (or fix permissions), then continue with --resume"
             ) from error
 
-    def floating_point_ops(self, inputs: Step) -> int:  # type: ignore[override]
+    def floating_point_ops(self, inputs: StepInputs) -> int:  # type: ignore[override]
         """Training FLOPs of a step's linear layers: 6 per parameter and token that runs through the layers."""
-        num_tokens = sum(item.batch.plan(self.args.mode).num_forward_tokens for item in inputs)
+        if inputs.joined:
+            num_tokens = sum(sum(step.chunks.num_tokens_by_micro_batch()) for step in inputs.joined)
+        else:
+            num_tokens = sum(item.batch.plan(self.args.mode).num_forward_tokens for item in inputs)
         return 6 * num_tokens * sum(parameter.numel() for parameter in self.model.parameters())
 
     def _replace_progress(self) -> None:
