@@ -10,7 +10,7 @@ import typer
 
 from kvpref.cli.run_config import RunConfig, parse_assignments, read_run_config
 
-_DATA, _MODEL, _TRAINING, _SAVING = "Data", "Model", "Training", "Saving and logging"
+_DATA, _MODEL, _TRAINING, _MEMORY, _SAVING = "Data", "Model", "Training", "Memory", "Saving and logging"
 
 
 def train(
@@ -51,8 +51,28 @@ def train(
         int | None, typer.Option(help="Of random weights and the order of the data.", rich_help_panel=_TRAINING)
     ] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="bf16 autocast.", rich_help_panel=_TRAINING)] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="full, or bounded: memory does not grow with the responses.", rich_help_panel=_MEMORY),
+    ] = None,
+    max_tokens_per_chunk: Annotated[
+        int | None,
+        typer.Option(help="bounded: most tokens whose activations are held; 8192.", rich_help_panel=_MEMORY),
+    ] = None,
+    auto_budget: Annotated[
+        bool | None,
+        typer.Option(
+            "--auto-budget", help="bounded: out of memory, halve the chunk and go on.", rich_help_panel=_MEMORY
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        str | None, typer.Option(help="bounded: keys and values on device or cpu.", rich_help_panel=_MEMORY)
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Compute activations again: none, prefix, all.", rich_help_panel=_MEMORY)
+    ] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING)
+        bool | None, typer.Option("--gradient-checkpointing", help="As --checkpoint all.", rich_help_panel=_MEMORY)
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -105,6 +125,11 @@ def train(
             "learning_rate": learning_rate,
             "seed": seed,
             "bf16": bf16,
+            "schedule": schedule,
+            "max_tokens_per_chunk": max_tokens_per_chunk,
+            "auto_budget": auto_budget,
+            "prefix_cache": prefix_cache,
+            "checkpoint": checkpoint,
             "gradient_checkpointing": gradient_checkpointing,
             "logging_steps": logging_steps,
             "eval_steps": eval_steps,
