@@ -199,7 +199,7 @@ def _run_chunk(
         )
         rows = hidden.flatten(0, 1).index_select(0, chunk.item.predictor_rows)
         if not rows.shape[0]:
-            return rows.new_zeros(0)
+            return rows.new_zeros(0, dtype=torch.promote_types(rows.dtype, torch.float32))  # as head_logps returns
         with region("lm head"):
             return head_logps(model, rows, chunk.targets)
 
