@@ -166,7 +166,7 @@ class _ChunkRunner:
                     # An adapter on the queries alone leaves keys and values of the first layer without a graph.
                     if edge is not None and grad is not None:
                         roots.append(edge)
-                        grads.append(grad)
+                        grads.append(grad.to(self._device))  # it may wait in host memory
         if roots:
             torch.autograd.backward(roots, grads)
 
