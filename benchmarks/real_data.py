@@ -70,10 +70,7 @@ def real_files(options: SweepOptions) -> Builders:
 
 def _builder(source: RealFile, options: SweepOptions) -> Callable[[], Workload]:
     def build() -> Workload:
-        if options.dry_run:
-            groups, sizes = _made_up(source), DRY_RUN
-        else:
-            groups, sizes = _read(source, options), source.sizes
+        groups, sizes = read_groups(source, options), DRY_RUN if options.dry_run else source.sizes
         return Workload(sizes=sizes, cuts=_cut(groups, source), bar=None if options.dry_run else BAR)
 
     return build
@@ -84,6 +81,11 @@ def _cut(groups: list[Group], source: RealFile) -> dict[str, Cut]:
     if source.sizes is LONG_CONTEXT and not source.stories:
         return {mode: [[group] for group in groups] for mode in one_micro_batch(groups)}
     return one_micro_batch(groups)
+
+
+def read_groups(source: RealFile, options: SweepOptions) -> list[Group]:
+    """The groups of one step; made up in a dry run."""
+    return _made_up(source) if options.dry_run else _read(source, options)
 
 
 def spread_order(count: int) -> list[int]:
