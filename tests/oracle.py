@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import kvpref
 from kvpref import Batch, Group
+from kvpref.losses import LossFunction
 
 
 class Result(NamedTuple):
@@ -142,6 +143,28 @@ def shared(model: nn.Module, batch: Batch, *, mode: str = "two_pass", backend: s
     with precision(model):
         logps = kvpref.response_logps(model, batch, mode=mode, backend=backend)
         return _differentiate(model, logps.token_logps, list(batch.groups))
+
+
+def weighted_loss(
+    policy: kvpref.ResponseLogps, reference: kvpref.ResponseLogps | None, batch: Batch
+) -> kvpref.LossOutput:
+    """The loss that `naive` differentiates."""
+    return kvpref.LossOutput((policy.token_logps * loss_weights(list(batch.groups)).to(policy.token_logps)).sum(), {})
+
+
+def scheduled(model: nn.Module, batch: Batch, loss: LossFunction = weighted_loss, **options: Any) -> Result:
+    """Log-probs and gradients of `kvpref.forward_backward` with a loss and options."""
+    seen: list[torch.Tensor] = []
+
+    def spying_loss(policy: kvpref.ResponseLogps, reference: Any, batch: Batch) -> kvpref.LossOutput:
+        seen.append(policy.token_logps.detach())
+        return loss(policy, reference, batch)
+
+    model.zero_grad(set_to_none=True)
+    with precision(model):
+        kvpref.forward_backward(model, batch, spying_loss, **options)
+    assert len(seen) == 1
+    return Result(seen[0], grads_of(model))
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:

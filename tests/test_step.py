@@ -59,7 +59,7 @@ def test_each_micro_batch_finds_the_targets_of_its_sequences(scenario: str) -> N
     assert (targets >= 0).all()
     for batch, part in zip(step.batches, step.chunks.micro_batches, strict=True):
         scored = [[t for t, flag in zip(s.input_ids, s.scored, strict=True) if flag] for s in batch.sequences]
-        assert targets[part.token_index].tolist() == sum(scored, [])
+        assert targets[part.token_index].tolist() == [token for tokens_of_one in scored for token in tokens_of_one]
         assert part.cu_seqlens.diff().tolist() == list(map(len, scored))
         assert part.cu_seqlens[0] == 0
 
