@@ -68,8 +68,10 @@ class MemoryTracker(TorchDispatchMode):
 
     Not seen: memory that a kernel takes and frees while it runs, and so the workspace inside
     ``kvpref::cascade_forward`` and ``kvpref::cascade_backward``, of which only results are seen.
-    `kvpref.profiling.memory.peak_bytes` counts it, on real tensors. Layers under `torch.compile` run eagerly inside.
-    Tensors on devices of another type than the model's are not counted.
+    `kvpref.profiling.memory.peak_bytes` counts it, on real tensors. Where a mode watches, autograd adds up the
+    gradients of a tensor that is used twice out of place; they are counted as if it did so in place, as it does
+    otherwise. Layers under `torch.compile` run eagerly inside. Tensors on devices of another type than the model's
+    are not counted.
 
     To follow fake tensors, enter the tracker inside the ``FakeTensorMode``. It can be entered once.
 
@@ -88,6 +90,7 @@ class MemoryTracker(TorchDispatchMode):
         self._device_type = "cpu" if parameter is None else parameter.device.type
         self._storages: dict[int, _Storage] = {}
         self._freed: deque[_Storage] = deque()
+        self._late: list[tuple[_Storage, int]] = []
         self._now = Sample(event=0, region=None)
         self._peak = self._now.copy()
         self._peaks: dict[str, Sample] = {}
@@ -98,7 +101,7 @@ class MemoryTracker(TorchDispatchMode):
     @property
     def current(self) -> MemorySnapshot:
         """What is held now; after the end, what was held then."""
-        self._settle_freed()
+        self._settle()
         return self._now.freeze()
 
     @property
@@ -118,14 +121,14 @@ class MemoryTracker(TorchDispatchMode):
 
     def assign(self, category: str, *tensors: torch.Tensor) -> None:
         """Say what the storages of these tensors hold, also for the time that has passed."""
-        self._settle_freed()
+        self._settle()
         for tensor in tensors:
             if self._counts(tensor):
                 self._assign(self._follow(tensor, category), category)
 
     def reset_peak(self) -> None:
         """Forget the peaks and the timeline: from now on they begin with what is held."""
-        self._settle_freed()
+        self._settle()
         self._peak, self._peaks = self._now.copy(), {}
         if self._timeline is not None:
             self._timeline = Timeline()
@@ -151,25 +154,25 @@ class MemoryTracker(TorchDispatchMode):
     ) -> None:
         super().__exit__(kind, error, trace)
         self._hooks.close()
-        self._settle_freed()
+        self._settle()
         self._storages.clear()  # what is freed later changes nothing any more
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._settle()
         self._now.region = self._region()
-        self._settle_freed()
         for tensor in _tensors((args, kwargs)):
             if self._counts(tensor):
                 self._follow(tensor, OTHER)
         results = func(*args, **kwargs)
         # Freed while the operator ran, before its results are counted: their memory may lie in the same place.
-        self._settle_freed()
-        category = category_of_region(self._now.region)
+        self._settle()
+        category, is_late = category_of_region(self._now.region), _adds_in_place(func, args)
         for tensor in _tensors((results,)):
             if self._counts(tensor):
-                self._follow(tensor, category)
+                self._follow(tensor, category, is_late=is_late)
         return results
 
     def _region(self) -> str | None:
@@ -179,8 +182,11 @@ class MemoryTracker(TorchDispatchMode):
     def _counts(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == self._device_type and tensor.layout == torch.strided
 
-    def _follow(self, tensor: torch.Tensor, category: str) -> _Storage:
-        """The storage of a tensor, counted under `category` if it was not known, and with the size that it has now."""
+    def _follow(self, tensor: torch.Tensor, category: str, *, is_late: bool = False) -> _Storage:
+        """The storage of a tensor, counted under `category` if it was not known, and with the size that it has now.
+
+        With `is_late` a new storage is counted after what is freed next.
+        """
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)
@@ -188,6 +194,9 @@ class MemoryTracker(TorchDispatchMode):
             known = _Storage(storage, self._freed.append)
             known.key, known.category, known.num_bytes, known.born = key, category, 0, self._now.event + 1
             self._storages[key] = known
+            if is_late:
+                self._late.append((known, num_bytes))
+                return known
         if known.num_bytes != num_bytes:  # new, or resized in place
             change, known.num_bytes = num_bytes - known.num_bytes, num_bytes
             self._change(known.category, change)
@@ -205,12 +214,17 @@ class MemoryTracker(TorchDispatchMode):
                 sample.move(storage.num_bytes, storage.category, category)
         storage.category = category
 
-    def _settle_freed(self) -> None:
+    def _settle(self) -> None:
         """Take off what was freed. Not done in the callbacks: garbage collection may run them at any point."""
         while self._freed:
             storage = self._freed.popleft()
             del self._storages[storage.key]
             self._change(storage.category, -storage.num_bytes)
+        late, self._late = self._late, []
+        for storage, num_bytes in late:
+            if self._storages.get(storage.key) is storage:
+                storage.num_bytes = num_bytes
+                self._change(storage.category, num_bytes)
 
     def _change(self, category: str, num_bytes: int) -> None:
         now = self._now
@@ -236,6 +250,16 @@ class MemoryTracker(TorchDispatchMode):
     def _assign_optimizer_state(self) -> None:
         states = () if self._optimizer is None else self._optimizer.state.values()
         self.assign(OPTIMIZER, *_tensors(value for state in states for value in state.values()))
+
+
+def _adds_in_place(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether autograd adds up gradients, in place if no mode watched: not into views, whose base it shares."""
+    return (
+        func is torch.ops.aten.add.Tensor
+        and not torch.is_grad_enabled()
+        and torch._C._current_autograd_node() is not None
+        and not args[0]._is_view()
+    )
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
