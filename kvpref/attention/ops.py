@@ -8,15 +8,18 @@ heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kvpref.attention.backends import select_backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
 from kvpref.attention.merge import accumulate, merge_partials
+from kvpref.regions import PREFIX
 
 _BLOCKS_SCHEMA = "Tensor[] cu_seqlens, SymInt[] max_seqlens, float scale, str backend"
 
@@ -52,12 +55,13 @@ def cascade_forward(
     blocks = _blocks(keys, query, cu_seqlens, max_seqlens)
     # Autocast would lower the backends' own fp32 arithmetic.
     with torch.autocast(query.device.type, enabled=False):
-        partials = [
-            kernels.forward(query, key, value, block, params)
-            for key, value, block in zip(keys, values, blocks, strict=True)
-        ]
-        out, lse = merge_partials(partials, query.dtype)
-    return out.contiguous(), lse.contiguous()
+        partials = []
+        for key, value, block in zip(keys, values, blocks, strict=True):
+            with _range_of(block):
+                partials.append(kernels.forward(query, key, value, block, params))
+        with _range("merge"):
+            out, lse = merge_partials(partials, query.dtype)
+            return out.contiguous(), lse.contiguous()
 
 
 @custom_op(
@@ -90,11 +94,25 @@ def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one b
     dqs, dks, dvs = [], [], []
     with torch.autocast(query.device.type, enabled=False):
         for key, value, block in zip(keys, values, blocks, strict=True):
-            dq, dk, dv = kernels.backward(dout, query, key, value, out, lse, block, params)
-            dqs.append(dq)
-            dks.append(dk.to(key.dtype).contiguous())
-            dvs.append(dv.to(value.dtype).contiguous())
-        return accumulate(dqs, query.dtype).contiguous(), dks, dvs
+            with _range_of(block):
+                dq, dk, dv = kernels.backward(dout, query, key, value, out, lse, block, params)
+                dqs.append(dq)
+                dks.append(dk.to(key.dtype).contiguous())
+                dvs.append(dv.to(value.dtype).contiguous())
+        with _range("merge"):
+            return accumulate(dqs, query.dtype).contiguous(), dks, dvs
+
+
+def _range_of(block: VarlenBlock) -> AbstractContextManager[object]:
+    return _range("self" if block.causal else "cross")
+
+
+def _range(part: str) -> AbstractContextManager[object]:
+    """A name for a part of attention in traces of `torch.profiler`, forward and backward."""
+    # Entering a range takes longer than starting a kernel, also while nothing is recorded.
+    if not profiler._is_profiler_enabled:
+        return nullcontext()
+    return profiler.record_function(f"{PREFIX}attention {part}")
 
 
 def _blocks(

@@ -1,0 +1,136 @@
+"""`kvpref profile time`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpref.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvpref.data import PreferenceDataset
+    from kvpref.groups import Group
+    from kvpref.losses import PreferenceLoss
+    from kvpref.modeling.options import EngineOptions
+    from kvpref.profiling.time_report import TimeReport
+
+
+def time(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")],
+    data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    mode: Annotated[str, typer.Option(help="two_pass, one_pass, packed or padded.")] = "two_pass",
+    schedule: Annotated[str, typer.Option(help="full, or bounded (mode two_pass).")] = "full",
+    max_tokens_per_chunk: Annotated[
+        int | None, typer.Option(help="Most tokens whose activations bounded holds at once; default: the engine's.")
+    ] = None,
+    groups: Annotated[int, typer.Option(help="Prompts per step, spread evenly over the data.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Token budget of a micro-batch, counted as the mode counts.")] = 16384,
+    steps: Annotated[int, typer.Option(help="Steps to profile; times are means over them.")] = 3,
+    loss: Annotated[str, typer.Option(help="A loss that `kvpref train` knows.")] = "dpo",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder for time.json and trace.json (a Chrome trace).")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+) -> None:
+    """Show where the time of a training step (data, forward, backward, AdamW) goes, pass by pass.
+
+    Times are those of the profiler, which slows short operations down: read them as shares. On CUDA they are those of
+    kernels, without the gaps between them. trace.json opens in ui.perfetto.dev.
+
+    Example: kvpref profile time ./llama pairs.jsonl --groups 32 --output time
+    """
+    for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--steps", steps)):
+        if count < 1:
+            raise InputError(f"{name} must be at least 1; got {count}")
+    from kvpref.cli.step_inputs import cut_micro_batches
+    from kvpref.losses import make_loss
+    from kvpref.modeling.options import EngineOptions
+
+    options = EngineOptions(mode=mode, schedule=schedule, max_tokens_per_chunk=max_tokens_per_chunk)
+    loss_fn = make_loss(loss)
+    loaded, sampled = _load(model, data, tokenizer, dtype, loss_fn, groups)
+    cut = cut_micro_batches(sampled, mode, max_tokens)
+    settings = {
+        "model": model,
+        "data": data,
+        "dtype": str(next(loaded.parameters()).dtype),
+        "mode": mode,
+        "schedule": schedule,
+        "max_tokens_per_chunk": options.chunk_tokens,
+        "max_tokens_per_micro_batch": max_tokens,
+        "loss": loss,
+        "optimizer": "AdamW",
+    }
+    title = f"{Path(model).name} on {len(sampled)} groups of {Path(data).name}, {mode}, {schedule}"
+    report = _measure(loaded, cut, loss_fn, options, steps, output, title=title, settings=settings)
+    _show(report, output)
+    if json_:
+        print(json.dumps(report.to_json()))
+
+
+def _load(
+    model: str,
+    data: str,
+    tokenizer: str | None,
+    dtype: str,
+    loss: PreferenceLoss,
+    num_groups: int,
+) -> tuple[PreTrainedModel, PreferenceDataset]:
+    """The attached model, and the sampled groups with only the sequences that the loss reads."""
+    from kvpref.cli.step_inputs import load_model_and_groups, sample_evenly
+    from kvpref.training.inputs import check_lengths
+
+    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype)
+    sampled = sample_evenly(dataset, num_groups).map_groups(loss.select)
+    check_lengths(sampled, loaded)
+    return loaded, sampled
+
+
+def _measure(
+    model: PreTrainedModel,
+    cut: list[list[Group]],
+    loss: PreferenceLoss,
+    options: EngineOptions,
+    num_steps: int,
+    output: Path | None,
+    *,
+    title: str,
+    settings: dict[str, Any],
+) -> TimeReport:
+    import torch
+
+    from kvpref.profiling.provenance import Provenance
+    from kvpref.profiling.time_report import TimeReport
+    from kvpref.profiling.time_step import TimedStep, profile_time
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(model, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    print(f"profiling {num_steps} step{'s' if num_steps > 1 else ''}", file=sys.stderr)
+    try:
+        step = TimedStep(model, loss, optimizer, cut, options)
+        profile = profile_time(step, num_steps, None if output is None else output / "trace.json")
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of device memory: {error}; lower --max-tokens, or take --schedule bounded") from error
+    return TimeReport(
+        title=title, provenance=Provenance.collect(device), settings=settings, facts=step.facts, profile=profile
+    )
+
+
+def _show(report: TimeReport, output: Path | None) -> None:
+    from rich.console import Console
+
+    from kvpref.profiling.time_report import time_table
+
+    Console().print(time_table(report))
+    if output is not None:
+        report.write(output / "time.json")
+        print(f"wrote time.json and trace.json to {output}", file=sys.stderr)
