@@ -1,22 +1,23 @@
 """A deep model's step from those of two shallow ones: layers that are alike hold alike.
 
-Of two traces, of k and k+1 layers, the longer one has one more block of operators wherever the shorter one has k in a
-row. What is held at an operator of some layer is affine in the number of layers below it and above it, so it is affine
-in the depth both for the first layers, counted from the beginning of such a run, and for the last ones, counted from
-its end; what lies between them is nowhere higher than at both ends. So the highest moment of n layers is the highest
-among the first and last layers' moments, each extended along a line. tests/profiling/test_prediction_depth.py compares
-this with whole runs, byte by byte.
+Of two traces, of k and k+1 layers, the longer one has one more block of operators wherever the shorter one repeats a
+layer's. What is held at an operator of some layer is affine in the number of layers before and behind it. So it is
+affine in the depth for the first layers, counted from the beginning of such a run, and for the last ones, counted from
+its end; and of the layers between, none holds more at an operator than the two outermost of them do. So the highest
+moment of n layers is the highest of the first and last layers' moments, each extended along its line.
+tests/profiling/test_prediction_depth.py compares this with whole runs, byte by byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 from kvpref.profiling.prediction_step import Moment
 
 SHALLOW = 4
-"""Layers of the shallower trace: the two first and the two last ones."""
+"""Layers of the shallower trace: the first one, two like all those between, and the last one."""
 
 
 def extend(shallow: Sequence[Moment], deeper: Sequence[Moment], num_layers: int) -> list[Moment] | None:
@@ -49,13 +50,50 @@ def _by_region(trace: Sequence[Moment]) -> list[tuple[str | None, list[Moment]]]
 def _align(short: Sequence[Moment], long: Sequence[Moment]) -> list[tuple[Moment, Moment]] | None:
     """Moments of one stretch that are the same operator of the same layer, counted from the nearer end."""
     names = [[moment.operator for moment in stretch] for stretch in (short, long)]
-    from_start = _num_equal(names[0], names[1])
-    from_end = _num_equal(names[0][::-1], names[1][::-1])
-    if from_start + from_end < len(short):
+    insertions = _find_insertions(*names)
+    if insertions is None:
         return None
-    # What both ends could claim are the layers; each end takes half of them.
-    cut = (from_start + len(short) - from_end) // 2
-    return [*zip(short[:cut], long[:cut], strict=True), *zip(short[cut:], long[len(long) - len(short) + cut :], strict=True)]
+    pairs: list[tuple[Moment, Moment]] = []
+    start = shift = 0
+    for insertion in (*insertions, _Insertion(len(short), 0, 0)):
+        # The repeated layers before the insertion: each end takes half of them.
+        cut = insertion.place - insertion.num_repeated // 2
+        pairs.extend(zip(short[start:cut], long[start + shift : cut + shift], strict=True))
+        start, shift = cut, shift + insertion.length
+    return pairs
+
+
+class _Insertion(NamedTuple):
+    """The longer list has `length` more names before the shorter one's `place`, as the `num_repeated` names there."""
+
+    place: int
+    length: int
+    num_repeated: int
+
+
+def _find_insertions(short: list[str], long: list[str], start: int = 0, shift: int = 0) -> list[_Insertion] | None:
+    """Where the longer list repeats a block once more; None if that is not all that differs.
+
+    Args:
+        short: Names.
+        long: More names.
+        start: Where to begin in `short`.
+        shift: How many more names lie before in `long`.
+    """
+    place = start + _num_equal(short[start:], long[start + shift :])
+    if place == len(short) and place + shift == len(long):
+        return []
+    for length in range(1, len(long) - len(short) - shift + 1):
+        end = place + shift + length
+        if long[end : end + 1] != short[place : place + 1]:
+            continue
+        num_repeated = _num_equal(short[start:place][::-1], long[start + shift : end][::-1])
+        if num_repeated < (SHALLOW - 2) * length:
+            continue
+        following = _find_insertions(short, long, place, shift + length)
+        if following is not None:
+            return [_Insertion(place, length, num_repeated), *following]
+    return None
 
 
 def _num_equal(first: Sequence[str], second: Sequence[str]) -> int:

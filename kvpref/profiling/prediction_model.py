@@ -107,13 +107,16 @@ def build_fake_training(config: PreTrainedConfig, setup: TrainingSetup, num_laye
         InputError: If there is no causal language model of this type, or LoRA is asked for without PEFT.
     """
     check_config(config)
+    # PEFT moves modules between devices, which meta tensors can do and fake ones cannot.
+    with torch.device("meta"):
+        model = attach(_from_config(with_num_layers(config, num_layers), setup.dtype))
+        trained: nn.Module = model if setup.lora_rank is None else _with_lora(model, setup)
+    trained.train()
+    _switch_dropout_off(trained)
     # Index tensors of the plans are real: the engine reads some of them.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = attach(_from_config(with_num_layers(config, num_layers), setup.dtype))
-        _switch_dropout_off(model)
-        trained: nn.Module = model if setup.lora_rank is None else _with_lora(model, setup)
-        trained.train()
+        _replace_tensors(trained)
         parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         state = tuple(tensor for parameter in parameters for tensor in OPTIMIZERS[setup.optimizer](parameter))
         for parameter in parameters:
@@ -170,6 +173,20 @@ def _fingerprint(layer: nn.Module) -> tuple[Any, ...]:
         parts.append((name, type(module), tuple(settings)))
     parts.extend((name, tensor.shape) for name, tensor in (*layer.named_parameters(), *layer.named_buffers()))
     return tuple(parts)
+
+
+def _replace_tensors(model: nn.Module) -> None:
+    """Put a tensor on the CPU in place of every parameter and buffer on the meta device; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is not None and id(old) not in made:
+                    new = torch.empty_like(old, device="cpu", requires_grad=False)
+                    is_parameter = isinstance(old, nn.Parameter)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+                if old is not None:
+                    held[name] = made[id(old)]  # type: ignore[assignment]
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

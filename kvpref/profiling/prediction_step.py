@@ -61,9 +61,7 @@ class GroupShape:
             responses = [[index, *[0] * (self.response_tokens - 1)] for index in range(self.num_responses)]
             if ragged and group == 0 and self.response_tokens > 1:
                 responses[0] = responses[0][:-1]
-            groups.append(
-                Group([TokenSequence.from_prompt_and_response(prompt, response) for response in responses])
-            )
+            groups.append(Group([TokenSequence.from_prompt_and_response(prompt, response) for response in responses]))
         return collate(groups)
 
 
@@ -108,7 +106,16 @@ def trace_step(training: FakeTraining, batch: Batch, variant: Variant, device_ty
 
 
 def _run(training: FakeTraining, batch: Batch, variant: Variant) -> None:
-    forward_backward(training.model, batch, _made_up_loss, mode=variant.mode, schedule=variant.schedule)
+    forward_backward(
+        training.model,
+        batch,
+        _made_up_loss,
+        mode=variant.mode,
+        schedule=variant.schedule,
+        max_tokens_per_chunk=variant.max_tokens_per_chunk,
+        prefix_cache=variant.prefix_cache,
+        checkpoint=variant.checkpoint,
+    )
 
 
 def _made_up_loss(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
