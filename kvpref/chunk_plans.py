@@ -15,7 +15,7 @@ import torch
 from kvpref.attention.block import VarlenBlock
 from kvpref.chunks import SHARED, Chunk, SlabKey, build_chunks
 from kvpref.groups import Sequence
-from kvpref.layout import build_layout
+from kvpref.layout import build_layout, cut_prompts
 from kvpref.plans import LevelBlocks, PassPlan, int64
 from kvpref.tree import PrefixTree
 
@@ -115,11 +115,15 @@ def build_step_chunks(
         micro_batches: The sequences of each.
         tree: Over all of them, micro-batch after micro-batch.
         max_tokens: Most tokens of a chunk; None for one chunk per depth.
-        prefix_grad: False gives prompts chunks of their own, because they get no gradient.
+        prefix_grad: False gives prompts, the tokens before the first scored one, chunks of their own, because they
+            get no gradient. They are cut from responses even where nothing is shared: what gets a gradient must not
+            depend on whether responses happen to begin alike.
     """
     sequences = [sequence for several in micro_batches for sequence in several]
     scored = [sequence.scored for sequence in sequences]
     owners = [index for index, several in enumerate(micro_batches) for _ in several]
+    if not prefix_grad:
+        tree = cut_prompts(tree, scored)
     layout = build_layout(tree, scored)
     cut = build_chunks(tree, layout, owners, max_tokens=max_tokens, scored=None if prefix_grad else scored)
     parts = []

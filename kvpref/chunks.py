@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from kvpref.layout import LevelLayout, VarlenLayout
+from kvpref.layout import LevelLayout, VarlenLayout, prompt_segments
 from kvpref.tree import PrefixTree
 
 SHARED = -1
@@ -33,7 +33,7 @@ class SlabKey:
     """Of the segments in it."""
 
     is_prompt: bool
-    """Whether no token in it is scored. Told apart only where prompts get no gradient."""
+    """Whether no token up to its end is scored. Told apart only where prompts get no gradient."""
 
 
 class Span(NamedTuple):
@@ -112,11 +112,10 @@ def build_chunks(
         layout: Of this tree; says which rows predict scored tokens.
         owners: Per sequence, the micro-batch that it belongs to. Chunks do not mix owners.
         max_tokens: Most tokens of a chunk; None for one chunk per depth and owner.
-        scored: Per sequence, one flag per token; given where prompts, segments without any scored token, are to have
-            chunks of their own.
+        scored: Per sequence, one flag per token; given where prompts are to have chunks of their own.
     """
     owner_of = _segment_owners(tree, owners)
-    prompts = set() if scored is None else _unscored_segments(tree, scored)
+    prompts = set() if scored is None else prompt_segments(tree, scored)
     slab_of = [SlabKey(owner_of[i], segment.depth, i in prompts) for i, segment in enumerate(tree.segments)]
     limit = tree.num_unique_tokens if max_tokens is None else max_tokens
     is_kept = [False] * len(tree.segments)
@@ -140,16 +139,6 @@ def _segment_owners(tree: PrefixTree, owners: AbstractSequence[int]) -> list[int
         for index in path:
             found[index].add(owner)
     return [next(iter(several)) if len(several) == 1 else SHARED for several in found]
-
-
-def _unscored_segments(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> set[int]:
-    unscored = set(range(len(tree.segments)))
-    for path, flags in zip(tree.paths, scored, strict=True):
-        for index in path:
-            segment = tree.segments[index]
-            if index in unscored and any(flags[segment.start : segment.start + len(segment)]):
-                unscored.discard(index)
-    return unscored
 
 
 def _slab_rows(

@@ -10,7 +10,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from kvpref.tree import PrefixTree
+from kvpref.tree import PrefixTree, cut_segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,27 @@ def build_layout(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[boo
         cu_seqlens=cu_seqlens,
         max_position=max(_end(tree, path[-1]) for path in tree.paths) - 1,
     )
+
+
+def prompt_segments(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> set[int]:
+    """Segments up to whose end none of the sequences that hold them scores a token."""
+    return {index for index, first in _first_scored(tree, scored).items() if first >= _end(tree, index)}
+
+
+def cut_prompts(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> PrefixTree:
+    """The same sequences, where no segment holds the end of a prompt and the beginning of a response."""
+    ends = {index: first - tree.segments[index].start for index, first in _first_scored(tree, scored).items()}
+    return cut_segments(tree, {index: end for index, end in ends.items() if 0 < end < len(tree.segments[index])})
+
+
+def _first_scored(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> dict[int, int]:
+    """Per segment, the position of the first token that one of its sequences scores, there or elsewhere."""
+    found: dict[int, int] = {}
+    for path, flags in zip(tree.paths, scored, strict=True):
+        first = flags.index(True) if True in flags else len(flags)
+        for index in path:
+            found[index] = min(first, found.get(index, first))
+    return found
 
 
 def _end(tree: PrefixTree, index: int) -> int:

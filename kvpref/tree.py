@@ -5,7 +5,7 @@ Every run of tokens that several sequences share becomes one segment, stored onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 
@@ -86,6 +86,30 @@ def build_unshared_tree(sequences: AbstractSequence[TokenIds]) -> PrefixTree:
     _check_sequences(sequences)
     segments = tuple(Segment(parent=None, depth=0, start=0, input_ids=ids) for ids in sequences)
     return PrefixTree(segments=segments, paths=tuple((index,) for index in range(len(segments))))
+
+
+def cut_segments(tree: PrefixTree, offsets: Mapping[int, int]) -> PrefixTree:
+    """The same sequences with some segments cut in two.
+
+    Args:
+        tree: The prefix tree.
+        offsets: Segment index -> how many of its first tokens, at least one and not all, become a segment of their
+            own, the parent of the rest.
+    """
+    segments: list[Segment] = []
+    places: list[tuple[int, ...]] = []  # per segment of `tree`, its one or two indices in the result
+    for index, segment in enumerate(tree.segments):
+        stops = (offsets[index], len(segment)) if index in offsets else (len(segment),)
+        parent = None if segment.parent is None else places[segment.parent][-1]
+        start = 0
+        for stop in stops:
+            depth = 0 if parent is None else segments[parent].depth + 1
+            ids = segment.input_ids[start:stop]
+            segments.append(Segment(parent=parent, depth=depth, start=segment.start + start, input_ids=ids))
+            parent, start = len(segments) - 1, stop
+        places.append(tuple(range(len(segments) - len(stops), len(segments))))
+    paths = tuple(tuple(part for index in path for part in places[index]) for path in tree.paths)
+    return PrefixTree(segments=tuple(segments), paths=paths)
 
 
 def shared_prefix_length(first: TokenIds, second: TokenIds) -> int:

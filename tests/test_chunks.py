@@ -26,8 +26,8 @@ class Cut:
     chunks: ChunkLayout
     owners: list[int]
     max_tokens: int | None
-    unscored: set[int]
-    """Segments without a scored token."""
+    prompts: set[int]
+    """Segments that are to have chunks of their own."""
 
     def place(self, token: int) -> tuple[int, int]:
         """The (segment, offset) of a token."""
@@ -64,11 +64,15 @@ def with_unique_tokens(tree: PrefixTree) -> PrefixTree:
     return replace(tree, segments=tuple(segments))
 
 
-def unscored_segments(tree: PrefixTree, scored: list[tuple[bool, ...]]) -> set[int]:
-    wanted = set()
-    for path, flags in zip(tree.paths, scored, strict=True):
-        wanted |= {i for i in path if any(flags[tree.segments[i].start :][: len(tree.segments[i])])}
-    return set(range(len(tree.segments))) - wanted
+def prompts_of(tree: PrefixTree, scored: list[tuple[bool, ...]]) -> set[int]:
+    """Segments up to whose end none of their sequences scores a token."""
+    responses = {
+        index
+        for path, flags in zip(tree.paths, scored, strict=True)
+        for index in path
+        if any(flags[: tree.segments[index].start + len(tree.segments[index])])
+    }
+    return set(range(len(tree.segments))) - responses
 
 
 @st.composite
@@ -87,7 +91,7 @@ def cuts(draw: st.DrawFn) -> Cut:
         chunks=chunks,
         owners=owners,
         max_tokens=max_tokens,
-        unscored=unscored_segments(tree, flags) if apart else set(),
+        prompts=prompts_of(tree, flags) if apart else set(),
     )
 
 
@@ -177,7 +181,7 @@ def test_kept_is_what_others_read_and_only_long_segments_are_cut(cut: Cut) -> No
         assert len(pieces) == -(-len(segment) // limit)
         for chunk in pieces:
             assert (chunk.slab_start is not None) == (index in parents or len(segment) > limit)
-            assert chunk.slab.is_prompt == (index in cut.unscored)
+            assert chunk.slab.is_prompt == (index in cut.prompts)
 
 
 @given(cuts())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from token_lists import scored_token_lists
 
-from kvpref.layout import LevelLayout, VarlenLayout, build_layout
+from kvpref.layout import LevelLayout, VarlenLayout, build_layout, cut_prompts, prompt_segments
 from kvpref.tree import PrefixTree, build_tree
 
 Scored = tuple[list[tuple[int, ...]], list[tuple[bool, ...]]]
@@ -141,3 +141,18 @@ def test_first_tokens_of_several_responses_each_get_the_prompts_last_row() -> No
     assert layout.levels[1].predictor_rows == ()
     assert layout.token_index == (0, 1, 0)
     assert layout.levels[1].position_ids == (2, 2)
+
+
+@given(scored_token_lists(), limits)
+def test_prompts_end_where_a_segment_ends(scored: Scored, limit: tuple[int, int | None]) -> None:
+    """After the cut, a token is in a prompt's segment exactly if no sequence scores it, or one before it."""
+    tree = build_tree(scored[0], min_shared_tokens=limit[0], max_depth=limit[1])
+    cut = cut_prompts(tree, scored[1])
+    assert [cut.sequence(index) for index in range(len(scored[0]))] == scored[0]
+    assert cut.num_unique_tokens == tree.num_unique_tokens
+    prompts = prompt_segments(cut, scored[1])
+    paths = list(zip(cut.paths, scored[1], strict=True))
+    for index, segment in enumerate(cut.segments):
+        through = [flags for path, flags in paths if index in path]
+        for position in range(segment.start, segment.start + len(segment)):
+            assert (index in prompts) == (not any(any(flags[: position + 1]) for flags in through))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from token_lists import token_lists
 
-from kvpref.tree import PrefixTree, build_tree, build_unshared_tree, shared_prefix_length
+from kvpref.tree import PrefixTree, build_tree, build_unshared_tree, cut_segments, shared_prefix_length
 
 limits = st.tuples(st.integers(1, 4), st.one_of(st.none(), st.integers(0, 3)))
 
@@ -213,3 +213,23 @@ def test_bad_arguments(sequences: list[tuple[int, ...]], arguments: dict[str, in
 def test_unshared_tree_refuses_the_same() -> None:
     with pytest.raises(ValueError, match="at least one sequence"):
         build_unshared_tree([])
+
+
+@given(token_lists, st.data())
+def test_cut_segments_hold_the_same_sequences(sequences: list[tuple[int, ...]], data: st.DataObject) -> None:
+    tree = build_tree(sequences)
+    long = [index for index, segment in enumerate(tree.segments) if len(segment) > 1]
+    offsets = {
+        index: data.draw(st.integers(1, len(tree.segments[index]) - 1)) for index in long if data.draw(st.booleans())
+    }
+    cut = cut_segments(tree, offsets)
+    check_structure(cut)
+    assert [cut.sequence(index) for index in range(len(sequences))] == sequences
+    assert len(cut.segments) == len(tree.segments) + len(offsets)
+    starts = {(segment.start, segment.input_ids) for segment in cut.segments}
+    for index, segment in enumerate(tree.segments):
+        if index in offsets:
+            end = offsets[index]
+            assert {(segment.start, segment.input_ids[:end]), (segment.start + end, segment.input_ids[end:])} <= starts
+        else:
+            assert (segment.start, segment.input_ids) in starts

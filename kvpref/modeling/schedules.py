@@ -49,7 +49,7 @@ def forward_backward(  # noqa: PLR0913 - the options of a run, by name
         prefix_cache: For ``bounded``: where keys and values wait between chunks, ``device`` or ``cpu``.
         checkpoint: Which passes keep only the inputs of their layers: ``none``, ``prefix`` (passes whose keys and
             values others read) or ``all``. In training mode only.
-        prefix_grad: False treats keys and values of prompts (segments without a scored token), and what their hidden
+        prefix_grad: False treats keys and values of prompts (tokens before the first scored one), and what their hidden
             states predict, as constants. That is *not* the gradient of the loss; it saves the prompts' backward.
         backend: Attention backend, or ``auto``.
         backward: What runs the backward pass of the loss; pass accelerate's, which scales for mixed precision. In
