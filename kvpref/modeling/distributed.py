@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from kvpref.errors import UnsupportedModelError
@@ -19,7 +19,8 @@ def local_module(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: If the parameters are sharded: their ranks would have to run equally many chunks.
     """
-    if type(model).__name__ == "DeepSpeedEngine" or any(isinstance(module, FSDPModule) for module in model.modules()):
+    sharded = (FSDPModule, FullyShardedDataParallel)
+    if type(model).__name__ == "DeepSpeedEngine" or any(isinstance(module, sharded) for module in model.modules()):
         raise UnsupportedModelError(
             "schedule 'bounded' (and prefix_grad=False) runs as many forward passes as a rank's data needs, and a "
             "sharded model (FSDP, DeepSpeed) needs the same number on every rank; use schedule 'full' with a smaller "
