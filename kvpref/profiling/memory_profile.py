@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,6 +78,8 @@ def profile_step(step: ProfiledStep, *, snapshot: Path | None = None) -> MemoryP
         step.run()
     at_end = tracker.current
     resident_bytes = at_end.total_bytes - at_end.bytes_by_category.get(GRADIENTS, 0)
+    # The profiler would count freeing what was allocated before it watched, where an earlier one had seen that address.
+    step.model.zero_grad(set_to_none=True)
     allocated_bytes = peak_bytes(step.run, step.device, resident_bytes)
     on_cuda = step.device.type == "cuda"
     reserved_bytes = torch.cuda.max_memory_reserved(step.device) if on_cuda else None
@@ -154,6 +156,4 @@ def _with_unseen(peak: MemorySnapshot, allocated_bytes: int) -> MemorySnapshot:
     unseen = max(0, allocated_bytes - peak.total_bytes)
     held = dict(peak.bytes_by_category)
     held[OTHER] = held.get(OTHER, 0) + unseen
-    return MemorySnapshot(
-        total_bytes=peak.total_bytes + unseen, bytes_by_category=held, region=peak.region, event=peak.event
-    )
+    return replace(peak, total_bytes=peak.total_bytes + unseen, bytes_by_category=held)

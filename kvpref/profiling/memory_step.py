@@ -19,7 +19,6 @@ from kvpref.modeling.support import unwrap
 from kvpref.profiling.steps import StepMicroBatch, make_micro_batches
 from kvpref.regions import region
 
-
 VARIANTS: Mapping[str, EngineOptions] = {
     "full": EngineOptions(mode="two_pass", schedule="full"),
     "bounded": EngineOptions(mode="two_pass", schedule="bounded"),

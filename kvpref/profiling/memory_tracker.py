@@ -58,7 +58,8 @@ class MemoryTracker(TorchDispatchMode):
 
     A storage counts once, whatever views of it there are, from the operator that returns it until it is freed, with
     its own size: allocators round up (CUDA's to 512 bytes). It has one category, and is shown under it for all of its
-    life: a temporary of the backward pass that ends as a gradient is a gradient from its beginning. Categories:
+    life: a temporary of the backward pass that ends as a gradient is a gradient from its beginning (one that is added
+    to another first is not: the LM head's where its weight is tied). Categories:
 
     - ``parameters`` (with buffers), ``gradients``, ``optimizer``: those of the model and the optimizer;
     - what `kvpref.regions.mark` announces: ``prefix K/V``, ``prefix K/V gradients``, ``log-probs``;

@@ -1,0 +1,239 @@
+"""`kvpref profile memory`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpref.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvpref.data import PreferenceDataset
+    from kvpref.groups import Group
+    from kvpref.losses import LossFunction, PreferenceLoss
+    from kvpref.profiling.memory_profile import MemoryProfile
+    from kvpref.profiling.memory_report import MemoryReport
+    from kvpref.profiling.memory_step import MemoryCase
+
+DEFAULT_VARIANTS = "full,bounded,packed,padded"
+LIKELIHOOD = "likelihood"
+
+
+def memory(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")],
+    data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    variants: Annotated[
+        str, typer.Option(help="Separated by commas: full, bounded (schedules of two_pass), one_pass, packed, padded.")
+    ] = DEFAULT_VARIANTS,
+    num_responses: Annotated[
+        str | None, typer.Option(help="Cut groups down to so many responses, such as 2,8,32; default: whole groups.")
+    ] = None,
+    groups: Annotated[int, typer.Option(help="Prompts per step, spread evenly over the data.")] = 1,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Token budget of a micro-batch, as the mode counts; default: one micro-batch.")
+    ] = None,
+    max_tokens_per_chunk: Annotated[
+        int | None, typer.Option(help="Most tokens whose activations bounded holds at once; default: the engine's.")
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="likelihood (any number of responses, weighted by score), or one of `kvpref train`.")
+    ] = LIKELIHOOD,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder for memory.html, memory.json and memory.png.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+) -> None:
+    """Measure what a training step (forward, backward, AdamW) holds in memory, and what it consists of.
+
+    On CUDA, OUTPUT also gets a snapshot of the allocator per case, for https://pytorch.org/memory_viz.
+
+    Example: kvpref profile memory ./llama groups.jsonl --num-responses 2,8,32,64 --output memory
+    """
+    counts = _parse_counts(num_responses)
+    for name, count in (("--groups", groups), ("--max-tokens", max_tokens)):
+        if count is not None and count < 1:
+            raise InputError(f"{name} must be at least 1; got {count}")
+    wanted = _parse_variants(variants)
+    if output is not None:
+        from kvpref.profiling.memory_plot import require_matplotlib
+
+        require_matplotlib()
+    loss_fn = _make_loss(loss)
+    loaded, datasets = _load(model, data, tokenizer, dtype, loss_fn, groups, counts)
+    cases = [
+        case for count in counts for case in _cases(datasets[count], wanted, count, max_tokens, max_tokens_per_chunk)
+    ]
+    profiles, skipped = _measure(loaded, cases, loss_fn, output)
+    settings = {
+        "model": model,
+        "data": data,
+        "dtype": str(next(loaded.parameters()).dtype),
+        "max_tokens_per_micro_batch": max_tokens,
+        "max_tokens_per_chunk": max_tokens_per_chunk,
+        "loss": loss,
+        "optimizer": "AdamW",
+    }
+    report = _make_report(loaded, f"{Path(model).name} on {Path(data).name}", settings, profiles, skipped)
+    _show(report, output)
+    if json_:
+        print(json.dumps(report.to_json()))
+    if not profiles:
+        raise RunError(f"nothing could be measured: {'; '.join(skipped.values())}")
+
+
+def _parse_counts(text: str | None) -> list[int | None]:
+    """The numbers of responses, smallest first; one None for whole groups."""
+    if text is None:
+        return [None]
+    names = [name.strip() for name in text.split(",")]
+    if not all(name.isdecimal() and int(name) > 0 for name in names):
+        raise InputError(f"--num-responses takes whole numbers from 1 on, separated by commas; got {text!r}")
+    return [*sorted({int(name) for name in names})]
+
+
+def _parse_variants(text: str) -> list[str]:
+    from kvpref.profiling.memory_step import VARIANTS
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown or not names:
+        raise InputError(f"unknown variant {', '.join(unknown) or text!r}; choose from: {', '.join(VARIANTS)}")
+    return list(dict.fromkeys(names))
+
+
+def _make_loss(name: str) -> PreferenceLoss | LossFunction:
+    from kvpref.losses import LOSSES, make_loss
+    from kvpref.profiling.memory_loss import weighted_likelihood
+
+    if name == LIKELIHOOD:
+        return weighted_likelihood
+    if name not in LOSSES:
+        raise InputError(f"unknown loss {name!r}; choose from: {', '.join((LIKELIHOOD, *LOSSES))}")
+    return make_loss(name)
+
+
+def _load(
+    model: str,
+    data: str,
+    tokenizer: str | None,
+    dtype: str,
+    loss: PreferenceLoss | LossFunction,
+    num_groups: int,
+    counts: list[int | None],
+) -> tuple[PreTrainedModel, dict[int | None, PreferenceDataset]]:
+    """The attached model, and per number of responses the same sampled groups cut down to it."""
+    from kvpref.cli.step_inputs import load_model_and_groups, sample_evenly
+    from kvpref.data import PreferenceDataset
+    from kvpref.losses import as_loss
+    from kvpref.training.inputs import check_lengths
+
+    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype)
+    most = max(count or 1 for count in counts)
+    enough = [group for group in dataset if len(group) >= most]
+    if not enough:
+        largest = max(map(len, dataset), default=0)
+        raise InputError(f"{data}: no group has {most} responses; the largest has {largest}")
+    sampled = sample_evenly(PreferenceDataset(enough, report=dataset.report), num_groups)
+    select = as_loss(loss).select
+    datasets = {count: sampled.map_groups(lambda g, n=count: select(take_responses(g, n))) for count in counts}
+    check_lengths(datasets[counts[-1]], loaded)
+    return loaded, datasets
+
+
+def take_responses(group: Group, count: int | None) -> Group:
+    """A group with `count` of its responses, spread evenly; all of them if None."""
+    from kvpref.groups import Group
+
+    if count is None:
+        return group
+    kept = [index * len(group) // count for index in range(count)]
+    scores, labels = (None if values is None else [values[i] for i in kept] for values in (group.scores, group.labels))
+    return Group([group.sequences[i] for i in kept], scores=scores, labels=labels, id=group.id)
+
+
+def _cases(
+    dataset: PreferenceDataset,
+    variants: list[str],
+    count: int | None,
+    max_tokens: int | None,
+    max_tokens_per_chunk: int | None,
+) -> Iterator[MemoryCase]:
+    from kvpref.cli.step_inputs import cut_micro_batches
+    from kvpref.profiling.memory_step import VARIANTS, MemoryCase
+
+    for variant in variants:
+        yield MemoryCase(
+            variant=variant,
+            cut=cut_micro_batches(dataset, VARIANTS[variant].mode, max_tokens),
+            num_responses=count,
+            max_tokens_per_chunk=max_tokens_per_chunk,
+        )
+
+
+def _measure(
+    model: PreTrainedModel, cases: list[MemoryCase], loss: PreferenceLoss | LossFunction, output: Path | None
+) -> tuple[list[MemoryProfile], dict[str, str]]:
+    import torch
+
+    from kvpref.profiling.memory_profile import profile_cases
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(model, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    return profile_cases(
+        model,
+        cases,
+        loss,
+        optimizer,
+        snapshots=output,
+        on_start=lambda name: print(f"measuring {name}", file=sys.stderr),
+    )
+
+
+def _make_report(
+    model: PreTrainedModel,
+    title: str,
+    settings: dict[str, Any],
+    profiles: list[MemoryProfile],
+    skipped: dict[str, str],
+) -> MemoryReport:
+    from kvpref.profiling.memory_report import MemoryReport
+    from kvpref.profiling.provenance import Provenance
+
+    return MemoryReport(
+        title=title,
+        provenance=Provenance.collect(next(model.parameters()).device),
+        settings=settings,
+        profiles=tuple(profiles),
+        skipped=skipped,
+    )
+
+
+def _show(report: MemoryReport, output: Path | None) -> None:
+    from rich.console import Console
+
+    from kvpref.profiling.memory_report import breakdown_table, peaks_table, prefix_lines
+
+    console = Console()
+    console.print(peaks_table(report))
+    console.print(breakdown_table(report.largest()))
+    for line in prefix_lines(report.largest()):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for name, reason in report.skipped.items():
+        console.print(f"{name} was not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if output is None or not report.profiles:
+        return
+    from kvpref.profiling.memory_page import write_page
+    from kvpref.profiling.memory_plot import draw_report
+
+    report.write(output / "memory.json")
+    draw_report(report, output / "memory.png")
+    write_page(report, output / "memory.html")
+    print(f"wrote memory.html, memory.json and memory.png to {output}", file=sys.stderr)

@@ -1,0 +1,61 @@
+"""A model and sampled groups, for commands that measure training steps. Imported only when one runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import kvpref
+from kvpref.cli.loading import load_matching_tokenizer, load_model
+from kvpref.data import PreferenceDataset, StepOptions, StepPlanner, load_preferences
+from kvpref.groups import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model_and_groups(
+    model: str, data: str, tokenizer: str | None, dtype: str
+) -> tuple[PreTrainedModel, PreferenceDataset]:
+    """The attached model and all groups of the data.
+
+    Args:
+        model: Folder, hub name, or a .json configuration for random weights.
+        data: As for `kvpref.data.load_preferences`.
+        tokenizer: None for the model's own.
+        dtype: As for `load_model`.
+
+    Raises:
+        InputError: If something cannot be loaded, or does not fit together.
+    """
+    folder, config = (None, model) if model.endswith(".json") else (model, None)
+    loaded = kvpref.attach(load_model(folder, config, dtype=dtype))
+    return loaded, load_preferences(data, load_matching_tokenizer(tokenizer, folder, loaded))
+
+
+def sample_evenly(dataset: PreferenceDataset, count: int) -> PreferenceDataset:
+    """`count` groups at even distances, or all of them where there are fewer."""
+    count = min(count, len(dataset))
+    return PreferenceDataset((dataset[index * len(dataset) // count] for index in range(count)), report=dataset.report)
+
+
+def cut_micro_batches(dataset: PreferenceDataset, mode: str, max_tokens: int | None) -> list[list[Group]]:
+    """The micro-batches that the trainer makes of these groups, as one step; a single one without a budget.
+
+    Args:
+        dataset: At least one group.
+        mode: Counts the tokens.
+        max_tokens: Token budget of a micro-batch; None for no limit.
+
+    Raises:
+        InputError: If a group alone exceeds the budget.
+    """
+    if max_tokens is None:
+        return [list(dataset)]
+    options = StepOptions(
+        groups_per_step=len(dataset),
+        max_tokens_per_micro_batch=max_tokens,
+        mode=mode,  # type: ignore[arg-type]
+        shuffle=False,
+    )
+    (step,) = StepPlanner(dataset.lengths, options, dataset.group_ids).steps()
+    return [[dataset[index] for index in micro_batch.group_indices] for micro_batch in step[0]]
