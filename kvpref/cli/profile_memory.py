@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kvpref.data import PreferenceDataset
     from kvpref.groups import Group
     from kvpref.losses import LossFunction, PreferenceLoss
-    from kvpref.profiling.memory_profile import MemoryProfile
     from kvpref.profiling.memory_report import MemoryReport
     from kvpref.profiling.memory_step import MemoryCase
 
@@ -30,47 +29,30 @@ def memory(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")],
     data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
     tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
-    variants: Annotated[
-        str, typer.Option(help="Separated by commas: full, bounded (schedules of two_pass), one_pass, packed, padded.")
-    ] = DEFAULT_VARIANTS,
-    num_responses: Annotated[
-        str | None, typer.Option(help="Cut groups down to so many responses, such as 2,8,32; default: whole groups.")
-    ] = None,
+    variants: Annotated[str, typer.Option(help="Of full, bounded, one_pass, packed, padded.")] = DEFAULT_VARIANTS,
+    num_responses: Annotated[str | None, typer.Option(help="Cut groups down to so many each: 2,8,32,64.")] = None,
     groups: Annotated[int, typer.Option(help="Prompts per step, spread evenly over the data.")] = 1,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Token budget of a micro-batch, as the mode counts; default: one micro-batch.")
-    ] = None,
-    max_tokens_per_chunk: Annotated[
-        int | None, typer.Option(help="Most tokens whose activations bounded holds at once; default: the engine's.")
-    ] = None,
-    loss: Annotated[
-        str, typer.Option(help="likelihood (any number of responses, weighted by score), or one of `kvpref train`.")
-    ] = LIKELIHOOD,
+    max_tokens: Annotated[int | None, typer.Option(help="Token budget of a micro-batch; default: none.")] = None,
+    max_tokens_per_chunk: Annotated[int | None, typer.Option(help="Of bounded; default: the engine's.")] = None,
+    loss: Annotated[str, typer.Option(help="One of `kvpref train`, or likelihood: weighted by scores.")] = LIKELIHOOD,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for memory.html, memory.json and memory.png.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
 ) -> None:
     """Measure what a training step (forward, backward, AdamW) holds in memory, and what it consists of.
 
-    On CUDA, OUTPUT also gets a snapshot of the allocator per case, for https://pytorch.org/memory_viz.
+    Variants full and bounded are the schedules of mode two_pass; the others are modes. On CUDA, OUTPUT also gets a
+    snapshot of the allocator per case, for https://pytorch.org/memory_viz.
 
     Example: kvpref profile memory ./llama groups.jsonl --num-responses 2,8,32,64 --output memory
     """
-    counts = _parse_counts(num_responses)
+    counts, wanted, loss_fn = _parse_counts(num_responses), _parse_variants(variants), _make_loss(loss)
     for name, count in (("--groups", groups), ("--max-tokens", max_tokens)):
         if count is not None and count < 1:
             raise InputError(f"{name} must be at least 1; got {count}")
-    wanted = _parse_variants(variants)
     if output is not None:
-        from kvpref.profiling.memory_plot import require_matplotlib
-
-        require_matplotlib()
-    loss_fn = _make_loss(loss)
+        _check_pictures()
     loaded, datasets = _load(model, data, tokenizer, dtype, loss_fn, groups, counts)
-    cases = [
-        case for count in counts for case in _cases(datasets[count], wanted, count, max_tokens, max_tokens_per_chunk)
-    ]
-    profiles, skipped = _measure(loaded, cases, loss_fn, output)
     settings = {
         "model": model,
         "data": data,
@@ -80,12 +62,12 @@ def memory(
         "loss": loss,
         "optimizer": "AdamW",
     }
-    report = _make_report(loaded, f"{Path(model).name} on {Path(data).name}", settings, profiles, skipped)
+    report = _measure(loaded, _cases(datasets, wanted, max_tokens, max_tokens_per_chunk), loss_fn, settings, output)
     _show(report, output)
     if json_:
         print(json.dumps(report.to_json()))
-    if not profiles:
-        raise RunError(f"nothing could be measured: {'; '.join(skipped.values())}")
+    if not report.profiles:
+        raise RunError(f"nothing could be measured: {'; '.join(report.skipped.values())}")
 
 
 def _parse_counts(text: str | None) -> list[int | None]:
@@ -141,8 +123,11 @@ def _load(
         largest = max(map(len, dataset), default=0)
         raise InputError(f"{data}: no group has {most} responses; the largest has {largest}")
     sampled = sample_evenly(PreferenceDataset(enough, report=dataset.report), num_groups)
-    select = as_loss(loss).select
-    datasets = {count: sampled.map_groups(lambda g, n=count: select(take_responses(g, n))) for count in counts}
+
+    def prepare(group: Group, count: int | None) -> Group:
+        return as_loss(loss).select(take_responses(group, count))
+
+    datasets = {count: sampled.map_groups(partial(prepare, count=count)) for count in counts}
     check_lengths(datasets[counts[-1]], loaded)
     return loaded, datasets
 
@@ -154,66 +139,73 @@ def take_responses(group: Group, count: int | None) -> Group:
     if count is None:
         return group
     kept = [index * len(group) // count for index in range(count)]
-    scores, labels = (None if values is None else [values[i] for i in kept] for values in (group.scores, group.labels))
-    return Group([group.sequences[i] for i in kept], scores=scores, labels=labels, id=group.id)
+    return Group(
+        [group.sequences[index] for index in kept],
+        scores=None if group.scores is None else [group.scores[index] for index in kept],
+        labels=None if group.labels is None else [group.labels[index] for index in kept],
+        id=group.id,
+    )
 
 
 def _cases(
-    dataset: PreferenceDataset,
+    datasets: dict[int | None, PreferenceDataset],
     variants: list[str],
-    count: int | None,
     max_tokens: int | None,
     max_tokens_per_chunk: int | None,
-) -> Iterator[MemoryCase]:
+) -> list[MemoryCase]:
+    """Every variant for the first number of responses, then for the next."""
     from kvpref.cli.step_inputs import cut_micro_batches
     from kvpref.profiling.memory_step import VARIANTS, MemoryCase
 
-    for variant in variants:
-        yield MemoryCase(
+    return [
+        MemoryCase(
             variant=variant,
             cut=cut_micro_batches(dataset, VARIANTS[variant].mode, max_tokens),
             num_responses=count,
             max_tokens_per_chunk=max_tokens_per_chunk,
         )
+        for count, dataset in datasets.items()
+        for variant in variants
+    ]
 
 
 def _measure(
-    model: PreTrainedModel, cases: list[MemoryCase], loss: PreferenceLoss | LossFunction, output: Path | None
-) -> tuple[list[MemoryProfile], dict[str, str]]:
+    model: PreTrainedModel,
+    cases: list[MemoryCase],
+    loss: PreferenceLoss | LossFunction,
+    settings: dict[str, Any],
+    output: Path | None,
+) -> MemoryReport:
     import torch
 
     from kvpref.profiling.memory_profile import profile_cases
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.nn.Module.to(model, device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    return profile_cases(
-        model,
-        cases,
-        loss,
-        optimizer,
-        snapshots=output,
-        on_start=lambda name: print(f"measuring {name}", file=sys.stderr),
-    )
-
-
-def _make_report(
-    model: PreTrainedModel,
-    title: str,
-    settings: dict[str, Any],
-    profiles: list[MemoryProfile],
-    skipped: dict[str, str],
-) -> MemoryReport:
     from kvpref.profiling.memory_report import MemoryReport
     from kvpref.profiling.provenance import Provenance
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(model, device).train()
+    profiles, skipped = profile_cases(
+        model,
+        cases,
+        loss,
+        torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+        snapshots=output,
+        on_start=lambda name: print(f"measuring {name}", file=sys.stderr),
+    )
     return MemoryReport(
-        title=title,
-        provenance=Provenance.collect(next(model.parameters()).device),
+        title=f"{Path(settings['model']).name} on {Path(settings['data']).name}",
+        provenance=Provenance.collect(device),
         settings=settings,
         profiles=tuple(profiles),
         skipped=skipped,
     )
+
+
+def _check_pictures() -> None:
+    """Before anything is measured: can the results be drawn?"""
+    from kvpref.profiling.memory_plot import require_matplotlib
+
+    require_matplotlib()
 
 
 def _show(report: MemoryReport, output: Path | None) -> None:
