@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,3 +152,19 @@ def test_the_loss_is_the_weighted_likelihood(model: PreTrainedModel) -> None:
     sums = policy.sum()
     expected = -((0 * sums[0] + sums[1] + 2 * sums[2]) / 3 + sums[3]) / 2
     torch.testing.assert_close(weighted_likelihood(policy, None, batch).loss, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_allocator_is_recorded(tmp_path: Path) -> None:
+    model = kvpref.attach(tiny_model("llama", hidden_size=64, intermediate_size=256)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    cases = [MemoryCase(variant="full", cut=[groups()])]
+    (found,), skipped = profile_cases(model, cases, weighted_likelihood, optimizer, snapshots=tmp_path)
+    assert skipped == {}
+    assert found.allocator_snapshot == str(tmp_path / "full.pickle")
+    recorded = pickle.loads((tmp_path / "full.pickle").read_bytes())
+    assert any(segment["blocks"] for segment in recorded["segments"])
+    assert found.reserved_bytes is not None
+    assert found.reserved_bytes >= found.allocated_bytes >= found.tracked_bytes
+    assert found.peak.total_bytes == found.allocated_bytes

@@ -270,3 +270,22 @@ def test_prefix_keys_and_values_take_exactly_their_formula() -> None:
     config, num_prefix_tokens = model.config, 150 + 151
     assert cache.num_bytes == held
     assert held == 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * num_prefix_tokens * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_threads_of_autograd_are_followed() -> None:
+    """They know no region of their own. Elementwise operators on whole blocks, so that the allocator rounds nothing."""
+    device = torch.device("cuda")
+    model = nn.ParameterList([torch.ones(512 * KIB, device=device)])
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with MemoryTracker(model) as tracker:
+        with region("pass 0"):
+            output = (2 * model[0]).exp()
+        with region("backward"):
+            output.backward(torch.ones_like(output))
+    assert tracker.peak.total_bytes - model[0].nbytes == torch.cuda.max_memory_allocated(device) - before
+    assert tracker.peak.region == "backward"
+    assert tracker.peak_by_region.keys() == {"pass 0", "backward"}
+    assert tracker.current.bytes_by_category["gradients"] == model[0].nbytes
