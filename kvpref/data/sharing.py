@@ -8,7 +8,10 @@ What counts is what a random step would not hold anyway. A few-shot prompt in ev
 order, and so is a system prompt of a tenth of the rows, as soon as a step has more than ten groups. Such beginnings are
 *common*: they make no cluster, and only tokens beyond them count below them. Of the others, which nest (a story, its
 questions), those become clusters that together spare the most tokens. One that exceeds a step (a story with more
-questions than a step has groups) will be cut; it has fewer groups than an epoch has steps, so steps stay a mixture.
+questions than a step has groups) will be cut into parts that fill steps.
+
+The price: the groups of a step are less independent than in random order. Beginnings that many groups share, such as
+system prompts of a mixture of tasks, are common as a rule, so that steps keep the mixture.
 """
 
 from __future__ import annotations

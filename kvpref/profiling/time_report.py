@@ -103,8 +103,8 @@ def time_table(report: TimeReport) -> Table:
         f"{profile.profiled_ms:.1f} ms with it",
         caption_justify="left",
     )
-    table.add_column("where")
-    table.add_column("what")
+    table.add_column("where", no_wrap=True)
+    table.add_column("what", no_wrap=True)
     for title in (*phases, "total", "share"):
         table.add_column(title, justify="right")
     for stage in _in_order(entry.place.stage for entry in profile.entries):
