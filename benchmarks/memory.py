@@ -215,6 +215,7 @@ def main() -> None:
     args = parser.parse_args()
     options = SweepOptions(device=torch.device("cpu"), dry_run=args.dry_run, clock=args.clock)
     path = results_folder(keep=not args.dry_run) / "memory.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
     console = Console(stderr=True)
     for name in args.only or PARTS:

@@ -1,7 +1,7 @@
 """Chunks as tensors: what the bounded schedule runs, one forward pass after another.
 
-Shape legend: T tokens of a chunk, P its predictor rows, U unique scored tokens of all micro-batches, S scored tokens
-over the sequences of one micro-batch.
+Shape legend: T tokens of a chunk, V distinct ones, P its predictor rows, U unique scored tokens of all micro-batches, S
+scored tokens over the sequences of one micro-batch.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class ChunkPlan:
         item: The pass; its only level has one cross block per slice in `reads`.
         reads: The keys and values that it reads.
         writes: Where its own T keys and values go; None where nothing reads them later.
+        unique_ids: (V,) int64, the distinct token ids.
+        inverse: (T,) int64, where each token's id stands among them.
         depth: Of its segments.
         is_prompt: Whether its segments are prompts that get no gradient.
         targets: (P,) int64, the tokens that its predictor rows predict.
@@ -46,6 +48,8 @@ class ChunkPlan:
     item: PassPlan
     reads: tuple[SlabSlice, ...]
     writes: SlabSlice | None
+    unique_ids: torch.Tensor
+    inverse: torch.Tensor
     depth: int
     is_prompt: bool
     targets: torch.Tensor
@@ -160,6 +164,7 @@ def _chunk_plan(chunk: Chunk) -> ChunkPlan:
         levels=(blocks,),
         predictor_rows=int64(chunk.predictor_rows),
     )
+    unique_ids, inverse = int64(chunk.input_ids).unique(return_inverse=True)
     writes = None
     if chunk.slab_start is not None:
         writes = SlabSlice(slab=chunk.slab, start=chunk.slab_start, stop=chunk.slab_start + len(chunk))
@@ -167,6 +172,8 @@ def _chunk_plan(chunk: Chunk) -> ChunkPlan:
         item=item,
         reads=tuple(SlabSlice(slab=read.slab, start=read.start, stop=read.stop) for read in chunk.reads),
         writes=writes,
+        unique_ids=unique_ids,
+        inverse=inverse,
         depth=chunk.slab.depth,
         is_prompt=chunk.slab.is_prompt,
         targets=int64(chunk.targets),

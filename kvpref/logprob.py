@@ -58,6 +58,7 @@ def token_logprobs(
     *,
     bias: torch.Tensor | None = None,
     params: HeadParams | None = None,
+    weight_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``log_softmax(logit_scale * (hidden @ weight.T + bias))[i, targets[i]]``, without the (S, V) logits.
 
@@ -70,6 +71,8 @@ def token_logprobs(
         targets: (S,), int64, in [0, V).
         bias: (V,), float.
         params: Scale and tile size.
+        weight_grad: (V, K), the dtype of `weight`. If given, the backward pass adds the weight's gradient to it, tile
+            by tile, and autograd gets none for the weight.
 
     Returns:
         (S,) float32, or float64 for float64 inputs.
@@ -85,7 +88,7 @@ def token_logprobs(
     device = hidden.device.type
     gemm_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     tiles = _Tiles(hidden, weight, params or HeadParams(), gemm_dtype)
-    logps: torch.Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, tiles)
+    logps: torch.Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, tiles, weight_grad)
     return logps
 
 
@@ -188,6 +191,7 @@ class _TokenLogprobs(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         tiles: _Tiles,
+        weight_grad: torch.Tensor | None,
     ) -> torch.Tensor:
         lse = hidden.new_full((tiles.num_tokens,), float("-inf"), dtype=tiles.sum_dtype)
         # A target outside [0, V) lies in no tile: NaN, not a plausible number.
@@ -201,7 +205,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     found = logits.gather(1, index.unsqueeze(1)).squeeze(1)
                     target_logits[rows] = torch.where(inside, found, target_logits[rows])
                     lse[rows] = torch.logaddexp(lse[rows], _logsumexp_in_place(logits))
-        ctx.tiles = tiles
+        ctx.tiles, ctx.weight_grad = tiles, weight_grad
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         return target_logits - lse
 
@@ -211,12 +215,15 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        given: torch.Tensor | None = ctx.weight_grad
         # Several row tiles add up in the weight's gradient, so it is then kept in the wider dtype.
         weight_dtype = weight.dtype if tiles.num_tokens <= tiles.tokens_per_tile else tiles.sum_dtype
         grad_hidden = torch.empty_like(hidden, dtype=tiles.sum_dtype) if need_hidden else None
         # Without a token no tile would overwrite it.
         make_weight = torch.empty_like if tiles.num_tokens else torch.zeros_like
-        grad_weight = make_weight(weight, dtype=weight_dtype) if need_weight else None
+        grad_weight = given
+        if given is None and need_weight:
+            grad_weight = make_weight(weight, dtype=weight_dtype)
         grad_bias = torch.zeros_like(bias, dtype=tiles.sum_dtype) if need_bias else None
         buffer = tiles.buffer(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -231,13 +238,15 @@ class _TokenLogprobs(torch.autograd.Function):
                     if grad_hidden is not None:
                         tiles.add_product(grad_hidden[rows], dlogits, weight[columns], first=columns.start == 0)
                     if grad_weight is not None:
-                        tiles.add_product(grad_weight[columns], dlogits.T, hidden[rows], first=rows.start == 0)
+                        first = given is None and rows.start == 0
+                        tiles.add_product(grad_weight[columns], dlogits.T, hidden[rows], first=first)
                     if grad_bias is not None:
                         grad_bias[columns] += dlogits.sum(0)
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None or given is not None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
         )

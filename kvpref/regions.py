@@ -43,7 +43,7 @@ _observers: ContextVar[tuple[Observer, ...]] = ContextVar("kvpref_observers", de
 def mark(kind: str, *tensors: torch.Tensor) -> None:
     """Tell observers what kind of data tensors hold.
 
-    The engine marks ``prefix K/V``, ``prefix K/V gradients`` and ``log-probs``.
+    The engine marks ``prefix K/V``, ``prefix K/V gradients``, ``log-probs`` and ``gradients`` that it makes itself.
     """
     for observer in _observers.get():
         observer(kind, tensors)

@@ -230,3 +230,16 @@ def test_shapes_that_do_not_fit(hidden: tuple[int, ...], weight: tuple[int, ...]
 def test_tile_bytes_must_be_positive() -> None:
     with pytest.raises(ValueError, match="max_tile_bytes must be positive; got 0"):
         HeadParams(max_tile_bytes=0)
+
+
+def test_weight_gradient_is_added_in_place() -> None:
+    hidden, weight, targets = torch.randn(5, 8), torch.randn(11, 8), torch.tensor([0, 10, 3, 3, 7])
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        plain = weight.to(dtype).requires_grad_()
+        token_logprobs(hidden.to(dtype), plain, targets).sum().backward()
+        given = weight.to(dtype).requires_grad_()
+        before = torch.ones_like(given)
+        total = before.clone()
+        token_logprobs(hidden.to(dtype), given, targets, weight_grad=total).sum().backward()
+        assert given.grad is None
+        torch.testing.assert_close(total - before, plain.grad, rtol=tolerance, atol=tolerance)

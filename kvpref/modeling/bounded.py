@@ -29,6 +29,7 @@ from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.passes import run_level_pass
 from kvpref.modeling.slabs import ChunkKeyValues, SlabStore
 from kvpref.modeling.support import check_training_state, unwrap
+from kvpref.modeling.vocabulary_grads import embed
 from kvpref.regions import mark, region
 from kvpref.step import Step
 
@@ -187,7 +188,7 @@ def _run_chunk(
     """One chunk through the layers and the LM head; (P,) log-probs."""
     checkpoints = torch.is_grad_enabled() and checkpoints_pass(options.checkpoint, is_prefix=chunk.writes is not None)
     with _without_cast_cache(chunk.targets.device), key_values.saving(), checkpointed(model, checkpoints):
-        embeds = model.get_input_embeddings()(chunk.item.input_ids)
+        embeds = embed(model.get_input_embeddings(), chunk.item.input_ids, chunk.unique_ids, chunk.inverse)
         hidden = run_level_pass(
             model,
             chunk.item,
@@ -201,7 +202,7 @@ def _run_chunk(
         if not rows.shape[0]:
             return rows.new_zeros(0, dtype=torch.promote_types(rows.dtype, torch.float32))  # as head_logps returns
         with region("lm head"):
-            return head_logps(model, rows, chunk.targets)
+            return head_logps(model, rows, chunk.targets, in_place=True)
 
 
 @contextmanager

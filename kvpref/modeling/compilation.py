@@ -14,12 +14,15 @@ from kvpref.modeling.support import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
+_MAX_GRAPHS = 64
+"""Above torch's default of 8, at which compilation would fail: schedule `bounded` takes 15 for prompts and responses."""
+
 
 def compile_layers(model: M, **options: Any) -> M:
     """Compile each decoder layer in place, once for all layers, batch shapes and micro-batches.
 
-    A layer compiles to one graph per kind of pass (first pass, later passes), with cascade attention as one operator
-    in it; the passes themselves stay ordinary Python. Compile before wrapping in DDP or sharding with FSDP2.
+    A layer compiles to one graph per kind of pass (first pass, later passes; in schedule ``bounded`` more), with
+    cascade attention as one operator in it; the passes themselves stay ordinary Python. Compile before wrapping in DDP or sharding with FSDP2.
 
     Args:
         model: Attached with `kvpref.attach`; PEFT adapters must be in place already.
@@ -40,6 +43,8 @@ def compile_layers(model: M, **options: Any) -> M:
     # left again, which is what this setting says. Releases without it refuse to compile checkpointed layers.
     if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # One graph per kind of pass: how many depths it reads, whether others read it, with or without gradients.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for module in inner.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(**{"fullgraph": True, "dynamic": True, **options})

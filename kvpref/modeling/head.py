@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from kvpref.errors import UnsupportedModelError
 from kvpref.logprob import HeadParams, token_logprobs
 from kvpref.modeling.families import FAMILIES
+from kvpref.modeling.vocabulary_grads import grad_in_place
 
 _NUM_PROBES = 3
 # Two evaluations of one linear layer, in the model's own dtype, differ by rounding only.
@@ -43,10 +44,18 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def head_logps(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probs of `targets` (U,) from `hidden` (U, hidden_size); (U,) fp32, or fp64 for fp64 models."""
+def head_logps(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, *, in_place: bool = False
+) -> torch.Tensor:
+    """Log-probs of `targets` (U,) from `hidden` (U, hidden_size); (U,) fp32, or fp64 for fp64 models.
+
+    With `in_place`, the backward pass adds the weight's gradient to its `.grad` itself, where it can.
+    """
     head = output_head(model)
-    return token_logprobs(hidden, head.weight, targets, bias=head.bias, params=head_params(model))
+    weight_grad = grad_in_place(head.weight) if in_place else None
+    return token_logprobs(
+        hidden, head.weight, targets, bias=head.bias, params=head_params(model), weight_grad=weight_grad
+    )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from sample_groups import SCENARIOS, five_levels, pairs, story_questions_answers
 from tiny_models import VARIANTS, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpref
 from kvpref import Batch, Group
@@ -159,6 +160,7 @@ def test_16_bit_models_sum_the_gradients_of_prefixes_in_fp32() -> None:
         ("prefix K/V", torch.bfloat16),
         ("prefix K/V gradients", torch.float32),
         ("log-probs", torch.float32),
+        ("gradients", torch.bfloat16),
     }
 
 
@@ -202,3 +204,44 @@ def test_scoring_in_chunks() -> None:
         assert not found.token_logps.requires_grad
         assert oracle.relative_error(found.token_logps, truth("llama", "five_levels").token_logps) < FP64_TOLERANCE
         assert found.cu_seqlens.tolist() == collated(five_levels()).cu_seqlens.tolist()
+
+
+@pytest.mark.parametrize("listener", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_vocabulary_weights_see_their_gradients(listener: str) -> None:
+    """In-place gradients would pass them by."""
+    model = kvpref.attach(tiny_model("llama:tied", torch.float64))
+    weight = model.get_input_embeddings().weight
+    seen: list[torch.Tensor] = []
+    getattr(weight, listener)(seen.append)
+    found = bounded(model, pairs(), 7)
+    assert seen
+    oracle.assert_same(found, truth("llama:tied", "pairs"), FP64_TOLERANCE)
+
+
+def test_gradients_of_the_vocabulary_never_pass_through_autograd() -> None:
+    """A tensor as large as the vocabulary per chunk would outweigh what the chunk saves."""
+    model = kvpref.attach(tiny_model("llama:tied"))
+    weight = model.get_input_embeddings().weight
+    weight.grad = torch.zeros_like(weight)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                is_new = isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known
+                largest = max(largest, tensor.numel() if is_new else 0)
+            return result
+
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), weight.grad)}
+    batch = collated(pairs())
+    with Watch():
+        kvpref.forward_backward(
+            model,
+            batch,
+            lambda policy, reference, _: kvpref.LossOutput(policy.token_logps.sum(), {}),
+            schedule="bounded",
+            max_tokens_per_chunk=2,
+        )
+    assert 0 < largest < weight.numel()
