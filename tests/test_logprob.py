@@ -235,9 +235,9 @@ def test_tile_bytes_must_be_positive() -> None:
 def test_weight_gradient_is_added_in_place() -> None:
     hidden, weight, targets = torch.randn(5, 8), torch.randn(11, 8), torch.tensor([0, 10, 3, 3, 7])
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        plain = weight.to(dtype).requires_grad_()
+        plain = weight.to(dtype, copy=True).requires_grad_()
         token_logprobs(hidden.to(dtype), plain, targets).sum().backward()
-        given = weight.to(dtype).requires_grad_()
+        given = weight.to(dtype, copy=True).requires_grad_()
         before = torch.ones_like(given)
         total = before.clone()
         token_logprobs(hidden.to(dtype), given, targets, weight_grad=total).sum().backward()
