@@ -1,0 +1,11 @@
+"""`kvpref profile`."""
+
+from __future__ import annotations
+
+import typer
+
+from kvpref.cli import profile_memory, profile_time
+
+app = typer.Typer(help="Where a training step's memory and time go.", no_args_is_help=True)
+app.command("memory")(profile_memory.memory)
+app.command("time")(profile_time.time)
