@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,12 @@ class _Copies(NamedTuple):
     ready: torch.cuda.Event | None
 
 
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all chunks and steps: the allocator keeps freed memory for the stream that it was made on."""
+    return torch.cuda.Stream(device)
+
+
 class HostPrefixes:
     """The keys and values that one chunk reads, in host memory.
 
@@ -33,7 +40,7 @@ class HostPrefixes:
     def __init__(self, prefixes: Sequence[tuple[KeyValue, ...]], device: torch.device) -> None:
         self._leaves: list[Leaves] = [tuple(tensor for pair in pairs for tensor in pair) for pairs in prefixes]
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copy_stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # what earlier chunks wrote to the host
         self._begun: dict[int, _Copies] = {}
@@ -95,6 +102,7 @@ class HostPrefixes:
     def again(self, layer: int, place: int) -> torch.Tensor:
         """One of a layer's copies for the backward pass; they are brought together and handed out one by one."""
         if self._again[0] != layer:
+            self._in_use = ()  # the forward pass is over
             self._again = (layer, self.copies(layer))
         return self._again[1][place]
 
