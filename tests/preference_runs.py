@@ -76,3 +76,8 @@ def reference_free_loss(
     sums = policy.sum()
     margins = sums[0::2] - sums[1::2]
     return kvpref.LossOutput(loss=-torch.nn.functional.logsigmoid(0.1 * margins).mean(), metrics={})
+
+
+def split_unevenly(groups: list[kvpref.Group]) -> list[list[kvpref.Group]]:
+    """Two ranks' shares: the first three groups and all others."""
+    return [groups[:3], groups[3:]]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from preference_runs import make_args, make_groups, make_model, reference_free_loss
+from preference_runs import make_args, make_groups, make_model, reference_free_loss, split_unevenly
 
 import kvpref
+from kvpref.step import join
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 # float64 throughout: only the order of sums differs.
@@ -60,3 +61,20 @@ def test_fsdp2_matches_one_process(tmp_path: Path) -> None:
     kvpref.forward_backward(model, kvpref.collate(make_groups()), reference_free_loss)
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_close(torch.load(tmp_path / "grads.pt"), expected)
+
+
+@pytest.mark.slow
+def test_bounded_ddp_matches_one_process(tmp_path: Path) -> None:
+    shares = split_unevenly(make_groups())
+    num_chunks = [
+        len(join([kvpref.collate(share)], max_tokens_per_chunk=10).chunks.micro_batches[0].chunks) for share in shares
+    ]
+    assert num_chunks[0] < num_chunks[1], "ranks must run different numbers of chunks"
+    run_two_processes("bounded", tmp_path)
+    model = kvpref.attach(make_model())
+    kvpref.forward_backward(model, kvpref.collate(make_groups()), reference_free_loss)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    once, again, accumulated = torch.load(tmp_path / "grads.pt")
+    assert_close(once, expected)
+    assert_close(again, expected)
+    assert_close(accumulated, {name: 2 * grad for name, grad in expected.items()})
