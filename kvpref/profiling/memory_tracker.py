@@ -77,7 +77,8 @@ class MemoryTracker(TorchDispatchMode):
     To follow fake tensors, enter the tracker inside the ``FakeTensorMode``. It can be entered once.
 
     Args:
-        model: Its parameters, buffers and gradients are resident from the start; gradients are followed.
+        model: Its parameters, buffers and gradients are resident from the start; gradients are followed, those that
+            autograd delivers and those that `kvpref.regions.mark` announces.
         optimizer: Its state is resident from the start, and followed through its steps.
         keep_timeline: Whether to keep `timeline`.
     """
@@ -87,6 +88,7 @@ class MemoryTracker(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._model, self._optimizer = model, optimizer
+        self._parameters = frozenset(model.parameters())
         parameter = next(iter((*model.parameters(), *model.buffers())), None)
         self._device_type = "cpu" if parameter is None else parameter.device.type
         self._storages: dict[int, _Storage] = {}
@@ -140,10 +142,6 @@ class MemoryTracker(TorchDispatchMode):
         self.assign(PARAMETERS, *self._model.parameters(), *self._model.buffers())
         self._assign_gradients()
         self._assign_optimizer_state()
-        for parameter in self._model.parameters():
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)
-                self._hooks.callback(hook.remove)
         if self._optimizer is not None:
             self._hooks.callback(self._optimizer.register_step_post_hook(self._on_step).remove)
         self._hooks.enter_context(observe_marks(lambda kind, tensors: self.assign(kind, *tensors)))
@@ -170,10 +168,15 @@ class MemoryTracker(TorchDispatchMode):
         results = func(*args, **kwargs)
         # Freed while the operator ran, before its results are counted: their memory may lie in the same place.
         self._settle()
-        category, is_late = category_of_region(self._now.region), _adds_in_place(func, args)
+        category = category_of_region(self._now.region)
+        node = torch._C._current_autograd_node()
+        is_late = _adds_in_place(node, func, args)
         for tensor in _tensors((results,)):
             if self._counts(tensor):
                 self._follow(tensor, category, is_late=is_late)
+        # Not by hooks on the parameters: the engine runs otherwise where somebody listens to their gradients.
+        if node is not None and getattr(node, "variable", None) in self._parameters:
+            self.assign(GRADIENTS, *_tensors((results,)))
         return results
 
     def _region(self) -> str | None:
@@ -238,10 +241,6 @@ class MemoryTracker(TorchDispatchMode):
         if self._timeline is not None:
             self._timeline.add(now)
 
-    def _on_gradient(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            self.assign(GRADIENTS, parameter.grad)
-
     def _on_step(self, *_: Any) -> None:
         self._assign_optimizer_state()
 
@@ -253,12 +252,12 @@ class MemoryTracker(TorchDispatchMode):
         self.assign(OPTIMIZER, *_tensors(value for state in states for value in state.values()))
 
 
-def _adds_in_place(func: Any, args: tuple[Any, ...]) -> bool:
+def _adds_in_place(node: Any, func: Any, args: tuple[Any, ...]) -> bool:
     """Whether autograd adds up gradients, in place if no mode watched: not into views, whose base it shares."""
     return (
-        func is torch.ops.aten.add.Tensor
+        node is not None
+        and func is torch.ops.aten.add.Tensor
         and not torch.is_grad_enabled()
-        and torch._C._current_autograd_node() is not None
         and not args[0]._is_view()
     )
 

@@ -24,7 +24,8 @@ PROMPT, RESPONSE, NUM_RESPONSES = 120, 24, 6
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return kvpref.attach(tiny_model("llama", hidden_size=64, intermediate_size=256))
+    """Its tied vocabulary makes gradients that a wrong count of those in passing would show."""
+    return kvpref.attach(tiny_model("llama:tied", hidden_size=64, intermediate_size=256, vocab_size=2003))
 
 
 def groups(num_responses: int = NUM_RESPONSES) -> list[Group]:
