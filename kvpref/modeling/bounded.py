@@ -22,8 +22,10 @@ from transformers import PreTrainedModel
 from kvpref.batch import ResponseLogps
 from kvpref.chunk_plans import ChunkPlan
 from kvpref.chunks import SHARED
+from kvpref.errors import UnsupportedModelError
 from kvpref.modeling.attach import run_inside
 from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
+from kvpref.modeling.compilation import is_compiled
 from kvpref.modeling.head import head_logps
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.passes import run_level_pass
@@ -73,6 +75,11 @@ class _ChunkRunner:
         self._model, self._step, self._options = model, step, options
         self._device = step.batches[0].device
         on_host = options.prefix_cache == "cpu" and moves_to_host(self._device)
+        if on_host and is_compiled(unwrap(model)):
+            raise UnsupportedModelError(
+                "prefix_cache='cpu' would compile each layer anew, because each is brought keys and values of its own; "
+                "use prefix_cache='device', or leave out compile_layers"
+            )
         self._store = SlabStore(step.chunks.slab_rows, on_host=on_host, prompts_get_grad=options.prefix_grad)
         self._graphs: dict[ChunkPlan, _ChunkGraph] = {}
         dtype = torch.promote_types(next(unwrap(model).parameters()).dtype, torch.float32)

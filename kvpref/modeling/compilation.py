@@ -15,14 +15,15 @@ from kvpref.modeling.support import unwrap
 M = TypeVar("M", bound=nn.Module)
 
 _MAX_GRAPHS = 64
-"""Above torch's default of 8, at which compilation would fail: schedule `bounded` takes 15 for prompts and responses."""
+"""More than torch's 8, at which compilation would fail: `bounded` takes 15 for prompts and responses in chunks."""
 
 
 def compile_layers(model: M, **options: Any) -> M:
     """Compile each decoder layer in place, once for all layers, batch shapes and micro-batches.
 
-    A layer compiles to one graph per kind of pass (first pass, later passes; in schedule ``bounded`` more), with
-    cascade attention as one operator in it; the passes themselves stay ordinary Python. Compile before wrapping in DDP or sharding with FSDP2.
+    A layer compiles to one graph per kind of pass (first pass, later passes; more in schedule ``bounded``), with
+    cascade attention as one operator in it; the passes themselves stay ordinary Python. Compile before wrapping in DDP
+    or sharding with FSDP2.
 
     Args:
         model: Attached with `kvpref.attach`; PEFT adapters must be in place already.
@@ -49,3 +50,9 @@ def compile_layers(model: M, **options: Any) -> M:
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(**{"fullgraph": True, "dynamic": True, **options})
     return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_layers` has compiled the model's layers."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return any(layer._compiled_call_impl is not None for layer in layers)

@@ -12,7 +12,8 @@ from tiny_models import tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kvpref
-from kvpref import Group, InputError, Sequence
+from kvpref import Group, InputError, Sequence, UnsupportedModelError
+from kvpref.modeling import bounded
 
 # The compiled graph runs the same operators in the same order.
 FP64_TOLERANCE = 1e-10
@@ -97,3 +98,33 @@ def test_refusals() -> None:
         kvpref.compile_layers(model)
     with pytest.raises(InputError, match="dynamic shapes"):
         kvpref.compile_layers(kvpref.attach(model), dynamic=False)
+
+
+@pytest.mark.slow
+def test_bounded_needs_no_new_graph_for_new_shapes() -> None:
+    """Chunks differ in what they read, whether others read them, and gradients: more kinds than torch's limit of 8."""
+    counter = CompileCounterWithBackend("eager")
+    model = kvpref.attach(tiny_model("llama", torch.float64))
+    plain = kvpref.attach(oracle.twin(model))
+    kvpref.compile_layers(model, backend=counter)
+    nums = []
+    for seed, max_tokens in ((0, 7), (1, 7), (3, 9), (4, 12)):
+        batch = random_batch(seed)
+        for each in (model, plain):
+            each.zero_grad()
+            kvpref.forward_backward(
+                each, batch, oracle.weighted_loss, schedule="bounded", max_tokens_per_chunk=max_tokens
+            )
+        for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert oracle.relative_error(found.grad, expected.grad) < FP64_TOLERANCE, name
+        nums.append(num_graphs(counter))
+    assert 8 < nums[1] < 20
+    assert len(set(nums[1:])) == 1
+
+
+def test_keys_and_values_in_host_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer would be compiled anew."""
+    model = kvpref.compile_layers(kvpref.attach(tiny_model("llama")), backend="eager")
+    monkeypatch.setattr(bounded, "moves_to_host", lambda device: True)
+    with pytest.raises(UnsupportedModelError, match="leave out compile_layers"):
+        kvpref.forward_backward(model, random_batch(0), oracle.weighted_loss, schedule="bounded", prefix_cache="cpu")
