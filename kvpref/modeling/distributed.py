@@ -17,7 +17,8 @@ def local_module(model: nn.Module) -> nn.Module:
     """The module whose forward and backward add to local gradients only.
 
     Raises:
-        UnsupportedModelError: If the parameters are sharded: their ranks would have to run equally many chunks.
+        UnsupportedModelError: If the parameters are sharded, whose ranks would have to run equally many chunks, or the
+            wrapper relies on a static graph.
     """
     sharded = (FSDPModule, FullyShardedDataParallel)
     if type(model).__name__ == "DeepSpeedEngine" or any(isinstance(module, sharded) for module in model.modules()):
@@ -26,7 +27,14 @@ def local_module(model: nn.Module) -> nn.Module:
             "sharded model (FSDP, DeepSpeed) needs the same number on every rank; use schedule 'full' with a smaller "
             "max_tokens_per_micro_batch, or DistributedDataParallel"
         )
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    if model.static_graph:
+        raise UnsupportedModelError(
+            "DistributedDataParallel(static_graph=True) averages gradients before all chunks have added theirs; leave "
+            "static_graph out, or use schedule 'full'"
+        )
+    return model.module
 
 
 def synchronise_gradients(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import kvpref
 from kvpref import InputError, UnsupportedModelError
@@ -106,6 +107,13 @@ def test_sharded_models_are_refused(api: str, options: dict[str, Any], one_rank:
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     with pytest.raises(UnsupportedModelError, match="use schedule 'full'"):
         kvpref.forward_backward(model, kvpref.collate(pairs()), weighted_sum, **options)
+
+
+def test_a_static_graph_is_refused(one_rank: None) -> None:
+    """With it the second step's gradients would be averaged too early."""
+    model = DistributedDataParallel(kvpref.attach(tiny_model("llama")), static_graph=True)
+    with pytest.raises(UnsupportedModelError, match="leave static_graph out"):
+        kvpref.forward_backward(model, kvpref.collate(pairs()), weighted_sum, schedule="bounded")
 
 
 def test_deepspeed_is_refused() -> None:
