@@ -49,8 +49,7 @@ def _by_region(trace: Sequence[Moment]) -> list[tuple[str | None, list[Moment]]]
 
 def _align(short: Sequence[Moment], long: Sequence[Moment]) -> list[tuple[Moment, Moment]] | None:
     """Moments of one stretch that are the same operator of the same layer, counted from the nearer end."""
-    names = [[moment.operator for moment in stretch] for stretch in (short, long)]
-    insertions = _find_insertions(*names)
+    insertions = _find_insertions(_operators(short), _operators(long))
     if insertions is None:
         return None
     pairs: list[tuple[Moment, Moment]] = []
@@ -94,6 +93,10 @@ def _find_insertions(short: list[str], long: list[str], start: int = 0, shift: i
         if following is not None:
             return [_Insertion(place, length, num_repeated), *following]
     return None
+
+
+def _operators(trace: Sequence[Moment]) -> list[str]:
+    return [moment.operator for moment in trace]
 
 
 def _num_equal(first: Sequence[str], second: Sequence[str]) -> int:

@@ -9,8 +9,8 @@ from kvpref.data.costs import SHARING_MODES
 from kvpref.profiling.prediction_peak import PeakPrediction, Predictor
 from kvpref.profiling.prediction_step import GroupShape, Variant
 
-TOKENS_PER_CHUNK_STEP = 256
-"""Bounds on chunks are tried in multiples of this."""
+_TOKENS_PER_CHUNK_STEP = range(256, 1025)
+"""Bounds on chunks are tried in multiples of a response's tokens, if that is a number in this range, or its start."""
 
 MAX_TOKENS_TRIED = 2**19
 """No larger micro-batch is tried, in tokens that run through the model."""
@@ -156,13 +156,14 @@ def _plan_bounded(
     Chunks of responses are alike, so bounds are tried with the responses of two chunks, and the result once with all.
     """
     longest = max(shape.prompt_tokens, shape.num_responses * shape.response_tokens)
-    limit = -(-longest // TOKENS_PER_CHUNK_STEP)
+    unit = shape.response_tokens if shape.response_tokens in _TOKENS_PER_CHUNK_STEP else _TOKENS_PER_CHUNK_STEP[0]
+    limit = -(-longest // unit)
 
     def with_bound(steps: int) -> Variant:
-        return replace(variant, max_tokens_per_chunk=steps * TOKENS_PER_CHUNK_STEP)
+        return replace(variant, max_tokens_per_chunk=steps * unit)
 
     def peak(steps: int) -> PeakPrediction:
-        two_chunks = max(1, -(-2 * steps * TOKENS_PER_CHUNK_STEP // shape.response_tokens))
+        two_chunks = max(1, -(-2 * steps * unit // shape.response_tokens))
         return predictor.peak(with_bound(steps), replace(shape, num_responses=min(shape.num_responses, two_chunks)))
 
     first = max(1, limit // 2)

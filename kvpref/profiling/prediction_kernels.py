@@ -22,7 +22,7 @@ from kvpref.attention.backends.cuda_flash import CudaFlash
 from kvpref.attention.backends.efficient import Efficient
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.reference import Reference
-from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.block import AttentionParams, Pair, VarlenBlock
 from kvpref.attention.merge import Partial, accumulate, merge_partials
 from kvpref.logprob import tiles_for
 
@@ -33,17 +33,19 @@ Choose = Callable[[torch.Tensor], Backend]
 
 
 @contextmanager
-def running_on(device_type: str) -> Iterator[None]:
-    """Let fake tensors on the CPU stand in for tensors on `device_type`, ``cuda`` or ``cpu``.
+def running_on(device_type: str, after_operator: Callable[[str], object]) -> Iterator[None]:
+    """Let fake tensors on the CPU stand in for tensors on another type of device.
 
-    Enter it after the modes that are to see what kernels hold.
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+        after_operator: Called with the name of every operator that has run, while its arguments are held.
     """
-    with tiles_for(device_type), _TargetKernels(device_type):
+    with tiles_for(device_type), _TargetKernels(device_type, after_operator):
         yield
 
 
 class _TargetKernels(TorchDispatchMode):
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, after_operator: Callable[[str], object]) -> None:
         super().__init__()
         choose, merge = _BACKENDS[device_type]
         self._cascades: dict[Any, Callable[..., Any]] = {
@@ -51,6 +53,7 @@ class _TargetKernels(TorchDispatchMode):
             _KVPREF.cascade_backward.default: partial(_cascade_backward, choose),
         }
         self._hidden_bytes = _HIDDEN_BYTES[device_type]
+        self._after_operator = after_operator
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -59,16 +62,17 @@ class _TargetKernels(TorchDispatchMode):
             return args[0].fake_device  # asked for more often than all else
         cascade = self._cascades.get(func)
         if cascade is not None:
-            with self:  # the backend's kernels hide buffers too
+            with self:  # the backend's own operators
                 return cascade(*args, **(kwargs or {}))
         hidden = self._hidden_bytes.get(func)
         buffer = None if hidden is None else torch.empty(hidden(*args), dtype=torch.uint8)
         result = func(*args, **(kwargs or {}))
+        self._after_operator(func.name())
         del buffer
         return result
 
 
-def _cascade_forward(
+def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments
     choose: Choose,
     merge: Merge,
     query: torch.Tensor,
@@ -90,7 +94,7 @@ def _cascade_forward(
     return out.contiguous(), lse.contiguous()
 
 
-def _cascade_backward(
+def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
     choose: Choose,
     dout: torch.Tensor,
     query: torch.Tensor,
@@ -118,7 +122,7 @@ def _blocks(
     query: torch.Tensor, keys: Sequence[torch.Tensor], cu_seqlens: Sequence[torch.Tensor], max_seqlens: Sequence[int]
 ) -> list[VarlenBlock]:
     return [
-        VarlenBlock(
+        _ReadableBlock(
             cu_seqlens_q=cu_seqlens[2 * index],
             cu_seqlens_k=cu_seqlens[2 * index + 1],
             max_seqlen_q=max_seqlens[2 * index],
@@ -129,6 +133,15 @@ def _blocks(
         )
         for index, key in enumerate(keys)
     ]
+
+
+class _ReadableBlock(VarlenBlock):
+    """Its offsets are real; modes that make fake tensors of them must not see them read."""
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        with _disable_current_modes():
+            return super().pairs
 
 
 class _CpuFlash(cpu_flash.CpuFlash):

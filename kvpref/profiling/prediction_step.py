@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
 
 from kvpref.batch import Batch, ResponseLogps, collate
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.groups import Sequence as TokenSequence
 from kvpref.losses import LossOutput
-from kvpref.modeling.schedules import forward_backward
-from kvpref.profiling.memory_tracker import MemoryTracker
+from kvpref.modeling.options import EngineOptions
+from kvpref.modeling.schedules import forward_backward, forward_backward_step
+from kvpref.profiling.memory_tracker import OPTIMIZER, MemoryTracker
 from kvpref.profiling.prediction_kernels import running_on
 from kvpref.profiling.prediction_model import FakeTraining
 from kvpref.regions import current_region
+from kvpref.step import join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,46 +97,38 @@ def trace_step(training: FakeTraining, batch: Batch, variant: Variant, device_ty
         variant: How to run it.
         device_type: What the fake tensors stand in for.
     """
-    batch.plan(variant.mode)
+    step = _prepare(training, batch, variant)
+    moments: list[Moment] = []
     with training.mode, MemoryTracker(training.model) as tracker:
-        tracker.assign("optimizer", *training.optimizer_state)
-        with _Recorder(tracker) as recorder, running_on(device_type):
-            _run(training, batch, variant)
-        return recorder.moments
+        tracker.assign(OPTIMIZER, *training.optimizer_state)
+
+        def record(operator: str) -> None:
+            now = tracker.current
+            moments.append(Moment(operator, current_region(), now.total_bytes, now.bytes_by_category))
+
+        record("start")
+        with running_on(device_type, record):
+            step()
+    return moments
 
 
-def _run(training: FakeTraining, batch: Batch, variant: Variant) -> None:
-    forward_backward(
+def _prepare(training: FakeTraining, batch: Batch, variant: Variant) -> Callable[[], object]:
+    """The step, with its index tensors made now, as real ones: the engine reads some of them."""
+    if variant.schedule != "bounded":
+        batch.plan(variant.mode)
+        return partial(forward_backward, training.model, batch, _made_up_loss, **asdict(variant))
+    options = EngineOptions(**asdict(variant))
+    return partial(
+        forward_backward_step,
         training.model,
-        batch,
+        join([batch], max_tokens_per_chunk=options.chunk_tokens),
         _made_up_loss,
-        mode=variant.mode,
-        schedule=variant.schedule,
-        max_tokens_per_chunk=variant.max_tokens_per_chunk,
-        prefix_cache=variant.prefix_cache,
-        checkpoint=variant.checkpoint,
+        options,
+        references=[None],
+        backward=lambda loss, _: loss.backward(),
     )
 
 
 def _made_up_loss(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
     """Reads the log-prob of every response, as preference losses do."""
     return LossOutput(policy.sum().mean(), {})
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self, tracker: MemoryTracker) -> None:
-        super().__init__()
-        self._tracker = tracker
-        self.moments: list[Moment] = []
-        self._record("start")
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._record(str(func))
-        return result
-
-    def _record(self, operator: str) -> None:
-        now = self._tracker.current
-        self.moments.append(Moment(operator, current_region(), now.total_bytes, now.bytes_by_category))

@@ -1,0 +1,153 @@
+"""`kvpref plan`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpref.errors import InputError
+
+if TYPE_CHECKING:
+    from kvpref.profiling.prediction_fit import VariantPlan
+    from kvpref.profiling.prediction_model import TrainingSetup
+    from kvpref.profiling.prediction_peak import Predictor
+    from kvpref.profiling.prediction_step import GroupShape, Variant
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_LENGTHS = ("max", "p90", "p50")
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="CONFIG.json, a folder with config.json, or a hub name.")],
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one device, such as 80GiB.")] = "80GiB",
+    reserve: Annotated[str, typer.Option(help="Kept free for fragmentation and the CUDA context.")] = "2GiB",
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Tokens of a response.")] = None,
+    num_responses: Annotated[int | None, typer.Option(help="Responses per prompt.")] = None,
+    data: Annotated[str | None, typer.Option(help="Take lengths not given from this data.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For --data; default: the model's own.")] = None,
+    lengths: Annotated[str, typer.Option(help="Which of the data's lengths: max, p90, p50.")] = "max",
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float32.")] = "bfloat16",
+    mixed_precision: Annotated[str | None, typer.Option(help="bf16: autocast, with --dtype float32.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd, sgd_momentum.")] = "adamw",
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA adapters only.")] = None,
+    lora_targets: Annotated[str, typer.Option(help="all-linear, or attention.")] = "all-linear",
+    checkpoint: Annotated[str, typer.Option(help="As in `kvpref train`: none, prefix, all.")] = "none",
+    prefix_cache: Annotated[str, typer.Option(help="bounded: keys and values on device or cpu.")] = "device",
+    num_shards: Annotated[int, typer.Option(help="Devices that share weights and optimizer (FSDP, ZeRO 3).")] = 1,
+    device: Annotated[str, typer.Option(help="Whose kernels: cuda, cpu.")] = "cuda",
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+) -> None:
+    """Predict peak memory, and the largest budgets that fit. Needs no GPU and loads no weights.
+
+    Example: kvpref plan ./llama --gpu-memory 80GiB --prompt-tokens 4096 --response-tokens 512 --num-responses 16
+    """
+    from kvpref.cli.plan_report import PlanReport, describe
+
+    memory_bytes, reserve_bytes = parse_bytes(gpu_memory, "--gpu-memory"), parse_bytes(reserve, "--reserve")
+    if reserve_bytes >= memory_bytes:
+        raise InputError(f"--reserve {reserve} leaves nothing of --gpu-memory {gpu_memory}")
+    shape = _shape(model, data, tokenizer, lengths, (prompt_tokens, response_tokens, num_responses))
+    setup = _setup(dtype, mixed_precision, optimizer, lora_rank, lora_targets, device)
+    predictor = _predictor(model, setup, num_shards)
+    plans = _plan_variants(predictor, shape, memory_bytes - reserve_bytes, checkpoint, prefix_cache)
+    report = PlanReport(plans=plans, setup=setup, num_shards=num_shards, budget_bytes=memory_bytes - reserve_bytes)
+    report.show(f"{model}: {gpu_memory} less {reserve} in reserve; {describe(shape)}")
+    if json_:
+        settings = {"model": model, "gpu_memory_bytes": memory_bytes, "reserve_bytes": reserve_bytes}
+        print(json.dumps({**settings, "shape": asdict(shape), **report.to_json()}))
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """``80GiB`` -> bytes.
+
+    Raises:
+        InputError: If it is not a positive number with a unit that is known.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else None
+    if match is None or unit not in _UNITS:
+        raise InputError(f"{option}: expected a size such as 80GiB, 24GB or 512MiB; got {text!r}")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def _shape(
+    model: str, data: str | None, tokenizer: str | None, which: str, given: tuple[int | None, int | None, int | None]
+) -> GroupShape:
+    from kvpref.profiling.prediction_step import GroupShape
+
+    found: tuple[int | None, int | None, int | None] = (None, None, None)
+    if data is not None:
+        found = _lengths_of(data, tokenizer or model, which)
+    lengths = [own if own is not None else other for own, other in zip(given, found, strict=True)]
+    if any(length is None for length in lengths):
+        raise InputError("give --prompt-tokens, --response-tokens and --num-responses, or --data")
+    prompt, response, count = (length or 0 for length in lengths)
+    return GroupShape(prompt_tokens=prompt, response_tokens=response, num_responses=count)
+
+
+def _lengths_of(data: str, tokenizer: str, which: str) -> tuple[int, int, int]:
+    """Prompt tokens, response tokens and responses per prompt."""
+    from kvpref.data import load_preferences, load_tokenizer, summarize_dataset
+
+    if which not in _LENGTHS:
+        raise InputError(f"unknown lengths {which!r}; choose from: {', '.join(_LENGTHS)}")
+    print(f"reading {data}", file=sys.stderr)
+    statistics = summarize_dataset(load_preferences(data, load_tokenizer(tokenizer)))
+    summaries = (statistics.prompt_tokens, statistics.response_tokens, statistics.sequences_per_group)
+    prompt, response, count = (getattr(summary, which) for summary in summaries)
+    return prompt, response, count
+
+
+def _setup(
+    dtype: str, mixed_precision: str | None, optimizer: str, rank: int | None, targets: str, device: str
+) -> TrainingSetup:
+    import torch
+
+    from kvpref.profiling.prediction_model import TrainingSetup
+
+    if dtype not in ("bfloat16", "float32"):
+        raise InputError(f"unknown dtype {dtype!r}; choose from: bfloat16, float32")
+    if mixed_precision not in (None, "bf16"):
+        raise InputError(f"unknown mixed precision {mixed_precision!r}; choose bf16, or leave it out")
+    if mixed_precision and dtype != "float32":
+        raise InputError("--mixed-precision bf16 keeps weights in float32; add --dtype float32")
+    return TrainingSetup(
+        dtype=getattr(torch, dtype),
+        mixed_precision=torch.bfloat16 if mixed_precision else None,
+        optimizer=optimizer,
+        lora_rank=rank,
+        lora_targets=targets,
+        device_type=device,
+    )
+
+
+def _predictor(model: str, setup: TrainingSetup, num_shards: int) -> Predictor:
+    from kvpref.cli.loading import load_config
+    from kvpref.profiling.prediction_peak import Predictor
+
+    return Predictor(load_config(model), setup, num_shards=num_shards)
+
+
+def _plan_variants(
+    predictor: Predictor, shape: GroupShape, budget_bytes: int, checkpoint: str, prefix_cache: str
+) -> list[VariantPlan]:
+    from kvpref.profiling.prediction_fit import plan_variant
+    from kvpref.profiling.prediction_step import Variant
+
+    variants: dict[str, Variant] = {
+        "bounded": Variant(schedule="bounded", checkpoint=checkpoint, prefix_cache=prefix_cache),
+        "full": Variant(checkpoint=checkpoint),
+        "packed": Variant(mode="packed", checkpoint=checkpoint),
+        "padded": Variant(mode="padded", checkpoint=checkpoint),
+    }
+    plans = []
+    for name, variant in variants.items():
+        print(f"planning {name}", file=sys.stderr)
+        plans.append(plan_variant(name, variant, predictor, shape, budget_bytes))
+    return plans

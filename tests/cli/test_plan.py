@@ -1,0 +1,161 @@
+"""`kvpref plan`, also for models that no machine of ours could hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import environment
+
+from kvpref.cli.plan import parse_bytes
+from kvpref.errors import InputError
+from kvpref.plans import MODES
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LENGTHS = ("--prompt-tokens", 4096, "--response-tokens", 512, "--num-responses", 16)
+GIB = 2**30
+# The command in a process of its own, and the most memory that it took.
+PROGRAM = """
+import resource, sys, typer
+from kvpref.cli.plan import plan
+from kvpref.errors import InputError
+app = typer.Typer()
+app.command()(plan)
+try:
+    app(sys.argv[1:], standalone_mode=False)
+except InputError as error:
+    sys.exit(f"error: {error}")
+print(f"peak KiB: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}", file=sys.stderr)
+"""
+
+
+def run_plan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(), check=False)
+
+
+def plan_of(*arguments: object) -> dict[str, Any]:
+    done = run_plan(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    peak_kib = int(done.stderr.rsplit("peak KiB: ", 1)[1])
+    assert peak_kib * 1024 < 4 * GIB
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result["by_name"] = {variant["name"]: variant for variant in result["variants"]}
+    return result
+
+
+def one_group_bytes(plan: dict[str, Any]) -> dict[str, int]:
+    return {name: variant["one_group"]["total_bytes"] for name, variant in plan["by_name"].items()}
+
+
+@pytest.mark.slow
+def test_an_8b_model_with_adapters_fits_in_the_bounded_schedule_only() -> None:
+    pytest.importorskip("peft")
+    plan = plan_of(CONFIGS / "llama_3_1_8b.json", *LENGTHS, "--lora-rank", 16, "--gpu-memory", "80GiB")
+    needed = one_group_bytes(plan)
+    assert needed["bounded"] < needed["full"] < needed["packed"] < needed["padded"]
+    assert {name: variant["fits"] for name, variant in plan["by_name"].items()} == {
+        "bounded": True,
+        "full": False,
+        "packed": False,
+        "padded": False,
+    }
+    bounded = plan["by_name"]["bounded"]
+    assert bounded["largest_bytes"] <= plan["budget_bytes"] == 78 * GIB
+    assert f"--max-tokens-per-chunk {bounded['max_tokens_per_chunk']}" in bounded["train_flags"]
+    # 8.03 billion weights in 16 bits and 42 million adapter weights in 32, with gradients and two moments.
+    assert bounded["one_group"]["resident_bytes"] == pytest.approx(8.03e9 * 2 + 4 * 4 * 42e6, rel=0.01)
+    assert plan["by_name"]["packed"]["max_responses"] < plan["by_name"]["full"]["max_responses"] < 16
+    assert bounded["max_responses"] > 100
+
+
+@pytest.mark.slow
+def test_a_70b_model_needs_shards_or_adapters() -> None:
+    plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS)
+    assert not any(variant["fits"] for variant in plan["variants"])
+    resident = plan["by_name"]["full"]["one_group"]["resident_bytes"]
+    assert resident == pytest.approx(70.55e9 * 2 * 4, rel=0.01)
+    assert any("--lora-rank" in line for line in plan["advice"])
+    assert any("--num-shards" in line for line in plan["advice"])
+
+
+def small(tmp_path: Path) -> Path:
+    """Few layers of the 8B model."""
+    config = json.loads((CONFIGS / "llama_3_1_8b.json").read_text())
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps({**config, "num_hidden_layers": 3, "vocab_size": 4096}))
+    return path
+
+
+def test_packed_grows_with_the_responses_and_bounded_hardly(tmp_path: Path) -> None:
+    from kvpref.cli.loading import load_config
+    from kvpref.profiling.prediction_model import TrainingSetup
+    from kvpref.profiling.prediction_peak import Predictor
+    from kvpref.profiling.prediction_step import GroupShape, Variant
+
+    predictor = Predictor(load_config(str(small(tmp_path))), TrainingSetup())
+
+    def added(variant: Variant, num_responses: int) -> int:
+        shape = GroupShape(prompt_tokens=512, response_tokens=128, num_responses=num_responses)
+        peak = predictor.peak(variant, shape)
+        return peak.total_bytes - peak.resident_bytes
+
+    packed, bounded = Variant(mode="packed"), Variant(schedule="bounded", max_tokens_per_chunk=512)
+    assert added(packed, 16) > 1.8 * added(packed, 8)
+    assert added(bounded, 16) < 1.02 * added(bounded, 8)
+
+
+def test_everything_fits_a_small_model(tmp_path: Path) -> None:
+    lengths = ("--prompt-tokens", 300, "--response-tokens", 100, "--num-responses", 4)
+    plan = plan_of(small(tmp_path), *lengths, "--gpu-memory", "16GiB", "--reserve", "1GiB", "--checkpoint", "all")
+    assert plan["advice"] == []
+    for variant in plan["variants"]:
+        assert variant["fits"]
+        assert variant["mode"] in MODES
+        assert "--checkpoint all" in variant["train_flags"]
+        assert variant["largest_bytes"] <= plan["budget_bytes"] == 15 * GIB
+    full, packed = plan["by_name"]["full"], plan["by_name"]["packed"]
+    assert full["max_tokens_per_micro_batch"] == full["num_groups"] * 700
+    assert packed["max_tokens_per_micro_batch"] == packed["num_groups"] * 1600
+    assert full["num_groups"] > packed["num_groups"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt-tokens", 8), "give --prompt-tokens, --response-tokens and --num-responses, or --data"),
+        ((*LENGTHS, "--gpu-memory", "much"), "expected a size such as 80GiB"),
+        ((*LENGTHS, "--gpu-memory", "1GiB"), "leaves nothing"),
+        ((*LENGTHS, "--dtype", "int8"), "choose from: bfloat16, float32"),
+        ((*LENGTHS, "--mixed-precision", "bf16"), "add --dtype float32"),
+        ((*LENGTHS, "--num-shards", 0), "at least 1; got 0"),
+        ((*LENGTHS, "--checkpoint", "some"), "unknown checkpoint 'some'"),
+    ],
+)
+def test_bad_usage_is_explained(tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
+    done = run_plan(small(tmp_path), *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_lengths_come_from_data(tmp_path: Path, tokenizer_dir: Path, pairs_file: Path) -> None:
+    plan = plan_of(small(tmp_path), "--data", pairs_file, "--tokenizer", tokenizer_dir, "--num-responses", 5)
+    # 18 words; two words and the end; the option given wins over the data's pairs.
+    assert plan["shape"] == {"prompt_tokens": 18, "response_tokens": 3, "num_responses": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("80GiB", 80 * GIB), ("24 gb", 24 * 10**9), ("1.5GiB", 3 * GIB // 2), ("1024", 1024)]
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text, "--x") == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "80 parsecs"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(InputError, match="--x: expected a size"):
+        parse_bytes(text, "--x")

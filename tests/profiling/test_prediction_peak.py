@@ -1,0 +1,95 @@
+"""Predicted peaks: what they are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
+
+from kvpref.errors import InputError
+from kvpref.profiling.prediction_model import OPTIMIZERS, TrainingSetup
+from kvpref.profiling.prediction_peak import GATHERED, Predictor
+from kvpref.profiling.prediction_step import GroupShape, Variant
+
+SHAPE = GroupShape(prompt_tokens=64, response_tokens=32, num_responses=4)
+REAL_OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "sgd_momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_is_that_of_torch(name: str) -> None:
+    model = tiny_model("llama")
+    parameters = list(model.parameters())
+    optimizer = REAL_OPTIMIZERS[name](parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if value is not None]
+    predicted = [tensor for parameter in parameters for tensor in OPTIMIZERS[name](parameter)]
+    assert sum(tensor.nbytes for tensor in predicted) == sum(tensor.nbytes for tensor in states)
+
+
+def test_resident_bytes_are_weights_gradients_and_two_moments() -> None:
+    config = tiny_config("llama")
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    peak = Predictor(config, TrainingSetup()).peak(Variant(), SHAPE)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert peak.bytes_by_category["gradients"] == weights
+    assert peak.bytes_by_category["optimizer"] == 2 * weights + 4 * len(list(model.parameters()))
+    assert sum(peak.bytes_by_category.values()) == peak.total_bytes > peak.resident_bytes
+
+
+def test_shards_divide_what_is_resident_and_add_what_is_gathered() -> None:
+    config = tiny_config("llama")
+    one, four = (Predictor(config, TrainingSetup(), num_shards=shards).peak(Variant(), SHAPE) for shards in (1, 4))
+    for name in ("parameters", "gradients", "optimizer"):
+        assert four.bytes_by_category[name] == -(-one.bytes_by_category[name] // 4)
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - layer * len(model.model.layers)
+    assert four.bytes_by_category[GATHERED] == 3 * layer + 2 * outside
+    # Activations are not sharded.
+    assert four.total_bytes - four.resident_bytes == one.total_bytes - one.resident_bytes
+
+
+def test_a_prefix_cache_on_the_cpu_keeps_two_layers_on_the_device() -> None:
+    config = tiny_config("llama", num_hidden_layers=12)
+    shape = GroupShape(prompt_tokens=256, response_tokens=32, num_responses=4)
+    predictor = Predictor(config, TrainingSetup())
+    on_device, on_host = (
+        predictor.peak(Variant(schedule="bounded", max_tokens_per_chunk=64, prefix_cache=place), shape)
+        for place in ("device", "cpu")
+    )
+    kept = on_device.bytes_by_category["prefix K/V"]
+    assert kept == 12 * 2 * 256 * 2 * 12 * 2  # layers, K and V, tokens, heads, head dim, bytes
+    assert on_host.bytes_by_category["prefix K/V"] == kept // 6
+    assert on_host.total_bytes < on_device.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
+        ({"lora_rank": 0}, "at least 1; got 0"),
+        ({"lora_targets": "mlp"}, "unknown LoRA targets 'mlp'"),
+        ({"device_type": "tpu"}, "unknown device 'tpu'"),
+    ],
+)
+def test_unknown_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainingSetup(**settings)  # type: ignore[arg-type]
+
+
+def test_attention_adapters_are_fewer_than_all() -> None:
+    pytest.importorskip("peft")
+    config = tiny_config("gpt2")  # its projections of attention and MLP share a name
+    counts = {}
+    for targets in ("attention", "all-linear"):
+        setup = TrainingSetup(lora_rank=2, lora_targets=targets)
+        counts[targets] = Predictor(config, setup).peak(Variant(), SHAPE).bytes_by_category["gradients"]
+    # fp32 adapters of rank 2: per layer c_attn (32 -> 96) and c_proj (32 -> 32).
+    assert counts["attention"] == 3 * 2 * 4 * ((32 + 96) + (32 + 32))
+    assert counts["all-linear"] > counts["attention"]
