@@ -104,7 +104,7 @@ def test_refusals() -> None:
 def test_bounded_needs_no_new_graph_for_new_shapes() -> None:
     """Chunks differ in what they read, whether others read them, and gradients: more kinds than torch's limit of 8."""
     counter = CompileCounterWithBackend("eager")
-    model = kvpref.attach(tiny_model("llama", torch.float64))
+    model = kvpref.attach(tiny_model("gpt2:plain", torch.float64))
     plain = kvpref.attach(oracle.twin(model))
     kvpref.compile_layers(model, backend=counter)
     nums = []
