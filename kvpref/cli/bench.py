@@ -48,11 +48,12 @@ def bench(
     for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--repeats", repeats)):
         if count < 1:
             raise InputError(f"{name} must be at least 1; got {count}")
+    from kvpref.cli.step_inputs import cut_micro_batches
     from kvpref.losses import make_loss
 
     loss_fn = make_loss(loss)
     loaded, dataset = _load(model, data, tokenizer, dtype, groups, loss_fn)
-    cuts = {mode: _cut(dataset, mode, max_tokens) for mode in wanted}
+    cuts: dict[str, Cut] = {mode: cut_micro_batches(dataset, mode, max_tokens) for mode in wanted}
     comparison = _measure(loaded, cuts, loss_fn, optimizer, repeats)
     report = _make_report(
         comparison,
@@ -90,39 +91,13 @@ def _load(
     model: str, data: str, tokenizer: str | None, dtype: str, groups: int, loss: PreferenceLoss
 ) -> tuple[PreTrainedModel, PreferenceDataset]:
     """The attached model, and the sampled groups with only the sequences that the loss reads."""
-    import kvpref
-    from kvpref.cli.loading import load_matching_tokenizer, load_model
-    from kvpref.data import load_preferences
+    from kvpref.cli.step_inputs import load_model_and_groups, sample_evenly
     from kvpref.training.inputs import check_lengths
 
-    folder, config = (None, model) if model.endswith(".json") else (model, None)
-    loaded = kvpref.attach(load_model(folder, config, dtype=dtype))
-    tokens = load_matching_tokenizer(tokenizer, folder, loaded)
-    dataset = _sample(load_preferences(data, tokens), groups).map_groups(loss.select)
+    loaded, found = load_model_and_groups(model, data, tokenizer, dtype)
+    dataset = sample_evenly(found, groups).map_groups(loss.select)
     check_lengths(dataset, loaded)
     return loaded, dataset
-
-
-def _sample(dataset: PreferenceDataset, count: int) -> PreferenceDataset:
-    """`count` groups at even distances, or all of them where there are fewer."""
-    from kvpref.data import PreferenceDataset
-
-    count = min(count, len(dataset))
-    return PreferenceDataset(dataset[index * len(dataset) // count] for index in range(count))
-
-
-def _cut(dataset: PreferenceDataset, mode: str, max_tokens: int) -> Cut:
-    """The micro-batches that the trainer makes of these groups in this mode."""
-    from kvpref.data import StepOptions, StepPlanner
-
-    options = StepOptions(
-        groups_per_step=len(dataset),
-        max_tokens_per_micro_batch=max_tokens,
-        mode=mode,  # type: ignore[arg-type]
-        shuffle=False,
-    )
-    (step,) = StepPlanner(dataset.lengths, options, dataset.group_ids).steps()
-    return [[dataset[index] for index in micro_batch.group_indices] for micro_batch in step[0]]
 
 
 def _measure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import kvpref
+from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.cli.loading import load_matching_tokenizer, load_model
 from kvpref.data import PreferenceDataset, StepOptions, StepPlanner, load_preferences
 from kvpref.groups import Group
@@ -57,5 +58,6 @@ def cut_micro_batches(dataset: PreferenceDataset, mode: str, max_tokens: int | N
         mode=mode,  # type: ignore[arg-type]
         shuffle=False,
     )
-    (step,) = StepPlanner(dataset.lengths, options, dataset.group_ids).steps()
+    clusters = dataset.clusters(len(dataset), DEFAULT_MIN_SHARED_TOKENS)
+    (step,) = StepPlanner(dataset.lengths, options, dataset.group_ids, clusters=clusters).steps()
     return [[dataset[index] for index in micro_batch.group_indices] for micro_batch in step[0]]

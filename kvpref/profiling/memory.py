@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _MEASURED = "kvpref: the measured call"
@@ -40,12 +41,28 @@ def _highest_total(profiler: profile) -> int:
     """The most that allocations exceeded frees by, from the marker on."""
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events: list[Any] = profiler.profiler.kineto_results.events()
-    began = next(event.start_ns() for event in events if event.name() == _MEASURED)
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    events = list(_flatten(profiler.profiler.kineto_results.experimental_event_tree()))
+    began = next(event.start_time_ns for event in events if event.name == _MEASURED)
+    changes = sorted(
+        ((event.start_time_ns, event.extra_fields) for event in events if event.tag == _EventType.Allocation),
+        key=lambda change: change[0],
+    )
+    held: set[int] = set()
     total = highest = 0
-    for time_ns, num_bytes in changes:
-        total += num_bytes
+    for time_ns, change in changes:
+        if change.alloc_size > 0:
+            held.add(change.ptr)
+        elif change.ptr in held:
+            held.remove(change.ptr)
+        else:
+            continue  # allocated before the profiler watched: not part of the total, so neither is its end
+        total += change.alloc_size
         if time_ns >= began:
             highest = max(highest, total)
     return highest
+
+
+def _flatten(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _flatten(event.children)

@@ -62,3 +62,14 @@ def test_cuda_peaks_count_what_a_call_held_for_a_moment() -> None:
     peak = peak_bytes(lambda: [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)], device, 0)
     assert peak == before + 2 * size
     assert torch.cuda.memory_allocated(device) == before
+
+
+def test_frees_of_what_was_there_before_do_not_count() -> None:
+    """A second profiler may see the end of an allocation that only an earlier one saw."""
+    kept: list[torch.Tensor] = []
+
+    def replaces() -> None:
+        kept.clear()
+        kept.append(block(2))
+
+    assert [peak_bytes(replaces, CPU, resident_bytes=0) for _ in range(3)] == [2 * MIB] * 3
