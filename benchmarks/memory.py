@@ -30,7 +30,7 @@ from kvpref.modeling.schedules import forward_backward_step
 from kvpref.profiling.memory import peak_bytes
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import time_rounds
-from kvpref.step import join
+from kvpref.step import join_batches
 
 FULL = EngineOptions()
 GAME24 = RealFile(file="game24_groups", sizes=SMALL, max_tokens=400_000, dry_responses=8)
@@ -84,7 +84,7 @@ class MemoryStep:
         return output.loss.item()
 
     def _run_joined(self) -> list[float]:
-        step = join(self.batches, max_tokens_per_chunk=self.options.chunk_tokens)
+        step = join_batches(self.batches, max_tokens_per_chunk=self.options.chunk_tokens)
         outputs = forward_backward_step(
             self.model,
             step,
@@ -149,7 +149,7 @@ def sharing(options: SweepOptions) -> dict[str, Any]:
     first_losses = {name: step.run() for name, step in steps.items()}
     times = time_rounds({name: step.run for name, step in steps.items()}, torch.device("cpu"), options.timing)
     unique = sum(batch.num_unique_tokens for batch in steps["full"].batches)
-    joined = join(steps["full"].batches, max_tokens_per_chunk=chunk)
+    joined = join_batches(steps["full"].batches, max_tokens_per_chunk=chunk)
     tokens = dict.fromkeys(steps, unique) | {"bounded, once per step": sum(joined.chunks.num_tokens_by_micro_batch())}
     rows = [
         {"name": name, "tokens": tokens[name], "loss": first_losses[name], "median_ms": median(times[name])}

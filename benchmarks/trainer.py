@@ -125,8 +125,8 @@ def remember_batches(trainer: Any) -> None:
     """Let the trainer keep the micro-batch and the reference log-probs that it used last."""
     reference_of = trainer._reference_of
 
-    def keep(name: str, dataset: Any, inputs: Any, batch: Any) -> Any:
-        reference = reference_of(name, dataset, inputs, batch)
+    def keep(name: str, inputs: Any, batch: Any) -> Any:
+        reference = reference_of(name, inputs, batch)
         trainer.last_batch = (batch, reference)
         return reference
 

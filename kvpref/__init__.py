@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from kvpref.modeling.attach import attach
     from kvpref.modeling.cache import PrefixCache
     from kvpref.modeling.compilation import compile_layers
+    from kvpref.modeling.options import EngineOptions
     from kvpref.modeling.passes import encode_prefix, response_logps, score_responses
-    from kvpref.modeling.schedules import forward_backward
+    from kvpref.modeling.schedules import forward_backward, forward_backward_step
+    from kvpref.step import Step, join_batches
     from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "kvpref.batch",
+    "EngineOptions": "kvpref.modeling.options",
     "Group": "kvpref.groups",
     "InputError": "kvpref.errors",
     "LossOutput": "kvpref.losses",
@@ -31,18 +34,22 @@ _HOMES = {
     "ResponseLogps": "kvpref.batch",
     "RunError": "kvpref.errors",
     "Sequence": "kvpref.groups",
+    "Step": "kvpref.step",
     "UnsupportedModelError": "kvpref.errors",
     "attach": "kvpref.modeling.attach",
     "collate": "kvpref.batch",
     "compile_layers": "kvpref.modeling.compilation",
     "encode_prefix": "kvpref.modeling.passes",
     "forward_backward": "kvpref.modeling.schedules",
+    "forward_backward_step": "kvpref.modeling.schedules",
+    "join_batches": "kvpref.step",
     "response_logps": "kvpref.modeling.passes",
     "score_responses": "kvpref.modeling.passes",
 }
 
 __all__ = [
     "Batch",
+    "EngineOptions",
     "Group",
     "InputError",
     "LossOutput",
@@ -52,12 +59,15 @@ __all__ = [
     "ResponseLogps",
     "RunError",
     "Sequence",
+    "Step",
     "UnsupportedModelError",
     "attach",
     "collate",
     "compile_layers",
     "encode_prefix",
     "forward_backward",
+    "forward_backward_step",
+    "join_batches",
     "response_logps",
     "score_responses",
 ]

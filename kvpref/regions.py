@@ -37,7 +37,8 @@ def current_region() -> str | None:
 
 Observer = Callable[[str, tuple[torch.Tensor, ...]], None]
 
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("kvpref_observers", default=())
+# Not a ContextVar: gradients of CUDA tensors arrive on threads of autograd's own.
+_observers: list[Observer] = []
 
 
 def mark(kind: str, *tensors: torch.Tensor) -> None:
@@ -45,15 +46,15 @@ def mark(kind: str, *tensors: torch.Tensor) -> None:
 
     The engine marks ``prefix K/V``, ``prefix K/V gradients``, ``log-probs`` and ``gradients`` that it makes itself.
     """
-    for observer in _observers.get():
+    for observer in _observers:
         observer(kind, tensors)
 
 
 @contextmanager
 def observe_marks(observer: Observer) -> Iterator[None]:
-    """Call ``observer(kind, tensors)`` for every `mark` inside."""
-    token = _observers.set((*_observers.get(), observer))
+    """Call ``observer(kind, tensors)`` for every `mark` inside, on whatever thread."""
+    _observers.append(observer)
     try:
         yield
     finally:
-        _observers.reset(token)
+        _observers.remove(observer)

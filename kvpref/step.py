@@ -19,10 +19,12 @@ class Step:
     Attributes:
         batches: The micro-batches.
         chunks: Their forward passes, on the batches' device.
+        prefix_grad: Whether prompts get a gradient.
     """
 
     batches: tuple[Batch, ...]
     chunks: StepChunks
+    prefix_grad: bool = True
 
     def to(self, device: torch.device | str) -> Step:
         """This step with all tensors on `device`."""
@@ -35,7 +37,9 @@ class Step:
         return replace(self, batches=batches, chunks=map_tensors(self.chunks, torch.Tensor.pin_memory))
 
 
-def join(batches: AbstractSequence[Batch], *, max_tokens_per_chunk: int | None, prefix_grad: bool = True) -> Step:
+def join_batches(
+    batches: AbstractSequence[Batch], *, max_tokens_per_chunk: int | None, prefix_grad: bool = True
+) -> Step:
     """Join the micro-batches of one optimizer step.
 
     Args:
@@ -44,16 +48,18 @@ def join(batches: AbstractSequence[Batch], *, max_tokens_per_chunk: int | None, 
         prefix_grad: Whether prompts get a gradient.
 
     Raises:
-        ValueError: If there are no batches, or the bound is below 1.
+        ValueError: If there are no batches, they differ in sharing or device, or the bound is below 1.
     """
     if not batches:
         raise ValueError("an optimizer step needs at least one micro-batch; got none")
     if max_tokens_per_chunk is not None and max_tokens_per_chunk < 1:
         raise ValueError(f"max_tokens_per_chunk must be at least 1; got {max_tokens_per_chunk}")
     first = batches[0]
+    if any((batch.sharing, batch.device) != (first.sharing, first.device) for batch in batches):
+        raise ValueError("the micro-batches of a step must be collated with the same limits, and on one device")
     sequences = [batch.sequences for batch in batches]
     tree = first.tree
     if len(batches) > 1:
         tree = first.sharing.tree([sequence.input_ids for several in sequences for sequence in several])
     chunks = build_step_chunks(sequences, tree, max_tokens=max_tokens_per_chunk, prefix_grad=prefix_grad)
-    return Step(batches=tuple(batches), chunks=tensors_to(chunks, first.device))
+    return Step(batches=tuple(batches), chunks=tensors_to(chunks, first.device), prefix_grad=prefix_grad)

@@ -50,3 +50,12 @@ def test_results_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -
     lines = readme_table.table(README.parent / "benchmarks" / "results")
     assert len(lines) > 20
     assert "\n".join(lines) in README.read_text()
+
+
+def test_peaks_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(README.parent / "benchmarks"))
+    import memory_readme
+
+    lines = memory_readme.table(README.parent / "benchmarks" / "results")
+    assert len(lines) == 2 + 4
+    assert "\n".join(lines) in README.read_text()

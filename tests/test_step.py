@@ -12,7 +12,7 @@ from sample_groups import SCENARIOS, five_levels, shared_system_prompt, tokens
 import kvpref
 from kvpref import Batch, Group, Sequence
 from kvpref.chunk_plans import ChunkPlan
-from kvpref.step import Step, join
+from kvpref.step import Step, join_batches
 
 
 def micro_batches(groups: list[Group], **options: Any) -> list[Batch]:
@@ -38,7 +38,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("scenario", ["five_levels", "shared_system_prompt", "nothing_shared", "identical_responses"])
 def test_every_unique_token_of_the_step_runs_once(scenario: str, max_tokens: int | None) -> None:
     groups = SCENARIOS[scenario]()
-    step = join(micro_batches(groups), max_tokens_per_chunk=max_tokens)
+    step = join_batches(micro_batches(groups), max_tokens_per_chunk=max_tokens)
     unique = {s.input_ids[: i + 1] for group in groups for s in group.sequences for i in range(len(s))}
     assert sum(chunk.num_tokens for chunk in all_chunks(step)) == len(unique)
     # A prefix of several micro-batches runs before them all.
@@ -52,7 +52,7 @@ def test_every_unique_token_of_the_step_runs_once(scenario: str, max_tokens: int
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_each_micro_batch_finds_the_targets_of_its_sequences(scenario: str) -> None:
-    step = join(micro_batches(SCENARIOS[scenario]()), max_tokens_per_chunk=3)
+    step = join_batches(micro_batches(SCENARIOS[scenario]()), max_tokens_per_chunk=3)
     targets = torch.full((step.chunks.num_logps,), -1)
     for chunk in all_chunks(step):
         targets[chunk.logp_index] = chunk.targets
@@ -67,7 +67,7 @@ def test_each_micro_batch_finds_the_targets_of_its_sequences(scenario: str) -> N
 def test_one_batch_keeps_its_tree() -> None:
     """A batch that was collated to share little is not shared more."""
     batch = kvpref.collate(five_levels(), min_shared_tokens=1, max_depth=0)
-    step = join([batch], max_tokens_per_chunk=None)
+    step = join_batches([batch], max_tokens_per_chunk=None)
     assert sum(chunk.num_tokens for chunk in all_chunks(step)) == batch.num_unique_tokens
     assert not step.chunks.shared
 
@@ -75,7 +75,7 @@ def test_one_batch_keeps_its_tree() -> None:
 def test_joining_shares_as_the_batches_do() -> None:
     groups = shared_system_prompt()  # 8 tokens in common
     for limit, is_shared in ((8, True), (9, False)):
-        step = join(micro_batches(groups, min_shared_tokens=limit), max_tokens_per_chunk=None)
+        step = join_batches(micro_batches(groups, min_shared_tokens=limit), max_tokens_per_chunk=None)
         assert bool(step.chunks.shared) == is_shared
 
 
@@ -83,13 +83,13 @@ def test_prompts_get_chunks_of_their_own_only_where_they_get_no_gradient() -> No
     prompt = tokens(6, 1)
     group = Group([Sequence.from_prompt_and_response(prompt, [3 + i, *tokens(4, 2 + i)]) for i in range(2)])
     for prefix_grad in (True, False):
-        step = join(micro_batches([group]), max_tokens_per_chunk=None, prefix_grad=prefix_grad)
+        step = join_batches(micro_batches([group]), max_tokens_per_chunk=None, prefix_grad=prefix_grad)
         assert [chunk.is_prompt for chunk in all_chunks(step)] == [not prefix_grad, False]
 
 
 def test_to_moves_every_tensor() -> None:
     batches = [kvpref.collate([group], min_shared_tokens=1, modes=("packed",)) for group in five_levels()]
-    step = join(batches, max_tokens_per_chunk=3)
+    step = join_batches(batches, max_tokens_per_chunk=3)
     moved = step.to("meta")
     assert {tensor.device.type for tensor in tensors_of(step.chunks)} == {"cpu"}
     found = [*tensors_of(moved.chunks), *(batch.group_index for batch in moved.batches)]
@@ -100,6 +100,13 @@ def test_to_moves_every_tensor() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least one micro-batch"):
-        join([], max_tokens_per_chunk=None)
+        join_batches([], max_tokens_per_chunk=None)
     with pytest.raises(ValueError, match="max_tokens_per_chunk must be at least 1; got 0"):
-        join(micro_batches(five_levels()), max_tokens_per_chunk=0)
+        join_batches(micro_batches(five_levels()), max_tokens_per_chunk=0)
+
+
+def test_batches_that_differ_in_sharing_are_refused() -> None:
+    group = five_levels()[0]
+    batches = [kvpref.collate([group], min_shared_tokens=limit) for limit in (1, 16)]
+    with pytest.raises(ValueError, match="same limits"):
+        join_batches(batches, max_tokens_per_chunk=None)

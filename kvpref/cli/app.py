@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from kvpref.cli import bench, check, data, demo, doctor, profile, score, train
+from kvpref.cli import bench, check, data, demo, doctor, plan, profile, score, train
 from kvpref.errors import InputError, RunError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("score")(score.score)
 app.command("check")(check.check)
 app.add_typer(data.app, name="data")
 app.add_typer(profile.app, name="profile")
+app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -39,8 +39,8 @@ def checkpointed(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
             f"{type(model).__name__} has no layers that can be checkpointed; use checkpoint none"
         )
     before = [{name: vars(layer)[name] for name in _ATTRIBUTES if name in vars(layer)} for layer in layers]
-    # Re-entrant checkpointing loses the gradient through keys and values.
-    values = (True, partial(checkpoint, use_reentrant=False))
+    # Re-entrant checkpointing loses the gradient through keys and values. Dropout is refused, so nothing is random.
+    values = (True, partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     for layer in layers:
         vars(layer).update(zip(_ATTRIBUTES, values, strict=True))
     try:

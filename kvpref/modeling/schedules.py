@@ -16,7 +16,7 @@ from kvpref.modeling.options import SCHEDULES as SCHEDULES
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.passes import response_logps
 from kvpref.regions import region
-from kvpref.step import Step, join
+from kvpref.step import Step, join_batches
 
 
 def forward_backward(  # noqa: PLR0913 - the options of a run, by name
@@ -74,7 +74,7 @@ def forward_backward(  # noqa: PLR0913 - the options of a run, by name
         prefix_grad=prefix_grad,
     )
     if options.runs_chunks:
-        step = join([batch], max_tokens_per_chunk=options.chunk_tokens, prefix_grad=prefix_grad)
+        step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens, prefix_grad=prefix_grad)
         outputs = forward_backward_step(
             model, step, loss_fn, options, references=[reference], backward=lambda loss, _: backward(loss)
         )
@@ -112,6 +112,13 @@ def forward_backward_step(
     Raises:
         As `forward_backward`.
     """
+    limit = options.chunk_tokens
+    if step.prefix_grad != options.prefix_grad or (limit is not None and step.chunks.max_chunk_tokens > limit):
+        raise InputError(
+            f"the step was joined with prefix_grad={step.prefix_grad} and chunks of up to "
+            f"{step.chunks.max_chunk_tokens} tokens; join it again with prefix_grad={options.prefix_grad} and "
+            f"max_tokens_per_chunk={limit}"
+        )
     outputs: list[LossOutput] = []
 
     def evaluate(index: int, policy: ResponseLogps) -> None:
@@ -146,7 +153,9 @@ def score(model: nn.Module, batch: Batch, options: EngineOptions) -> ResponseLog
     with torch.no_grad():
         if not options.runs_chunks:
             return response_logps(model, batch, mode=options.mode, backend=options.backend)
-        return score_chunks(local_module(model), join([batch], max_tokens_per_chunk=options.chunk_tokens), options)
+        return score_chunks(
+            local_module(model), join_batches([batch], max_tokens_per_chunk=options.chunk_tokens), options
+        )
 
 
 def check_output(output: LossOutput, loss_fn: PreferenceLoss | LossFunction) -> LossOutput:

@@ -135,7 +135,7 @@ def _profile(profile: MemoryProfile, index: int, *, is_open: bool) -> str:
     """One case: its timeline, its counts, and the peak of each region."""
     peak = profile.peak
     label = f"Memory over a step, {profile.name}"
-    figure = _figure([lambda ax: plot_timeline(ax, profile)], (9, 3.4), f"t{index}", label)
+    figure = _figure([lambda ax: plot_timeline(ax, profile.timeline)], (9, 3.4), f"t{index}", label)
     regions = [(name, format_bytes(held.total_bytes)) for name, held in profile.peak_by_region.items()]
     facts = [(name.replace("num_", "").replace("_", " "), f"{value:,}") for name, value in profile.facts.items()]
     measured = [

@@ -134,9 +134,9 @@ def plot_breakdown(ax: Any, profiles: Sequence[MemoryProfile], *, as_shares: boo
     ax.set(ylabel="memory (MiB)", title=f"Held at the peak{suffix}")
 
 
-def plot_timeline(ax: Any, profile: MemoryProfile) -> None:
+def plot_timeline(ax: Any, timeline: Sequence[MemorySnapshot]) -> None:
     """What was held over a step, a layer per category; above it, the regions."""
-    points = thin(profile.timeline, MAX_DRAWN_POINTS)
+    points = thin(timeline, MAX_DRAWN_POINTS)
     events = [point.event for point in points]
     bottoms = [0.0] * len(points)
     for category in in_order({name for point in points for name in point.bytes_by_category}):

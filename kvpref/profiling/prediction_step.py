@@ -18,7 +18,7 @@ from kvpref.profiling.memory_tracker import OPTIMIZER, MemoryTracker
 from kvpref.profiling.prediction_kernels import running_on
 from kvpref.profiling.prediction_model import FakeTraining
 from kvpref.regions import current_region
-from kvpref.step import join
+from kvpref.step import join_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _prepare(training: FakeTraining, batch: Batch, variant: Variant) -> Callable
     return partial(
         forward_backward_step,
         training.model,
-        join([batch], max_tokens_per_chunk=options.chunk_tokens),
+        join_batches([batch], max_tokens_per_chunk=options.chunk_tokens),
         _made_up_loss,
         options,
         references=[None],

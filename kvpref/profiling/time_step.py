@@ -22,7 +22,7 @@ from kvpref.profiling.steps import make_micro_batches
 from kvpref.profiling.time_profile import STEP, Event, attribute
 from kvpref.profiling.time_report import TimeProfile
 from kvpref.regions import region
-from kvpref.step import join
+from kvpref.step import join_batches
 
 
 class TimedStep:
@@ -62,7 +62,7 @@ class TimedStep:
         self.optimizer.zero_grad(set_to_none=True)
         with region("data"):
             batches = [collate(groups, modes=(self.options.mode,)).to(self.device) for groups in self.cut]
-            joined = self.options.runs_chunks and join(
+            joined = self.options.runs_chunks and join_batches(
                 batches, max_tokens_per_chunk=self.options.chunk_tokens, prefix_grad=self.options.prefix_grad
             )
         if joined:

@@ -17,7 +17,7 @@ from kvpref.losses import PreferenceLoss
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.shape import model_shape
 from kvpref.modeling.support import unwrap
-from kvpref.step import Step, join
+from kvpref.step import Step, join_batches
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.prefetch import Prefetcher
 
@@ -116,7 +116,7 @@ def join_micro_batches(batches: Sequence[Batch], options: EngineOptions, *, shar
     """Plan the bounded schedule of a step: as one, or each micro-batch by itself."""
     parts = [batches] if shares else [[batch] for batch in batches]
     return tuple(
-        join(part, max_tokens_per_chunk=options.chunk_tokens, prefix_grad=options.prefix_grad) for part in parts
+        join_batches(part, max_tokens_per_chunk=options.chunk_tokens, prefix_grad=options.prefix_grad) for part in parts
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from preference_runs import make_args, make_groups, make_model, reference_free_loss, split_unevenly
 
 import kvpref
-from kvpref.step import join
+from kvpref.step import join_batches
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 # float64 throughout: only the order of sums differs.
@@ -67,7 +67,8 @@ def test_fsdp2_matches_one_process(tmp_path: Path) -> None:
 def test_bounded_ddp_matches_one_process(tmp_path: Path) -> None:
     shares = split_unevenly(make_groups())
     num_chunks = [
-        len(join([kvpref.collate(share)], max_tokens_per_chunk=10).chunks.micro_batches[0].chunks) for share in shares
+        len(join_batches([kvpref.collate(share)], max_tokens_per_chunk=10).chunks.micro_batches[0].chunks)
+        for share in shares
     ]
     assert num_chunks[0] < num_chunks[1], "ranks must run different numbers of chunks"
     run_two_processes("bounded", tmp_path)
