@@ -35,7 +35,7 @@ from kvpref.step import join_batches
 FULL = EngineOptions()
 GAME24 = RealFile(file="game24_groups", sizes=SMALL, max_tokens=400_000, dry_responses=8)
 LONG_PROMPT = LlamaSizes(
-    hidden_size=256, intermediate_size=768, num_layers=4, num_heads=4, num_kv_heads=2, vocab_size=1024
+    hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=1024
 )
 """Small enough for a CPU to attend over a prompt of 32k tokens."""
 

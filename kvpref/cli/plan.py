@@ -146,6 +146,8 @@ def _plan_variants(
         "packed": Variant(mode="packed", checkpoint=checkpoint),
         "padded": Variant(mode="padded", checkpoint=checkpoint),
     }
+    if predictor.num_shards > 1:
+        del variants["bounded"]  # it refuses sharded models
     plans = []
     for name, variant in variants.items():
         print(f"planning {name}", file=sys.stderr)

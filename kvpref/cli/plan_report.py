@@ -45,8 +45,15 @@ class PlanReport:
             advice.append(f"share them among devices, more than {shards}: --num-shards {2 * shards}")
         if any(plan.variant.checkpoint != "all" for plan in self.plans):
             advice.append("compute activations again: --checkpoint all")
-        advice.append("shorter prompts or responses (--prompt-tokens, --response-tokens), in the bounded schedule")
+        where = ", in the bounded schedule" if self.num_shards == 1 else ""
+        advice.append(f"shorter prompts or responses (--prompt-tokens, --response-tokens){where}")
         return advice
+
+    def notes(self) -> list[str]:
+        """What to know about the figures."""
+        if self.num_shards > 1:
+            return ["bounded is left out: it does not run sharded models", NOT_CHECKED]
+        return ["the largest N of bounded continues the line through two predictions", NOT_CHECKED]
 
     def show(self, title: str) -> None:
         """Print the table, and the arguments of `kvpref train` for what fits."""
@@ -59,7 +66,8 @@ class PlanReport:
             console.print("adapters are made in Python: peft.get_peft_model, then kvpref.PreferenceTrainer")
         for line in self.advice():
             console.print(f"nothing fits: {line}", highlight=False, soft_wrap=True)
-        console.print(NOT_CHECKED, highlight=False, soft_wrap=True)
+        for line in self.notes():
+            console.print(line, highlight=False, soft_wrap=True)
 
     def to_json(self) -> dict[str, Any]:
         """Everything shown, with the setup."""
@@ -69,7 +77,7 @@ class PlanReport:
             "budget_bytes": self.budget_bytes,
             "variants": [self._variant_json(plan) for plan in self.plans],
             "advice": self.advice(),
-            "not_checked": NOT_CHECKED,
+            "notes": self.notes(),
         }
 
     def train_flags(self, plan: VariantPlan) -> str:

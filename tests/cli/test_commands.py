@@ -33,7 +33,19 @@ def test_launchers(launcher: list[str]) -> None:
     assert done.stdout.strip().count(".") == 2
 
 
-@pytest.mark.parametrize("command", [["train"], ["score"], ["check"], ["data", "inspect"], ["demo"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["score"],
+        ["check"],
+        ["data", "inspect"],
+        ["profile", "memory"],
+        ["profile", "time"],
+        ["plan"],
+        ["demo"],
+    ],
+)
 def test_every_command_has_an_example(command: list[str], kvpref_command: Run) -> None:
     done = kvpref_command(*command, "--help")
     assert done.returncode == 0

@@ -83,6 +83,16 @@ def test_a_70b_model_needs_shards_or_adapters() -> None:
     assert any("--num-shards" in line for line in plan["advice"])
 
 
+@pytest.mark.slow
+def test_a_sharded_70b_model_is_not_advised_to_run_bounded() -> None:
+    plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS, "--num-shards", 16)
+    assert set(plan["by_name"]) == {"full", "packed", "padded"}
+    assert any("sharded" in note for note in plan["notes"])
+    resident = plan["by_name"]["full"]["one_group"]["resident_bytes"]
+    # A sixteenth of everything, and the layer that is gathered.
+    assert 70.55e9 * 2 * 4 / 16 < resident < 1.5 * 70.55e9 * 2 * 4 / 16
+
+
 def small(tmp_path: Path) -> Path:
     """Few layers of the 8B model."""
     config = json.loads((CONFIGS / "llama_3_1_8b.json").read_text())

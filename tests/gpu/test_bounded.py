@@ -15,7 +15,7 @@ import kvpref
 from kvpref import Group, Sequence
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward_step
-from kvpref.step import join
+from kvpref.step import join_batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,7 +84,7 @@ def test_host_memory_relieves_the_device() -> None:
 
     def peak_bytes(place: str) -> int:
         options = EngineOptions(schedule="bounded", max_tokens_per_chunk=64, prefix_cache=place)
-        step = join([batch], max_tokens_per_chunk=64)
+        step = join_batches([batch], max_tokens_per_chunk=64)
         for _ in range(2):  # the first one allocates gradients and workspaces
             torch.cuda.reset_peak_memory_stats()
             forward_backward_step(
@@ -115,7 +115,7 @@ def test_a_step_never_waits_for_the_device(max_tokens: int | None, no_synchronis
     model = kvpref.attach(make_model())
     options = EngineOptions(schedule="bounded", max_tokens_per_chunk=max_tokens)
     batches = [kvpref.collate([group], min_shared_tokens=1) for group in GROUPS["deep"]]
-    step = join(batches, max_tokens_per_chunk=options.chunk_tokens).to("cuda")
+    step = join_batches(batches, max_tokens_per_chunk=options.chunk_tokens).to("cuda")
 
     def once() -> None:
         forward_backward_step(

@@ -20,7 +20,7 @@ from kvpref import Batch, Group, LossOutput, ResponseLogps, Sequence
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward_step
 from kvpref.regions import current_region
-from kvpref.step import join
+from kvpref.step import join_batches
 
 # Only the order of additions differs; see test_exactness.
 FP64_TOLERANCE = 1e-10
@@ -99,7 +99,7 @@ def test_a_step_equals_its_micro_batches_one_by_one(name: str, max_tokens: int |
     with oracle.true_float64():
         outputs = forward_backward_step(
             model(),
-            join(batches, max_tokens_per_chunk=options.chunk_tokens),
+            join_batches(batches, max_tokens_per_chunk=options.chunk_tokens),
             coupled,
             options,
             references=[made_reference(batch) if index else None for index, batch in enumerate(batches)],
@@ -130,7 +130,7 @@ def counting(module: nn.Module) -> Iterator[Counter[str]]:
 def run_step(batches: list[Batch], max_tokens: int, **options: Any) -> Counter[str]:
     """The tokens that pass through the first layer."""
     settings = EngineOptions(schedule="bounded", max_tokens_per_chunk=max_tokens, **options)
-    step = join(batches, max_tokens_per_chunk=max_tokens, prefix_grad=settings.prefix_grad)
+    step = join_batches(batches, max_tokens_per_chunk=max_tokens, prefix_grad=settings.prefix_grad)
     with counting(model().base_model.layers[0].mlp) as counts:
         forward_backward_step(
             model(), step, coupled, settings, references=[None] * len(batches), backward=lambda loss, _: loss.backward()
