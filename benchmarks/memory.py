@@ -168,22 +168,20 @@ def long_prompt(options: SweepOptions) -> dict[str, Any]:
     answers = torch.randint(vocab, (4, 128), generator=generator).tolist()
     sequences = [TokenSequence.from_prompt_and_response(prompt, answer) for answer in answers]
     group = Group(sequences, scores=[1.0, 0.0, 0.5, 0.2])
-    engine = EngineOptions(schedule="bounded", max_tokens_per_chunk=chunk)
-    step = make_step(LONG_PROMPT, [[group]], engine)
-    losses: list[float] = []
-    step.run()
-    resident = step.resident_bytes()
-    total = peak_bytes(lambda: losses.append(step.run()), torch.device("cpu"), resident)
+    rows = []
+    for engine in (EngineOptions(schedule="bounded", max_tokens_per_chunk=chunk), FULL):
+        step = make_step(LONG_PROMPT, [[group]], engine)
+        losses = [step.run()]
+        resident = step.resident_bytes()
+        total = peak_bytes(lambda losses=losses, step=step: losses.append(step.run()), torch.device("cpu"), resident)
+        rows.append({"schedule": engine.schedule, "losses": losses, "peak_bytes": total, "resident_bytes": resident})
     sizes = LONG_PROMPT
     per_token = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * torch.float32.itemsize
     return {
         "prompt_tokens": num_tokens,
         "max_tokens_per_chunk": chunk,
-        "losses": losses,
-        "peak_bytes": total,
-        "resident_bytes": resident,
+        "rows": rows,
         "prefix_kv_bytes": per_token * num_tokens,
-        "prefix_kv_gradient_bytes": per_token * num_tokens,
     }
 
 
