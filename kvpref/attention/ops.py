@@ -8,18 +8,15 @@ heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.autograd import profiler
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kvpref.attention.backends import select_backend
-from kvpref.attention.block import AttentionParams, VarlenBlock
-from kvpref.attention.merge import accumulate, merge_partials
-from kvpref.regions import PREFIX
+from kvpref.attention.block import AttentionParams
+from kvpref.attention.blockwise import backward_blocks, forward_blocks, unflatten_blocks
 
 _BLOCKS_SCHEMA = "Tensor[] cu_seqlens, SymInt[] max_seqlens, float scale, str backend"
 
@@ -51,17 +48,8 @@ def cascade_forward(
     Returns:
         out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
     """
-    kernels, params = select_backend(backend, query), AttentionParams(scale=scale)
-    blocks = _blocks(keys, query, cu_seqlens, max_seqlens)
-    # Autocast would lower the backends' own fp32 arithmetic.
-    with torch.autocast(query.device.type, enabled=False):
-        partials = []
-        for key, value, block in zip(keys, values, blocks, strict=True):
-            with _range_of(block):
-                partials.append(kernels.forward(query, key, value, block, params))
-        with _range("merge"):
-            out, lse = merge_partials(partials, query.dtype)
-            return out.contiguous(), lse.contiguous()
+    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens)
+    return forward_blocks(select_backend(backend, query), AttentionParams(scale=scale), blocks, query, keys, values)
 
 
 @custom_op(
@@ -90,49 +78,8 @@ def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one b
         dq (T, H, D), and per block dk and dv (P_i, G, D), in the dtypes of query, keys and values.
     """
     kernels, params = select_backend(backend, query), AttentionParams(scale=scale)
-    blocks = _blocks(keys, query, cu_seqlens, max_seqlens)
-    dqs, dks, dvs = [], [], []
-    with torch.autocast(query.device.type, enabled=False):
-        for key, value, block in zip(keys, values, blocks, strict=True):
-            with _range_of(block):
-                dq, dk, dv = kernels.backward(dout, query, key, value, out, lse, block, params)
-                dqs.append(dq)
-                dks.append(dk.to(key.dtype).contiguous())
-                dvs.append(dv.to(value.dtype).contiguous())
-        with _range("merge"):
-            return accumulate(dqs, query.dtype).contiguous(), dks, dvs
-
-
-def _range_of(block: VarlenBlock) -> AbstractContextManager[object]:
-    return _range("self" if block.causal else "cross")
-
-
-def _range(part: str) -> AbstractContextManager[object]:
-    """A name for a part of attention in traces of `torch.profiler`, forward and backward."""
-    # Entering a range takes longer than starting a kernel, also while nothing is recorded.
-    if not profiler._is_profiler_enabled:
-        return nullcontext()
-    return profiler.record_function(f"{PREFIX}attention {part}")
-
-
-def _blocks(
-    keys: Sequence[torch.Tensor],
-    query: torch.Tensor,
-    cu_seqlens: Sequence[torch.Tensor],
-    max_seqlens: Sequence[int],
-) -> list[VarlenBlock]:
-    return [
-        VarlenBlock(
-            cu_seqlens_q=cu_seqlens[2 * index],
-            cu_seqlens_k=cu_seqlens[2 * index + 1],
-            max_seqlen_q=max_seqlens[2 * index],
-            max_seqlen_k=max_seqlens[2 * index + 1],
-            num_queries=query.shape[0],
-            num_keys=key.shape[0],
-            causal=index == 0,
-        )
-        for index, key in enumerate(keys)
-    ]
+    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens)
+    return backward_blocks(kernels, params, blocks, dout, query, keys, values, (out, lse))
 
 
 @cascade_forward.register_fake
@@ -181,7 +128,7 @@ def _count_products(
     query: torch.Tensor, keys: Sequence[torch.Tensor], cu_seqlens: Sequence[torch.Tensor], max_seqlens: Sequence[int]
 ) -> int:
     """Query-key pairs over all blocks times heads times head dim."""
-    blocks = _blocks(keys, query, cu_seqlens, max_seqlens)
+    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens)
     return sum(block.num_attended_pairs for block in blocks) * query.shape[1] * query.shape[2]
 
 

@@ -23,12 +23,12 @@ from kvpref.attention.backends.efficient import Efficient
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.reference import Reference
 from kvpref.attention.block import AttentionParams, Pair, VarlenBlock
-from kvpref.attention.merge import Partial, accumulate, merge_partials
+from kvpref.attention.blockwise import Merge, backward_blocks, forward_blocks, unflatten_blocks
+from kvpref.attention.merge import Partial, merge_partials
 from kvpref.logprob import tiles_for
 
 _ATEN, _KVPREF = torch.ops.aten, torch.ops.kvpref
 
-Merge = Callable[[Sequence[Partial], torch.dtype], Partial]
 Choose = Callable[[torch.Tensor], Backend]
 
 
@@ -84,14 +84,8 @@ def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments
     backend: str,
 ) -> Partial:
     """What `kvpref::cascade_forward` does, with a backend that its fake tensors would not be given."""
-    kernels, params = choose(query), AttentionParams(scale=scale)
-    blocks = _blocks(query, keys, cu_seqlens, max_seqlens)
-    partials = [
-        kernels.forward(query, key, value, block, params)
-        for key, value, block in zip(keys, values, blocks, strict=True)
-    ]
-    out, lse = merge(partials, query.dtype)
-    return out.contiguous(), lse.contiguous()
+    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens, _ReadableBlock)
+    return forward_blocks(choose(query), AttentionParams(scale=scale), blocks, query, keys, values, merge)
 
 
 def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
@@ -108,31 +102,9 @@ def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """What `kvpref::cascade_backward` does, likewise."""
-    kernels, params = choose(query), AttentionParams(scale=scale)
-    dqs, dks, dvs = [], [], []
-    for key, value, block in zip(keys, values, _blocks(query, keys, cu_seqlens, max_seqlens), strict=True):
-        dq, dk, dv = kernels.backward(dout, query, key, value, out, lse, block, params)
-        dqs.append(dq)
-        dks.append(dk.to(key.dtype).contiguous())
-        dvs.append(dv.to(value.dtype).contiguous())
-    return accumulate(dqs, query.dtype).contiguous(), dks, dvs
-
-
-def _blocks(
-    query: torch.Tensor, keys: Sequence[torch.Tensor], cu_seqlens: Sequence[torch.Tensor], max_seqlens: Sequence[int]
-) -> list[VarlenBlock]:
-    return [
-        _ReadableBlock(
-            cu_seqlens_q=cu_seqlens[2 * index],
-            cu_seqlens_k=cu_seqlens[2 * index + 1],
-            max_seqlen_q=max_seqlens[2 * index],
-            max_seqlen_k=max_seqlens[2 * index + 1],
-            num_queries=query.shape[0],
-            num_keys=key.shape[0],
-            causal=index == 0,
-        )
-        for index, key in enumerate(keys)
-    ]
+    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens, _ReadableBlock)
+    params = AttentionParams(scale=scale)
+    return backward_blocks(choose(query), params, blocks, dout, query, keys, values, (out, lse))
 
 
 class _ReadableBlock(VarlenBlock):
