@@ -29,7 +29,8 @@ def main() -> None:
     draw(report, RESULTS / "memory_timeline.png")
     # The timelines are some megabytes.
     profiles = [{key: value for key, value in row.items() if key != "timeline"} for row in report["profiles"]]
-    text = json.dumps(report | {"profiles": profiles}, indent=1) + "\n"
+    settings = report["settings"] | {name: Path(report["settings"][name]).name for name in ("model", "data")}
+    text = json.dumps(report | {"profiles": profiles, "settings": settings}, indent=1) + "\n"
     (RESULTS / "memory_profile.json").write_text(text)
     print("\n".join(table(RESULTS)))
 
