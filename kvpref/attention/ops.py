@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.library import custom_op
+from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from kvpref.attention.backends import select_backend
@@ -21,7 +21,7 @@ from kvpref.attention.blockwise import backward_blocks, forward_blocks, unflatte
 _BLOCKS_SCHEMA = "Tensor[] cu_seqlens, SymInt[] max_seqlens, float scale, str backend"
 
 
-@custom_op(
+@library.custom_op(
     "kvpref::cascade_forward",
     mutates_args=(),
     schema=f"(Tensor query, Tensor[] keys, Tensor[] values, {_BLOCKS_SCHEMA}) -> (Tensor, Tensor)",
@@ -52,7 +52,7 @@ def cascade_forward(
     return forward_blocks(select_backend(backend, query), AttentionParams(scale=scale), blocks, query, keys, values)
 
 
-@custom_op(
+@library.custom_op(
     "kvpref::cascade_backward",
     mutates_args=(),
     schema=(

@@ -13,9 +13,7 @@ from kvpref.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
-    from kvpref.data import PreferenceDataset
     from kvpref.losses import PreferenceLoss
     from kvpref.profiling.comparison import CaseResult
     from kvpref.profiling.modes import Cut, ModeComparison
@@ -48,11 +46,11 @@ def bench(
     for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--repeats", repeats)):
         if count < 1:
             raise InputError(f"{name} must be at least 1; got {count}")
-    from kvpref.cli.step_inputs import cut_micro_batches
+    from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
 
     loss_fn = make_loss(loss)
-    loaded, dataset = _load(model, data, tokenizer, dtype, groups, loss_fn)
+    loaded, dataset = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, groups)
     cuts: dict[str, Cut] = {mode: cut_micro_batches(dataset, mode, max_tokens) for mode in wanted}
     comparison = _measure(loaded, cuts, loss_fn, optimizer, repeats)
     report = _make_report(
@@ -85,19 +83,6 @@ def _parse_modes(modes: str) -> list[str]:
     if unknown or not names:
         raise InputError(f"unknown mode {', '.join(unknown) or modes!r}; choose from: {', '.join(MODES)}")
     return list(dict.fromkeys([*names, BASELINE_MODE]))
-
-
-def _load(
-    model: str, data: str, tokenizer: str | None, dtype: str, groups: int, loss: PreferenceLoss
-) -> tuple[PreTrainedModel, PreferenceDataset]:
-    """The attached model, and the sampled groups with only the sequences that the loss reads."""
-    from kvpref.cli.step_inputs import load_model_and_groups, sample_evenly
-    from kvpref.training.inputs import check_lengths
-
-    loaded, found = load_model_and_groups(model, data, tokenizer, dtype)
-    dataset = sample_evenly(found, groups).map_groups(loss.select)
-    check_lengths(dataset, loaded)
-    return loaded, dataset
 
 
 def _measure(

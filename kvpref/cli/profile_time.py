@@ -14,7 +14,6 @@ from kvpref.errors import InputError, RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvpref.data import PreferenceDataset
     from kvpref.groups import Group
     from kvpref.losses import PreferenceLoss
     from kvpref.modeling.options import EngineOptions
@@ -48,13 +47,13 @@ def time(
     for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--steps", steps)):
         if count < 1:
             raise InputError(f"{name} must be at least 1; got {count}")
-    from kvpref.cli.step_inputs import cut_micro_batches
+    from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
     from kvpref.modeling.options import EngineOptions
 
     options = EngineOptions(mode=mode, schedule=schedule, max_tokens_per_chunk=max_tokens_per_chunk)
     loss_fn = make_loss(loss)
-    loaded, sampled = _load(model, data, tokenizer, dtype, loss_fn, groups)
+    loaded, sampled = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, groups)
     cut = cut_micro_batches(sampled, mode, max_tokens)
     settings = {
         "model": model,
@@ -72,24 +71,6 @@ def time(
     _show(report, output)
     if json_:
         print(json.dumps(report.to_json()))
-
-
-def _load(
-    model: str,
-    data: str,
-    tokenizer: str | None,
-    dtype: str,
-    loss: PreferenceLoss,
-    num_groups: int,
-) -> tuple[PreTrainedModel, PreferenceDataset]:
-    """The attached model, and the sampled groups with only the sequences that the loss reads."""
-    from kvpref.cli.step_inputs import load_model_and_groups, sample_evenly
-    from kvpref.training.inputs import check_lengths
-
-    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype)
-    sampled = sample_evenly(dataset, num_groups).map_groups(loss.select)
-    check_lengths(sampled, loaded)
-    return loaded, sampled
 
 
 def _measure(

@@ -9,6 +9,8 @@ from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.cli.loading import load_matching_tokenizer, load_model
 from kvpref.data import PreferenceDataset, StepOptions, StepPlanner, load_preferences
 from kvpref.groups import Group
+from kvpref.losses import PreferenceLoss
+from kvpref.training.inputs import check_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,20 @@ def load_model_and_groups(
     folder, config = (None, model) if model.endswith(".json") else (model, None)
     loaded = kvpref.attach(load_model(folder, config, dtype=dtype))
     return loaded, load_preferences(data, load_matching_tokenizer(tokenizer, folder, loaded))
+
+
+def load_model_and_sample(
+    model: str, data: str, tokenizer: str | None, dtype: str, loss: PreferenceLoss, num_groups: int
+) -> tuple[PreTrainedModel, PreferenceDataset]:
+    """The attached model, and `num_groups` groups with only the sequences that the loss reads.
+
+    Raises:
+        InputError: As `load_model_and_groups`, and if a sequence is longer than the model's positions.
+    """
+    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype)
+    sampled = sample_evenly(dataset, num_groups).map_groups(loss.select)
+    check_lengths(sampled, loaded)
+    return loaded, sampled
 
 
 def sample_evenly(dataset: PreferenceDataset, count: int) -> PreferenceDataset:

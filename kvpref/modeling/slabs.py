@@ -77,11 +77,6 @@ class SlabStore:
         self._slab_rows, self._prompts_get_grad = slab_rows, prompts_get_grad
         self._slabs: dict[SlabKey, list[tuple[Slab, Slab]]] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all keys and values held."""
-        return sum(slab.data.nbytes for layers in self._slabs.values() for pair in layers for slab in pair)
-
     def write(self, place: SlabSlice, own: Sequence[KeyValue]) -> None:
         """Copy a chunk's keys and values, one pair per layer, to their rows."""
         if place.slab not in self._slabs:

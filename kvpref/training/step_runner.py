@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -105,11 +105,8 @@ class StepRunner:
                     batch,
                     self._recording(result),
                     reference=reference_of(item, batch),
-                    mode=options.mode,
-                    schedule=options.schedule,
-                    checkpoint=options.checkpoint,
-                    backend=options.backend,
                     backward=lambda loss, weight=weight: self.accelerator.backward(loss * weight),  # type: ignore[misc]
+                    **asdict(options),
                 )
             result.outputs.append(output)
             result.num_forward_tokens.append(batch.plan(options.mode).num_forward_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dense_attention import Inputs, make_inputs, make_plan, random_tree
-from torch.library import opcheck
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpref.attention import CascadePlan, cascade_attention
@@ -40,11 +40,11 @@ def test_opcheck(depth: int, dtype: torch.dtype, backend: str) -> None:
     inputs = make_inputs(tree, depth, 4, 2, 8, dtype)
     given = arguments(inputs, make_plan(tree, depth, backend, 0.5))
     # The log-sum-exp output has no gradient, which the dynamic check would ask for.
-    opcheck(cascade_forward, given, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    library.opcheck(cascade_forward, given, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     with torch.no_grad():
         out, lse = cascade_forward(*given)
         query, keys, values, *rest = given
-        opcheck(
+        library.opcheck(
             cascade_backward,
             (torch.ones_like(out), query.detach(), [key.detach() for key in keys], values, out, lse, *rest),
             test_utils=("test_schema", "test_faketensor"),

@@ -87,7 +87,7 @@ def test_shared_prefix_runs_once_per_step(tmp_path: Path) -> None:
     shared = train(tmp_path / "shared", **settings)
     apart = train(tmp_path / "apart", share_across_micro_batches=False, **settings)
     full = train(tmp_path / "full", max_tokens_per_micro_batch=120, max_steps=1)
-    num_micro_batches = -(-6 // 1)  # 120 tokens hold the few-shot prompt and one pair
+    num_micro_batches = 6  # 120 tokens hold the few-shot prompt and one pair
     assert apart.token_meter.num_forward_tokens == full.token_meter.num_forward_tokens
     saved = apart.token_meter.num_forward_tokens - shared.token_meter.num_forward_tokens
     assert saved == (num_micro_batches - 1) * len(FEW_SHOT)
