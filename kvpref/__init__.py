@@ -7,16 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvpref.batch import Batch, ResponseLogps, collate
+    from kvpref.batch import Batch, collate
     from kvpref.errors import InputError, RunError, UnsupportedModelError
     from kvpref.groups import Group, Sequence
-    from kvpref.losses import LossOutput
+    from kvpref.losses import LossOutput, loss
     from kvpref.modeling.attach import attach
     from kvpref.modeling.cache import PrefixCache
     from kvpref.modeling.compilation import compile_layers
     from kvpref.modeling.options import EngineOptions
     from kvpref.modeling.passes import encode_prefix, response_logps, score_responses
     from kvpref.modeling.schedules import forward_backward, forward_backward_step
+    from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
     from kvpref.step import Step, join_batches
     from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
@@ -26,12 +27,14 @@ _HOMES = {
     "Batch": "kvpref.batch",
     "EngineOptions": "kvpref.modeling.options",
     "Group": "kvpref.groups",
+    "HeadOptions": "kvpref.outputs",
     "InputError": "kvpref.errors",
     "LossOutput": "kvpref.losses",
     "PreferenceTrainer": "kvpref.training",
     "PreferenceTrainingArguments": "kvpref.training",
     "PrefixCache": "kvpref.modeling.cache",
-    "ResponseLogps": "kvpref.batch",
+    "ResponseLogps": "kvpref.outputs",
+    "ResponseRewards": "kvpref.outputs",
     "RunError": "kvpref.errors",
     "Sequence": "kvpref.groups",
     "Step": "kvpref.step",
@@ -43,6 +46,7 @@ _HOMES = {
     "forward_backward": "kvpref.modeling.schedules",
     "forward_backward_step": "kvpref.modeling.schedules",
     "join_batches": "kvpref.step",
+    "loss": "kvpref.losses",
     "response_logps": "kvpref.modeling.passes",
     "score_responses": "kvpref.modeling.passes",
 }
@@ -51,12 +55,14 @@ __all__ = [
     "Batch",
     "EngineOptions",
     "Group",
+    "HeadOptions",
     "InputError",
     "LossOutput",
     "PreferenceTrainer",
     "PreferenceTrainingArguments",
     "PrefixCache",
     "ResponseLogps",
+    "ResponseRewards",
     "RunError",
     "Sequence",
     "Step",
@@ -68,6 +74,7 @@ __all__ = [
     "forward_backward",
     "forward_backward_step",
     "join_batches",
+    "loss",
     "response_logps",
     "score_responses",
 ]

@@ -1,4 +1,4 @@
-"""`Batch`, a collated micro-batch of groups, and `ResponseLogps`, what every mode returns for one."""
+"""`Batch`, a collated micro-batch of groups."""
 
 from __future__ import annotations
 
@@ -7,42 +7,14 @@ from collections.abc import Sequence as AbstractSequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
+from kvpref.errors import InputError
 from kvpref.groups import Group, Sequence
 from kvpref.plans import ModePlan, build_plan, map_tensors, tensors_to
 from kvpref.tree import PrefixTree, TokenIds, build_tree
-
-
-class ResponseLogps(NamedTuple):
-    """Log-probs of the scored tokens of every sequence, in the order in which the caller gave the sequences.
-
-    A NamedTuple, so that distributed wrappers, which look for tensors in a forward's output, find them.
-
-    Attributes:
-        token_logps: (num_scored_tokens,) float32 (float64 for a float64 model), natural log, sequence after sequence.
-        cu_seqlens: (num_sequences + 1,) int64; sequence i owns token_logps[cu_seqlens[i]:cu_seqlens[i + 1]].
-        group_index: (num_sequences,) int64, the group of each sequence.
-    """
-
-    token_logps: torch.Tensor
-    cu_seqlens: torch.Tensor
-    group_index: torch.Tensor
-
-    def lengths(self) -> torch.Tensor:
-        """Number of scored tokens per sequence, (num_sequences,) int64."""
-        return self.cu_seqlens.diff()
-
-    def sum(self) -> torch.Tensor:
-        """Log-prob of each whole response, (num_sequences,), the dtype of `token_logps`."""
-        return torch.segment_reduce(self.token_logps, "sum", offsets=self.cu_seqlens, initial=0)
-
-    def mean(self) -> torch.Tensor:
-        """Log-prob per scored token of each response, (num_sequences,); 0 where a sequence has none."""
-        return self.sum() / self.lengths().clamp(min=1)
-
 
 DEFAULT_MIN_SHARED_TOKENS = 16
 
@@ -115,6 +87,54 @@ class Batch:
     def num_scored_tokens(self) -> int:
         """Scored tokens of all sequences, shared ones counted once per sequence."""
         return sum(sum(sequence.scored) for sequence in self.sequences)
+
+    def column(self, name: str) -> list[Any]:
+        """An extra column of the data: the value of each group.
+
+        Raises:
+            InputError: If a group has no such column; the message names it.
+        """
+        for group in self.groups:
+            if name not in group.columns:
+                has = ", ".join(group.columns) or "none"
+                raise InputError(f"{group.id}: no column {name!r}; this group's extra columns: {has}")
+        return [group.columns[name] for group in self.groups]
+
+    def sequence_column(self, name: str) -> torch.Tensor:
+        """An extra column of numbers, (num_sequences,) float32 on `device`; a group's single number is each sequence's.
+
+        Raises:
+            InputError: If a group has no such column, or it holds something else than one number per sequence.
+        """
+        numbers: list[float] = []
+        for group, value in zip(self.groups, self.column(name), strict=True):
+            values = value if group.is_per_sequence(value) else [value] * len(group)
+            if not all(isinstance(item, int | float) for item in values):
+                raise InputError(
+                    f"{group.id}: column {name!r} must hold a number, or one per response; found {value!s:.60}"
+                )
+            numbers.extend(map(float, values))
+        return torch.tensor(numbers, device=self.device)
+
+    def token_column(self, name: str) -> torch.Tensor:
+        """An extra column of one number per scored token, (num_scored_tokens,) float32 on `device`.
+
+        Raises:
+            InputError: If a group has no such column, or a response's list has another length than its scored tokens.
+        """
+        numbers: list[float] = []
+        for group, value in zip(self.groups, self.column(name), strict=True):
+            rows = value if group.is_per_sequence(value) else [value] * len(group)
+            for index, (row, sequence) in enumerate(zip(rows, group.sequences, strict=True)):
+                num_scored = sum(sequence.scored)
+                if not isinstance(row, list | tuple) or len(row) != num_scored:
+                    found = f"{len(row)}" if isinstance(row, list | tuple) else f"{row!s:.60}"
+                    raise InputError(
+                        f"{group.id}: column {name!r} must hold one number per scored token of response {index} "
+                        f"({num_scored}); found {found}"
+                    )
+                numbers.extend(map(float, row))
+        return torch.tensor(numbers, device=self.device)
 
     def plan(self, mode: str) -> ModePlan:
         """The passes of `mode` over this batch, on `device`; built once.

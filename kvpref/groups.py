@@ -5,8 +5,10 @@ Pure Python integers: no tensors, so data workers, planners and tests can use th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Group:
         scores: One float per sequence, or None where unrated. Higher is better.
         labels: One flag per sequence: True for preferred (chosen), False for not (rejected).
         id: Where the group came from, used in error messages (``file:line``, say).
+        columns: Extra columns of the data, by name. A list (or tuple) with one entry per sequence is theirs; anything
+            else is the group's.
 
     Raises:
         ValueError: If there are no sequences, or scores or labels have another length.
@@ -70,6 +74,7 @@ class Group:
     scores: tuple[float | None, ...] | None
     labels: tuple[bool, ...] | None
     id: str | None
+    columns: Mapping[str, Any]
 
     def __init__(
         self,
@@ -77,11 +82,13 @@ class Group:
         scores: AbstractSequence[float | None] | None = None,
         labels: AbstractSequence[bool] | None = None,
         id: str | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
         object.__setattr__(self, "sequences", tuple(sequences))
         object.__setattr__(self, "scores", None if scores is None else tuple(scores))
         object.__setattr__(self, "labels", None if labels is None else tuple(labels))
         object.__setattr__(self, "id", id)
+        object.__setattr__(self, "columns", {} if columns is None else dict(columns))
         if not self.sequences:
             raise ValueError(f"group {id!r} has no sequences")
         for name, values in (("scores", self.scores), ("labels", self.labels)):
@@ -93,3 +100,20 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def take(self, indices: AbstractSequence[int]) -> Group:
+        """The group with only these sequences, in this order, and what belongs to them."""
+        return Group(
+            [self.sequences[index] for index in indices],
+            scores=None if self.scores is None else [self.scores[index] for index in indices],
+            labels=None if self.labels is None else [self.labels[index] for index in indices],
+            id=self.id,
+            columns={
+                name: [value[index] for index in indices] if self.is_per_sequence(value) else value
+                for name, value in self.columns.items()
+            },
+        )
+
+    def is_per_sequence(self, value: Any) -> bool:
+        """Whether the value of a column has one entry per sequence."""
+        return isinstance(value, list | tuple) and len(value) == len(self.sequences)

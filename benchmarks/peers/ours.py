@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import kvpref
-from kvpref.batch import ResponseLogps
 from kvpref.flops import count_work
 from kvpref.groups import Group
 from kvpref.losses import make_loss
 from kvpref.modeling.shape import model_shape
+from kvpref.outputs import ResponseLogps
 from kvpref.training.inputs import make_loader, make_planner
 from kvpref.training.reference import load_or_compute
 from peers.interface import FirstBatch, Runner, StepWork, flat_gradient

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.batch import Batch, ResponseLogps, collate
+from kvpref.batch import Batch, collate
 from kvpref.data import PreferenceDataset, StepOptions, StepPlanner
 from kvpref.losses import DPO
 from kvpref.modeling.passes import response_logps
 from kvpref.modeling.schedules import forward_backward
+from kvpref.outputs import ResponseLogps
 from kvpref.profiling.timing import TimingOptions, time_rounds
 
 MODES = ("two_pass", "packed", "padded")

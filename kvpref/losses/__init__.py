@@ -6,7 +6,7 @@ from typing import Any
 
 from kvpref.errors import InputError
 from kvpref.losses.dpo import DPO
-from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, as_loss
+from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, RewardLoss, as_loss, loss
 from kvpref.losses.sft import SFT
 
 LOSSES: dict[str, type[PreferenceLoss]] = {"dpo": DPO, "sft": SFT}
@@ -27,4 +27,15 @@ def make_loss(name: str, **settings: Any) -> PreferenceLoss:
     return LOSSES[name](**settings)
 
 
-__all__ = ["DPO", "LOSSES", "SFT", "LossFunction", "LossOutput", "PreferenceLoss", "as_loss", "make_loss"]
+__all__ = [
+    "DPO",
+    "LOSSES",
+    "SFT",
+    "LossFunction",
+    "LossOutput",
+    "PreferenceLoss",
+    "RewardLoss",
+    "as_loss",
+    "loss",
+    "make_loss",
+]

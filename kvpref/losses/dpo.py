@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.losses.interface import LossOutput, PreferenceLoss
 from kvpref.losses.pairs import pair_indices
+from kvpref.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
+from kvpref.errors import InputError
 from kvpref.groups import Group
+from kvpref.outputs import READS, HeadOptions, ResponseLogps, ResponseRewards
 
 
 class LossOutput(NamedTuple):
@@ -23,26 +26,40 @@ class LossOutput(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-LossFunction = Callable[[ResponseLogps, ResponseLogps | None, Batch], LossOutput]
+LossFunction = Callable[[Any, Any, Batch], LossOutput]
 """Any callable ``loss(policy, reference, batch) -> LossOutput``; `PreferenceLoss` adds what the trainer can use."""
 
 
 class PreferenceLoss:
-    """Base of the losses that kvpref ships. A plain function is a loss too, with these defaults.
+    """Base of the losses that kvpref ships. A plain function is a loss too; see `kvpref.loss`.
 
     Attributes:
         needs_reference: Whether the loss reads reference log-probs; the trainer then computes them once.
+        reads: ``tokens``: log-probs of scored tokens, a `ResponseLogps`. ``ends``: rewards, a `ResponseRewards`.
+        unit: What the loss is a mean over. Losses with different units cannot be mixed.
+        head: What the LM head computes besides log-probs.
+        columns: Extra columns of the data that the loss reads.
     """
 
     needs_reference: bool = False
+    reads: str = "tokens"
+    unit: str = "groups"
+
+    @property
+    def head(self) -> HeadOptions:
+        return HeadOptions()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
         """Compute the loss of a micro-batch.
 
         Args:
-            policy: Log-probs of the model that is trained.
+            policy: Log-probs of the model that is trained, with what `head` asks for.
             reference: Log-probs of the reference model, or None where none are needed.
-            batch: The groups, with their scores and labels.
+            batch: The groups, with their scores, labels and columns.
 
         Raises:
             InputError: If the batch lacks what the loss needs; the message names the group.
@@ -62,17 +79,90 @@ class PreferenceLoss:
         return group
 
 
+class RewardLoss(PreferenceLoss):
+    """Base of the losses of reward models: a mean over groups of a function of rewards."""
+
+    reads = "ends"
+
+    def __call__(self, policy: ResponseRewards, reference: None, batch: Batch) -> LossOutput:  # type: ignore[override]
+        raise NotImplementedError
+
+
 class FunctionLoss(PreferenceLoss):
-    """A user's function as a loss: a mean over groups, with a reference if its attribute `needs_reference` says so."""
+    """A user's function as a loss: a mean over groups, with what its attributes ask for.
+
+    Args:
+        function: The loss; its attributes `needs_reference`, `head`, `columns` and `reads`, where it has them, are
+            those of `PreferenceLoss`.
+    """
 
     def __init__(self, function: LossFunction) -> None:
         self.function = function
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
         self.needs_reference = bool(getattr(function, "needs_reference", False))
+        self.reads = getattr(function, "reads", "tokens")
+        self._head: HeadOptions = getattr(function, "head", HeadOptions())
+        self._columns: tuple[str, ...] = tuple(getattr(function, "columns", ()))
 
-    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+    @property
+    def head(self) -> HeadOptions:
+        return self._head
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self._columns
+
+    def __call__(self, policy: Any, reference: Any, batch: Batch) -> LossOutput:
         return self.function(policy, reference, batch)
 
 
 def as_loss(loss: PreferenceLoss | LossFunction) -> PreferenceLoss:
     """Wrap a plain function; leave a `PreferenceLoss` as it is."""
     return loss if isinstance(loss, PreferenceLoss) else FunctionLoss(loss)
+
+
+def loss(
+    *,
+    needs_reference: bool = False,
+    columns: tuple[str, ...] | list[str] = (),
+    reads: str = "tokens",
+    **head: Any,
+) -> Callable[[Callable[..., LossOutput]], Callable[..., LossOutput]]:
+    """Declare what a loss function needs: ``@kvpref.loss(needs_reference=True, entropy=True, columns=["weight"])``.
+
+    Args:
+        needs_reference: Hand it the reference's log-probs.
+        columns: Extra columns of the data that it reads, with `Batch.column` and its like.
+        reads: ``tokens``, or ``ends`` for the rewards of a model with a scalar head.
+        **head: Fields of `kvpref.HeadOptions`: ``entropy``, ``hidden``, ``values``, ``logit_ids``, ``temperature``, ...
+
+    Raises:
+        InputError: If there is no such field, or no such thing to read.
+    """
+    options = _head_options(head)
+    if reads not in READS:
+        raise InputError(f"unknown reads {reads!r}; choose from: {', '.join(READS)}")
+
+    def declare(function: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+        for name, value in (
+            ("needs_reference", needs_reference),
+            ("columns", tuple(columns)),
+            ("reads", reads),
+            ("head", options),
+        ):
+            setattr(function, name, value)
+        return function
+
+    return declare
+
+
+def _head_options(given: dict[str, Any]) -> HeadOptions:
+    valid = [item.name for item in fields(HeadOptions)]
+    unknown = [name for name in given if name not in valid]
+    if unknown:
+        raise InputError(
+            f"kvpref.loss has no setting {unknown[0]!r}; it has: needs_reference, columns, reads, {', '.join(valid)}"
+        )
+    if "logit_ids" in given:
+        given = {**given, "logit_ids": tuple(given["logit_ids"])}
+    return HeadOptions(**given)

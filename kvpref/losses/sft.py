@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.groups import Group
 from kvpref.losses.interface import LossOutput, PreferenceLoss
 from kvpref.losses.pairs import best_sequence
+from kvpref.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)

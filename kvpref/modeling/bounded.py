@@ -19,7 +19,6 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
-from kvpref.batch import ResponseLogps
 from kvpref.chunk_plans import ChunkPlan
 from kvpref.chunks import SHARED
 from kvpref.errors import UnsupportedModelError
@@ -32,6 +31,7 @@ from kvpref.modeling.passes import run_level_pass
 from kvpref.modeling.slabs import ChunkKeyValues, SlabStore
 from kvpref.modeling.support import check_training_state, unwrap
 from kvpref.modeling.vocabulary_grads import embed
+from kvpref.outputs import ResponseLogps
 from kvpref.regions import mark, region
 from kvpref.step import Step
 

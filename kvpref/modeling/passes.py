@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.modeling.attach import run_inside
 from kvpref.modeling.cache import KeyValues, PrefixCache
@@ -16,6 +16,7 @@ from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
 from kvpref.modeling.head import head_logps
 from kvpref.modeling.interface import RunningPass, bind_pass
 from kvpref.modeling.support import check_training_state
+from kvpref.outputs import ResponseLogps
 from kvpref.plans import ModePlan, PassPlan
 from kvpref.regions import region
 

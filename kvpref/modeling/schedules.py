@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss
 from kvpref.modeling.bounded import run_chunks, score_chunks
@@ -15,6 +15,7 @@ from kvpref.modeling.distributed import local_module, synchronise_gradients
 from kvpref.modeling.options import SCHEDULES as SCHEDULES
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.passes import response_logps
+from kvpref.outputs import ResponseLogps
 from kvpref.regions import region
 from kvpref.step import Step, join_batches
 

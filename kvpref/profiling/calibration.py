@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.batch import Batch, ResponseLogps, collate
+from kvpref.batch import Batch, collate
 from kvpref.data import CostModel
 from kvpref.errors import InputError
 from kvpref.flops import Work, count_work
@@ -26,6 +26,7 @@ from kvpref.groups import Sequence as TokenSequence
 from kvpref.losses import LossOutput
 from kvpref.modeling.schedules import forward_backward
 from kvpref.modeling.support import unwrap
+from kvpref.outputs import ResponseLogps
 from kvpref.profiling.timing import TimingOptions, time_rounds
 
 MIN_TOKENS = 256

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.groups import Group
 from kvpref.losses import LossOutput
+from kvpref.outputs import ResponseLogps
 
 
 def weighted_likelihood(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
-from kvpref.batch import Batch, ResponseLogps, collate
+from kvpref.batch import Batch, collate
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.groups import Sequence as TokenSequence
 from kvpref.losses import LossOutput
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward, forward_backward_step
+from kvpref.outputs import ResponseLogps
 from kvpref.profiling.memory_tracker import OPTIMIZER, MemoryTracker
 from kvpref.profiling.prediction_kernels import running_on
 from kvpref.profiling.prediction_model import FakeTraining

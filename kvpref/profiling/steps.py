@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.batch import Batch, ResponseLogps, collate
+from kvpref.batch import Batch, collate
 from kvpref.flops import Work, count_work, total_work
 from kvpref.groups import Group
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.modeling.passes import response_logps
 from kvpref.modeling.schedules import forward_backward
+from kvpref.outputs import ResponseLogps
 
 BASELINE_MODE = "packed"
 """What modes are compared with: the same kernels and no padding, every prompt repeated."""

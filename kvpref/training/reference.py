@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.modeling.schedules import score
 from kvpref.modeling.support import unwrap
+from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
 

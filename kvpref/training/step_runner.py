@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.errors import RunError
 from kvpref.losses import LossOutput, PreferenceLoss
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward, forward_backward_step
+from kvpref.outputs import ResponseLogps
 from kvpref.step import Step
 from kvpref.training.inputs import MicroBatchInputs, StepInputs, join_micro_batches
 from kvpref.training.memory import advice, is_out_of_memory

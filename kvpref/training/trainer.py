@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from kvpref.batch import Batch, ResponseLogps
+from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset, StepSampler
 from kvpref.errors import InputError, RunError
 from kvpref.groups import Group
@@ -23,6 +23,7 @@ from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.modeling.attach import attach
 from kvpref.modeling.compilation import compile_layers
 from kvpref.modeling.schedules import score
+from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.callbacks import EpochCallback, MetricsFileCallback, ThroughputProgressCallback
 from kvpref.training.inputs import (

@@ -1,0 +1,1 @@
+"""Where users already are: other trainers, and code that calls a model on padded batches."""
