@@ -66,7 +66,7 @@ def test_tile_size_does_not_change_results(max_tile_bytes: int | None) -> None:
 
 def test_row_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of rows add up in the weight's gradient."""
-    monkeypatch.setattr("kvpref.logprob._MAX_TOKENS_PER_TILE", 4)
+    monkeypatch.setattr("kvpref.logprob_tiles._MAX_TOKENS_PER_TILE", 4)
     for num_tokens in (3, 4, 5, 13):
         assert_same(make_case(num_tokens, 2 * TILE + 3), HeadParams(max_tile_bytes=1))
 

@@ -25,7 +25,7 @@ from kvpref.attention.backends.reference import Reference
 from kvpref.attention.block import AttentionParams, Pair, VarlenBlock
 from kvpref.attention.blockwise import Merge, backward_blocks, forward_blocks, unflatten_blocks
 from kvpref.attention.merge import Partial, merge_partials
-from kvpref.logprob import tiles_for
+from kvpref.logprob_tiles import tiles_for
 
 _ATEN, _KVPREF = torch.ops.aten, torch.ops.kvpref
 
