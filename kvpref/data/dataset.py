@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +13,7 @@ from kvpref.data.lengths import GroupLengths, measure_group
 from kvpref.data.reading import RawRow, read_rows
 from kvpref.data.rendering import RenderedRow, render_row
 from kvpref.data.report import BadRow, DataReport
-from kvpref.data.rows import RowError, parse_row
+from kvpref.data.rows import PreferenceRow, RowError, parse_row
 from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.storage import PackedGroups
 from kvpref.data.tokenization import SequenceTokenizer, TokenizedSequence
@@ -44,7 +45,12 @@ class DataOptions:
     on_bad_row: OnBadRow = "stop"
     """``stop`` raises at the first bad row; ``skip`` leaves bad rows out and lists them in the report."""
 
+    columns: tuple[str, ...] = ()
+    """Extra columns to keep with each group, for losses that read them; a row without one is a bad row."""
+
     def __post_init__(self) -> None:
+        if isinstance(self.columns, str) or not all(isinstance(name, str) and name for name in self.columns):
+            raise InputError(f"columns must be a list of names; got {self.columns!r}")
         for name in ("max_prompt_tokens", "max_response_tokens"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
@@ -82,7 +88,7 @@ class PreferenceDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over token ids, scored flags, labels and scores of every group; the same on every machine."""
+        """Hex SHA-256 over token ids, scored flags, labels, scores and columns of every group; the same everywhere."""
         return self._groups.fingerprint()
 
     @cached_property
@@ -129,7 +135,7 @@ def load_preferences(
     """
     options = options or DataOptions()
     loader = _Loader(data, tokenizer, options)
-    for row in read_rows(data):
+    for row in read_rows(data, options.columns):
         loader.add(row)
     return loader.finish()
 
@@ -154,7 +160,7 @@ class _Loader:
         try:
             if raw.error is not None:
                 raise RowError(raw.error)
-            rendered = render_row(parse_row(raw.value), self._tokenizer.tokenizer)
+            rendered = render_row(parse_row(raw.value, self._options.columns), self._tokenizer.tokenizer)
         except RowError as error:
             # Rows before this one may turn out bad when they are tokenized, and the first bad row is to be named.
             self._flush()
@@ -212,6 +218,8 @@ class _Loader:
                 "`chosen` and `rejected` have the same tokens"
                 + (" after truncation; raise max_response_tokens" if truncated.num_truncated_responses else "")
             )
+        if truncated.num_truncated_responses:
+            _check_token_columns(row.row, sequences, truncated.sequences)
         self._truncation["num_truncated_prompts"] += truncated.prompt_tokens_cut > 0
         self._truncation["prompt_tokens_cut"] += truncated.prompt_tokens_cut
         self._truncation["num_truncated_responses"] += truncated.num_truncated_responses
@@ -226,9 +234,30 @@ class _Loader:
             scores=row.row.scores,
             labels=row.row.labels,
             id=location,
+            columns=row.row.columns,
         )
 
     def _reject(self, location: str, reason: str) -> None:
         if self._options.on_bad_row == "stop":
             raise InputError(f"{location}: {reason}; correct the row, or pass --on-bad-row skip to leave bad rows out")
         self._bad_rows.append(BadRow(location, reason))
+
+
+def _check_token_columns(
+    row: PreferenceRow, whole: AbstractSequence[TokenizedSequence], kept: AbstractSequence[TokenizedSequence]
+) -> None:
+    """Refuse a column that has one entry per token of a response that was cut: which of them to drop, only users know.
+
+    Raises:
+        RowError: Naming the column.
+    """
+    for name, value in row.columns.items():
+        if not isinstance(value, list) or len(value) != len(whole):
+            continue
+        for index, (entry, before, after) in enumerate(zip(value, whole, kept, strict=True)):
+            num_before, num_after = (len(item.input_ids) - item.num_prompt_tokens for item in (before, after))
+            if isinstance(entry, list) and num_after < num_before == len(entry):
+                raise RowError(
+                    f"column `{name}` has an entry for each of the {num_before} tokens of response {index}, which is "
+                    f"cut to {num_after}; raise max_response_tokens, or shorten the response and its column in the data"
+                )

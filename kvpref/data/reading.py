@@ -7,7 +7,7 @@ source that cannot be read at all raises.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from kvpref.errors import InputError
 
 ROW_FIELDS = ("prompt", "chosen", "rejected", "responses", "scores")
-"""The columns that are read; others are ignored."""
+"""The columns that are read, besides extra ones that are asked for by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,13 @@ class RawRow:
     error: str | None = None
 
 
-def read_rows(data: str) -> Iterator[RawRow]:
+def read_rows(data: str, columns: Sequence[str] = ()) -> Iterator[RawRow]:
     """Read the rows of a file or a dataset, in order.
 
     Args:
         data: A path ending in .jsonl, .ndjson, .json (a list of objects) or .parquet; or a local dataset folder or
             hub name, optionally followed by ``:split`` (default ``train``).
+        columns: Extra columns to read where rows come from a table; JSON rows hold all of their fields anyway.
 
     Raises:
         InputError: If the source is missing, of an unknown kind, or cannot be read at all.
@@ -46,19 +47,19 @@ def read_rows(data: str) -> Iterator[RawRow]:
     path = Path(data)
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir() or (reader is None and not path.exists()):
-        yield from _read_dataset(data)
+        yield from _read_dataset(data, columns)
         return
     if reader is None:
         raise InputError(f"{data}: unknown file type {path.suffix!r}; rename the file to one of {', '.join(_READERS)}")
     if not path.exists():
         raise InputError(f"{data}: no such file; check the path")
     try:
-        yield from reader(path)
+        yield from reader(path, columns)
     except OSError as error:
         raise InputError(f"{data}: the file cannot be read ({error}); check the path and its permissions") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[RawRow]:
+def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
     # Lines are cut in bytes: text iteration would also break at U+2028 and stop at the first invalid byte.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -81,7 +82,7 @@ def _decoding_error(error: Exception) -> str:
     return f"not valid JSON ({error})"
 
 
-def _read_json(path: Path) -> Iterator[RawRow]:
+def _read_json(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
     content = path.read_bytes()
     try:
         rows = json.loads(content.decode("utf-8-sig"))
@@ -104,15 +105,15 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         yield RawRow(f"{path}:row {number}", row)
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _known_columns(str(path), file.schema_arrow.names)
+            known = _known_columns(str(path), file.schema_arrow.names, columns)
             number = 0
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
+            for batch in file.iter_batches(batch_size=1000, columns=known):
                 for index in range(batch.num_rows):
                     number += 1
                     yield _parquet_row(batch.slice(index, 1), f"{path}:row {number}")
@@ -128,19 +129,19 @@ def _parquet_row(batch: Any, location: str) -> RawRow:
         return RawRow(location, error="invalid UTF-8 in a string column")
 
 
-def _known_columns(source: str, names: list[str]) -> list[str]:
-    columns = [name for name in names if name in ROW_FIELDS]
-    if not columns:
+def _known_columns(source: str, names: list[str], extra: Sequence[str]) -> list[str]:
+    if not any(name in ROW_FIELDS for name in names):
         raise InputError(
             f"{source}: no column is named {', '.join(ROW_FIELDS)}; found {', '.join(names) or 'none'}; rename them"
         )
-    return columns
+    # An extra column that is missing is missing in every row, and named there.
+    return [name for name in names if name in ROW_FIELDS or name in extra]
 
 
-def _read_dataset(data: str) -> Iterator[RawRow]:
+def _read_dataset(data: str, columns: Sequence[str]) -> Iterator[RawRow]:
     name, split = (data, "") if Path(data).is_dir() or ":" not in data else data.rsplit(":", maxsplit=1)
     dataset = _open_dataset(name, split)
-    dataset = dataset.select_columns(_known_columns(data, dataset.column_names))
+    dataset = dataset.select_columns(_known_columns(data, dataset.column_names, columns))
     for number, row in enumerate(dataset, start=1):
         yield RawRow(f"{name}:{split or 'train'}:row {number}", row)
 
@@ -170,7 +171,7 @@ def _open_dataset(name: str, split: str) -> Any:
         ) from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, Any]
@@ -25,23 +27,37 @@ class PreferenceRow:
         responses: Texts, or (exactly where the prompt is messages) non-empty tuples of messages.
         scores: One float or None per response, or None.
         labels: (True, False) for a chosen/rejected pair, otherwise None.
+        columns: Extra fields that were asked for, as they stand in the row.
     """
 
     prompt: str | tuple[Message, ...] | None
     responses: tuple[str | tuple[Message, ...], ...]
     scores: tuple[float | None, ...] | None = None
     labels: tuple[bool, ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parse_row(value: object) -> PreferenceRow:
+def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceRow:
     """Check one decoded row. A field that is null counts as missing; unknown fields are ignored.
 
+    Args:
+        value: What was decoded.
+        columns: Extra fields to keep, of any type.
+
     Raises:
-        RowError: If the row has none of the known shapes.
+        RowError: If the row has none of the known shapes, or lacks one of the columns.
     """
     if not isinstance(value, dict):
         raise RowError(f"expected a JSON object, found {_type_name(value)}")
-    row = {key: field for key, field in value.items() if field is not None}
+    row = {key: item for key, item in value.items() if item is not None}
+    for name in columns:
+        if name not in row:
+            raise RowError(f"missing column `{name}`, which the loss reads; found {', '.join(map(str, row)) or 'none'}")
+    parsed = _parse_shape(row)
+    return replace(parsed, columns={name: row[name] for name in columns}) if columns else parsed
+
+
+def _parse_shape(row: dict[str, Any]) -> PreferenceRow:
     is_pair = "chosen" in row or "rejected" in row
     if is_pair and "responses" in row:
         raise RowError("found both `responses` and `chosen`/`rejected`; keep one of the two")
@@ -126,7 +142,7 @@ def _parse_message(message: object, name: str) -> Message:
     if not isinstance(message, dict):
         raise RowError(f"`{name}` must be a message with `role` and `content`, found {_type_name(message)}")
     # Arrow tables fill the keys that only other rows have with nulls; templates take a key for a statement.
-    kept = {key: field for key, field in message.items() if field is not None}
+    kept = {key: item for key, item in message.items() if item is not None}
     for key in ("role", "content"):
         if key not in kept:
             raise RowError(f"`{name}` is a message without `{key}`; expected {{role, content}}")

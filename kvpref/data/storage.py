@@ -6,10 +6,12 @@ That keeps a data set of a hundred million tokens in half a gigabyte, and cheap 
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from kvpref.groups import Group, Sequence
 from kvpref.tree import shared_prefix_length
@@ -26,6 +28,7 @@ class PackedGroups:
         self._scores: list[tuple[float | None, ...] | None] = []
         self._labels: list[tuple[bool, ...] | None] = []
         self._ids: list[str | None] = []
+        self._columns: dict[int, dict[str, Any]] = {}  # only of groups that have any
         for group in groups:
             self.append(group)
 
@@ -38,6 +41,8 @@ class PackedGroups:
         self._group_ends.append(len(self._sequence_ends) - 1)
         self._scores.append(group.scores)
         self._labels.append(group.labels)
+        if group.columns:
+            self._columns[len(self._ids)] = {name: _packed(value) for name, value in group.columns.items()}
         self._ids.append(group.id)
 
     def __len__(self) -> int:
@@ -48,7 +53,13 @@ class PackedGroups:
             Sequence(self._input_ids[start:end], [flag == 1 for flag in self._scored[start:end]])
             for start, end in self._spans(index)
         ]
-        return Group(sequences, scores=self._scores[index], labels=self._labels[index], id=self._ids[index])
+        return Group(
+            sequences,
+            scores=self._scores[index],
+            labels=self._labels[index],
+            id=self._ids[index],
+            columns=self._columns_of(index),
+        )
 
     def __iter__(self) -> Iterator[Group]:
         return (self[index] for index in range(len(self)))
@@ -70,8 +81,11 @@ class PackedGroups:
         for sequence in range(self._group_ends[index], self._group_ends[index + 1]):
             yield self._sequence_ends[sequence], self._sequence_ends[sequence + 1]
 
+    def _columns_of(self, index: int) -> dict[str, Any]:
+        return {name: _unpacked(value) for name, value in self._columns.get(index, {}).items()}
+
     def fingerprint(self) -> str:
-        """Hex SHA-256 over token ids, scored flags, labels and scores; ids are left out, since they hold paths."""
+        """Hex SHA-256 over token ids, scored flags, labels, scores and columns; not ids, since they hold paths."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             spans = list(self._spans(index))
@@ -86,8 +100,26 @@ class PackedGroups:
             labels, scores = self._labels[index], self._scores[index]
             digest.update(b"-" if labels is None else b"l" + bytes(labels))
             digest.update(b"-" if scores is None else b"s" + b"".join(map(_score_bytes, scores)))
+            if index in self._columns:
+                # Groups made in memory may hold what JSON cannot.
+                digest.update(b"c" + json.dumps(self._columns_of(index), sort_keys=True, default=repr).encode())
         return digest.hexdigest()
 
 
 def _score_bytes(score: float | None) -> bytes:
     return b"-" if score is None else b"=" + struct.pack("<d", score)
+
+
+def _packed(value: Any) -> Any:
+    """A column's value with its lists of floats as arrays: a number per token is then eight bytes, not thirty."""
+    if not isinstance(value, list):
+        return value
+    if value and all(type(item) is float for item in value):
+        return array("d", value)
+    return [_packed(item) for item in value]
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, array):
+        return value.tolist()
+    return [_unpacked(item) for item in value] if isinstance(value, list) else value
