@@ -13,7 +13,7 @@ import torch
 
 from kvpref.errors import InputError
 from kvpref.groups import Group, Sequence
-from kvpref.plans import ModePlan, build_plan, map_tensors, tensors_to
+from kvpref.plans import ModePlan, Reads, build_plan, map_tensors, tensors_to
 from kvpref.tree import PrefixTree, TokenIds, build_tree
 
 DEFAULT_MIN_SHARED_TOKENS = 16
@@ -44,6 +44,7 @@ class Batch:
         sharing: What the tree was built with.
         group_index: (num_sequences,) int64, on `device`.
         cu_seqlens: (num_sequences + 1,) int64, on `device`: offsets of each sequence's scored tokens, in every mode.
+        reads: Which hidden states its plans read.
         device: Where the plans' tensors are.
     """
 
@@ -53,7 +54,9 @@ class Batch:
         tree: PrefixTree,
         device: torch.device | str = "cpu",
         sharing: Sharing | None = None,
+        reads: Reads | None = None,
     ) -> None:
+        self.reads = Reads() if reads is None else reads
         self.groups = tuple(groups)
         self.sequences: tuple[Sequence, ...] = tuple(s for group in self.groups for s in group.sequences)
         self.tree = tree
@@ -64,6 +67,7 @@ class Batch:
         num_scored = [sum(sequence.scored) for sequence in self.sequences]
         self.cu_seqlens = torch.tensor([0, *accumulate(num_scored)]).to(self.device)
         self._plans: dict[str, ModePlan] = {}
+        self._other: Batch | None = None
 
     @property
     def num_groups(self) -> int:
@@ -143,8 +147,17 @@ class Batch:
             ValueError: If there is no such mode.
         """
         if mode not in self._plans:
-            self._plans[mode] = tensors_to(build_plan(mode, self.sequences, self.tree), self.device)
+            plan = build_plan(mode, self.sequences, self.tree, self.reads)
+            self._plans[mode] = tensors_to(plan, self.device)
         return self._plans[mode]
+
+    def reading(self, reads: Reads) -> Batch:
+        """This batch, or one of the same groups whose plans read other hidden states."""
+        if reads == self.reads:
+            return self
+        if self._other is None or self._other.reads != reads:
+            self._other = Batch(self.groups, self.tree, self.device, self.sharing, reads)
+        return self._other
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with the tensors of all plans built so far on `device`."""
@@ -158,7 +171,7 @@ class Batch:
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Batch:
         mapped = copy(self)
-        mapped.device = device
+        mapped.device, mapped._other = device, None
         mapped.group_index, mapped.cu_seqlens = function(self.group_index), function(self.cu_seqlens)
         mapped._plans = {mode: map_tensors(plan, function) for mode, plan in self._plans.items()}
         return mapped
@@ -171,6 +184,7 @@ def collate(
     modes: AbstractSequence[str] = (),
     min_shared_tokens: int = DEFAULT_MIN_SHARED_TOKENS,
     max_depth: int | None = None,
+    reads: Reads | None = None,
 ) -> Batch:
     """Collate groups into one micro-batch.
 
@@ -180,6 +194,7 @@ def collate(
         modes: Plans to build now (in a data worker, say) instead of at first use.
         min_shared_tokens: Shared runs shorter than this are repeated rather than given a segment of their own.
         max_depth: Deepest segment of the prefix tree; 1 allows prompts and responses, None any depth.
+        reads: Which hidden states its plans read; those for log-probs if None.
 
     Raises:
         ValueError: If there are no groups, or a limit or mode is out of range.
@@ -188,7 +203,7 @@ def collate(
         raise ValueError("collate needs at least one group; got none")
     sequences = [sequence.input_ids for group in groups for sequence in group.sequences]
     sharing = Sharing(min_shared_tokens=min_shared_tokens, max_depth=max_depth)
-    batch = Batch(groups, sharing.tree(sequences), device, sharing)
+    batch = Batch(groups, sharing.tree(sequences), device, sharing, reads)
     for mode in modes:
         batch.plan(mode)
     return batch

@@ -16,7 +16,7 @@ from kvpref.attention.block import VarlenBlock
 from kvpref.chunks import SHARED, Chunk, SlabKey, build_chunks
 from kvpref.groups import Sequence
 from kvpref.layout import build_layout, cut_prompts
-from kvpref.plans import LevelBlocks, PassPlan, int64
+from kvpref.plans import LevelBlocks, PassPlan, Reads, int64
 from kvpref.tree import PrefixTree
 
 
@@ -112,6 +112,7 @@ def build_step_chunks(
     *,
     max_tokens: int | None,
     prefix_grad: bool = True,
+    reads: Reads | None = None,
 ) -> StepChunks:
     """Plan the chunks of an optimizer step; tensors on the CPU.
 
@@ -122,13 +123,14 @@ def build_step_chunks(
         prefix_grad: False gives prompts, the tokens before the first scored one, chunks of their own, because they
             get no gradient. They are cut from responses even where nothing is shared: what gets a gradient must not
             depend on whether responses happen to begin alike.
+        reads: As in `kvpref.plans.build_plan`.
     """
     sequences = [sequence for several in micro_batches for sequence in several]
     scored = [sequence.scored for sequence in sequences]
     owners = [index for index, several in enumerate(micro_batches) for _ in several]
     if not prefix_grad:
         tree = cut_prompts(tree, scored)
-    layout = build_layout(tree, scored)
+    layout = build_layout(tree, (reads or Reads()).flags(sequences))
     cut = build_chunks(tree, layout, owners, max_tokens=max_tokens, scored=None if prefix_grad else scored)
     parts = []
     first = 0

@@ -6,6 +6,7 @@ depth d, P_d predictor rows at depth d.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -74,7 +75,8 @@ def build_layout(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[boo
     Args:
         tree: The prefix tree of the micro-batch.
         scored: Per sequence, one flag per token. A token that several sequences share is computed once when any of
-            them scores it, and counts only in those that do.
+            them scores it, and counts only in those that do. One flag more asks for the row of the last token, which
+            predicts nothing (its target is 0).
     """
     members = _members_by_depth(tree)
     rows = _first_rows(tree, members)
@@ -169,13 +171,20 @@ def _cross_block(tree: PrefixTree, members: list[list[int]], depth: int, ancesto
     )
 
 
+def _flagged(tree: PrefixTree, path: tuple[int, ...], flags: AbstractSequence[bool]) -> Iterator[tuple[int, int]]:
+    """The (segment, offset) of each flagged token of a sequence; the offset after the last asks for the end."""
+    for index in path:
+        start = tree.segments[index].start
+        stop = len(flags) if index == path[-1] else _end(tree, index)
+        yield from ((index, offset) for offset, flag in enumerate(flags[start:stop]) if flag)
+
+
 def _scored_offsets(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> list[set[int]]:
     """Per segment, the offsets of the tokens that at least one sequence scores."""
     wanted: list[set[int]] = [set() for _ in tree.segments]
     for path, flags in zip(tree.paths, scored, strict=True):
-        for index in path:
-            start = tree.segments[index].start
-            wanted[index].update(offset for offset in range(len(tree.segments[index])) if flags[start + offset])
+        for index, offset in _flagged(tree, path, flags):
+            wanted[index].add(offset)
     return wanted
 
 
@@ -199,7 +208,7 @@ def _predictors(
                 parent = tree.segments[segment.parent]
                 depth, row = parent.depth, rows[segment.parent] + len(parent) - 1
             places[index, offset] = (depth, len(pairs[depth]))
-            pairs[depth].append((row, segment.input_ids[offset]))
+            pairs[depth].append((row, segment.input_ids[offset] if offset < len(segment) else 0))
     bases = _offsets([len(level) for level in pairs])
     return pairs, {key: bases[depth] + slot for key, (depth, slot) in places.items()}
 
@@ -210,10 +219,6 @@ def _sequence_index(
     token_index: list[int] = []
     cu_seqlens = [0]
     for path, flags in zip(tree.paths, scored, strict=True):
-        for index in path:
-            start = tree.segments[index].start
-            token_index.extend(
-                slots[index, offset] for offset in range(len(tree.segments[index])) if flags[start + offset]
-            )
+        token_index.extend(slots[place] for place in _flagged(tree, path, flags))
         cu_seqlens.append(len(token_index))
     return tuple(token_index), tuple(cu_seqlens)

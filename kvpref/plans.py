@@ -16,6 +16,7 @@ import torch
 from kvpref.attention.block import VarlenBlock
 from kvpref.groups import Sequence
 from kvpref.layout import Level, LevelLayout, build_layout
+from kvpref.outputs import READS
 from kvpref.tree import PrefixTree, build_unshared_tree
 
 T = TypeVar("T")
@@ -72,15 +73,51 @@ class ModePlan:
     num_forward_tokens: int
 
 
-def build_plan(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) -> ModePlan:
+Flags = AbstractSequence[AbstractSequence[bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """Which hidden states a loss reads."""
+
+    kind: str = "tokens"
+    """``tokens``: those that predict scored tokens, for log-probs. ``ends``: that of each last token, for a reward."""
+
+    pad_token_id: int | None = None
+    """``ends``: tokens at the end that are this one are passed over, as transformers' reward models do."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in READS:
+            raise ValueError(f"unknown reads {self.kind!r}; choose from: {', '.join(READS)}")
+
+    def flags(self, sequences: AbstractSequence[Sequence]) -> Flags:
+        """The tokens whose predictors are read, as `build_layout` takes them."""
+        if self.kind == "tokens":
+            return [sequence.scored for sequence in sequences]
+        return [self._end_flags(sequence.input_ids) for sequence in sequences]
+
+    def _end_flags(self, input_ids: tuple[int, ...]) -> tuple[bool, ...]:
+        last = next((i for i in reversed(range(len(input_ids))) if input_ids[i] != self.pad_token_id), 0)
+        return (False,) * (last + 1) + (True,) + (False,) * (len(input_ids) - last - 1)
+
+
+def build_plan(
+    mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads | None = None
+) -> ModePlan:
     """Plan the passes of `mode` over sequences whose shared prefixes are in `tree`; tensors on the CPU.
+
+    Args:
+        mode: One of `MODES`.
+        sequences: What is run.
+        tree: Over them.
+        reads: Which hidden states are read; those for log-probs if None.
 
     Raises:
         ValueError: If there is no such mode.
     """
     if mode not in _BUILDERS:
         raise ValueError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
-    return _BUILDERS[mode](mode, sequences, tree)
+    return _BUILDERS[mode](mode, sequences, tree, (reads or Reads()).flags(sequences))
 
 
 def tensors_to(plan: T, device: torch.device | str) -> T:
@@ -144,21 +181,21 @@ def _plan_of_layout(mode: str, layout: LevelLayout, passes: tuple[PassPlan, ...]
     )
 
 
-def _two_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) -> ModePlan:
-    layout = build_layout(tree, [sequence.scored for sequence in sequences])
+def _two_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
+    layout = build_layout(tree, flags)
     return _plan_of_layout(mode, layout, tuple(_pass_of_levels([level]) for level in layout.levels))
 
 
-def _one_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) -> ModePlan:
-    layout = build_layout(tree, [sequence.scored for sequence in sequences])
+def _one_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
+    layout = build_layout(tree, flags)
     return _plan_of_layout(mode, layout, (_pass_of_levels(layout.levels),))
 
 
-def _packed(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) -> ModePlan:
-    return _two_pass(mode, sequences, build_unshared_tree([sequence.input_ids for sequence in sequences]))
+def _packed(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
+    return _two_pass(mode, sequences, build_unshared_tree([sequence.input_ids for sequence in sequences]), flags)
 
 
-def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) -> ModePlan:
+def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
     width = max(len(sequence) for sequence in sequences)
     input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -168,9 +205,9 @@ def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) 
     for index, sequence in enumerate(sequences):
         input_ids[index, : len(sequence)] = int64(sequence.input_ids)
         attention_mask[index, : len(sequence)] = 1
-        scored = [position for position, flag in enumerate(sequence.scored) if flag]
-        rows.extend(index * width + position - 1 for position in scored)
-        targets.extend(sequence.input_ids[position] for position in scored)
+        read = [position for position, flag in enumerate(flags[index]) if flag]
+        rows.extend(index * width + position - 1 for position in read)
+        targets.extend(sequence.input_ids[position] if position < len(sequence) else 0 for position in read)
         cu_seqlens.append(len(rows))
     only_pass = PassPlan(
         input_ids=input_ids,
@@ -190,7 +227,7 @@ def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree) 
     )
 
 
-_BUILDERS: dict[str, Callable[[str, AbstractSequence[Sequence], PrefixTree], ModePlan]] = {
+_BUILDERS: dict[str, Callable[[str, AbstractSequence[Sequence], PrefixTree, Flags], ModePlan]] = {
     "two_pass": _two_pass,
     "one_pass": _one_pass,
     "packed": _packed,

@@ -55,11 +55,14 @@ def join_batches(
     if max_tokens_per_chunk is not None and max_tokens_per_chunk < 1:
         raise ValueError(f"max_tokens_per_chunk must be at least 1; got {max_tokens_per_chunk}")
     first = batches[0]
-    if any((batch.sharing, batch.device) != (first.sharing, first.device) for batch in batches):
+    shared = (first.sharing, first.device, first.reads)
+    if any((batch.sharing, batch.device, batch.reads) != shared for batch in batches):
         raise ValueError("the micro-batches of a step must be collated with the same limits, and on one device")
     sequences = [batch.sequences for batch in batches]
     tree = first.tree
     if len(batches) > 1:
         tree = first.sharing.tree([sequence.input_ids for several in sequences for sequence in several])
-    chunks = build_step_chunks(sequences, tree, max_tokens=max_tokens_per_chunk, prefix_grad=prefix_grad)
+    chunks = build_step_chunks(
+        sequences, tree, max_tokens=max_tokens_per_chunk, prefix_grad=prefix_grad, reads=first.reads
+    )
     return Step(batches=tuple(batches), chunks=tensors_to(chunks, first.device), prefix_grad=prefix_grad)
