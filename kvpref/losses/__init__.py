@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpref.errors import InputError
 from kvpref.losses.dpo import DPO
 from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, RewardLoss, as_loss, loss
+from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.sft import SFT
+from kvpref.losses.user import construct_loss, find_loss
 
-LOSSES: dict[str, type[PreferenceLoss]] = {"dpo": DPO, "sft": SFT}
+LOSSES: dict[str, type[PreferenceLoss]] = {**OBJECTIVES}
 
 
 def make_loss(name: str, **settings: Any) -> PreferenceLoss:
-    """The registered loss `name` with its settings.
+    """The loss `name` with its settings.
+
+    Args:
+        name: A built-in loss, an entry point of an installed package, or a user's own, as ``file.py:function`` or
+            ``package.module:function``.
+        **settings: Fields of the loss, or further parameters of the function.
 
     Raises:
-        InputError: If there is no such loss, or it has no such setting; the message lists the valid ones.
+        InputError: If there is no such loss, it has no such setting (the message lists the valid ones), or the user's
+            code cannot be imported.
     """
-    if name not in LOSSES:
-        raise InputError(f"unknown loss {name!r}; choose from: {', '.join(LOSSES)}")
-    valid = list(getattr(LOSSES[name], "__dataclass_fields__", {}))
-    unknown = [setting for setting in settings if setting not in valid]
-    if unknown:
-        raise InputError(f"loss {name!r} has no setting {unknown[0]!r}; it has: {', '.join(valid) or 'none'}")
-    return LOSSES[name](**settings)
+    return construct_loss(name, LOSSES[name] if name in LOSSES else find_loss(name, LOSSES), settings)
 
 
 __all__ = [

@@ -26,8 +26,11 @@ class LossOutput(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-LossFunction = Callable[[Any, Any, Batch], LossOutput]
-"""Any callable ``loss(policy, reference, batch) -> LossOutput``; `PreferenceLoss` adds what the trainer can use."""
+LossFunction = Callable[[Any, Any, Batch], Any]
+"""Any callable ``loss(policy, reference, batch) -> LossOutput``, or the loss alone where it has no metrics.
+
+`PreferenceLoss` adds what the trainer can use.
+"""
 
 
 class PreferenceLoss:
@@ -94,6 +97,9 @@ class FunctionLoss(PreferenceLoss):
     Args:
         function: The loss; its attributes `needs_reference`, `head`, `columns` and `reads`, where it has them, are
             those of `PreferenceLoss`.
+
+    Raises:
+        InputError: If it declares something else than that.
     """
 
     def __init__(self, function: LossFunction) -> None:
@@ -102,7 +108,10 @@ class FunctionLoss(PreferenceLoss):
         self.needs_reference = bool(getattr(function, "needs_reference", False))
         self.reads = getattr(function, "reads", "tokens")
         self._head: HeadOptions = getattr(function, "head", HeadOptions())
-        self._columns: tuple[str, ...] = tuple(getattr(function, "columns", ()))
+        self._columns = _column_names(getattr(function, "columns", ()))
+        _check_reads(self.reads)
+        if not isinstance(self._head, HeadOptions):
+            raise InputError(f"loss {self.__name__!r}: head must be a kvpref.HeadOptions; got {self._head!r}")
 
     @property
     def head(self) -> HeadOptions:
@@ -113,7 +122,8 @@ class FunctionLoss(PreferenceLoss):
         return self._columns
 
     def __call__(self, policy: Any, reference: Any, batch: Batch) -> LossOutput:
-        return self.function(policy, reference, batch)
+        output: Any = self.function(policy, reference, batch)
+        return LossOutput(output, {}) if isinstance(output, torch.Tensor) else output
 
 
 def as_loss(loss: PreferenceLoss | LossFunction) -> PreferenceLoss:
@@ -127,7 +137,7 @@ def loss(
     columns: tuple[str, ...] | list[str] = (),
     reads: str = "tokens",
     **head: Any,
-) -> Callable[[Callable[..., LossOutput]], Callable[..., LossOutput]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare what a loss function needs: ``@kvpref.loss(needs_reference=True, entropy=True, columns=["weight"])``.
 
     Args:
@@ -139,14 +149,13 @@ def loss(
     Raises:
         InputError: If there is no such field, or no such thing to read.
     """
-    options = _head_options(head)
-    if reads not in READS:
-        raise InputError(f"unknown reads {reads!r}; choose from: {', '.join(READS)}")
+    options, names = _head_options(head), _column_names(columns)
+    _check_reads(reads)
 
-    def declare(function: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
         for name, value in (
             ("needs_reference", needs_reference),
-            ("columns", tuple(columns)),
+            ("columns", names),
             ("reads", reads),
             ("head", options),
         ):
@@ -154,6 +163,22 @@ def loss(
         return function
 
     return declare
+
+
+def loss_name(loss: PreferenceLoss | LossFunction) -> str:
+    """What messages call a loss: the name of the function or of the class."""
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def _check_reads(reads: str) -> None:
+    if reads not in READS:
+        raise InputError(f"unknown reads {reads!r}; choose from: {', '.join(READS)}")
+
+
+def _column_names(columns: Any) -> tuple[str, ...]:
+    if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
+        raise InputError(f"columns must be a list of names; got {columns!r}")
+    return tuple(columns)
 
 
 def _head_options(given: dict[str, Any]) -> HeadOptions:
