@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from kvpref.cli import bench, check, data, demo, doctor, plan, profile, score, train
+from kvpref.cli import bench, check, data, demo, doctor, losses, plan, profile, score, train
 from kvpref.errors import InputError, RunError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("score")(score.score)
+app.command("losses")(losses.losses)
 app.command("check")(check.check)
 app.add_typer(data.app, name="data")
 app.add_typer(profile.app, name="profile")
