@@ -1,39 +1,54 @@
-"""Supervised fine-tuning on the preferred response."""
+"""Supervised fine-tuning on the preferred response, or on all of them by weight."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from kvpref.batch import Batch
+from kvpref.errors import InputError
 from kvpref.groups import Group
+from kvpref.losses.checks import check_choice, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
 from kvpref.losses.pairs import best_sequence
+from kvpref.losses.scores import response_scores
 from kvpref.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(PreferenceLoss):
-    """Negative log-likelihood per token of each group's chosen (or best-scored) response.
+    """Negative log-likelihood per token of each group's chosen (or best-scored) response."""
 
-    The mean runs over all tokens of the optimizer step, as in ordinary causal language-model training.
-    """
+    average: str = "token"
+    """``token``: the mean over all tokens of the optimizer step, as in ordinary causal language-model training.
+    ``response``: the mean over responses of the mean over their tokens, so that long ones count no more."""
+
+    def __post_init__(self) -> None:
+        check_choice("sft", ("token", "response"), average=self.average)
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        return "tokens" if self.average == "token" else "groups"
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
         best = torch.tensor(_best_indices(batch), device=batch.device)
-        num_tokens = policy.lengths()[best].sum()
-        best_sums = policy.sum()[best]
-        loss = -best_sums.sum() / num_tokens
+        if self.average == "response":
+            loss = -policy.mean()[best].mean()
+        else:
+            num_tokens = policy.lengths()[best].sum()
+            loss = -policy.sum()[best].sum() / num_tokens.clamp(min=1)
         return LossOutput(loss=loss, metrics={"nll_per_token": loss.detach()})
 
     def num_units(self, batch: Batch) -> int:
-        """Scored tokens of the chosen responses."""
+        """Scored tokens of the chosen responses, or the groups."""
+        if self.average == "response":
+            return batch.num_groups
         return sum(sum(batch.sequences[index].scored) for index in _best_indices(batch))
 
     def select(self, group: Group) -> Group:
-        best = best_sequence(group)
-        return Group([group.sequences[best]], labels=[True], id=group.id)
+        return group.take([best_sequence(group)])
 
 
 def _best_indices(batch: Batch) -> list[int]:
@@ -43,3 +58,76 @@ def _best_indices(batch: Batch) -> list[int]:
         indices.append(start + best_sequence(group))
         start += len(group)
     return indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSFT(PreferenceLoss):
+    """Weighted mean of the negative log-likelihood per token of a group's responses: ``sum_i w_i nll_i / sum_i w_i``.
+
+    Reward-weighted regression, Peters and Schaal 2007 (ICML); scores of 0 and 1 give the rejection-sampling
+    fine-tuning of Yuan et al. 2023 (arXiv 2308.01825): the mean over the right responses. A group whose weights are
+    all 0 is no unit of the mean.
+    """
+
+    weights: str = "scores"
+    """w: ``scores``, which must not be negative, ``softmax`` of the scores in the group, or the name of a column of the
+    data with a number per response, not negative."""
+
+    temperature: float = 1.0
+    """Scores are divided by it before the softmax; the smaller, the more the best response counts."""
+
+    def __post_init__(self) -> None:
+        check_positive("weighted_sft", temperature=self.temperature)
+        if self.weights != "softmax" and self.temperature != 1:
+            raise InputError("weighted_sft: temperature is for weights='softmax'")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return () if self.weights in ("scores", "softmax") else (self.weights,)
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+        shares = [share for group in batch.groups for share in self._shares(group)]
+        nll = -policy.mean()
+        total = (torch.tensor(shares, dtype=nll.dtype, device=nll.device) * nll).sum()
+        loss = total / max(1, self.num_units(batch))
+        return LossOutput(loss=loss, metrics={"nll_per_token": loss.detach()})
+
+    def num_units(self, batch: Batch) -> int:
+        """Groups with a weight above 0."""
+        return sum(any(self._shares(group)) for group in batch.groups)
+
+    def select(self, group: Group) -> Group:
+        """The responses whose weight is above 0; one response where there is none."""
+        return group.take([index for index, share in enumerate(self._shares(group)) if share > 0] or [0])
+
+    def _shares(self, group: Group) -> list[float]:
+        """What each response counts in its group's mean: they sum to 1, or all are 0. Unrated responses count 0."""
+        weights = (
+            _softmax(response_scores(group), self.temperature) if self.weights == "softmax" else self._given(group)
+        )
+        total = sum(weights)
+        return [weight / total if total else 0.0 for weight in weights]
+
+    def _given(self, group: Group) -> list[float]:
+        if self.weights == "scores":
+            weights = [0.0 if score is None else score for score in response_scores(group)]
+        else:
+            column = group.columns.get(self.weights)
+            if not isinstance(column, list | tuple) or len(column) != len(group):
+                raise InputError(
+                    f"{group.id}: weighted_sft needs a column {self.weights!r} with one number per response "
+                    f"({len(group)}); found {column!s:.60}"
+                )
+            weights = list(map(float, column))
+        if min(weights) < 0:
+            hint = "; weights='softmax' takes any score" if self.weights == "scores" else ""
+            raise InputError(
+                f"{group.id}: the weights of weighted_sft must not be negative; found {min(weights)}{hint}"
+            )
+        return weights
+
+
+def _softmax(scores: tuple[float | None, ...], temperature: float) -> list[float]:
+    """exp(score / temperature) up to a factor that keeps the largest at 1; 0 where unrated."""
+    top = max(score for score in scores if score is not None)
+    return [0.0 if score is None else math.exp((score - top) / temperature) for score in scores]

@@ -1,0 +1,206 @@
+"""Policy gradients from given rewards: one sum over tokens of advantage, importance ratio, clipping, KL and entropy.
+
+Rewards are the scores of the data. In the docstrings A is a response's advantage, w the importance ratio pi / old, D
+the KL estimate of a token, and t runs over the T scored tokens of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvpref.batch import Batch
+from kvpref.errors import InputError
+from kvpref.groups import Group
+from kvpref.losses.advantages import SCALES, group_advantages, score_deviations
+from kvpref.losses.checks import check_choice, check_not_negative, check_number
+from kvpref.losses.interface import LossOutput, PreferenceLoss
+from kvpref.losses.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
+from kvpref.losses.scores import rated_indices, rated_responses
+from kvpref.outputs import HeadOptions, ResponseLogps
+
+
+def _token_level(policy: ResponseLogps, log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio
+
+
+def _mean_level(policy: ResponseLogps, log_ratio: torch.Tensor) -> torch.Tensor:
+    return policy.per_token(policy.mean_of(log_ratio))
+
+
+def _sum_level(policy: ResponseLogps, log_ratio: torch.Tensor) -> torch.Tensor:
+    return policy.per_token(policy.sum_of(log_ratio))
+
+
+RATIO_LEVELS: dict[str, Callable[[ResponseLogps, torch.Tensor], torch.Tensor]] = {
+    "token": _token_level,
+    "sequence_mean": _mean_level,
+    "sequence_sum": _sum_level,
+}
+"""What an importance ratio is of, from (S,) log ratios of tokens: each token, or its whole response, as the mean or the
+sum of its log ratios; (S,) too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradient(PreferenceLoss):
+    """Base: what the methods share. A response without scored tokens contributes 0; unrated ones are left out."""
+
+    advantages: str = "scores"
+    """``scores``: computed in each group from its scores. Else the name of a column with one number per response."""
+
+    scale_rewards: str = "group"
+    """Advantages from scores are divided by the ``group``'s standard deviation, or by nothing: ``none``."""
+
+    old: str = "policy"
+    """The log-probs under which w = 1: those of the ``policy`` now (one update per sample), those of the ``reference``
+    (fixed samples, drawn from the model as it was before training), or the name of a column with one number per scored
+    token, recorded when the samples were drawn, at this `temperature`."""
+
+    beta: float = 0.0
+    """Coefficient of the KL term to the reference; above 0 the reference is needed."""
+
+    kl_estimator: str = "k3"
+    """``k1``, ``k2`` or ``k3``; see `kvpref.losses.kl_estimators.KL_ESTIMATORS`."""
+
+    temperature: float = 1.0
+    """That the samples were drawn at; logits are divided by it."""
+
+    entropy_coef: float = 0.0
+    """Coefficient of a bonus for the entropy per token; 0 leaves it uncomputed."""
+
+    name: ClassVar[str]
+    ratio_level: ClassVar[str] = "token"
+    baseline: ClassVar[str] = "mean"
+    kl_in_rewards: ClassVar[bool] = False
+    unit = "sequences"
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, SCALES, scale_rewards=self.scale_rewards)
+        check_choice(self.name, KL_ESTIMATORS, kl_estimator=self.kl_estimator)
+        check_not_negative(self.name, beta=self.beta)
+        check_number(self.name, entropy_coef=self.entropy_coef)
+        HeadOptions(temperature=self.temperature)
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return self.beta > 0 or self.old == "reference"
+
+    @property
+    def head(self) -> HeadOptions:
+        return HeadOptions(temperature=self.temperature, entropy=self.entropy_coef != 0)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        of_tokens = () if self.old in ("policy", "reference") else (self.old,)
+        return of_tokens if self.advantages == "scores" else (*of_tokens, self.advantages)
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+        if self.needs_reference and reference is None:
+            raise InputError(
+                f"{self.name} with old={self.old!r} and beta={self.beta} needs reference log-probs; "
+                "pass `reference`, or train with PreferenceTrainer"
+            )
+        old = self._old_logps(policy, reference, batch)
+        kl = self._kl(policy, old, reference)
+        advantages, metrics = self._advantages(policy, batch, kl)
+        log_ratios = RATIO_LEVELS[self.ratio_level](policy, policy.token_logps - old)
+        ratios = log_ratios.clamp(max=MAX_LOG_RATIO).exp()
+        losses = self.token_losses(policy.token_logps, ratios, advantages)
+        metrics |= {"ratio_mean": ratios, **self.clip_metrics(ratios, advantages)}
+        if kl is not None:
+            metrics["kl"] = kl
+            losses = losses if self.kl_in_rewards else losses + self.beta * kl
+
+        counted = self._counted(policy, batch)
+        num_units = max(1, self.num_units(batch))
+        loss = (losses * self.token_shares(policy, counted)).sum() / num_units
+        shares = self._mean_shares(policy, counted) / num_units
+        if self.entropy_coef != 0:
+            if policy.entropy is None:
+                raise InputError(f"{self.name} needs entropies; compute log-probs with head=loss.head")
+            metrics["entropy"] = policy.entropy
+            loss = loss - self.entropy_coef * (policy.entropy * shares).sum()
+        return LossOutput(loss=loss, metrics={name: (value.detach() * shares).sum() for name, value in metrics.items()})
+
+    def token_losses(self, logps: torch.Tensor, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """The loss of each scored token, (S,), without KL and entropy; all arguments are (S,)."""
+        raise NotImplementedError
+
+    def clip_metrics(self, ratios: torch.Tensor, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name -> (S,) 1 where a ratio is clipped, else 0."""
+        raise NotImplementedError
+
+    def token_shares(self, policy: ResponseLogps, counted: torch.Tensor) -> torch.Tensor:
+        """What each token's loss counts, (S,); the sum is divided by `num_units`."""
+        return self._mean_shares(policy, counted)
+
+    def num_units(self, batch: Batch) -> int:
+        """Responses that count, or their scored tokens."""
+        counted = [group.sequences[index] for group in batch.groups for index in self.counted_indices(group)]
+        return sum(sum(sequence.scored) for sequence in counted) if self.unit == "tokens" else len(counted)
+
+    def select(self, group: Group) -> Group:
+        """The responses that count; a single one where none does."""
+        return group.take(self.counted_indices(group) or [0])
+
+    def counted_indices(self, group: Group) -> list[int]:
+        """The responses of a group that the mean runs over."""
+        return rated_indices(group) if self.advantages == "scores" else list(range(len(group)))
+
+    def _old_logps(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> torch.Tensor:
+        if self.old == "policy":
+            return policy.token_logps.detach()
+        if self.old == "reference":
+            assert reference is not None
+            return reference.token_logps
+        return batch.token_column(self.old).to(policy.token_logps)
+
+    def _kl(self, policy: ResponseLogps, old: torch.Tensor, reference: ResponseLogps | None) -> torch.Tensor | None:
+        """(S,) estimates; a part of the rewards is that of the model which drew the samples, without gradient."""
+        if self.beta == 0 or reference is None:
+            return None
+        drawn_from = old if self.kl_in_rewards else policy.token_logps
+        return KL_ESTIMATORS[self.kl_estimator](drawn_from - reference.token_logps)
+
+    def _advantages(
+        self, policy: ResponseLogps, batch: Batch, kl: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(S,) advantages, and (S,) metrics of them."""
+        logps = policy.token_logps
+        if self.advantages != "scores":
+            given = policy.per_token(batch.sequence_column(self.advantages).to(logps))
+            return given, {"advantage": given}
+        rated = rated_responses(batch)
+        rewarded = rated
+        if self.kl_in_rewards and kl is not None:
+            penalties = rated.of(self.beta * policy.sum_of(kl)).to(rated.scores.dtype)
+            rewarded = rated._replace(scores=(rated.scores - penalties).where(rated.rated, 0))
+        deviations = score_deviations(rated)[:, None].expand_as(rated.scores)
+        values = {
+            "advantage": group_advantages(rewarded, baseline=self.baseline, scale=self.scale_rewards),
+            "reward": rated.scores,
+            "reward_std": deviations,
+            "frac_reward_zero_std": (~rated.better().any(dim=(1, 2)))[:, None].expand_as(rated.scores),
+        }
+        metrics = {
+            name: policy.per_token(rated.to_sequences(value, batch.num_sequences).to(logps))
+            for name, value in values.items()
+        }
+        return metrics["advantage"], metrics
+
+    def _counted(self, policy: ResponseLogps, batch: Batch) -> torch.Tensor:
+        """(num_sequences,) 1 where a response counts, else 0."""
+        flags = [0.0] * batch.num_sequences
+        start = 0
+        for group in batch.groups:
+            for index in self.counted_indices(group):
+                flags[start + index] = 1.0
+            start += len(group)
+        return torch.tensor(flags).to(policy.token_logps)
+
+    def _mean_shares(self, policy: ResponseLogps, counted: torch.Tensor) -> torch.Tensor:
+        """Shares that make the sum over tokens, divided by `num_units`, a mean over units."""
+        return policy.per_token(counted if self.unit == "tokens" else counted / policy.lengths().clamp(min=1))

@@ -1,0 +1,99 @@
+"""How good each response of a batch is, as tensors: what losses over any number of responses share."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from kvpref.batch import Batch
+from kvpref.errors import InputError
+from kvpref.groups import Group
+
+T = TypeVar("T")
+
+
+class RatedResponses(NamedTuple):
+    """The scores of a batch, one row per group, padded to the N responses of the largest group.
+
+    Attributes:
+        rows: (num_groups, N) int64, the place of each response among the batch's sequences; 0 where there is none.
+        rated: (num_groups, N) bool, whether the response exists and has a score.
+        scores: (num_groups, N) float64, so that no two different scores become equal; 0 where not rated.
+    """
+
+    rows: torch.Tensor
+    rated: torch.Tensor
+    scores: torch.Tensor
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """(num_sequences,) values in the rows of their groups, (num_groups, N); those not rated are arbitrary."""
+        return values[self.rows]
+
+    def better(self) -> torch.Tensor:
+        """(num_groups, N, N) bool: is response i scored higher than response j? False where either is not rated."""
+        both = self.rated[:, :, None] & self.rated[:, None, :]
+        return both & (self.scores[:, :, None] > self.scores[:, None, :])
+
+    def to_sequences(self, values: torch.Tensor, num_sequences: int) -> torch.Tensor:
+        """(num_groups, N) values back in the batch's order, (num_sequences,); 0 where not rated."""
+        flat = torch.zeros(num_sequences, dtype=values.dtype, device=values.device)
+        return flat.index_put((self.rows[self.rated],), values[self.rated])
+
+
+def response_scores(group: Group) -> tuple[float | None, ...]:
+    """A score per response, or None where unrated: the group's scores, else 1 and 0 for its labels.
+
+    Raises:
+        InputError: If no response has a score or label.
+    """
+    if group.scores is not None and any(score is not None for score in group.scores):
+        return group.scores
+    if group.labels is not None:
+        return tuple(float(label) for label in group.labels)
+    raise InputError(
+        f"{group.id}: no response has a score or a label; this loss needs `scores`, or chosen and rejected"
+    )
+
+
+def rated_indices(group: Group) -> list[int]:
+    """Which responses of a group have a score, at least one.
+
+    Raises:
+        InputError: If none has.
+    """
+    return [index for index, score in enumerate(response_scores(group)) if score is not None]
+
+
+def has_preference(group: Group) -> bool:
+    """Whether two responses of a group have different scores."""
+    return len(set(response_scores(group)) - {None}) > 1
+
+
+def select_preferences(group: Group) -> Group:
+    """The rated responses of a group; only one of them where all are equally good, since none is preferred then."""
+    return group.take(rated_indices(group) if has_preference(group) else rated_indices(group)[:1])
+
+
+def rated_responses(batch: Batch) -> RatedResponses:
+    """The scores of a batch as tensors on its device.
+
+    Raises:
+        InputError: If a group has no rated response.
+    """
+    scores = [response_scores(group) for group in batch.groups]
+    starts = [0, *accumulate(len(group) for group in batch.groups)]
+    rows = [list(range(start, stop)) for start, stop in pairwise(starts)]
+    rated = [[score is not None for score in row] for row in scores]
+    numbers = [[score or 0.0 for score in row] for row in scores]
+    return RatedResponses(
+        rows=torch.tensor(_padded(rows, 0), device=batch.device),
+        rated=torch.tensor(_padded(rated, False), device=batch.device),
+        scores=torch.tensor(_padded(numbers, 0.0), dtype=torch.float64, device=batch.device),
+    )
+
+
+def _padded(rows: list[list[T]], filler: T) -> list[list[T]]:
+    width = max(len(row) for row in rows)
+    return [[*row, *[filler] * (width - len(row))] for row in rows]
