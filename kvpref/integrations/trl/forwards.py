@@ -1,0 +1,194 @@
+"""The forwards that TRL's trainers call, through kvpref's engine.
+
+Shape legend: B rows of L columns; S scored tokens over all rows; K hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from trl.trainer.utils import FusedCausalLMOutput
+
+from kvpref.errors import InputError
+from kvpref.integrations.trl.padded import PaddedRows, rows_up_to_last_token
+from kvpref.modeling.attach import attach
+from kvpref.modeling.head import output_head
+from kvpref.modeling.passes import response_logps, response_rewards
+from kvpref.outputs import HeadOptions, ResponseLogps
+
+_ADD_HEAD = "add_fused_lm_head"
+_REWARD_FLAG = "kvpref_rewards"
+_MAX_TILE_BYTES = 64 * 2**20
+
+# Log-probs and entropies carry rounding of this size at most; nearer to the bound the logits decide.
+_BOUND_SLACK = 1e-3
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def shared_prompt_heads(trainer_module: ModuleType, mode: str) -> Iterator[None]:
+    """Let a trainer that is built inside give its models kvpref's forward where it would give them TRL's fused head.
+
+    TRL looks `add_fused_lm_head` up in the trainer's module and calls it on policy and reference, before accelerate
+    wraps them and before reference log-probs are computed. Not for threads that build trainers at the same time.
+    """
+    original = getattr(trainer_module, _ADD_HEAD)
+    setattr(trainer_module, _ADD_HEAD, functools.partial(add_shared_prompt_head, mode=mode))
+    try:
+        yield
+    finally:
+        setattr(trainer_module, _ADD_HEAD, original)
+
+
+def add_shared_prompt_head(
+    model: PreTrainedModel,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    mode: str,
+) -> None:
+    """What TRL's `add_fused_lm_head` does, for ``model(..., labels=labels, fused_lm_head=True)``, by kvpref.
+
+    Args:
+        model: The Hugging Face model, inside PEFT's wrapper if there is one. It is attached.
+        temperature: The logits are divided by it.
+        cast_lm_head_to_fp32: Must be False.
+        outputs: Fields of TRL's `FusedCausalLMOutput`.
+        mode: As in `kvpref.response_logps`.
+
+    Raises:
+        UnsupportedModelError: If the model would not be computed exactly.
+        InputError: If TRL asks for a field that kvpref does not compute.
+    """
+    unknown = sorted(set(outputs) - {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"})
+    if unknown or cast_lm_head_to_fp32:
+        raise InputError(f"kvpref does not compute {', '.join(unknown) or 'an LM head cast to fp32'}")
+    head = HeadOptions(
+        temperature=temperature,
+        entropy="entropy" in outputs,
+        collision="log_sum_sq_probs" in outputs,
+        mean_logits="mean_logits" in outputs,
+        hidden="is_top1" in outputs,
+    )
+    _serve(model, "fused_lm_head", functools.partial(_fused_output, mode=mode, head=head))
+
+
+def add_shared_prompt_rewards(model: PreTrainedModel, *, mode: str) -> None:
+    """Let ``model(..., kvpref_rewards=True)`` of a sequence classifier with one label compute rewards by kvpref.
+
+    Raises:
+        UnsupportedModelError: If the model would not be computed exactly.
+    """
+    _serve(model, _REWARD_FLAG, functools.partial(_classifier_output, mode=mode))
+
+
+def asking_for_rewards(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A classifier's inputs, with what makes its forward run kvpref."""
+    return {**inputs, _REWARD_FLAG: True}
+
+
+def _serve(model: PreTrainedModel, flag: str, served: Forward) -> None:
+    """Calls with `flag` go to `served`; all others to the forward that the model had."""
+    original = model.forward
+
+    # The signature stays the class's own: `generate` checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return served(self, *args, **kwargs) if kwargs.pop(flag, False) else original(*args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+    # After, so that programs find the engine's forward before this one.
+    attach(model)
+
+
+def _fused_output(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    *,
+    mode: str,
+    head: HeadOptions,
+    **others: Any,
+) -> FusedCausalLMOutput:
+    _refuse_inputs(others)
+    rows = PaddedRows.from_labels(input_ids, attention_mask, labels, position_ids)
+    logps = response_logps(_Inside(model), rows.batch, mode=mode, head=head)
+    count = rows.scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    is_top1 = _is_top1(model, logps, rows.targets) if head.hidden else None
+    return FusedCausalLMOutput(
+        loss=-logps.token_logps.sum() / count,
+        log_probs=rows.pad(logps.token_logps),
+        entropy=rows.pad(logps.entropy),
+        log_sum_sq_probs=rows.pad(logps.collision),
+        mean_logits=rows.pad(logps.mean_logits),
+        is_top1=rows.pad(is_top1),
+        label_mask=rows.scored,
+    )
+
+
+def _classifier_output(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    margin: torch.Tensor | None = None,
+    *,
+    mode: str,
+    **others: Any,
+) -> SequenceClassifierOutputWithPast:
+    # TRL hands the model all of the batch, its margins too.
+    _refuse_inputs(others)
+    batch = rows_up_to_last_token(input_ids, attention_mask, model.config.get_text_config().pad_token_id)
+    rewards = response_rewards(_Inside(model), batch, mode=mode).rewards
+    return SequenceClassifierOutputWithPast(logits=rewards.unsqueeze(1))
+
+
+def _refuse_inputs(others: dict[str, Any]) -> None:
+    """TRL and PEFT name further arguments, which are None, or False, or say how outputs are wrapped."""
+    unknown = [name for name, value in others.items() if value is not None and value is not False and name != "return_dict"]
+    if unknown:
+        raise InputError(
+            f"kvpref cannot pass {', '.join(unknown)} to the model: rows are laid out anew, so only input_ids, "
+            "attention_mask, position_ids and labels are understood"
+        )
+
+
+class _Inside(nn.Module):
+    """A model inside whose forward we are: a program runs without entering once more the hooks around it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.module.forward(**kwargs)
+
+
+@torch.no_grad()
+def _is_top1(model: PreTrainedModel, logps: ResponseLogps, targets: torch.Tensor) -> torch.Tensor:
+    """Whether each scored token is the most likely one, (S,) bool.
+
+    The largest probability of a distribution is at least exp(-entropy). So a token above one half is the most likely,
+    one below exp(-entropy) is not, and only what lies between needs its logits, in tiles.
+    """
+    assert logps.entropy is not None
+    assert logps.hidden is not None
+    is_top1 = logps.token_logps.exp() > 0.5 + _BOUND_SLACK
+    unclear = (~is_top1 & (logps.token_logps > -logps.entropy - _BOUND_SLACK)).nonzero().squeeze(1)
+    head = output_head(model)
+    tokens_per_tile = max(1, _MAX_TILE_BYTES // (head.out_features * torch.float32.itemsize))
+    for index in unclear.split(tokens_per_tile):
+        is_top1[index] = head(logps.hidden[index]).argmax(dim=-1) == targets[index]
+    return is_top1

@@ -1,0 +1,128 @@
+"""Padded rows, as TRL's collators make them, to a kvpref batch and back.
+
+Shape legend: B rows of L columns, padded on either side; S scored tokens over all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvpref.batch import Batch, collate
+from kvpref.errors import InputError
+from kvpref.groups import Group, Sequence
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PaddedRows:
+    """The rows of one call, as a batch in which shared prefixes are found across all of them."""
+
+    batch: Batch
+    """One sequence per row."""
+
+    scored: torch.Tensor
+    """(B, L - 1) bool: whether the token in the next column is scored."""
+
+    targets: torch.Tensor
+    """(S,) int64, the scored tokens, row after row."""
+
+    @classmethod
+    def from_labels(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+    ) -> PaddedRows:
+        """Read a causal language model's inputs.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, L), 1 for tokens and 0 for padding; None where all are tokens.
+            labels: (B, L) int64, the token itself where it is scored and -100 elsewhere.
+            position_ids: (B, L) int64, counted from each row's first token, if given.
+
+        Raises:
+            InputError: If the rows are not padded sequences, or are scored on other tokens than their own.
+        """
+        mask = _token_mask(input_ids, attention_mask)
+        _check_positions(mask, position_ids)
+        scored = labels != IGNORED_LABEL
+        scored[:, 0] = False  # no column predicts it
+        if bool((scored & ~mask).any()):
+            raise InputError("labels score padding; they must be -100 wherever attention_mask is 0")
+        if bool((scored & (labels != input_ids)).any()):
+            raise InputError("labels differ from input_ids; kvpref scores each row's own tokens, labels shifted inside")
+        batch = _collate(input_ids, mask, scored)
+        return cls(batch=batch, scored=scored[:, 1:], targets=input_ids[scored])
+
+    def pad(self, values: torch.Tensor | None) -> torch.Tensor | None:
+        """(S,) values of scored tokens to (B, L - 1), zero where nothing is scored; None stays None."""
+        if values is None:
+            return None
+        # Stays in the graph where no token is scored, so that a backward pass finds one.
+        return values.new_zeros(self.scored.shape).masked_scatter(self.scored, values)
+
+
+def rows_up_to_last_token(input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int | None) -> Batch:
+    """A batch of the rows as far as the token that transformers' sequence classifiers read the reward at.
+
+    That is each row's last token that is not `pad_token_id`, by id: where the padding token also ends responses, it
+    lies before the end. What follows cannot change it, so it is left out.
+
+    Args:
+        input_ids: (B, L) int64.
+        attention_mask: (B, L), 1 for tokens and 0 for padding.
+        pad_token_id: The model config's.
+
+    Raises:
+        InputError: If the rows are not padded sequences.
+    """
+    mask = _token_mask(input_ids, attention_mask)
+    if pad_token_id is not None:
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (columns * (input_ids != pad_token_id)).argmax(dim=1, keepdim=True)
+        mask = mask & (columns <= last)
+    return _collate(input_ids, mask, torch.zeros_like(mask))
+
+
+def _token_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, L) bool, one run of tokens per row."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}; "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask.bool()
+    begins = mask & ~mask.roll(1, dims=1)
+    begins[:, 0] = mask[:, 0]
+    runs = begins.sum(dim=1)
+    if bool((runs != 1).any()):
+        row = int((runs != 1).nonzero()[0])
+        raise InputError(
+            f"attention_mask must hold one run of ones per row, padded left or right; row {row} has {int(runs[row])}"
+        )
+    return mask
+
+
+def _check_positions(mask: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+    if position_ids is not None and bool(((position_ids - mask.cumsum(dim=1) + 1) * mask).any()):
+        raise InputError("position_ids must count each row's tokens from 0; leave them out to get that")
+
+
+def _collate(input_ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor) -> Batch:
+    # One copy to the host for all three.
+    ids, tokens, flags = torch.stack([input_ids, mask.long(), scored.long()]).tolist()
+    sequences: list[Sequence] = []
+    for row, (row_ids, row_mask, row_flags) in enumerate(zip(ids, tokens, flags, strict=True)):
+        start = row_mask.index(1)
+        stop = start + sum(row_mask)
+        if row_flags[start]:
+            raise InputError(f"row {row} scores its first token, which no token predicts; put a token before it")
+        sequences.append(Sequence(row_ids[start:stop], list(map(bool, row_flags[start:stop]))))
+    return collate([Group(sequences)], device=input_ids.device)

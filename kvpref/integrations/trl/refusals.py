@@ -1,0 +1,245 @@
+"""What of TRL's options cannot work, by name, with the reason and what to do instead.
+
+To refuse another: a row in `REFUSALS`; the tests run over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, ProcessorMixin
+
+from kvpref.errors import InputError
+from kvpref.modeling.interface import ATTENTION_NAME
+from kvpref.modeling.support import check_config
+
+_ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
+_GRPO = frozenset({"GRPOTrainer"})
+
+# What decides which file a model's configuration is read from.
+_LOADING = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+# TRL switches off the modules of class Dropout; these rates are numbers that attention layers read.
+_NUMERIC_DROPOUT = ("attention_dropout",)
+# Of modules; the rates of heads that a language model does not have are left out.
+_MODULE_DROPOUT = ("hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "embedding_dropout", "resid_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a trainer was called with."""
+
+    trainer: str
+    """TRL's class, by name."""
+
+    args: Any
+    """Its configuration; None for TRL's defaults."""
+
+    model: Any
+    """A model, or where to load one from."""
+
+    config: Any
+    """The model's configuration."""
+
+    peft_configs: tuple[Any, ...]
+    """PEFT's configurations, the model's own or to be applied."""
+
+    processing_class: Any
+    """A tokenizer or processor; None to load it with the model."""
+
+    @classmethod
+    def from_arguments(cls, trainer: str, given: Mapping[str, Any]) -> Setup:
+        """From the arguments of a trainer's constructor, by name."""
+        args, model = given.get("args"), given["model"]
+        peft_config = given.get("peft_config")
+        own = getattr(model, "peft_config", None)
+        return cls(
+            trainer=trainer,
+            args=args,
+            model=model,
+            config=_config_of(model, args),
+            peft_configs=tuple(own.values()) if isinstance(own, dict) else () if peft_config is None else (peft_config,),
+            processing_class=given.get("processing_class"),
+        )
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """One of TRL's or transformers' arguments."""
+        return getattr(self.args, name, default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """One thing that cannot work."""
+
+    name: str
+    """The option, as the user writes it."""
+
+    applies: Callable[[Setup], bool]
+    """Whether a setup asks for it."""
+
+    reason: str
+    """Why, and what to do."""
+
+    trainers: frozenset[str] = _ANY
+    """TRL's classes that have it."""
+
+
+def refuse_unsupported(setup: Setup) -> None:
+    """Raise for the first row of `REFUSALS` that applies, then for what the model's configuration alone tells.
+
+    Raises:
+        InputError: With the option's name, the reason and what to do.
+        UnsupportedModelError: If the model's family is not supported.
+    """
+    for refusal in REFUSALS:
+        if setup.trainer in refusal.trainers and refusal.applies(setup):
+            raise InputError(f"kvpref's {setup.trainer} does not support {refusal.name}: {refusal.reason}")
+    check_config(setup.config)
+
+
+def _config_of(model: Any, args: Any) -> Any:
+    if isinstance(model, nn.Module):
+        return model.config
+    kwargs = getattr(args, "model_init_kwargs", None) or {}
+    loading = {name: kwargs[name] for name in _LOADING if name in kwargs}
+    trust = kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+    return AutoConfig.from_pretrained(model, trust_remote_code=trust, **loading)
+
+
+def _reentrant(setup: Setup) -> bool:
+    kwargs = setup.option("gradient_checkpointing_kwargs") or {}
+    return bool(setup.option("gradient_checkpointing") and kwargs.get("use_reentrant"))
+
+
+def _splits_sequences_or_weights(setup: Setup) -> bool:
+    parallelism = setup.option("parallelism_config")
+    return parallelism is not None and any(
+        getattr(parallelism, f"{kind}_enabled", False) for kind in ("cp", "sp", "tp")
+    )
+
+
+def _zero_3(setup: Setup) -> bool:
+    return getattr(setup.option("deepspeed_plugin"), "zero_stage", 0) == 3
+
+
+def _other_attention(setup: Setup) -> bool:
+    chosen = (setup.option("model_init_kwargs") or {}).get("attn_implementation")
+    return chosen not in (None, "sdpa", ATTENTION_NAME)
+
+
+def _several_devices(setup: Setup) -> bool:
+    return len(set((getattr(setup.model, "hf_device_map", None) or {}).values())) > 1
+
+
+def _is_multimodal(setup: Setup) -> bool:
+    return isinstance(setup.processing_class, ProcessorMixin) or hasattr(setup.config, "vision_config")
+
+
+def _dropout_rates(setup: Setup) -> Iterator[float]:
+    """Rates that would be above zero in training."""
+    yield from (getattr(setup.config, name, 0.0) for name in _NUMERIC_DROPOUT)
+    if not setup.option("disable_dropout", True):
+        yield from (getattr(setup.config, name, 0.0) for name in _MODULE_DROPOUT)
+        yield from (getattr(config, "lora_dropout", 0.0) for config in setup.peft_configs)
+
+
+def _has_dropout(setup: Setup) -> bool:
+    return any(rate > 0 for rate in _dropout_rates(setup))
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        name="gradient_checkpointing_kwargs={'use_reentrant': True}",
+        applies=_reentrant,
+        reason="re-entrant checkpointing loses the gradient through the shared prompts; set use_reentrant to False",
+    ),
+    Refusal(
+        name="torch_compile=True",
+        applies=lambda setup: bool(setup.option("torch_compile")),
+        reason="it compiles the whole forward, which plans each batch in Python; leave it out",
+    ),
+    Refusal(
+        name="use_liger_kernel=True",
+        applies=lambda setup: bool(setup.option("use_liger_kernel")),
+        reason="it replaces layers by ones that kvpref has not checked; leave it out, the LM head is fused already",
+    ),
+    Refusal(
+        name="activation_offloading=True",
+        applies=lambda setup: bool(setup.option("activation_offloading")),
+        reason="nobody has checked it with keys and values that many responses read; use gradient_checkpointing",
+    ),
+    Refusal(
+        name="neftune_noise_alpha",
+        applies=lambda setup: setup.option("neftune_noise_alpha") is not None,
+        reason="a shared prompt is embedded once, so its rows could not get noise of their own; leave it out",
+    ),
+    Refusal(
+        name="parallelism_config with context, sequence or tensor parallelism",
+        applies=_splits_sequences_or_weights,
+        reason="attention over shared prompts needs whole sequences and whole heads; use data parallelism",
+    ),
+    Refusal(
+        name="fsdp",
+        applies=lambda setup: bool(setup.option("fsdp")),
+        reason="nobody has checked it here; use DistributedDataParallel, or FSDP2 with kvpref.PreferenceTrainer",
+    ),
+    Refusal(
+        name="DeepSpeed ZeRO stage 3",
+        applies=_zero_3,
+        reason="the LM head's weight is read outside its module, where ZeRO-3 keeps it empty; use stage 1 or 2, or DDP",
+    ),
+    Refusal(
+        name="model_init_kwargs={'attn_implementation': ...}",
+        applies=_other_attention,
+        reason="kvpref brings its own attention, and sdpa for generation; leave it out",
+    ),
+    Refusal(
+        name="a model split over several devices (device_map)",
+        applies=_several_devices,
+        reason="all passes over a batch run on one device; load the model on one, or use data parallelism",
+    ),
+    Refusal(
+        name="vision-language models",
+        applies=_is_multimodal,
+        reason="images are no tokens, so equal tokens are not equal prompts; use TRL's trainer",
+    ),
+    Refusal(
+        name="PEFT prompt learning (prompt, prefix or p-tuning)",
+        applies=lambda setup: any(getattr(config, "is_prompt_learning", False) for config in setup.peft_configs),
+        reason="it puts virtual tokens before every row; use LoRA",
+    ),
+    Refusal(
+        name="activated LoRA (alora_invocation_tokens)",
+        applies=lambda setup: any(getattr(config, "alora_invocation_tokens", None) for config in setup.peft_configs),
+        reason="it finds its tokens in padded rows, and kvpref lays rows out anew; use LoRA",
+    ),
+    Refusal(
+        name="dropout in training",
+        applies=_has_dropout,
+        reason="it makes two forwards of one token differ; keep disable_dropout=True and set attention_dropout to 0 in "
+        "the model's config",
+    ),
+    Refusal(
+        name="cast_lm_head_to_fp32=True",
+        applies=lambda setup: bool(setup.option("cast_lm_head_to_fp32")),
+        reason="kvpref keeps the LM head in its dtype and its sums in fp32; leave it out",
+        trainers=_GRPO,
+    ),
+    Refusal(
+        name="use_transformers_continuous_batching=True",
+        applies=lambda setup: bool(
+            setup.option("use_transformers_continuous_batching") or setup.option("use_transformers_paged")
+        ),
+        reason="paged generation selects an attention of its own in the model that kvpref runs; use vLLM or plain generate",
+        trainers=_GRPO,
+    ),
+    Refusal(
+        name="models with learned positions (gpt2)",
+        applies=lambda setup: setup.config.model_type == "gpt2",
+        reason="TRL counts the padding before prompts as positions and kvpref does not, so log-probs would differ from "
+        "TRL's; use a model with rotary embeddings",
+        trainers=_GRPO,
+    ),
+)
