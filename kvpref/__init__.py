@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvpref.modeling.options import EngineOptions
     from kvpref.modeling.passes import encode_prefix, response_logps, score_responses
     from kvpref.modeling.schedules import forward_backward, forward_backward_step
+    from kvpref.modeling.shared_prefix import shared_prefix
     from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
     from kvpref.step import Step, join_batches
     from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
@@ -49,6 +50,7 @@ _HOMES = {
     "loss": "kvpref.losses",
     "response_logps": "kvpref.modeling.passes",
     "score_responses": "kvpref.modeling.passes",
+    "shared_prefix": "kvpref.modeling.shared_prefix",
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "loss",
     "response_logps",
     "score_responses",
+    "shared_prefix",
 ]
 
 

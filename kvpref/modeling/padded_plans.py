@@ -1,0 +1,88 @@
+"""Decide whether a padded batch is worth sharing, and plan it; the last decision is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kvpref.modeling.padded_rows import PaddedRows, SharedRows, UnservedError, share_rows
+from kvpref.plans import tensors_to
+
+# Each depth reads every depth above it with a block of its own.
+_MAX_DEPTH = 4
+
+_NAMES = ("input_ids", "attention_mask", "position_ids")
+_Key = tuple[torch.Tensor | None, ...]
+
+
+class LastPlan:
+    """Plans padded batches, and keeps the last plan: policy and reference often see one batch after the other.
+
+    Args:
+        model: Whose config says what positions mean.
+        min_saved: Share of the batch's tokens, padding included, that sharing must save.
+        min_shared_tokens: Shorter shared prefixes are repeated.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, min_saved: float, min_shared_tokens: int) -> None:
+        self._min_saved, self._min_shared_tokens = min_saved, min_shared_tokens
+        # Rotary embeddings read distances only, so rows that start in different columns can share. Learned positions
+        # are what they are.
+        self._by_position = getattr(model.config, "rope_parameters", None) is None
+        self._key: _Key | None = None
+        self._found: SharedRows | UnservedError | None = None
+
+    def plan(self, arguments: dict[str, Any]) -> SharedRows:
+        """The plan of a call, on its device.
+
+        Raises:
+            UnservedError: If its rows cannot be shared, or too little is shared.
+        """
+        device = arguments["input_ids"].device
+        given = (arguments.get(name) for name in _NAMES)
+        key = tuple(None if tensor is None else tensor.detach().cpu() for tensor in given)
+        # Outside inference mode: tensors made inside cannot take part in a later backward pass.
+        with torch.inference_mode(False):
+            if self._key is None or not all(map(_same, self._key, key)):
+                self._key = tuple(None if tensor is None else tensor.clone() for tensor in key)
+                self._found = self._decide(self._key)
+            if isinstance(self._found, UnservedError):
+                raise UnservedError(*self._found.args)
+            assert self._found is not None
+            if self._found.unique_rows.device != device:
+                self._found = tensors_to(self._found, device)
+            return self._found
+
+    def _decide(self, key: _Key) -> SharedRows | UnservedError:
+        input_ids, attention_mask, position_ids = (None if tensor is None else tensor.numpy() for tensor in key)
+        assert input_ids is not None
+        try:
+            rows = PaddedRows.read(input_ids.astype(np.int64, copy=False), attention_mask, position_ids)
+            num_shared = rows.num_shared_tokens(by_position=self._by_position)
+            self._check_worth(num_shared, input_ids.size)
+            found = share_rows(
+                rows,
+                by_position=self._by_position,
+                min_shared_tokens=self._min_shared_tokens,
+                max_depth=_MAX_DEPTH,
+            )
+            # Limits on the tree may have left less to share.
+            self._check_worth(int(rows.lengths.sum()) - found.num_unique_tokens, input_ids.size)
+        except UnservedError as unserved:
+            return unserved
+        return found
+
+    def _check_worth(self, num_shared: int, num_tokens: int) -> None:
+        if num_shared == 0:
+            raise UnservedError("nothing shared")
+        if num_shared < self._min_saved * num_tokens:
+            raise UnservedError("little shared")
+
+
+def _same(held: torch.Tensor | None, given: torch.Tensor | None) -> bool:
+    if held is None or given is None:
+        return held is given
+    return held.dtype == given.dtype and torch.equal(held, given)
