@@ -6,11 +6,12 @@ from typing import Any
 
 from kvpref.losses.dpo import DPO
 from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, RewardLoss, as_loss, loss
+from kvpref.losses.mixture import MPO, RPO, Mixture
 from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.sft import SFT
 from kvpref.losses.user import construct_loss, find_loss
 
-LOSSES: dict[str, type[PreferenceLoss]] = {**OBJECTIVES}
+LOSSES: dict[str, type[PreferenceLoss]] = {**OBJECTIVES, "mixture": Mixture, "mpo": MPO, "rpo": RPO}
 
 
 def make_loss(name: str, **settings: Any) -> PreferenceLoss:

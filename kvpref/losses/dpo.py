@@ -1,4 +1,4 @@
-"""Direct preference optimisation on pairs."""
+"""Direct preference optimisation on pairs: logistic losses of the margin. s is the logistic function."""
 
 from __future__ import annotations
 
@@ -7,50 +7,67 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from kvpref.batch import Batch
-from kvpref.errors import InputError
-from kvpref.losses.interface import LossOutput, PreferenceLoss
-from kvpref.losses.pairs import pair_indices
-from kvpref.outputs import ResponseLogps
+from kvpref.losses.checks import check_between
+from kvpref.losses.pairwise import MarginLoss, PairLogps
+
+
+def smoothed_logistic(margins: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """``-(1 - e) log s(m) - e log s(-m)`` of each margin m, e the label smoothing."""
+    return -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO(PreferenceLoss):
-    """Sigmoid DPO: ``-(1 - e) log s(beta d) - e log s(-beta d)``, e the label smoothing and s the logistic function.
+class DPO(MarginLoss):
+    """Sigmoid DPO: ``-(1 - e) log s(beta d) - e log s(-beta d)``, e the label smoothing.
 
     ``d = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))``. Equation 7 of Rafailov et al.
     2023 (arXiv 2305.18290); the label smoothing is the conservative DPO of Mitchell 2023.
     """
 
-    beta: float = 0.1
-    """Strength of the pull towards the reference; the larger, the closer."""
+    name = "dpo"
 
     label_smoothing: float = 0.0
     """Assumed share of pairs whose labels are swapped, in [0, 0.5)."""
 
-    needs_reference = True
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self.name, 0, 0.5, ends="[)", label_smoothing=self.label_smoothing)
+
+    def pair_losses(self, pairs: PairLogps) -> torch.Tensor:
+        return smoothed_logistic(self.beta * self.margins(pairs), self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustDPO(MarginLoss):
+    """DPO that is unbiased under swapped labels: ``(-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2 e)``.
+
+    e is the label smoothing, d the margin of `DPO`. Section 3.1 of Chowdhury et al. 2024 (arXiv 2403.00409).
+    """
+
+    name = "robust"
+
+    label_smoothing: float = 0.1
+    """Share of pairs whose labels are swapped, in [0, 0.5)."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise InputError(f"dpo: beta must be positive; got {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"dpo: label_smoothing must be in [0, 0.5); got {self.label_smoothing}")
+        super().__post_init__()
+        check_between(self.name, 0, 0.5, ends="[)", label_smoothing=self.label_smoothing)
 
-    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
-        if reference is None:
-            raise InputError("dpo needs reference log-probs; pass `reference`, or train with PreferenceTrainer")
-        chosen, rejected = pair_indices(batch)
-        policy_sums = policy.sum()
-        rewards = self.beta * (policy_sums - reference.sum())
-        margins = rewards[chosen] - rewards[rejected]
-        losses = -(1 - self.label_smoothing) * logsigmoid(margins) - self.label_smoothing * logsigmoid(-margins)
-        with torch.no_grad():
-            metrics = {
-                "rewards/chosen": rewards[chosen].mean(),
-                "rewards/rejected": rewards[rejected].mean(),
-                "rewards/margins": margins.mean(),
-                "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
-                "logps/chosen": policy_sums[chosen].mean(),
-                "logps/rejected": policy_sums[rejected].mean(),
-            }
-        return LossOutput(loss=losses.mean(), metrics=metrics)
+    def pair_losses(self, pairs: PairLogps) -> torch.Tensor:
+        margins = self.beta * self.margins(pairs)
+        kept = -(1 - self.label_smoothing) * logsigmoid(margins)
+        return (kept + self.label_smoothing * logsigmoid(-margins)) / (1 - 2 * self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidNorm(MarginLoss):
+    """Length-normalised DPO: ``-log s(beta d)``, d the margin of log-ratios averaged over each response's tokens.
+
+    Section 5 of Lambert et al. 2024 (Tulu 3, arXiv 2411.15124).
+    """
+
+    name = "sigmoid_norm"
+    per_token = True
+
+    def pair_losses(self, pairs: PairLogps) -> torch.Tensor:
+        return -logsigmoid(self.beta * self.margins(pairs))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -31,6 +31,16 @@ LossFunction = Callable[[Any, Any, Batch], Any]
 
 `PreferenceLoss` adds what the trainer can use.
 """
+
+
+class Groups(Protocol):
+    """Groups by number: a list of them, or a data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Group: ...
+
+    def __iter__(self) -> Iterator[Group]: ...
 
 
 class PreferenceLoss:
@@ -80,6 +90,16 @@ class PreferenceLoss:
     def select(self, group: Group) -> Group:
         """Keep only the sequences that the loss reads, so that no others are computed."""
         return group
+
+    def prepare(self, groups: Groups) -> Iterable[Group]:
+        """The groups to train on, as many and in the same order: `select` of each, unless overridden.
+
+        For losses that need sequences which no group has by itself. Preparing twice must be preparing once.
+
+        Raises:
+            InputError: If the data lacks what the loss needs; the message names the group.
+        """
+        return map(self.select, groups)
 
 
 class RewardLoss(PreferenceLoss):

@@ -1,4 +1,4 @@
-"""Which sequences of a batch are preferred, from labels or scores."""
+"""Which sequences of a batch are preferred, from labels or scores, and what is logged of pairs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ def pair_indices(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         rejected.append(start + 1 - best)
         start += len(group)
     return torch.tensor(chosen, device=batch.device), torch.tensor(rejected, device=batch.device)
+
+
+def pair_metrics(
+    chosen_rewards: torch.Tensor,
+    rejected_rewards: torch.Tensor,
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """What is logged of pairs: means without gradient, each (), of rewards and log-probs, each (num_groups,)."""
+    margins = chosen_rewards.detach() - rejected_rewards.detach()
+    return {
+        "rewards/chosen": chosen_rewards.detach().mean(),
+        "rewards/rejected": rejected_rewards.detach().mean(),
+        "rewards/margins": margins.mean(),
+        "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
+        "logps/chosen": chosen_logps.detach().mean(),
+        "logps/rejected": rejected_logps.detach().mean(),
+    }
 
 
 def _preferred_of_pair(group: Group) -> int:

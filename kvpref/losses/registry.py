@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from kvpref.losses.dpo import DPO
+from kvpref.losses.aot import AOT, AOTUnpaired
+from kvpref.losses.dpo import DPO, RobustDPO, SigmoidNorm
 from kvpref.losses.interface import PreferenceLoss
+from kvpref.losses.margins import EXO, IPO, DiscoPOP, Hinge
 from kvpref.losses.policy_gradient_clipped import BNPO, CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO
 from kvpref.losses.ranking import AllPairs, BestVsRest, LiPO, PlackettLuce
+from kvpref.losses.ratios import BCO, NCA, SPPO, APODown, APOZero
+from kvpref.losses.reference_free import CPO, ORPO, AlphaPO, SimPO
 from kvpref.losses.rewards import BradleyTerry, PlackettLuceReward, RewardRegression
 from kvpref.losses.sft import SFT, WeightedSFT
+from kvpref.losses.unpaired import KTO, APOZeroUnpaired
 
 OBJECTIVES: dict[str, type[PreferenceLoss]] = {
     # Pairs, against a reference
     "dpo": DPO,
+    "robust": RobustDPO,
+    "sigmoid_norm": SigmoidNorm,
+    "hinge": Hinge,
+    "ipo": IPO,
+    "exo": EXO,
+    "discopop": DiscoPOP,
+    "nca": NCA,
+    "bco": BCO,
+    "sppo": SPPO,
+    "apo_zero": APOZero,
+    "apo_down": APODown,
+    "aot": AOT,
+    "aot_unpaired": AOTUnpaired,
+    # Pairs, without a reference
+    "simpo": SimPO,
+    "alphapo": AlphaPO,
+    "orpo": ORPO,
+    "cpo": CPO,
+    # Single responses, desirable or not
+    "kto": KTO,
+    "apo_zero_unpaired": APOZeroUnpaired,
     # N responses by their scores, against a reference
     "plackett_luce": PlackettLuce,
     "lipo": LiPO,

@@ -191,11 +191,14 @@ def _keep(step: StepInputs) -> StepInputs:
 
 
 def select_groups(dataset: PreferenceDataset | list[Group] | None, loss: PreferenceLoss) -> PreferenceDataset | None:
-    """The dataset with only the sequences that the loss reads."""
+    """The dataset with the sequences that the loss reads; see `PreferenceLoss.prepare`."""
     if dataset is None:
         return None
     groups = dataset if isinstance(dataset, PreferenceDataset) else PreferenceDataset(dataset)
-    return groups if type(loss).select is PreferenceLoss.select else groups.map_groups(loss.select)
+    kind = type(loss)
+    if kind.select is PreferenceLoss.select and kind.prepare is PreferenceLoss.prepare:
+        return groups
+    return PreferenceDataset(loss.prepare(groups), report=groups.report)
 
 
 def check_lengths(dataset: PreferenceDataset, model: nn.Module) -> None:

@@ -1,0 +1,82 @@
+"""Mismatched responses: a group's prompt, answered with the response of another group.
+
+Their log-probs estimate how far the policy has moved from the reference in general. They share the group's prompt, so
+that they cost their own tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvpref.errors import InputError
+from kvpref.groups import Group, Sequence
+from kvpref.losses.interface import Groups
+
+MISMATCHED = "mismatched"
+"""The column of flags, one per sequence of the group."""
+
+
+def mismatched_flags(group: Group) -> list[bool]:
+    """Which sequences of a group are mismatched responses."""
+    flags = group.columns.get(MISMATCHED)
+    return [bool(flag) for flag in flags] if isinstance(flags, list | tuple) else [False] * len(group)
+
+
+def add_mismatched(groups: Groups, count: int) -> Iterator[Group]:
+    """Each group with `count` mismatched responses after its own; groups that have some already stay as they are.
+
+    They come from the nearest groups before it with another prompt, from the end again for the first ones, and stand
+    for the data's responses: of a group of N, the n-th response in turn.
+
+    Args:
+        groups: At least two with different prompts.
+        count: At least 1.
+
+    Raises:
+        InputError: If a group has fewer than `count` others with another prompt.
+    """
+    for index in range(len(groups)):
+        group = groups[index]
+        yield group if MISMATCHED in group.columns else _with_mismatched(group, _others(groups, index, count), index)
+
+
+def _others(groups: Groups, index: int, count: int) -> list[Group]:
+    prompt, _ = _split(groups[index].sequences[0])
+    others: list[Group] = []
+    for step in range(1, len(groups)):
+        other = groups[(index - step) % len(groups)]
+        if _split(other.sequences[0])[0] != prompt:
+            others.append(other)
+        if len(others) == count:
+            return others
+    raise InputError(
+        f"{groups[index].id}: no mismatched response can be made; expected {count} groups with another prompt, found "
+        f"{len(others)} among {len(groups)}"
+    )
+
+
+def _with_mismatched(group: Group, others: list[Group], index: int) -> Group:
+    prompt, _ = _split(group.sequences[0])
+    added: list[Sequence] = []
+    for other in others:
+        own = [s for s, flag in zip(other.sequences, mismatched_flags(other), strict=True) if not flag]
+        response = own[index % len(own)]
+        start = len(_split(response)[0])
+        added.append(Sequence(prompt + response.input_ids[start:], (False,) * len(prompt) + response.scored[start:]))
+    fill = [None] * len(added)
+    columns = {
+        name: [*value, *fill] if group.is_per_sequence(value) else value for name, value in group.columns.items()
+    }
+    return Group(
+        [*group.sequences, *added],
+        scores=None if group.scores is None else [*group.scores, *fill],
+        labels=None if group.labels is None else [*group.labels, *[False] * len(added)],
+        id=group.id,
+        columns={**columns, MISMATCHED: [False] * len(group) + [True] * len(added)},
+    )
+
+
+def _split(sequence: Sequence) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens before the first scored one, and the rest."""
+    start = sequence.scored.index(True) if any(sequence.scored) else len(sequence)
+    return sequence.input_ids[:start], sequence.input_ids[start:]

@@ -1,0 +1,156 @@
+"""What the objectives on pairs against a reference have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from kvpref.batch import Batch
+from kvpref.errors import InputError
+from kvpref.losses.checks import check_between, check_choice, check_number, check_positive
+from kvpref.losses.f_divergences import DIVERGENCES
+from kvpref.losses.interface import LossOutput, PreferenceLoss
+from kvpref.losses.pairs import pair_indices, pair_metrics
+from kvpref.outputs import HeadOptions, ResponseLogps
+
+
+class PairLogps(NamedTuple):
+    """Log-probs of the pairs of a batch; all fields (num_groups,).
+
+    Attributes:
+        chosen: ``log pi(chosen)``.
+        rejected: ``log pi(rejected)``.
+        chosen_reference: ``log ref(chosen)``.
+        rejected_reference: ``log ref(rejected)``.
+        chosen_lengths: Scored tokens, int64, at least 1.
+        rejected_lengths: Scored tokens, int64, at least 1.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_reference: torch.Tensor
+    rejected_reference: torch.Tensor
+    chosen_lengths: torch.Tensor
+    rejected_lengths: torch.Tensor
+
+    @property
+    def chosen_ratios(self) -> torch.Tensor:
+        """``log pi(chosen) - log ref(chosen)``."""
+        return self.chosen - self.chosen_reference
+
+    @property
+    def rejected_ratios(self) -> torch.Tensor:
+        """``log pi(rejected) - log ref(rejected)``."""
+        return self.rejected - self.rejected_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLoss(PreferenceLoss):
+    """Base: a mean over pairs of a function of their log-probs and the reference's. Subclasses write `pair_losses`."""
+
+    name: ClassVar[str]
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference; the larger, the closer."""
+
+    ld_alpha: float | None = None
+    """What a token counts that lies beyond the length of the pair's shorter response, in [0, 1]; None is 1.
+    LD-DPO, Liu et al. 2024 (arXiv 2409.06411)."""
+
+    weighting: bool = False
+    """Weigh each pair by how likely the policy is to produce it: ``exp`` of the mean over tokens of
+    ``log pi(token) - log sum_v pi(v)^2``, of both responses multiplied, without gradient. WPO, equation 2 of Zhou et
+    al. 2024 (arXiv 2406.11827), with its weight alignment."""
+
+    needs_reference = True
+
+    def __post_init__(self) -> None:
+        check_positive(self.name, beta=self.beta)
+        if self.ld_alpha is not None:
+            check_between(self.name, 0, 1, ends="[]", ld_alpha=self.ld_alpha)
+
+    @property
+    def head(self) -> HeadOptions:
+        return HeadOptions(collision=self.weighting)
+
+    def pair_losses(self, pairs: PairLogps) -> torch.Tensor:
+        """The loss of each pair, (num_groups,)."""
+        raise NotImplementedError
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+        if reference is None:
+            raise InputError(
+                f"{self.name} needs reference log-probs; pass `reference`, or train with PreferenceTrainer"
+            )
+        chosen, rejected = pair_indices(batch)
+        pairs = self._pair_logps(policy, reference, chosen, rejected)
+        losses = self.pair_losses(pairs)
+        if self.weighting:
+            weights = self._sequence_weights(policy)
+            losses = losses * weights[chosen] * weights[rejected]
+        with torch.no_grad():
+            rewards = (self.beta * pairs.chosen_ratios, self.beta * pairs.rejected_ratios)
+            metrics = pair_metrics(*rewards, pairs.chosen, pairs.rejected)
+        return LossOutput(loss=losses.mean(), metrics=metrics)
+
+    def _pair_logps(
+        self, policy: ResponseLogps, reference: ResponseLogps, chosen: torch.Tensor, rejected: torch.Tensor
+    ) -> PairLogps:
+        lengths = policy.lengths()
+        sums, reference_sums = policy.sum(), reference.sum()
+        if self.ld_alpha is not None:
+            shorter = lengths.clone()
+            shorter[chosen] = shorter[rejected] = torch.minimum(lengths[chosen], lengths[rejected])
+            counts = self._token_counts(policy, shorter)
+            sums = policy.sum_of(policy.token_logps * counts)
+            reference_sums = reference.sum_of(reference.token_logps * counts)
+        return PairLogps(
+            chosen=sums[chosen],
+            rejected=sums[rejected],
+            chosen_reference=reference_sums[chosen],
+            rejected_reference=reference_sums[rejected],
+            chosen_lengths=lengths[chosen].clamp(min=1),
+            rejected_lengths=lengths[rejected].clamp(min=1),
+        )
+
+    def _token_counts(self, policy: ResponseLogps, num_full: torch.Tensor) -> torch.Tensor:
+        """(S,): 1 for the first `num_full` (num_sequences,) tokens of each sequence, `ld_alpha` for those after."""
+        offsets = torch.arange(policy.token_logps.shape[0], device=num_full.device)
+        ends = policy.per_token(policy.cu_seqlens[:-1] + num_full)
+        counts = torch.ones_like(policy.token_logps, requires_grad=False)
+        return counts.masked_fill(offsets >= ends, float(self.ld_alpha or 0.0))
+
+    def _sequence_weights(self, policy: ResponseLogps) -> torch.Tensor:
+        if policy.collision is None:
+            raise InputError(f"{self.name}: weighting needs the policy's `collision`; compute log-probs with loss.head")
+        return policy.mean_of(policy.token_logps.detach() - policy.collision).exp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginLoss(PairLoss):
+    """Base: a function of the margin between the chosen and the rejected response, under any f-divergence."""
+
+    divergence: str = "reverse_kl"
+    """Between policy and reference: ``reverse_kl``, ``forward_kl``, ``js`` or ``alpha``; see `DIVERGENCES`."""
+
+    divergence_alpha: float = 0.5
+    """Coefficient of the divergence ``alpha``; 0 is forward KL, 1 reverse KL."""
+
+    per_token: ClassVar[bool] = False
+    """Whether the scores are averaged over the tokens of their response."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, DIVERGENCES, divergence=self.divergence)
+        check_number(self.name, divergence_alpha=self.divergence_alpha)
+
+    def margins(self, pairs: PairLogps) -> torch.Tensor:
+        """(num_groups,): the score of the chosen response less that of the rejected one, not yet times beta."""
+        score = DIVERGENCES[self.divergence]
+        chosen = score(pairs.chosen_ratios, self.divergence_alpha)
+        rejected = score(pairs.rejected_ratios, self.divergence_alpha)
+        if self.per_token:
+            return chosen / pairs.chosen_lengths - rejected / pairs.rejected_lengths
+        return chosen - rejected

@@ -1,0 +1,148 @@
+"""Objectives on single responses, each desirable or not, at any number per prompt. s is the logistic function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvpref.batch import Batch
+from kvpref.errors import InputError
+from kvpref.groups import Group
+from kvpref.losses.checks import check_not_negative, check_number, check_positive
+from kvpref.losses.interface import Groups, LossOutput, PreferenceLoss
+from kvpref.losses.mismatched import add_mismatched, mismatched_flags
+from kvpref.outputs import ResponseLogps
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedLoss(PreferenceLoss):
+    """Base: a mean over responses of ``1 - s(beta (r - z))`` for desirable and ``1 - s(beta (z - r))`` for other ones.
+
+    ``r = log pi(y) - log ref(y)``; subclasses say what z is. The labels of a group say which responses are desirable;
+    without labels its scores do. Metrics of one kind are left out of a micro-batch that has none of it.
+    """
+
+    name: ClassVar[str]
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference; the larger, the closer."""
+
+    desirable_weight: float = 1.0
+    """What a desirable response counts; raise it where they are the fewer."""
+
+    undesirable_weight: float = 1.0
+    """What an undesirable response counts."""
+
+    score_threshold: float = 0.5
+    """In groups without labels, responses that score more are desirable."""
+
+    needs_reference = True
+    unit = "sequences"
+
+    def __post_init__(self) -> None:
+        check_positive(self.name, beta=self.beta)
+        check_not_negative(
+            self.name, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
+        )
+        check_number(self.name, score_threshold=self.score_threshold)
+
+    def reference_point(self, ratios: torch.Tensor, mismatched: torch.Tensor) -> torch.Tensor:
+        """z, () without gradient.
+
+        Args:
+            ratios: (num_sequences,) log-ratio of each response to the reference.
+            mismatched: (num_sequences,) bool, the responses of other groups.
+        """
+        raise NotImplementedError
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+        if reference is None:
+            raise InputError(
+                f"{self.name} needs reference log-probs; pass `reference`, or train with PreferenceTrainer"
+            )
+        flags = [flag for group in batch.groups for flag in mismatched_flags(group)]
+        mismatched = torch.tensor(flags, device=batch.device)
+        desirable = torch.tensor([d for group in batch.groups for d in self._desirable(group)], device=batch.device)
+        sums = policy.sum()
+        ratios = sums - reference.sum()
+        point = self.reference_point(ratios.detach(), mismatched)
+        signs = torch.full_like(ratios, -1.0).masked_fill(desirable, 1.0)
+        weights = torch.full_like(ratios, self.undesirable_weight).masked_fill(desirable, self.desirable_weight)
+        losses = weights * (-self.beta * signs * (ratios - point)).sigmoid()
+        metrics = self._metrics(ratios.detach(), sums.detach(), desirable, mismatched)
+        return LossOutput(loss=losses[~mismatched].mean(), metrics={"kl": point, **metrics})
+
+    def num_units(self, batch: Batch) -> int:
+        """Responses, without the mismatched ones."""
+        return sum(not flag for group in batch.groups for flag in mismatched_flags(group))
+
+    def _desirable(self, group: Group) -> list[bool]:
+        """One flag per sequence, False for mismatched ones."""
+        flags = mismatched_flags(group)
+        if group.labels is not None:
+            return [label and not flag for label, flag in zip(group.labels, flags, strict=True)]
+        scores = group.scores or (None,) * len(group)
+        for index, (score, flag) in enumerate(zip(scores, flags, strict=True)):
+            if score is None and not flag:
+                raise InputError(
+                    f"{group.id}: response {index} has neither a label nor a score; {self.name} needs one for each"
+                )
+        return [score is not None and score > self.score_threshold for score in scores]
+
+    def _metrics(
+        self, ratios: torch.Tensor, sums: torch.Tensor, desirable: torch.Tensor, mismatched: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        metrics: dict[str, torch.Tensor] = {}
+        for kind, members in (("chosen", desirable & ~mismatched), ("rejected", ~desirable & ~mismatched)):
+            if members.any():
+                metrics[f"rewards/{kind}"] = self.beta * ratios[members].mean()
+                metrics[f"logps/{kind}"] = sums[members].mean()
+        if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTO(UnpairedLoss):
+    """Kahneman-Tversky optimisation: z estimates the KL divergence of the policy from the reference.
+
+    ``z = max(0, mean of log pi(y') - log ref(y'))`` without gradient, over the mismatched responses y' of the
+    micro-batch: prompts answered with the responses of other groups. It couples the groups of a micro-batch: how they
+    are cut into micro-batches changes the estimate. Equations 7 and 8 of Ethayarajh et al. 2024 (arXiv 2402.01306).
+    """
+
+    name = "kto"
+
+    num_mismatched: int = 1
+    """Mismatched responses that are made for each group."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = self.num_mismatched
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(f"{self.name}: num_mismatched must be an integer of at least 1; got {count!r}")
+
+    def prepare(self, groups: Groups) -> Iterable[Group]:
+        """Each group with mismatched responses; see `add_mismatched`."""
+        return add_mismatched(groups, self.num_mismatched)
+
+    def reference_point(self, ratios: torch.Tensor, mismatched: torch.Tensor) -> torch.Tensor:
+        if not mismatched.any():
+            raise InputError(f"{self.name} needs mismatched responses; pass the groups through `loss.prepare` first")
+        return ratios[mismatched].mean().clamp(min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class APOZeroUnpaired(UnpairedLoss):
+    """Anchored preference optimisation of single responses: z is 0.
+
+    Equation 7 of D'Oosterlinck et al. 2024 (arXiv 2408.06266), its two terms by themselves.
+    """
+
+    name = "apo_zero_unpaired"
+
+    def reference_point(self, ratios: torch.Tensor, mismatched: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), dtype=ratios.dtype, device=ratios.device)
