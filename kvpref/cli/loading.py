@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpref.cli.adapters import is_adapter, load_adapter
 from kvpref.data import load_tokenizer
 from kvpref.errors import InputError
 
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+PAD_TOKEN = "<|pad|>"
+
+_HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokens": ("AutoModelForCausalLM", {}),
+    "ends": ("AutoModelForSequenceClassification", {"num_labels": 1}),
+}
+"""By what the loss reads: transformers' class, and settings of its configuration."""
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -39,25 +48,82 @@ def load_config(source: str) -> PreTrainedConfig:
         raise InputError(f"{source}: {error}") from error
 
 
-def load_model(model: str | None, config: str | None, *, dtype: str = "float32", seed: int = 42) -> PreTrainedModel:
+def load_model(
+    model: str | None,
+    config: str | None,
+    *,
+    dtype: str = "float32",
+    seed: int = 42,
+    reads: str = "tokens",
+    may_add_head: bool = False,
+) -> PreTrainedModel:
     """A model with its weights, or one with random weights from a configuration.
 
+    Args:
+        model: Folder or hub name; also the folder of a PEFT adapter.
+        config: JSON configuration, instead.
+        dtype: Of the weights, one of `DTYPES`.
+        seed: Of random weights.
+        reads: What is read of it: ``tokens``, the log-probs of a language model, or ``ends``, rewards of a scalar head.
+        may_add_head: Whether a model without scalar head may get a random one.
+
     Raises:
-        InputError: If not exactly one of the two is given, or loading fails.
+        InputError: If not exactly one of the two is given, loading fails, or weights are missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     if (model is None) == (config is None):
         raise InputError("name either MODEL (a folder or hub name) or --config CONFIG.json for random weights")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from: {', '.join(DTYPES)}")
-    if model is not None:
-        return _load(AutoModelForCausalLM.from_pretrained, model, "model", dtype=dtype)
-    assert config is not None
+    name, settings = _HEADS[reads]
+    kind = getattr(transformers, name)
     torch.manual_seed(seed)
+    if model is not None:
+        if is_adapter(model):
+            return load_adapter(model, reads=reads, dtype=dtype, **settings)
+        loaded, info = _load(kind.from_pretrained, model, "model", dtype=dtype, output_loading_info=True, **settings)
+        _check_complete(model, info["missing_keys"], may_add_head=may_add_head)
+        return loaded
+    assert config is not None
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return AutoModelForCausalLM.from_config(load_config(config), dtype=wanted)
+    described = load_config(config)
+    for key, value in settings.items():
+        setattr(described, key, value)
+    return kind.from_config(described, dtype=wanted)
+
+
+def _check_complete(source: str, missing: set[str], *, may_add_head: bool) -> None:
+    """Refuse weights that transformers made up, but for a new head where that is what training begins with."""
+    lacking = sorted(key for key in missing if not (may_add_head and key.startswith("score.")))
+    if lacking:
+        remedy = (
+            "; it is no reward model (kvpref train --loss bradley_terry makes one)" if "score" in lacking[0] else ""
+        )
+        raise InputError(f"{source}: the weights lack {lacking[0]!r}, which would be random{remedy}")
+
+
+def set_pad_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Callable[[str], None] = lambda line: None
+) -> None:
+    """Name a pad token in the configuration of a reward model, one that no text ends with.
+
+    transformers reads the reward of a padded row at its last token that is not the pad token. Where the tokenizer has
+    none of its own (it pads with EOS, say), `PAD_TOKEN` is added, with a row of the embeddings if none is spare.
+
+    Args:
+        model: With a scalar head.
+        tokenizer: Its tokenizer.
+        report: Takes a line where a token was added.
+    """
+    others = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in others:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        if len(tokenizer) > _num_embeddings(model):
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        report(f"the tokenizer had no pad token of its own; {PAD_TOKEN} is added as token {tokenizer.pad_token_id}")
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_matching_tokenizer(
@@ -72,8 +138,7 @@ def load_matching_tokenizer(
     if source is None:
         raise InputError("--config starts from random weights and needs --tokenizer")
     tokenizer = load_tokenizer(source)
-    embeddings: Any = model.get_input_embeddings()
-    num_embeddings = embeddings.weight.shape[0]
+    num_embeddings = _num_embeddings(model)
     if len(tokenizer) > num_embeddings:
         raise InputError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens and the model {num_embeddings} embeddings; "
@@ -82,10 +147,15 @@ def load_matching_tokenizer(
     return tokenizer
 
 
+def _num_embeddings(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
 def _load(loader: Any, source: str, what: str, **kwargs: Any) -> Any:
     try:
         return loader(source, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{source}: cannot load the {what}: {reason}; give a folder with config.json and weights, or a hub name"

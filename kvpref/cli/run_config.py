@@ -43,12 +43,25 @@ class RunConfig:
     on_bad_row: str = "stop"
     """stop or skip."""
 
+    lora_r: int | None = None
+    """Train a LoRA adapter of this rank instead of the weights."""
+
+    lora_alpha: float | None = None
+    """LoRA's scale is this over the rank; default: twice the rank."""
+
+    lora_target_modules: str | None = None
+    """Names of the modules that get LoRA weights, separated by commas; default: all linear layers."""
+
     training: dict[str, Any] = field(default_factory=dict)
     """Any field of `kvpref.PreferenceTrainingArguments`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.training, dict):
             raise InputError(f"training must be a mapping of training arguments; got {self.training!r}")
+        if self.lora_r is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
+            raise InputError("lora_alpha and lora_target_modules describe an adapter; give its rank, lora_r, too")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise InputError(f"lora_r must be at least 1; got {self.lora_r}")
 
     def merged(self, given: dict[str, Any], training: dict[str, Any]) -> RunConfig:
         """This configuration with what was given on the command line (None: not given) put over it."""

@@ -23,6 +23,13 @@ def train(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.", rich_help_panel=_MODEL)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.", rich_help_panel=_MODEL)] = None,
+    lora_r: Annotated[
+        int | None, typer.Option(help="Train a LoRA adapter of this rank.", rich_help_panel=_MODEL)
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Default: twice the rank.", rich_help_panel=_MODEL)] = None,
+    lora_target_modules: Annotated[
+        str | None, typer.Option(help="Such as q_proj,v_proj; default: all linear layers.", rich_help_panel=_MODEL)
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Evaluation data.", rich_help_panel=_DATA)] = None,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Keep the end of longer prompts.", rich_help_panel=_DATA)
@@ -31,7 +38,10 @@ def train(
         int | None, typer.Option(help="Keep the start of longer responses.", rich_help_panel=_DATA)
     ] = None,
     on_bad_row: Annotated[str | None, typer.Option(help="stop or skip.", rich_help_panel=_DATA)] = None,
-    loss: Annotated[str | None, typer.Option(help="dpo or sft.", rich_help_panel=_TRAINING)] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="One of `kvpref losses` (dpo), or yours: FILE.py:FUNCTION.", rich_help_panel=_TRAINING),
+    ] = None,
     loss_arg: Annotated[
         list[str] | None, typer.Option(help="Loss setting, such as beta=0.2.", rich_help_panel=_TRAINING)
     ] = None,
@@ -96,6 +106,9 @@ def train(
 ) -> None:
     """Train a model on preference data, each shared prompt encoded once.
 
+    MODEL may be the folder of a PEFT adapter, which is then trained further. Losses that read rewards (bradley_terry,
+    ...) train a reward model: MODEL with a scalar head. Columns of the data that the loss declares are read along.
+
     Example: kvpref train ./llama pairs.jsonl --output out --loss dpo --loss-arg beta=0.1 --max-tokens 8192
     """
     if config is not None and model is not None and data is None:
@@ -112,6 +125,9 @@ def train(
             "max_prompt_tokens": max_prompt_tokens,
             "max_response_tokens": max_response_tokens,
             "on_bad_row": on_bad_row,
+            "lora_r": lora_r,
+            "lora_alpha": lora_alpha,
+            "lora_target_modules": lora_target_modules,
         },
         {
             **parse_assignments(set_ or [], "--set"),

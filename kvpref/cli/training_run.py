@@ -8,14 +8,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kvpref.cli.loading import load_matching_tokenizer, load_model
+from kvpref.cli.adapters import add_lora
+from kvpref.cli.loading import load_matching_tokenizer, load_model, set_pad_token
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.errors import InputError
+from kvpref.losses import PreferenceLoss
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 RUN_FILE = "run.yaml"
 BAD_ROWS_FILE = "bad_rows.jsonl"
+_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 # What a user of this command expects where transformers' own default differs.
 _DEFAULTS: dict[str, Any] = {
@@ -45,12 +48,19 @@ def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None])
     args = training_arguments(run)
     report_main = report if args.process_index == 0 else _silent
     checkpoint = find_checkpoint(Path(args.output_dir or "."), resume=resume, report=report_main)
-    model = load_model(run.model, run.config, dtype=run.dtype, seed=args.seed)
+    loss = args.make_loss()
+    model = load_model(
+        run.model, run.config, dtype=run.dtype, seed=args.seed, reads=loss.reads, may_add_head=loss.reads == "ends"
+    )
     tokenizer = load_matching_tokenizer(run.tokenizer, run.model, model)
-    train_data = _load(run, run.data, tokenizer, args, report_main)
-    eval_data = None if run.eval_data is None else _load(run, run.eval_data, tokenizer, args, report_main)
+    if loss.reads == "ends":
+        set_pad_token(model, tokenizer, report_main)
+    if run.lora_r is not None:
+        model = add_lora(model, run, reads=loss.reads)
+    train_data = _load(run, run.data, tokenizer, loss, args, report_main)
+    eval_data = None if run.eval_data is None else _load(run, run.eval_data, tokenizer, loss, args, report_main)
     trainer = PreferenceTrainer(
-        model, args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
+        model, args, train_dataset=train_data, eval_dataset=eval_data, loss=loss, processing_class=tokenizer
     )
     if args.process_index == 0:
         run.save(Path(args.output_dir or ".") / RUN_FILE)
@@ -79,6 +89,8 @@ def training_arguments(run: RunConfig) -> PreferenceTrainingArguments:
         raise InputError(f"there is no training argument {unknown[0]!r}; see PreferenceTrainingArguments")
     try:
         return PreferenceTrainingArguments(**given)
+    except InputError:
+        raise
     except (ValueError, TypeError) as error:
         raise InputError(f"training arguments: {error}") from error
 
@@ -94,7 +106,7 @@ def find_checkpoint(output: Path, *, resume: bool, report: Callable[[str], None]
     """
     folders = sorted(output.glob("checkpoint-*"), key=lambda path: _step_of(path.name), reverse=True)
     if not resume:
-        if folders or (output / "model.safetensors").exists():
+        if folders or any((output / name).exists() for name in _MODEL_FILES):
             raise InputError(
                 f"{output}: holds an earlier run; pass --resume to go on with it, or choose another --output"
             )
@@ -117,13 +129,19 @@ def _step_of(name: str) -> int:
 
 
 def _load(
-    run: RunConfig, source: str | None, tokenizer: Any, args: PreferenceTrainingArguments, report: Callable[[str], None]
+    run: RunConfig,
+    source: str | None,
+    tokenizer: Any,
+    loss: PreferenceLoss,
+    args: PreferenceTrainingArguments,
+    report: Callable[[str], None],
 ) -> PreferenceDataset:
     assert source is not None
     options = DataOptions(
         max_prompt_tokens=run.max_prompt_tokens,
         max_response_tokens=run.max_response_tokens,
         on_bad_row=run.on_bad_row,  # type: ignore[arg-type]
+        columns=loss.columns,
     )
     groups = load_preferences(source, tokenizer, options)
     found = groups.report

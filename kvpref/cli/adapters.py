@@ -1,0 +1,111 @@
+"""LoRA adapters, through peft: new ones, and those that a folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvpref.cli.run_config import RunConfig
+from kvpref.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER_FILE = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+"""What peft calls every linear layer but the output."""
+
+_TASKS = {
+    "tokens": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    "ends": ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
+}
+"""By what the loss reads: peft's name of the task and its class that loads such a model."""
+
+
+def is_adapter(source: str) -> bool:
+    """Whether `source` is a folder that peft saved an adapter in."""
+    return (Path(source) / ADAPTER_FILE).is_file()
+
+
+def load_adapter(folder: str, *, reads: str, dtype: str, **settings: Any) -> PreTrainedModel:
+    """The adapter of a folder, trainable, on the base model that it names.
+
+    Args:
+        folder: As `save_pretrained` of a PEFT model writes it.
+        reads: ``tokens`` for a causal language model, ``ends`` for one with a scalar head.
+        dtype: Of the weights.
+        **settings: For loading the base model.
+
+    Raises:
+        InputError: If peft is missing, or cannot load the adapter or its base model.
+    """
+    peft = _import_peft()
+    try:
+        return getattr(peft, _TASKS[reads][1]).from_pretrained(folder, is_trainable=True, dtype=dtype, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{folder}: cannot load the adapter: {reason}; its base model, base_model_name_or_path in {ADAPTER_FILE}, "
+            "must be a folder with weights, or a hub name"
+        ) from error
+
+
+def add_lora(model: PreTrainedModel, run: RunConfig, *, reads: str) -> PreTrainedModel:
+    """`model` with a new LoRA adapter, the only part that is trained (with the scalar head of a reward model).
+
+    Args:
+        model: A model without adapter.
+        run: Names rank, scale and modules.
+        reads: ``tokens`` or ``ends``, as above.
+
+    Raises:
+        InputError: If peft is missing, a module does not exist, or the adapter could not be loaded again.
+    """
+    peft = _import_peft()
+    assert run.lora_r is not None
+    if run.model is None:
+        raise InputError(
+            "lora_r with --config: an adapter is saved without its base model, whose random weights would be lost; "
+            "give a MODEL with weights"
+        )
+    if is_adapter(run.model):
+        raise InputError(f"{run.model}: holds an adapter, which is trained further; leave --lora-r out")
+    config = peft.LoraConfig(
+        task_type=_TASKS[reads][0],
+        r=run.lora_r,
+        lora_alpha=2 * run.lora_r if run.lora_alpha is None else run.lora_alpha,
+        target_modules=_find_targets(model, run.lora_target_modules),
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _find_targets(model: PreTrainedModel, names: str | None) -> str | list[str]:
+    targets = [name.strip() for name in (names or ALL_LINEAR).split(",") if name.strip()]
+    if targets == [ALL_LINEAR]:
+        return ALL_LINEAR
+    modules = dict(model.named_modules())
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            # Linear layers, and GPT-2's own kind of them.
+            linear = {
+                name.rpartition(".")[2]
+                for name, item in modules.items()
+                if hasattr(item, "weight") and _is_linear(item)
+            }
+            raise InputError(
+                f"lora_target_modules: the model has no module {target!r}; its linear layers: "
+                f"{', '.join(sorted(linear))}"
+            )
+    return targets
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(f'adapters need peft ({error}); pip install "kvpref[peft]"') from error
+    return peft
