@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from kvpref.modeling.cache import PrefixCache
     from kvpref.modeling.compilation import compile_layers
     from kvpref.modeling.options import EngineOptions
-    from kvpref.modeling.passes import encode_prefix, response_logps, score_responses
+    from kvpref.modeling.passes import encode_prefix, response_logps, response_rewards, score_responses
     from kvpref.modeling.schedules import forward_backward, forward_backward_step
+    from kvpref.modeling.value_head import add_value_head
     from kvpref.modeling.shared_prefix import shared_prefix
     from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
     from kvpref.step import Step, join_batches
@@ -40,6 +41,7 @@ _HOMES = {
     "Sequence": "kvpref.groups",
     "Step": "kvpref.step",
     "UnsupportedModelError": "kvpref.errors",
+    "add_value_head": "kvpref.modeling.value_head",
     "attach": "kvpref.modeling.attach",
     "collate": "kvpref.batch",
     "compile_layers": "kvpref.modeling.compilation",
@@ -49,6 +51,7 @@ _HOMES = {
     "join_batches": "kvpref.step",
     "loss": "kvpref.losses",
     "response_logps": "kvpref.modeling.passes",
+    "response_rewards": "kvpref.modeling.passes",
     "score_responses": "kvpref.modeling.passes",
     "shared_prefix": "kvpref.modeling.shared_prefix",
 }
@@ -69,6 +72,7 @@ __all__ = [
     "Sequence",
     "Step",
     "UnsupportedModelError",
+    "add_value_head",
     "attach",
     "collate",
     "compile_layers",
@@ -78,6 +82,7 @@ __all__ = [
     "join_batches",
     "loss",
     "response_logps",
+    "response_rewards",
     "score_responses",
     "shared_prefix",
 ]

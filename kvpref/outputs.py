@@ -12,6 +12,9 @@ from kvpref.errors import InputError
 READS = ("tokens", "ends")
 """What a loss reads: the log-probs of scored tokens, or the reward at the end of each sequence."""
 
+WITHOUT_GRAD = ("collision", "mean_logits")
+"""Fields of `ResponseLogps` that no gradient flows through."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,21 +26,22 @@ from kvpref.errors import UnsupportedModelError
 from kvpref.modeling.attach import run_inside
 from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
 from kvpref.modeling.compilation import is_compiled
-from kvpref.modeling.head import head_logps
+from kvpref.modeling.head import head_outputs
 from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.passes import run_level_pass
+from kvpref.modeling.passes import responses, run_level_pass
 from kvpref.modeling.slabs import ChunkKeyValues, SlabStore
 from kvpref.modeling.support import check_training_state, unwrap
 from kvpref.modeling.vocabulary_grads import embed
-from kvpref.outputs import ResponseLogps
+from kvpref.outputs import WITHOUT_GRAD, HeadOptions
 from kvpref.regions import mark, region
 from kvpref.step import Step
 
-Evaluate = Callable[[int, ResponseLogps], None]
-"""Called with the number of a micro-batch and its log-probs, a leaf's: leaves the loss's gradient in that leaf."""
+Evaluate = Callable[[int, Any], None]
+"""Called with the number of a micro-batch and its log-probs (or rewards), made of leaves, in which it leaves the loss's
+gradient."""
 
 
-def run_chunks(model: nn.Module, step: Step, evaluate: Evaluate, options: EngineOptions) -> None:
+def run_chunks(model: nn.Module, step: Step, evaluate: Evaluate, options: EngineOptions, head: HeadOptions) -> None:
     """Add the gradients of an optimizer step's losses to the parameters' `.grad`.
 
     Args:
@@ -47,22 +49,23 @@ def run_chunks(model: nn.Module, step: Step, evaluate: Evaluate, options: Engine
         step: The micro-batches.
         evaluate: Computes the loss of one micro-batch and runs its backward pass down to the log-probs.
         options: Bound, placement of keys and values, checkpointing.
+        head: What the head computes.
     """
-    _ChunkRunner(model, step, options).run(evaluate)
+    _ChunkRunner(model, step, options, head).run(evaluate)
 
 
 @torch.no_grad()
-def score_chunks(model: nn.Module, step: Step, options: EngineOptions) -> ResponseLogps:
-    """The log-probs of a step of one micro-batch, without gradient."""
-    return _ChunkRunner(model, step, options).score()
+def score_chunks(model: nn.Module, step: Step, options: EngineOptions, head: HeadOptions) -> Any:
+    """The log-probs or rewards of a step of one micro-batch, without gradient."""
+    return _ChunkRunner(model, step, options, head).score()
 
 
 @dataclass(kw_only=True)
 class _ChunkGraph:
     """What is left of a chunk's forward pass, for its backward pass."""
 
-    logps: torch.Tensor
-    """(P,) log-probs of its scored tokens."""
+    outputs: dict[str, torch.Tensor]
+    """What the head makes of its P predictor rows, by name; empty if there are none."""
 
     edges: list[tuple[GradientEdge | None, GradientEdge | None]] = field(default_factory=list)
     """Per layer, where the gradients of its keys and values enter the graph; not the tensors, which would stay."""
@@ -71,8 +74,8 @@ class _ChunkGraph:
 class _ChunkRunner:
     """One optimizer step in the making."""
 
-    def __init__(self, model: nn.Module, step: Step, options: EngineOptions) -> None:
-        self._model, self._step, self._options = model, step, options
+    def __init__(self, model: nn.Module, step: Step, options: EngineOptions, head: HeadOptions) -> None:
+        self._model, self._step, self._options, self._head = model, step, options, head
         self._device = step.batches[0].device
         on_host = options.prefix_cache == "cpu" and moves_to_host(self._device)
         if on_host and is_compiled(unwrap(model)):
@@ -82,10 +85,12 @@ class _ChunkRunner:
             )
         self._store = SlabStore(step.chunks.slab_rows, on_host=on_host, prompts_get_grad=options.prefix_grad)
         self._graphs: dict[ChunkPlan, _ChunkGraph] = {}
-        dtype = torch.promote_types(next(unwrap(model).parameters()).dtype, torch.float32)
-        self._logps = torch.zeros(step.chunks.num_logps, dtype=dtype, device=self._device)
-        self._weights = torch.zeros_like(self._logps)
-        mark("log-probs", self._logps, self._weights)
+        # What the head made of every unique row, and the loss's gradient with respect to it.
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+        if step.batches[0].reads.kind == "tokens":
+            dtype = torch.promote_types(next(unwrap(model).parameters()).dtype, torch.float32)
+            self._make_room("token_logps", torch.empty(0, dtype=dtype, device=self._device))
 
     def run(self, evaluate: Evaluate) -> None:
         check_training_state(unwrap(self._model))
@@ -99,11 +104,11 @@ class _ChunkRunner:
         self._backward(chunks.shared)
         self._store.drop(SHARED)
 
-    def score(self) -> ResponseLogps:
+    def score(self) -> Any:
         check_training_state(unwrap(self._model))
         (micro_batch,) = self._step.chunks.micro_batches
         self._forward(micro_batch.chunks, keep_graphs=False)
-        return self._responses(0, self._logps)
+        return self._responses(0, self._outputs)
 
     def _forward(self, chunks: Sequence[ChunkPlan], *, keep_graphs: bool) -> None:
         num_without = _num_before_last(chunks, self._options.chunk_tokens) if keep_graphs else len(chunks)
@@ -111,25 +116,32 @@ class _ChunkRunner:
             with_graph = index >= num_without and self._gets_grad(chunk)
             with torch.set_grad_enabled(with_graph), region(f"pass {chunk.depth}"):
                 graph = self._run(chunk, writes=True)
-            self._logps[chunk.logp_index] = graph.logps.detach()
+            for name, values in graph.outputs.items():
+                if name not in self._outputs:
+                    self._make_room(name, values)
+                self._outputs[name][chunk.logp_index] = values.detach()
             if with_graph:
                 self._graphs[chunk] = graph
 
-    def _responses(self, index: int, logps: torch.Tensor) -> ResponseLogps:
-        """Give each sequence of a micro-batch the log-probs along its path."""
-        micro_batch = self._step.chunks.micro_batches[index]
-        return ResponseLogps(
-            token_logps=logps.index_select(0, micro_batch.token_index),
-            cu_seqlens=micro_batch.cu_seqlens,
-            group_index=self._step.batches[index].group_index,
-        )
+    def _make_room(self, name: str, like: torch.Tensor) -> None:
+        """Room for an output of all U rows, and for its gradient."""
+        self._outputs[name] = like.new_zeros(self._step.chunks.num_logps, *like.shape[1:])
+        self._weights[name] = torch.zeros_like(self._outputs[name])
+        mark("log-probs", self._outputs[name], self._weights[name])
+
+    def _responses(self, index: int, outputs: dict[str, torch.Tensor]) -> Any:
+        return responses(outputs, self._step.chunks.micro_batches[index], self._step.batches[index])
 
     def _weigh(self, index: int, evaluate: Evaluate) -> None:
-        """Find the weight of each log-prob in the loss of a micro-batch."""
-        leaf = self._logps.detach().clone().requires_grad_()
-        evaluate(index, self._responses(index, leaf))
-        if leaf.grad is not None:
-            self._weights += leaf.grad
+        """Find the weight of each output in the loss of a micro-batch."""
+        leaves = {
+            name: values.detach().clone().requires_grad_(name not in WITHOUT_GRAD)
+            for name, values in self._outputs.items()
+        }
+        evaluate(index, self._responses(index, leaves))
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                self._weights[name] += leaf.grad
 
     def _backward(self, chunks: Sequence[ChunkPlan]) -> None:
         for chunk in reversed(chunks):
@@ -153,8 +165,9 @@ class _ChunkRunner:
             key_values=key_values,
             num_positions=self._step.chunks.max_sequence_tokens,
             options=self._options,
+            head=self._head,
         )
-        graph = _ChunkGraph(logps=run_inside(self._model, program))
+        graph = _ChunkGraph(outputs=run_inside(self._model, program))
         if chunk.writes is not None:
             if writes:
                 self._store.write(chunk.writes, key_values.own)
@@ -165,9 +178,10 @@ class _ChunkRunner:
     def _backward_of(self, chunk: ChunkPlan, graph: _ChunkGraph) -> None:
         roots: list[GradientEdge] = []
         grads: list[torch.Tensor] = []
-        if graph.logps.requires_grad and graph.logps.numel():
-            roots.append(get_gradient_edge(graph.logps))
-            grads.append(self._weights[chunk.logp_index])
+        for name, values in graph.outputs.items():
+            if values.requires_grad:
+                roots.append(get_gradient_edge(values))
+                grads.append(self._weights[name][chunk.logp_index])
         if chunk.writes is not None:
             for edges, layer_grads in zip(graph.edges, self._store.grads(chunk.writes), strict=True):
                 for edge, grad in zip(edges, layer_grads, strict=True):
@@ -191,8 +205,9 @@ def _run_chunk(
     key_values: ChunkKeyValues,
     num_positions: int,
     options: EngineOptions,
-) -> torch.Tensor:
-    """One chunk through the layers and the LM head; (P,) log-probs."""
+    head: HeadOptions,
+) -> dict[str, torch.Tensor]:
+    """One chunk through the layers and the head; what it makes of the P predictor rows, nothing if there are none."""
     checkpoints = torch.is_grad_enabled() and checkpoints_pass(options.checkpoint, is_prefix=chunk.writes is not None)
     with _without_cast_cache(chunk.targets.device), key_values.saving(), checkpointed(model, checkpoints):
         embeds = embed(model.get_input_embeddings(), chunk.item.input_ids, chunk.unique_ids, chunk.inverse)
@@ -207,9 +222,9 @@ def _run_chunk(
         )
         rows = hidden.flatten(0, 1).index_select(0, chunk.item.predictor_rows)
         if not rows.shape[0]:
-            return rows.new_zeros(0, dtype=torch.promote_types(rows.dtype, torch.float32))  # as head_logps returns
+            return {}
         with region("lm head"):
-            return head_logps(model, rows, chunk.targets, in_place=True)
+            return head_outputs(model, rows, chunk.targets, head, in_place=True)
 
 
 @contextmanager

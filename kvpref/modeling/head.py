@@ -1,8 +1,8 @@
-"""From hidden states to log-probs through the model's own head."""
+"""From hidden states to log-probs or rewards through the model's own head."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,10 +10,12 @@ from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from kvpref.errors import UnsupportedModelError
-from kvpref.logprob import HeadParams, token_logprobs
+from kvpref.errors import InputError, UnsupportedModelError
+from kvpref.logprob import HeadParams, token_statistics
 from kvpref.modeling.families import FAMILIES
+from kvpref.modeling.value_head import trained_copy, value_head
 from kvpref.modeling.vocabulary_grads import grad_in_place
+from kvpref.outputs import HeadOptions
 
 _NUM_PROBES = 3
 # Two evaluations of one linear layer, in the model's own dtype, differ by rounding only.
@@ -26,36 +28,82 @@ def head_params(model: PreTrainedModel) -> HeadParams:
     return HeadParams(logit_scale=FAMILIES[model.config.model_type].logit_scale(model.config))
 
 
+def is_reward_model(model: PreTrainedModel) -> bool:
+    """Whether the model ends in a scalar head instead of an LM head."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
 def output_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that makes the logits; the trained copy where PEFT keeps one (`modules_to_save`).
+    """The linear layer that makes the logits, or the reward; the trained copy where PEFT keeps one.
 
     Raises:
         UnsupportedModelError: If it is anything but a linear layer: an adapter on the head would be left out.
     """
-    head: Any = model.get_output_embeddings()
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        head = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
+    head = trained_copy(model.score if is_reward_model(model) else model.get_output_embeddings())
     if not isinstance(head, nn.Linear):
+        name = "score" if is_reward_model(model) else "lm_head"
         raise UnsupportedModelError(
-            f"the LM head is a {type(head).__module__}.{type(head).__name__}; kvpref needs a torch.nn.Linear. With "
-            "PEFT, take lm_head out of target_modules, or train it whole with modules_to_save"
+            f"the head is a {type(head).__module__}.{type(head).__name__}; kvpref needs a torch.nn.Linear. With "
+            f"PEFT, take {name} out of target_modules, or train it whole with modules_to_save"
         )
     return head
 
 
-def head_logps(
-    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, *, in_place: bool = False
-) -> torch.Tensor:
-    """Log-probs of `targets` (U,) from `hidden` (U, hidden_size); (U,) fp32, or fp64 for fp64 models.
+def head_outputs(
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    *,
+    in_place: bool = False,
+) -> dict[str, torch.Tensor]:
+    """What the model's head makes of some hidden states.
 
-    With `in_place`, the backward pass adds the weight's gradient to its `.grad` itself, where it can.
+    Args:
+        model: Attached.
+        hidden: (U, hidden_size).
+        targets: (U,) int64, the tokens that they predict; not read by reward models.
+        options: What is wanted besides log-probs.
+        in_place: The backward pass adds the LM head's gradient to its `.grad` itself, where it can.
+
+    Returns:
+        By the names of `ResponseLogps`, U values each; ``rewards`` alone for a reward model. Computed at least in fp32.
     """
     head = output_head(model)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if is_reward_model(model):
+        return {"rewards": head(hidden).squeeze(-1).to(wide)}
+    own = head_params(model)
+    scale = own.logit_scale / options.temperature
+    params = replace(own, logit_scale=scale, entropy=options.entropy, collision=options.collision)
     weight_grad = grad_in_place(head.weight) if in_place else None
-    return token_logprobs(
-        hidden, head.weight, targets, bias=head.bias, params=head_params(model), weight_grad=weight_grad
-    )
+    statistics = token_statistics(hidden, head.weight, targets, bias=head.bias, params=params, weight_grad=weight_grad)
+    found = {"token_logps": statistics.logps, "entropy": statistics.entropy, "collision": statistics.collision}
+    with torch.autocast(hidden.device.type, enabled=False):
+        if options.mean_logits:
+            found["mean_logits"] = _mean_logits(head, hidden.to(wide)) * scale
+        if options.logit_ids:
+            found["logits"] = _logits_of_ids(head, hidden.to(wide), options.logit_ids) * scale
+    if options.hidden:
+        found["hidden"] = hidden
+    if options.values:
+        found["values"] = value_head(model)(hidden).squeeze(-1).to(wide)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@torch.no_grad()
+def _mean_logits(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """The mean over the vocabulary is that of one linear layer whose row is the mean of all rows."""
+    mean = hidden @ head.weight.mean(0, dtype=hidden.dtype)
+    return mean if head.bias is None else mean + head.bias.mean(dtype=hidden.dtype)
+
+
+def _logits_of_ids(head: nn.Linear, hidden: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
+    if not all(0 <= index < head.out_features for index in ids):
+        raise InputError(f"logit_ids must lie in [0, {head.out_features}), the vocabulary; got {ids}")
+    rows = torch.tensor(ids, device=hidden.device)
+    bias = None if head.bias is None else head.bias[rows].to(hidden.dtype)
+    return nn.functional.linear(hidden, head.weight[rows].to(hidden.dtype), bias)
 
 
 @torch.no_grad()
@@ -73,13 +121,15 @@ def verify_head(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _NUM_PROBES, head.in_features, generator=generator).to(head.weight)
     logits = _logits_of(model, hidden).float()
-    expected = head(hidden).float() * head_params(model).logit_scale
+    expected = head(hidden).float()
+    # A reward model reads its last token.
+    expected = expected[:, -1] if is_reward_model(model) else expected * head_params(model).logit_scale
     tolerance = _TOLERANCE.get(head.weight.dtype, _TOLERANCE_16_BIT)
     scale = expected.abs().max().clamp(min=1e-30)
     if logits.shape != expected.shape or (logits - expected).abs().max() > tolerance * scale:
         raise UnsupportedModelError(
             f"{type(model).__name__} transforms its logits (softcap, scale or norm) in a way that kvpref does not "
-            "know; the log-probs would be wrong"
+            "know; the results would be wrong"
         )
 
 
@@ -89,7 +139,9 @@ def _logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     saved = backbone.__dict__.get("forward")
     backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
     try:
-        input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        # Any token but padding, which a reward model passes over.
+        token = 1 if model.config.pad_token_id == 0 else 0
+        input_ids = torch.full(hidden.shape[:2], token, dtype=torch.int64, device=hidden.device)
         logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
         return logits
     finally:

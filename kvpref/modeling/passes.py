@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.batch import Batch
+from kvpref.chunk_plans import MicroBatchChunks
 from kvpref.errors import InputError
 from kvpref.modeling.attach import run_inside
 from kvpref.modeling.cache import KeyValues, PrefixCache
 from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
-from kvpref.modeling.head import head_logps
+from kvpref.modeling.head import head_outputs, is_reward_model
 from kvpref.modeling.interface import RunningPass, bind_pass
-from kvpref.modeling.support import check_training_state
-from kvpref.outputs import ResponseLogps
-from kvpref.plans import ModePlan, PassPlan
+from kvpref.modeling.support import check_training_state, unwrap
+from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
+from kvpref.plans import ModePlan, PassPlan, Reads
 from kvpref.regions import region
 
 
 def response_logps(
-    model: nn.Module, batch: Batch, *, mode: str = "two_pass", backend: str = "auto", checkpoint: str = "none"
+    model: nn.Module,
+    batch: Batch,
+    *,
+    mode: str = "two_pass",
+    backend: str = "auto",
+    checkpoint: str = "none",
+    head: HeadOptions | None = None,
 ) -> ResponseLogps:
     """Log-probs of the scored tokens of every sequence.
 
@@ -35,17 +43,75 @@ def response_logps(
         backend: Attention backend, or ``auto``; mode ``padded`` always runs transformers' `sdpa`.
         checkpoint: Which passes compute their activations again in the backward pass: ``none``, ``prefix`` (those whose
             keys and values others read) or ``all``. In training mode only.
+        head: What is computed besides log-probs; nothing if None.
 
     Returns:
         The log-probs, in the caller's order of sequences.
 
     Raises:
         ValueError: Unknown mode or backend, or a backend that cannot serve here.
+        InputError: If the model is a reward model.
         UnsupportedModelError: If the model's state (dropout, checkpointing) or this batch cannot be run exactly.
     """
+    batch = batch_for(model, batch, "tokens")
     plan = batch.plan(mode)
-    unique_logps = run_inside(model, partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint))
-    return _gather(unique_logps, plan, batch)
+    program = partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint, head=head or HeadOptions())
+    return responses(run_inside(model, program), plan, batch)
+
+
+def response_rewards(
+    model: nn.Module, batch: Batch, *, mode: str = "two_pass", backend: str = "auto", checkpoint: str = "none"
+) -> ResponseRewards:
+    """Rewards of every sequence under a model with a scalar head, read at its last token.
+
+    Args:
+        model: An `AutoModelForSequenceClassification` with ``num_labels=1``, attached with `kvpref.attach`. As in
+            transformers, tokens at a sequence's end that equal ``config.pad_token_id`` are passed over.
+        batch: From `kvpref.collate`, on the model's device.
+        mode: As in `response_logps`.
+        backend: As in `response_logps`.
+        checkpoint: As in `response_logps`.
+
+    Returns:
+        The rewards, in the caller's order of sequences.
+
+    Raises:
+        InputError: If the model has no scalar head.
+        As `response_logps` otherwise.
+    """
+    batch = batch_for(model, batch, "ends")
+    plan = batch.plan(mode)
+    program = partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint, head=HeadOptions())
+    return responses(run_inside(model, program), plan, batch)
+
+
+def batch_for(model: nn.Module, batch: Batch, reads: str) -> Batch:
+    """The batch whose plans read what a loss reads from this model.
+
+    Raises:
+        InputError: If the model has another head.
+    """
+    return batch.reading(reads_of(model, reads))
+
+
+def reads_of(model: nn.Module, reads: str) -> Reads:
+    """Which hidden states are read for ``tokens`` (log-probs) or ``ends`` (rewards) of a model.
+
+    Raises:
+        InputError: If the model has another head.
+    """
+    inner = unwrap(model)
+    if reads == "ends" and not is_reward_model(inner):
+        raise InputError(
+            f"rewards need a model with a scalar head; {type(inner).__name__} has none. Load it with "
+            "AutoModelForSequenceClassification and num_labels=1"
+        )
+    if reads == "tokens" and is_reward_model(inner):
+        raise InputError(
+            f"log-probs need a language model; {type(inner).__name__} has a scalar head instead of an LM head. Use a "
+            "loss of rewards (bradley_terry, say) or kvpref.response_rewards"
+        )
+    return Reads(kind=reads, pad_token_id=inner.config.pad_token_id if reads == "ends" else None)
 
 
 def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> PrefixCache:
@@ -57,13 +123,15 @@ def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> P
     Raises:
         As `response_logps`.
     """
-    plan = batch.plan("two_pass")
+    plan = batch_for(model, batch, "tokens").plan("two_pass")
     cache = PrefixCache()
     run_inside(model, partial(_run_passes, plan=plan, cache=cache, backend=backend, stop=1))
     return cache
 
 
-def score_responses(model: nn.Module, batch: Batch, cache: PrefixCache, *, backend: str = "auto") -> ResponseLogps:
+def score_responses(
+    model: nn.Module, batch: Batch, cache: PrefixCache, *, backend: str = "auto", head: HeadOptions | None = None
+) -> ResponseLogps:
     """Pass 2 and, for deeper trees, the ones that follow: responses attend to the cache without copying it.
 
     Args:
@@ -73,17 +141,20 @@ def score_responses(model: nn.Module, batch: Batch, cache: PrefixCache, *, backe
         InputError: If the cache was made from another batch or by another model.
         As `response_logps` otherwise.
     """
+    batch = batch_for(model, batch, "tokens")
     plan = batch.plan("two_pass")
     if not cache.begins(plan):
         raise InputError("the prefix cache was made from another batch; use what encode_prefix returned for this one")
-    unique_logps = run_inside(model, partial(_run_plan, plan=plan, backend=backend, cache=cache.fork()))
-    return _gather(unique_logps, plan, batch)
+    program = partial(_run_plan, plan=plan, backend=backend, cache=cache.fork(), head=head or HeadOptions())
+    return responses(run_inside(model, program), plan, batch)
 
 
-def _gather(unique_logps: torch.Tensor, plan: ModePlan, batch: Batch) -> ResponseLogps:
-    """Give each sequence the log-probs along its path."""
-    token_logps = unique_logps.index_select(0, plan.token_index)
-    return ResponseLogps(token_logps=token_logps, cu_seqlens=plan.cu_seqlens, group_index=batch.group_index)
+def responses(unique: dict[str, torch.Tensor], plan: ModePlan | MicroBatchChunks, batch: Batch) -> Any:
+    """Give each sequence what the head made along its path: a `ResponseRewards` or a `ResponseLogps`."""
+    found = {name: values.index_select(0, plan.token_index) for name, values in unique.items()}
+    if batch.reads.kind == "ends":
+        return ResponseRewards(group_index=batch.group_index, **found)
+    return ResponseLogps(cu_seqlens=plan.cu_seqlens, group_index=batch.group_index, **found)
 
 
 def _run_plan(
@@ -91,14 +162,15 @@ def _run_plan(
     *,
     plan: ModePlan,
     backend: str,
+    head: HeadOptions,
     cache: PrefixCache | None = None,
     checkpoint: str = "none",
-) -> torch.Tensor:
-    """All passes not yet in `cache`, then the LM head; (U,) log-probs of the unique scored tokens."""
+) -> dict[str, torch.Tensor]:
+    """All passes not yet in `cache`, then the head; what it makes of the U unique rows that are read."""
     cache = PrefixCache() if cache is None else cache
     _run_passes(model, plan=plan, cache=cache, backend=backend, stop=len(plan.passes), checkpoint=checkpoint)
     with region("lm head"):
-        return head_logps(model, torch.cat(cache.predictor_hidden), plan.targets)
+        return head_outputs(model, torch.cat(cache.predictor_hidden), plan.targets, head)
 
 
 def _run_passes(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.losses import LossFunction, LossOutput, PreferenceLoss
+from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.modeling.bounded import run_chunks, score_chunks
 from kvpref.modeling.distributed import local_module, synchronise_gradients
 from kvpref.modeling.options import SCHEDULES as SCHEDULES
 from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.passes import response_logps
-from kvpref.outputs import ResponseLogps
+from kvpref.modeling.passes import batch_for, reads_of, response_logps, response_rewards
+from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
 from kvpref.regions import region
 from kvpref.step import Step, join_batches
 
@@ -74,14 +75,20 @@ def forward_backward(  # noqa: PLR0913 - the options of a run, by name
         checkpoint=checkpoint,
         prefix_grad=prefix_grad,
     )
+    loss = as_loss(loss_fn)
+    batch = batch_for(model, batch, loss.reads)
     if options.runs_chunks:
         step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens, prefix_grad=prefix_grad)
         outputs = forward_backward_step(
-            model, step, loss_fn, options, references=[reference], backward=lambda loss, _: backward(loss)
+            model, step, loss, options, references=[reference], backward=lambda total, _: backward(total)
         )
         return outputs[0]
-    policy = response_logps(model, batch, mode=mode, backend=backend, checkpoint=checkpoint)
-    return _differentiate(policy, reference, batch, loss_fn, backward)
+    policy: ResponseLogps | ResponseRewards
+    if loss.reads == "ends":
+        policy = response_rewards(model, batch, mode=mode, backend=backend, checkpoint=checkpoint)
+    else:
+        policy = response_logps(model, batch, mode=mode, backend=backend, checkpoint=checkpoint, head=loss.head)
+    return _differentiate(policy, reference, batch, loss, backward)
 
 
 def forward_backward_step(
@@ -120,43 +127,66 @@ def forward_backward_step(
             f"{step.chunks.max_chunk_tokens} tokens; join it again with prefix_grad={options.prefix_grad} and "
             f"max_tokens_per_chunk={limit}"
         )
+    loss = as_loss(loss_fn)
+    if step.batches[0].reads != reads_of(model, loss.reads):
+        raise InputError(
+            f"the step's batches read {step.batches[0].reads}, and the loss {reads_of(model, loss.reads)}; join "
+            "`batch.reading(...)` of each"
+        )
     outputs: list[LossOutput] = []
 
-    def evaluate(index: int, policy: ResponseLogps) -> None:
+    def evaluate(index: int, policy: ResponseLogps | ResponseRewards) -> None:
         batch, reference = step.batches[index], references[index]
-        outputs.append(_differentiate(policy, reference, batch, loss_fn, lambda loss: backward(loss, index)))
+        outputs.append(_differentiate(policy, reference, batch, loss, lambda total: backward(total, index)))
 
-    run_chunks(local_module(model), step, evaluate, options)
+    run_chunks(local_module(model), step, evaluate, options, loss.head)
     synchronise_gradients(model)
     return outputs
 
 
 def _differentiate(
-    policy: ResponseLogps,
+    policy: ResponseLogps | ResponseRewards,
     reference: ResponseLogps | None,
     batch: Batch,
-    loss_fn: PreferenceLoss | LossFunction,
+    loss: PreferenceLoss,
     backward: Callable[[torch.Tensor], None],
 ) -> LossOutput:
     with region("loss"):
-        output = check_output(loss_fn(policy, reference, batch), loss_fn)
+        output = check_output(loss(policy, reference, batch), loss)  # type: ignore[arg-type]
     with region("backward"):
         backward(output.loss)
     return LossOutput(loss=output.loss.detach(), metrics=output.metrics)
 
 
-def score(model: nn.Module, batch: Batch, options: EngineOptions) -> ResponseLogps:
-    """Log-probs without gradient, within the memory that `forward_backward` takes with these options.
+def score(
+    model: nn.Module,
+    batch: Batch,
+    options: EngineOptions,
+    *,
+    head: HeadOptions | None = None,
+    reads: str = "tokens",
+) -> Any:
+    """Log-probs (or rewards) without gradient, within the memory that `forward_backward` takes with these options.
+
+    Args:
+        model: Attached model.
+        batch: From `kvpref.collate`.
+        options: Mode and schedule.
+        head: What is computed besides log-probs; nothing if None.
+        reads: ``tokens`` for a `ResponseLogps`, ``ends`` for a `ResponseRewards`.
 
     Raises:
         As `forward_backward`.
     """
+    head = head or HeadOptions()
+    batch = batch_for(model, batch, reads)
     with torch.no_grad():
-        if not options.runs_chunks:
-            return response_logps(model, batch, mode=options.mode, backend=options.backend)
-        return score_chunks(
-            local_module(model), join_batches([batch], max_tokens_per_chunk=options.chunk_tokens), options
-        )
+        if options.runs_chunks:
+            step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens)
+            return score_chunks(local_module(model), step, options, head)
+        if reads == "ends":
+            return response_rewards(model, batch, mode=options.mode, backend=options.backend)
+        return response_logps(model, batch, mode=options.mode, backend=options.backend, head=head)
 
 
 def check_output(output: LossOutput, loss_fn: PreferenceLoss | LossFunction) -> LossOutput:

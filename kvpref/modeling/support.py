@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from kvpref.errors import UnsupportedModelError
 from kvpref.modeling.families import FAMILIES, LENGTH_DEPENDENT_ROPE, REFUSED
 
+_REWARD_HEAD = "ForSequenceClassification"
+_HEADS = ("ForCausalLM", "LMHeadModel", _REWARD_HEAD)
+
 SAFE_FALLBACK = "train it with transformers.Trainer or TRL until kvpref supports it"
 
 
@@ -69,9 +72,15 @@ def check_architecture(model: PreTrainedModel) -> None:
         UnsupportedModelError: With the reason and the nearest thing that works.
     """
     check_config(model.config)
-    if not type(model).__name__.endswith("ForCausalLM") and not type(model).__name__.endswith("LMHeadModel"):
+    if not type(model).__name__.endswith(_HEADS):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+            f"{type(model).__name__} has no language-model head and no reward head; load it with "
+            "AutoModelForCausalLM, or with AutoModelForSequenceClassification and num_labels=1"
+        )
+    if type(model).__name__.endswith(_REWARD_HEAD) and model.config.num_labels != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} with {model.config.num_labels} labels is no reward model; load it with "
+            "num_labels=1"
         )
     if not type(model).__module__.startswith("transformers."):
         raise UnsupportedModelError(

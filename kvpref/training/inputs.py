@@ -17,6 +17,7 @@ from kvpref.losses import PreferenceLoss
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.shape import model_shape
 from kvpref.modeling.support import unwrap
+from kvpref.plans import Reads
 from kvpref.step import Step, join_batches
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.prefetch import Prefetcher
@@ -72,10 +73,19 @@ class StepDataset(Dataset[MicroBatchInputs]):
         groups: The groups that micro-batches name.
         args: Mode and sharing.
         ahead: Collate the next steps in a thread while the current one trains.
+        reads: Which hidden states the loss reads; those for log-probs if None.
     """
 
-    def __init__(self, groups: PreferenceDataset, args: PreferenceTrainingArguments, *, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        groups: PreferenceDataset,
+        args: PreferenceTrainingArguments,
+        *,
+        ahead: bool = False,
+        reads: Reads | None = None,
+    ) -> None:
         self.groups = groups
+        self.reads = reads
         self.options = args.engine_options()
         self.shares = args.share_across_micro_batches
         self.min_shared_tokens = args.min_shared_tokens
@@ -94,6 +104,7 @@ class StepDataset(Dataset[MicroBatchInputs]):
             modes=() if self.options.runs_chunks else (self.options.mode,),
             min_shared_tokens=self.min_shared_tokens,
             max_depth=self.max_prefix_depth,
+            reads=self.reads,
         )
         return MicroBatchInputs(batch=batch, group_indices=micro_batch.group_indices, is_filler=micro_batch.is_filler)
 
@@ -162,10 +173,19 @@ def make_cost_model(model: nn.Module) -> CostModel:
     return CostModel.from_shape(model_shape(model))
 
 
-def make_loader(groups: PreferenceDataset, planner: StepPlanner, args: PreferenceTrainingArguments) -> DataLoader[Any]:
-    """A loader whose items are one optimizer step's micro-batches for this rank."""
+def make_loader(
+    groups: PreferenceDataset, planner: StepPlanner, args: PreferenceTrainingArguments, *, reads: Reads | None = None
+) -> DataLoader[Any]:
+    """A loader whose items are one optimizer step's micro-batches for this rank.
+
+    Args:
+        groups: What is trained on.
+        planner: Of its steps.
+        args: Mode, sharing and workers.
+        reads: As in `StepDataset`; for a loss's, see `kvpref.modeling.passes.reads_of`.
+    """
     return DataLoader(
-        StepDataset(groups, args, ahead=collates_ahead(args)),
+        StepDataset(groups, args, ahead=collates_ahead(args), reads=reads),
         batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
         collate_fn=_keep,  # type: ignore[arg-type]
         # In a data worker there is no device; without workers the thread that collates pins.

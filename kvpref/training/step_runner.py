@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from kvpref.errors import RunError
 from kvpref.losses import LossOutput, PreferenceLoss
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward, forward_backward_step
-from kvpref.outputs import ResponseLogps
+from kvpref.outputs import HeadOptions, ResponseLogps
 from kvpref.step import Step
 from kvpref.training.inputs import MicroBatchInputs, StepInputs, join_micro_batches
 from kvpref.training.memory import advice, is_out_of_memory
@@ -51,7 +52,7 @@ class StepResult:
     """Loss and metrics, not weighted."""
 
     logp_sums: list[torch.Tensor] = field(default_factory=list)
-    """(num_sequences,) log-prob of each response, detached."""
+    """(num_sequences,) log-prob or reward of each response, detached."""
 
     num_forward_tokens: list[int] = field(default_factory=list)
     """Tokens that ran through the layers."""
@@ -171,15 +172,20 @@ class StepRunner:
 
 
 class _RecordingLoss(PreferenceLoss):
-    """A loss that notes the log-prob of every response, so that one that is not finite can be named."""
+    """A loss that notes the log-prob (or reward) of every response, so that one that is not finite can be named."""
 
-    def __init__(self, loss: PreferenceLoss, logp_sums: list[torch.Tensor]) -> None:
-        self._loss, self._logp_sums = loss, logp_sums
+    def __init__(self, loss: PreferenceLoss, recorded: list[torch.Tensor]) -> None:
+        self._loss, self._recorded = loss, recorded
         self.__name__ = getattr(loss, "__name__", type(loss).__name__)
+        self.reads = loss.reads
 
-    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+    @property
+    def head(self) -> HeadOptions:
+        return self._loss.head
+
+    def __call__(self, policy: Any, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
         with torch.no_grad():
-            self._logp_sums.append(policy.sum())
+            self._recorded.append(policy.rewards if self.reads == "ends" else policy.sum())
         return self._loss(policy, reference, batch)
 
 

@@ -66,10 +66,14 @@ def test_unknown_types_are_refused_with_the_list_of_families() -> None:
 
 
 def test_models_without_a_language_model_head_are_refused() -> None:
-    config = tiny_config("llama")
-    for model in (LlamaModel(config), AutoModelForSequenceClassification.from_config(config)):
-        with pytest.raises(UnsupportedModelError, match="no language-model head"):
-            kvpref.attach(model)
+    with pytest.raises(UnsupportedModelError, match="no language-model head"):
+        kvpref.attach(LlamaModel(tiny_config("llama")))
+
+
+def test_classifiers_of_several_labels_are_refused() -> None:
+    model = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
+    with pytest.raises(UnsupportedModelError, match="with 2 labels is no reward model.*num_labels=1"):
+        kvpref.attach(model)
 
 
 def test_something_else_is_refused() -> None:
