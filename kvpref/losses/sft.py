@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -112,8 +113,8 @@ class WeightedSFT(PreferenceLoss):
         if self.weights == "scores":
             weights = [0.0 if score is None else score for score in response_scores(group)]
         else:
-            column = group.columns.get(self.weights)
-            if not isinstance(column, list | tuple) or len(column) != len(group):
+            column: Any = group.columns.get(self.weights)
+            if not group.is_per_sequence(column) or not all(isinstance(item, int | float) for item in column):
                 raise InputError(
                     f"{group.id}: weighted_sft needs a column {self.weights!r} with one number per response "
                     f"({len(group)}); found {column!s:.60}"
