@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -133,12 +134,21 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: An
     return build_model(tiny_config(variant, **overrides), dtype)
 
 
-def build_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_reward_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """The same with a scalar head in place of the LM head."""
+    config = tiny_config(variant, **overrides)
+    config.num_labels = 1
+    return build_model(config, dtype, AutoModelForSequenceClassification)
+
+
+def build_model(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, auto_class: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A random model of `config` in training mode, every weight far enough from its trivial value to matter."""
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class.from_config(config, dtype=torch.float32)
         for name, parameter in sorted(model.named_parameters()):
             # Matrices at 0.1 give attention patterns that are far from uniform and logits of order one.
             noise = torch.randn(parameter.shape)
