@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
 from kvpref.errors import InputError
-from kvpref.integrations.trl.padded import PaddedRows, rows_up_to_last_token
+from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
 from kvpref.modeling.attach import attach
 from kvpref.modeling.head import output_head
 from kvpref.modeling.passes import response_logps, response_rewards
@@ -150,7 +150,7 @@ def _classifier_output(
 ) -> SequenceClassifierOutputWithPast:
     # TRL hands the model all of the batch, its margins too.
     _refuse_inputs(others)
-    batch = rows_up_to_last_token(input_ids, attention_mask, model.config.get_text_config().pad_token_id)
+    batch = unscored_rows(input_ids, attention_mask)
     rewards = response_rewards(_Inside(model), batch, mode=mode).rewards
     return SequenceClassifierOutputWithPast(logits=rewards.unsqueeze(1))
 

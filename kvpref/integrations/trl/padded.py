@@ -67,25 +67,17 @@ class PaddedRows:
         return values.new_zeros(self.scored.shape).masked_scatter(self.scored, values)
 
 
-def rows_up_to_last_token(input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int | None) -> Batch:
-    """A batch of the rows as far as the token that transformers' sequence classifiers read the reward at.
-
-    That is each row's last token that is not `pad_token_id`, by id: where the padding token also ends responses, it
-    lies before the end. What follows cannot change it, so it is left out.
+def unscored_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Batch:
+    """A batch of the rows, one sequence each, of which no token is scored: what rewards are read from.
 
     Args:
         input_ids: (B, L) int64.
-        attention_mask: (B, L), 1 for tokens and 0 for padding.
-        pad_token_id: The model config's.
+        attention_mask: (B, L), 1 for tokens and 0 for padding; None where all are tokens.
 
     Raises:
         InputError: If the rows are not padded sequences.
     """
     mask = _token_mask(input_ids, attention_mask)
-    if pad_token_id is not None:
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (columns * (input_ids != pad_token_id)).argmax(dim=1, keepdim=True)
-        mask = mask & (columns <= last)
     return _collate(input_ids, mask, torch.zeros_like(mask))
 
 
