@@ -9,6 +9,7 @@ from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, Re
 from kvpref.losses.mixture import MPO, RPO, Mixture
 from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.sft import SFT
+from kvpref.losses.unpaired import KTO
 from kvpref.losses.user import construct_loss, find_loss
 
 LOSSES: dict[str, type[PreferenceLoss]] = {**OBJECTIVES, "mixture": Mixture, "mpo": MPO, "rpo": RPO}
@@ -31,6 +32,7 @@ def make_loss(name: str, **settings: Any) -> PreferenceLoss:
 
 __all__ = [
     "DPO",
+    "KTO",
     "LOSSES",
     "SFT",
     "LossFunction",
