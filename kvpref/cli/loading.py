@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 PAD_TOKEN = "<|pad|>"
+_SCALAR_HEAD = "score."
+"""How transformers names the weights of the head of AutoModelForSequenceClassification."""
 
 _HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens": ("AutoModelForCausalLM", {}),
@@ -84,7 +86,7 @@ def load_model(
         if is_adapter(model):
             return load_adapter(model, reads=reads, dtype=dtype, **settings)
         loaded, info = _load(kind.from_pretrained, model, "model", dtype=dtype, output_loading_info=True, **settings)
-        _check_complete(model, info["missing_keys"], may_add_head=may_add_head)
+        _check_head(model, info, reads=reads, may_add_head=may_add_head)
         return loaded
     assert config is not None
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -94,13 +96,17 @@ def load_model(
     return kind.from_config(described, dtype=wanted)
 
 
-def _check_complete(source: str, missing: set[str], *, may_add_head: bool) -> None:
-    """Refuse weights that transformers made up, but for a new head where that is what training begins with."""
-    lacking = sorted(key for key in missing if not (may_add_head and key.startswith("score.")))
-    if lacking:
-        remedy = (
-            "; it is no reward model (kvpref train --loss bradley_terry makes one)" if "score" in lacking[0] else ""
+def _check_head(source: str, info: dict[str, Any], *, reads: str, may_add_head: bool) -> None:
+    """Refuse weights of another kind of model, which transformers would drop, or make up at random."""
+    if reads == "tokens" and any(key.startswith(_SCALAR_HEAD) for key in info["unexpected_keys"]):
+        raise InputError(
+            f"{source}: holds a reward model, whose log-probs mean nothing; train it with a loss of rewards "
+            "(bradley_terry, say), or score with --reward-model"
         )
+    lacking = [key for key in sorted(info["missing_keys"]) if not (may_add_head and key.startswith(_SCALAR_HEAD))]
+    if lacking:
+        is_head = lacking[0].startswith(_SCALAR_HEAD)
+        remedy = "; it is no reward model: kvpref train --loss bradley_terry makes one of it" if is_head else ""
         raise InputError(f"{source}: the weights lack {lacking[0]!r}, which would be random{remedy}")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +17,10 @@ from kvpref.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvpref.batch import Batch
     from kvpref.data import PreferenceDataset
 
+Row = dict[str, Any]
 _WRITERS = (".jsonl", ".parquet")
 
 
@@ -24,6 +28,9 @@ def score(
     model: Annotated[str, typer.Argument(help="Folder or hub name.")],
     data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
     output: Annotated[Path, typer.Option(help="File to write: .jsonl or .parquet.")],
+    reward_model: Annotated[
+        bool, typer.Option("--reward-model", help="MODEL has a scalar head: write rewards instead of log-probs.")
+    ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
     mode: Annotated[str, typer.Option(help="two_pass, one_pass, packed, padded.")] = "two_pass",
     max_tokens: Annotated[int, typer.Option(help="Token budget of a batch.")] = 16384,
@@ -33,9 +40,11 @@ def score(
     on_bad_row: Annotated[str, typer.Option(help="stop or skip.")] = "stop",
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
 ) -> None:
-    """Write the log-prob of every response under a model.
+    """Write the log-prob, or with --reward-model the reward, of every response under a model.
 
-    Each row has `id` (where the group came from), `response` (its number), `num_tokens`, `sum_logp` and `mean_logp`.
+    Each row has `id` (where the group came from), `response` (its number), and `num_tokens`, `sum_logp` and
+    `mean_logp`; or `reward`, and `score` where the data has scores or labels. Where it has, rewards are also compared
+    with them: pair accuracy, and the score of each prompt's best response by reward beside their mean.
 
     Example: kvpref score ./llama groups.jsonl --output scores.jsonl
     """
@@ -48,27 +57,41 @@ def score(
 
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
-    loaded = kvpref.attach(load_model(model, None, dtype=dtype)).eval()
+    reads = "ends" if reward_model else "tokens"
+    loaded = kvpref.attach(load_model(model, None, dtype=dtype, reads=reads)).eval()
     options = DataOptions(
         max_prompt_tokens=max_prompt_tokens,
         max_response_tokens=max_response_tokens,
         on_bad_row=on_bad_row,  # type: ignore[arg-type]
     )
     groups = load_preferences(data, load_matching_tokenizer(tokenizer, model, loaded), options)
-    rows = sorted(_scores(loaded, groups, mode, max_tokens), key=lambda row: (row["group"], row["response"]))
+    measure = _rewards if reward_model else _logps
+    rows = sorted(_score(loaded, groups, mode, max_tokens, measure), key=lambda row: (row["group"], row["response"]))
+    if all(row.get("score") is None for row in rows):
+        for row in rows:
+            row.pop("score", None)
     _write(rows, output)
-    print(f"wrote {len(rows)} log-probs of {len(groups)} groups to {output}", file=sys.stderr)
+    what = "rewards" if reward_model else "log-probs"
+    print(f"wrote {len(rows)} {what} of {len(groups)} groups to {output}", file=sys.stderr)
     if groups.report is not None and groups.report.bad_rows:
         listed = output.with_suffix(".bad_rows.jsonl")
         groups.report.write_bad_rows(listed)
         print(f"skipped {len(groups.report.bad_rows)} bad rows, listed in {listed}", file=sys.stderr)
+    quality = _report_quality(rows) if reward_model else {}
     if json_:
-        print(json.dumps({"output": str(output), "num_sequences": len(rows), "num_groups": len(groups)}))
+        print(json.dumps({"output": str(output), "num_sequences": len(rows), "num_groups": len(groups), **quality}))
 
 
-def _scores(model: PreTrainedModel, groups: PreferenceDataset, mode: str, max_tokens: int) -> Iterator[dict[str, Any]]:
-    """One row per response, in the order in which batches run."""
+def _score(
+    model: PreTrainedModel,
+    groups: PreferenceDataset,
+    mode: str,
+    max_tokens: int,
+    measure: Callable[[PreTrainedModel, Batch, str], list[Row]],
+) -> Iterator[Row]:
+    """One row per response, in the order in which batches run; `measure` gives what belongs to each sequence."""
     import torch
+    from rich.console import Console
     from rich.progress import track
 
     import kvpref
@@ -76,43 +99,60 @@ def _scores(model: PreTrainedModel, groups: PreferenceDataset, mode: str, max_to
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)
-    planner = StepPlanner(
-        groups.lengths,
-        StepOptions(
-            groups_per_step=len(groups),
-            max_tokens_per_micro_batch=max_tokens,
-            mode=mode,  # type: ignore[arg-type]
-            shuffle=False,
-        ),
-        groups.group_ids,
+    options = StepOptions(
+        groups_per_step=len(groups),
+        max_tokens_per_micro_batch=max_tokens,
+        mode=mode,  # type: ignore[arg-type]
+        shuffle=False,
     )
-    micro_batches = planner.steps()[0][0]
-    for micro_batch in track(micro_batches, description="scoring", console=_stderr_console()):
+    micro_batches = StepPlanner(groups.lengths, options, groups.group_ids).steps()[0][0]
+    for micro_batch in track(micro_batches, description="scoring", console=Console(stderr=True)):
         batch = kvpref.collate([groups[index] for index in micro_batch.group_indices], device=device)
         with torch.no_grad():
-            logps = kvpref.response_logps(model, batch, mode=mode)
-        values = zip(logps.group_index.tolist(), logps.lengths().tolist(), logps.sum().tolist(), strict=True)
-        seen: dict[int, int] = {}
-        for position, num_tokens, total in values:
-            index = micro_batch.group_indices[position]
-            seen[index] = seen.get(index, -1) + 1
-            yield {
-                "group": index,
-                "id": groups[index].id,
-                "response": seen[index],
-                "num_tokens": num_tokens,
-                "sum_logp": total,
-                "mean_logp": total / max(1, num_tokens),
-            }
+            measured = iter(measure(model, batch, mode))
+        for index, group in zip(micro_batch.group_indices, batch.groups, strict=True):
+            for response in range(len(group)):
+                yield {"group": index, "id": group.id, "response": response, **next(measured)}
 
 
-def _stderr_console() -> Any:
-    from rich.console import Console
+def _logps(model: PreTrainedModel, batch: Batch, mode: str) -> list[Row]:
+    import kvpref
 
-    return Console(stderr=True)
+    logps = kvpref.response_logps(model, batch, mode=mode)
+    return [
+        {"num_tokens": num_tokens, "sum_logp": total, "mean_logp": total / max(1, num_tokens)}
+        for num_tokens, total in zip(logps.lengths().tolist(), logps.sum().tolist(), strict=True)
+    ]
 
 
-def _write(rows: list[dict[str, Any]], output: Path) -> None:
+def _rewards(model: PreTrainedModel, batch: Batch, mode: str) -> list[Row]:
+    import kvpref
+    from kvpref.data.reward_quality import known_scores
+
+    rewards = kvpref.response_rewards(model, batch, mode=mode).rewards.tolist()
+    scores = [score for group in batch.groups for score in known_scores(group)]
+    return [{"reward": reward, "score": score} for reward, score in zip(rewards, scores, strict=True)]
+
+
+def _report_quality(rows: list[Row]) -> Row:
+    """Say how well the rewards order the responses, where the data has scores."""
+    from kvpref.data.reward_quality import measure_rewards
+
+    by_group = [list(group) for _, group in groupby(rows, key=lambda row: row["group"])]
+    quality = measure_rewards(
+        ([row["reward"] for row in group], [row.get("score") for row in group]) for group in by_group
+    )
+    if quality.pair_accuracy is not None:
+        print(f"pair accuracy {quality.pair_accuracy:.1%} over {quality.num_pairs} pairs with different scores")
+    if quality.best_of_n_score is not None:
+        print(
+            f"score of the response with the highest reward {quality.best_of_n_score:.4f}, of one at random "
+            f"{quality.mean_score:.4f}, of the best {quality.oracle_score:.4f} ({quality.num_groups} groups)"
+        )
+    return asdict(quality) if quality.num_groups else {}
+
+
+def _write(rows: list[Row], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".parquet":
         import pyarrow

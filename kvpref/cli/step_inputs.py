@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import kvpref
 from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.cli.loading import load_matching_tokenizer, load_model
-from kvpref.data import PreferenceDataset, StepOptions, StepPlanner, load_preferences
+from kvpref.data import DataOptions, PreferenceDataset, StepOptions, StepPlanner, load_preferences
 from kvpref.groups import Group
 from kvpref.losses import PreferenceLoss
 from kvpref.training.inputs import check_lengths
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_model_and_groups(
-    model: str, data: str, tokenizer: str | None, dtype: str
+    model: str, data: str, tokenizer: str | None, dtype: str, loss: PreferenceLoss | None = None
 ) -> tuple[PreTrainedModel, PreferenceDataset]:
     """The attached model and all groups of the data.
 
@@ -26,13 +26,17 @@ def load_model_and_groups(
         data: As for `kvpref.data.load_preferences`.
         tokenizer: None for the model's own.
         dtype: As for `load_model`.
+        loss: What is to be computed, which says what the model is to have and which columns are read along; None for
+            a loss of log-probs.
 
     Raises:
         InputError: If something cannot be loaded, or does not fit together.
     """
     folder, config = (None, model) if model.endswith(".json") else (model, None)
-    loaded = kvpref.attach(load_model(folder, config, dtype=dtype))
-    return loaded, load_preferences(data, load_matching_tokenizer(tokenizer, folder, loaded))
+    reads = "tokens" if loss is None else loss.reads
+    loaded = kvpref.attach(load_model(folder, config, dtype=dtype, reads=reads, may_add_head=reads == "ends"))
+    options = DataOptions(columns=() if loss is None else loss.columns)
+    return loaded, load_preferences(data, load_matching_tokenizer(tokenizer, folder, loaded), options)
 
 
 def load_model_and_sample(
@@ -43,7 +47,7 @@ def load_model_and_sample(
     Raises:
         InputError: As `load_model_and_groups`, and if a sequence is longer than the model's positions.
     """
-    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype)
+    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype, loss)
     sampled = sample_evenly(dataset, num_groups).map_groups(loss.select)
     check_lengths(sampled, loaded)
     return loaded, sampled
