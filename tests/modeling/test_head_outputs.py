@@ -8,6 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from oracle_outputs import naive_outputs
 from sample_groups import SCENARIOS
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -56,22 +57,9 @@ def coupled(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def naive(model: PreTrainedModel, groups: list[Group]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in FIELDS}
     with oracle.precision(model):
-        for sequence in (sequence for group in groups for sequence in group.sequences):
-            ids = torch.tensor([sequence.input_ids])
-            scored = torch.tensor(sequence.scored[1:], dtype=torch.bool)
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][scored]
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1][scored] / 0.7
-            logps = logits.log_softmax(-1)
-            parts["token_logps"].append(logps.gather(1, ids[0, 1:, None][scored]).squeeze(1))
-            parts["entropy"].append(-(logps.exp() * logps).sum(-1))
-            parts["collision"].append(logps.exp().square().sum(-1).log().detach())
-            parts["mean_logits"].append(logits.mean(-1).detach())
-            parts["hidden"].append(hidden)
-            parts["values"].append(model.value_head(hidden).squeeze(-1))
-            parts["logits"].append(logits[:, list(IDS)])
-        outputs = {name: torch.cat(values) for name, values in parts.items()}
+        outputs = naive_outputs(model, kvpref.collate(groups), HeadOptions(**EVERYTHING))
+        outputs = {name: outputs[name] for name in FIELDS}
         coupled(outputs).backward()
     return {name: values.detach() for name, values in outputs.items()}, oracle.grads_of(model)
 

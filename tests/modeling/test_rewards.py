@@ -8,6 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from oracle_outputs import naive_rewards
 from sample_groups import SCENARIOS
 from tiny_models import FAMILIES, tiny_model, tiny_reward_model
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -37,11 +38,10 @@ def naive(model: PreTrainedModel, groups: list[Group]) -> tuple[torch.Tensor, di
     """Rewards and gradients of the untouched model, each sequence in a batch of one."""
     model.zero_grad(set_to_none=True)
     with oracle.precision(model):
-        rows = [torch.tensor([sequence.input_ids]) for group in groups for sequence in group.sequences]
-        rewards = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
         batch = kvpref.collate(groups)
-        weighted_rewards(ResponseRewards(rewards, batch.group_index), None, batch).loss.backward()
-    return rewards.detach(), oracle.grads_of(model)
+        policy = naive_rewards(model, batch)
+        weighted_rewards(policy, None, batch).loss.backward()
+    return policy.rewards.detach(), oracle.grads_of(model)
 
 
 def run(model: PreTrainedModel, groups: list[Group], **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
