@@ -22,7 +22,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo asymmetric": ("grpo", {"epsilon": 0.1, "epsilon_high": 0.5, "delta": 1.6}),
     "grpo kl": ("grpo", {"beta": 0.3}),
     "grpo k1": ("grpo", {"beta": 0.3, "kl_estimator": "k1", "scale_rewards": "none"}),
-    "grpo k2": ("grpo", {"beta": 0.3, "kl_estimator": "k2"}),
+    "grpo k2": ("grpo", {"beta": 0.3, "kl_estimator": "k2", "correct_kl": False}),
+    "grpo k3": ("grpo", {"beta": 0.3, "correct_kl": False}),
     "dr_grpo": ("dr_grpo", {"max_completion_length": MAX_LENGTH, "beta": 0.1}),
     "dapo": ("dapo", {}),
     "dapo dynamic": ("dapo", {"dynamic_sampling": True, "beta": 0.2}),
@@ -105,5 +106,10 @@ def token_terms(
         "k2": (d * d / 2, d),
         "k3": (math.exp(-d) - 1 + d, 1 - math.exp(-d)),
     }[settings.get("kl_estimator", "k3")]
-    slopes[t] += beta * slope
-    return value + beta * kl, slopes
+    if not settings.get("correct_kl", True):
+        ratio = 1.0
+    else:
+        for position in positions:
+            slopes[position] = slopes.get(position, 0.0) + beta * kl * ratio * level
+    slopes[t] += beta * slope * ratio
+    return value + beta * kl * ratio, slopes

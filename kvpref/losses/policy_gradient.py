@@ -65,6 +65,10 @@ class PolicyGradient(PreferenceLoss):
     kl_estimator: str = "k3"
     """``k1``, ``k2`` or ``k3``; see `kvpref.losses.kl_estimators.KL_ESTIMATORS`."""
 
+    correct_kl: bool = True
+    """Multiply the KL term of a token by w: then k1 and k3 have the gradient of the KL, for old samples too
+    (DeepSeek-AI 2025, arXiv 2512.02556; TRL's ``use_bias_correction_kl``). False: as in the equations."""
+
     temperature: float = 1.0
     """That the samples were drawn at; logits are divided by it."""
 
@@ -111,6 +115,7 @@ class PolicyGradient(PreferenceLoss):
         losses = self.token_losses(policy.token_logps, ratios, advantages)
         metrics |= {"ratio_mean": ratios, **self.clip_metrics(ratios, advantages)}
         if kl is not None:
+            kl = kl * ratios if self.correct_kl else kl
             metrics["kl"] = kl
             losses = losses if self.kl_in_rewards else losses + self.beta * kl
 

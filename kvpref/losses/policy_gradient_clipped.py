@@ -175,6 +175,9 @@ class RLOO(ClippedPolicyGradient):
     kl_estimator: str = "k1"
     """``k1``, ``k2`` or ``k3``; see `kvpref.losses.kl_estimators.KL_ESTIMATORS`."""
 
+    correct_kl: bool = False
+    """Not for this loss: its KL term has no gradient."""
+
     name = "rloo"
     ratio_level = "sequence_sum"
     baseline = "leave_one_out"
@@ -182,6 +185,8 @@ class RLOO(ClippedPolicyGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.correct_kl:
+            raise InputError("rloo: its KL term is a part of the scores and has no gradient to correct")
         if self.beta > 0 and self.advantages != "scores":
             raise InputError("rloo: its KL term is a part of the scores; with advantages from a column beta must be 0")
         if self.beta > 0 and self.old == "reference":

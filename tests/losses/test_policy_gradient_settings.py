@@ -36,7 +36,7 @@ def test_metrics_are_means_over_units() -> None:
     assert any(map(any, low))
     assert any(map(any, high))
     expected = {
-        "kl": mean([[math.exp(-x) - 1 + x for x in row] for row in d]),
+        "kl": mean([[math.exp(x) * (math.exp(-x) - 1 + x) for x in row] for row in d]),
         "ratio_mean": mean([[math.exp(x) for x in row] for row in d]),
         "clip_ratio/low_mean": mean(low),
         "clip_ratio/high_mean": mean(high),
@@ -148,6 +148,7 @@ def test_what_it_cannot_use_is_refused() -> None:
         ("dr_grpo", {"max_completion_length": 0}, "dr_grpo: max_completion_length must be positive"),
         ("cispo", {"epsilon": 0.2}, "loss 'cispo' has no setting 'epsilon'"),
         ("cispo", {"max_ratio": 0}, "cispo: max_ratio must be positive"),
+        ("rloo", {"correct_kl": True}, "rloo: .* has no gradient to correct"),
         ("rloo", {"beta": 0.1, "advantages": "gain"}, "rloo: its KL term is a part of the scores"),
         ("rloo", {"beta": 0.1, "old": "reference"}, "rloo: samples from the reference have no KL to it"),
     ],
