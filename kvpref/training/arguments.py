@@ -14,6 +14,8 @@ from kvpref.modeling.checkpointing import CHECKPOINTS
 from kvpref.modeling.options import PREFIX_CACHES, SCHEDULES, EngineOptions
 from kvpref.plans import MODES
 
+REFERENCES = ("start", "base")
+
 
 @dataclass
 class PreferenceTrainingArguments(TrainingArguments):
@@ -72,9 +74,45 @@ class PreferenceTrainingArguments(TrainingArguments):
     sort_window_steps: int = field(
         default=16, metadata={"help": "Groups are sorted by length within this many optimizer steps' worth of data."}
     )
+    reference: str = field(
+        default="start",
+        metadata={
+            "help": "The reference where no second model is given: start, the model as it is before training (with "
+            "PEFT: with the adapter as it was loaded; a new adapter does nothing yet), or base, with PEFT the model "
+            "without its adapter."
+        },
+    )
+    reference_model: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of another reference; loaded in the model's dtype."}
+    )
+    reference_device: str | None = field(
+        default=None,
+        metadata={"help": "Where a second model stays and runs, such as cpu or cuda:1; default: the training device."},
+    )
+    precompute_reference: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute reference log-probs once and store them (TRL: precompute_ref_log_probs). False computes "
+            "them batch by batch: with the adapter off or a copy of it (PEFT), with reference_model, or with a copy "
+            "of the model."
+        },
+    )
     reference_logps_dir: str | None = field(
         default=None,
         metadata={"help": "Where reference log-probs are kept and looked for; default: OUTPUT_DIR/reference_logps."},
+    )
+    reference_sync_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "TR-DPO: every so many optimizer steps the reference's weights become alpha * policy + (1 - "
+            "alpha) * reference (TRL: sync_ref_model, ref_model_sync_steps). Needs precompute_reference=False."
+        },
+    )
+    reference_sync_alpha: float = field(
+        default=0.6,
+        metadata={
+            "help": "The policy's share at a sync, in (0, 1]; 1 replaces the reference (TRL: ref_model_mixup_alpha)."
+        },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: kvpref collates whole groups."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a NaN loss stops the run."})
@@ -90,6 +128,7 @@ class PreferenceTrainingArguments(TrainingArguments):
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs in (None, {"use_reentrant": False}):
             self.gradient_checkpointing, self.checkpoint = False, "all"
         super().__post_init__()
+        self._check_reference()
         options = self.engine_options()
         if self.auto_budget and (options.schedule != "bounded" or self.gradient_accumulation_steps > 1):
             raise InputError(
@@ -103,6 +142,20 @@ class PreferenceTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             self._n_gpu = 1
         self.make_loss()
+
+    def _check_reference(self) -> None:
+        if self.reference not in REFERENCES:
+            raise InputError(f"unknown reference {self.reference!r}; choose from: {', '.join(REFERENCES)}")
+        if not 0 < self.reference_sync_alpha <= 1:
+            raise InputError(f"reference_sync_alpha must be in (0, 1]; got {self.reference_sync_alpha}")
+        if self.reference_sync_steps is None:
+            return
+        if self.reference_sync_steps < 1:
+            raise InputError(f"reference_sync_steps must be at least 1; got {self.reference_sync_steps}")
+        if self.precompute_reference:
+            raise InputError(
+                "reference_sync_steps changes the reference during training; set precompute_reference=False"
+            )
 
     def engine_options(self) -> EngineOptions:
         """How forward and backward run.

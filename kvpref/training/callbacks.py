@@ -1,9 +1,10 @@
-"""Callbacks: the epoch for the sampler, the metrics file, and throughput in the progress bar."""
+"""Callbacks: the sampler's epoch, the metrics file, throughput in the progress bar, and reference sync."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ class MetricsFileCallback(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class SyncReferenceCallback(TrainerCallback):
+    """Calls `sync` after every `num_steps` optimizer steps, before the checkpoint of that step is written."""
+
+    def __init__(self, sync: Callable[[], None], num_steps: int) -> None:
+        self.sync, self.num_steps = sync, num_steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.num_steps == 0:
+            self.sync()
 
 
 class ThroughputProgressCallback(ProgressCallback):

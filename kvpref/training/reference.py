@@ -1,9 +1,7 @@
-"""Reference log-probs: computed once through the same engine, stored, and refused when model or data changed."""
+"""Reference log-probs of whole data sets: computed once, stored, and refused when model or data changed."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,20 +17,18 @@ from torch.utils.data import DataLoader
 from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
-from kvpref.modeling.schedules import score
-from kvpref.modeling.support import unwrap
 from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
+from kvpref.training.reference_models import ModelReference, Scoring
 
-_SAMPLES_PER_TENSOR = 4096
 
-
-class ReferenceLogps:
+class StoredReference:
     """Reference log-probs of every scored token of a dataset.
 
     Args:
-        token_logps: (num_scored_tokens,) float32 on the CPU, sequence after sequence in the dataset's order.
+        token_logps: (num_scored_tokens,) float32 (float64 for a float64 model) on the CPU, sequence after sequence in
+            the dataset's order.
         lengths: Scored tokens per sequence, per group.
     """
 
@@ -44,9 +40,9 @@ class ReferenceLogps:
             self._spans.append((start, start + sum(group)))
             start += sum(group)
 
-    def for_batch(self, group_indices: tuple[int, ...], batch: Batch) -> ResponseLogps:
-        """The log-probs of one micro-batch, on its device."""
-        parts = [self.token_logps[slice(*self._spans[index])] for index in group_indices]
+    def for_batch(self, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps:
+        """As in `ReferenceSource`."""
+        parts = [self.token_logps[slice(*self._spans[index])] for index in inputs.group_indices]
         return ResponseLogps(
             token_logps=torch.cat(parts).to(batch.device),
             cu_seqlens=batch.cu_seqlens,
@@ -56,43 +52,38 @@ class ReferenceLogps:
 
 def load_or_compute(
     model: nn.Module, groups: PreferenceDataset, args: PreferenceTrainingArguments, path: Path
-) -> ReferenceLogps:
-    """Read the reference log-probs at `path`, or compute them with `model` as it is now and store them there.
+) -> StoredReference:
+    """`stored_reference` of a model as it is now, at temperature 1."""
+    reference = ModelReference(lambda: model, args.device, Scoring.of(args, options=args.engine_options))
+    return stored_reference(reference, groups, args, path)
+
+
+def stored_reference(
+    reference: ModelReference, groups: PreferenceDataset, args: PreferenceTrainingArguments, path: Path
+) -> StoredReference:
+    """Read the reference log-probs at `path`, or compute them with `reference` and store them there.
 
     Raises:
-        InputError: If the file was made with another model or other data, or cannot be read.
+        InputError: If the file was made with another model, other data, or at another temperature or precision, or
+            cannot be read.
     """
     lengths = [[sum(sequence.scored) for sequence in group.sequences] for group in groups]
-    fingerprints = {"data": groups.fingerprint, "model": model_fingerprint(model)}
+    fingerprints = {
+        "data": groups.fingerprint,
+        "model": reference.fingerprint,
+        "temperature": str(float(reference.scoring.temperature)),
+        "precision": str(reference.scoring.precision),
+    }
     if path.exists():
         token_logps = _read(path, fingerprints)
     else:
-        token_logps = _compute(model, groups, args, lengths)
+        token_logps = _compute(reference, groups, args, lengths)
         if args.process_index == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             save_file({"token_logps": token_logps}, partial, metadata=fingerprints)
             partial.rename(path)  # a run that is killed while writing leaves no half file under the real name
-    return ReferenceLogps(token_logps, lengths)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Hex SHA-256 over names, shapes and an even sample of the values of every parameter.
-
-    A sample, because hashing every byte of a large model takes longer than the reference pass of a small dataset;
-    an optimizer step changes nearly every value.
-    """
-    digest = hashlib.sha256()
-    # The adapter is switched off for the reference, so its (random) weights do not matter.
-    adapter_prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
-        if adapter_prefix is not None and adapter_prefix in name:
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        digest.update(flat[::stride].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return StoredReference(token_logps, lengths)
 
 
 def _read(path: Path, fingerprints: dict[str, str]) -> torch.Tensor:
@@ -114,19 +105,18 @@ def _read(path: Path, fingerprints: dict[str, str]) -> torch.Tensor:
 
 
 def _compute(
-    model: nn.Module, groups: PreferenceDataset, args: PreferenceTrainingArguments, lengths: list[list[int]]
+    reference: ModelReference,
+    groups: PreferenceDataset,
+    args: PreferenceTrainingArguments,
+    lengths: list[list[int]],
 ) -> torch.Tensor:
     planner = make_planner(groups, args, groups_per_device=args.per_device_train_batch_size, shuffle=False)
     found: dict[int, torch.Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _without_adapter(model):
-            for step in _with_progress(make_loader(groups, planner, args), args):
-                for inputs in step:
-                    found.update(_score(model, inputs, args, lengths))
-    finally:
-        model.train(was_training)
+    for step in _with_progress(make_loader(groups, planner, args), args):
+        for inputs in step:
+            token_logps = reference.for_batch(inputs, inputs.batch.to(args.device)).token_logps.cpu()
+            parts = token_logps.split([sum(lengths[index]) for index in inputs.group_indices])
+            found.update(zip(inputs.group_indices, parts, strict=True))
     found = _gather_ranks(found, args.world_size)
     return torch.cat([found[index] for index in range(len(groups))])
 
@@ -135,21 +125,6 @@ def _with_progress(loader: DataLoader[Any], args: PreferenceTrainingArguments) -
     if args.disable_tqdm or args.process_index != 0:
         return loader
     return track(loader, description="reference log-probs", console=Console(stderr=True))
-
-
-def _score(
-    model: nn.Module, inputs: MicroBatchInputs, args: PreferenceTrainingArguments, lengths: list[list[int]]
-) -> dict[int, torch.Tensor]:
-    batch = inputs.batch.to(args.device)
-    token_logps = score(model, batch, args.engine_options()).token_logps.float().cpu()
-    parts = token_logps.split([sum(lengths[index]) for index in inputs.group_indices])
-    return dict(zip(inputs.group_indices, parts, strict=True))
-
-
-def _without_adapter(model: nn.Module) -> Any:
-    """With PEFT the reference is the base model: the same weights with the adapter switched off."""
-    disable: Any = getattr(model, "disable_adapter", contextlib.nullcontext)
-    return disable()
 
 
 def _gather_ranks(found: dict[int, torch.Tensor], world_size: int) -> dict[int, torch.Tensor]:

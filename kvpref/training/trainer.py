@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -25,7 +22,13 @@ from kvpref.modeling.compilation import compile_layers
 from kvpref.modeling.schedules import score
 from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
-from kvpref.training.callbacks import EpochCallback, MetricsFileCallback, ThroughputProgressCallback
+from kvpref.training.callbacks import (
+    EpochCallback,
+    MetricsFileCallback,
+    SyncReferenceCallback,
+    ThroughputProgressCallback,
+)
+from kvpref.training.checks import check_columns, check_model_kind
 from kvpref.training.inputs import (
     MicroBatchInputs,
     StepInputs,
@@ -37,7 +40,8 @@ from kvpref.training.inputs import (
 )
 from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
-from kvpref.training.reference import ReferenceLogps, load_or_compute
+from kvpref.training.reference_choice import References
+from kvpref.training.saving import saving
 from kvpref.training.step_runner import RunnerSettings, StepResult, StepRunner, find_not_finite
 
 
@@ -52,13 +56,15 @@ class PreferenceTrainer(Trainer):
         train_dataset: From `kvpref.data.load_preferences`, or a list of `kvpref.Group`.
         eval_dataset: The same, for evaluation.
         loss: A loss of your own: ``loss(policy, reference, batch) -> LossOutput``.
+        reference_model: A model to compare with instead of `model` as it is now. It is attached and put in eval mode.
         processing_class: The tokenizer, saved beside the model.
         callbacks: As in `transformers.Trainer`.
         **kwargs: Further arguments of `transformers.Trainer`, such as `optimizers`.
 
     Raises:
         UnsupportedModelError: If the model would not be computed exactly.
-        InputError: If the data does not fit the loss or the token budget.
+        InputError: If the data or the model does not fit the loss, the data not the token budget, or the reference not
+            the model.
     """
 
     args: PreferenceTrainingArguments
@@ -74,16 +80,17 @@ class PreferenceTrainer(Trainer):
         eval_dataset: PreferenceDataset | list[Group] | None = None,
         *,
         loss: PreferenceLoss | LossFunction | None = None,
+        reference_model: nn.Module | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.loss = as_loss(args.make_loss() if loss is None else loss)
+        check_model_kind(model, self.loss)
         attach(model)
         if args.compile_layers:
             compile_layers(model)
         self._cost_model = make_cost_model(model)
-        self.loss = as_loss(args.make_loss() if loss is None else loss)
-        self._references: dict[str, ReferenceLogps | None] = {}
         self._metric_meter, self.token_meter = MetricMeter(), TokenMeter()
         super().__init__(
             model=model,
@@ -103,10 +110,16 @@ class PreferenceTrainer(Trainer):
         )
         self._step_runner = StepRunner(self.accelerator, self.loss, settings)
         self._memory_meter = MemoryMeter(args.device)
+        self.references = References(
+            lambda: self.model, args, self.loss, lambda: self._step_runner.settings.options, reference_model
+        )
         self._replace_progress()
+        if args.reference_sync_steps is not None:
+            self.add_callback(SyncReferenceCallback(self.references.sync, args.reference_sync_steps))
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
                 check_lengths(dataset, self.model)
+                check_columns(dataset, self.loss)
 
     # What feeds the loop
 
@@ -161,7 +174,7 @@ class PreferenceTrainer(Trainer):
         units = [self._num_units(item) for item in inputs]
         weights = [count * self.args.world_size / num_items_in_batch for count in units]  # type: ignore[operator]
         with self._memory_meter.watching():
-            result = self._step_runner.run(model, inputs, weights, partial(self._reference_of, "train"))
+            result = self._step_runner.run(model, inputs, weights, self._train_reference)
         losses = torch.stack([output.loss.float() for output in result.outputs])
         self._check_finite(losses.tolist(), result, inputs)
         for item, output, count, num_tokens in zip(
@@ -184,27 +197,15 @@ class PreferenceTrainer(Trainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; reference log-probs are computed first, with the weights as they are before training."""
-        self._prepare_reference("train", self.train_dataset)
-        if self.eval_dataset is not None:
-            self._prepare_reference("eval", self.eval_dataset)
+        """Train; the reference is made first, with the weights as they are before training."""
+        for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            self.references.prepare(name, dataset)
+        self.references.release()
         return super().train(*args, **kwargs)
 
-    def _prepare_reference(self, name: str, dataset: PreferenceDataset | None) -> None:
-        if name in self._references:
-            return
-        self._references[name] = None
-        if self.loss.needs_reference and dataset is not None:
-            folder = self.args.reference_logps_dir or Path(self.args.output_dir or ".") / "reference_logps"
-            path = Path(folder) / f"{name}.safetensors"
-            self._references[name] = load_or_compute(self.model, dataset, self.args, path)
-
-    def _reference_of(
-        self, name: str, inputs: MicroBatchInputs, batch: Batch, dataset: PreferenceDataset | None = None
-    ) -> ResponseLogps | None:
-        self._prepare_reference(name, self.train_dataset if dataset is None else dataset)
-        reference = self._references[name]
-        return None if reference is None else reference.for_batch(inputs.group_indices, batch)
+    def _train_reference(self, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps | None:
+        self.references.prepare("train", self.train_dataset)
+        return self.references.for_batch("train", inputs, batch)
 
     # Evaluation and logging
 
@@ -217,17 +218,22 @@ class PreferenceTrainer(Trainer):
         """Mean loss and metrics over a dataset, over all ranks.
 
         Args:
-            eval_dataset: Another dataset than the trainer's; the loss must not need reference log-probs then.
+            eval_dataset: Another dataset than the trainer's. Its reference log-probs are computed as they are needed.
             ignore_keys: Not used; present for `transformers.Trainer`'s callers.
             metric_key_prefix: Put before each name.
+
+        Raises:
+            InputError: If there is no dataset, or its reference is gone: that is the model as it was before training,
+                unless it was kept (`precompute_reference=False`).
         """
-        if eval_dataset is not None and eval_dataset is not self.eval_dataset and self.loss.needs_reference:
-            raise InputError(
-                "pass eval_dataset to PreferenceTrainer: its reference log-probs are computed before training"
-            )
-        dataset = self.eval_dataset if eval_dataset is None else select_groups(eval_dataset, self.loss)
+        is_own = eval_dataset is None or eval_dataset is self.eval_dataset
+        dataset = self.eval_dataset if is_own else select_groups(eval_dataset, self.loss)
         if dataset is None:
             raise InputError("evaluation needs an eval_dataset")
+        if is_own:
+            self.references.prepare("eval", dataset)
+        else:
+            self.references.check_can_score(dataset)
         args, meter = self.args, MetricMeter()
         loader = self._make_loader(dataset, args.per_device_eval_batch_size, shuffle=False)
         model = self.model_wrapped
@@ -235,19 +241,17 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             for step in loader:
                 for inputs in step:
-                    output = self._evaluate_micro_batch(model, dataset, inputs)
+                    output = self._evaluate_micro_batch(model, inputs, "eval" if is_own else "other")
                     meter.add({"loss": output.loss, **output.metrics}, self._num_units(inputs))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.pop(args.world_size).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_micro_batch(
-        self, model: nn.Module, dataset: PreferenceDataset, inputs: MicroBatchInputs
-    ) -> LossOutput:
+    def _evaluate_micro_batch(self, model: nn.Module, inputs: MicroBatchInputs, name: str) -> LossOutput:
         batch = inputs.batch.to(self.args.device)
         policy = score(model, batch, self._step_runner.settings.options)
-        return self.loss(policy, self._reference_of("eval", inputs, batch, dataset), batch)
+        return self.loss(policy, self.references.for_batch(name, inputs, batch), batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss's metrics and the throughput to the log lines of training."""
@@ -261,25 +265,21 @@ class PreferenceTrainer(Trainer):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As in `transformers.Trainer`; a failed write raises RunError."""
-        with self._saving():
+        with saving(self.args.output_dir, self.state.global_step):
             super().save_model(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._saving():
-            super()._save_checkpoint(*args, **kwargs)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with saving(self.args.output_dir, self.state.global_step):
+            if self.args.should_save:
+                # Before the rest: a checkpoint counts as complete once its trainer state, written last, is there.
+                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                self.references.save(folder)
+            super()._save_checkpoint(model, trial)
 
-    @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
-        try:
-            yield
-        except RunError:
-            raise
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # A full disk shows as any of the three, depending on which file was being written.
-            raise RunError(
-                f"cannot save to {self.args.output_dir} at step {self.state.global_step}: {error}; earlier checkpoints "
-                "are intact. Make room (or fix permissions), then continue with --resume"
-            ) from error
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.references.load(Path(checkpoint))
 
     def floating_point_ops(self, inputs: StepInputs) -> int:  # type: ignore[override]
         """Training FLOPs of a step's linear layers: 6 per parameter and token that runs through the layers."""
