@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.errors import InputError
 from kvpref.modeling.padded_rows import PaddedRows, SharedRows, UnservedError, share_rows
 from kvpref.plans import tensors_to
 
@@ -18,17 +21,52 @@ _NAMES = ("input_ids", "attention_mask", "position_ids")
 _Key = tuple[torch.Tensor | None, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharingWorth:
+    """How much a call must save for the pass over unique tokens to be faster than the model's own forward."""
+
+    min_saved: float = 0.15
+    """Share of the call's tokens, padding included, that sharing must save."""
+
+    min_saved_tokens: int = 128
+    """Tokens that sharing must save: below, launching more kernels costs what it saves."""
+
+    min_shared_tokens: int = DEFAULT_MIN_SHARED_TOKENS
+    """Shorter shared prefixes are repeated in each row."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_saved < 1:
+            raise InputError(f"min_saved must be at least 0 and less than 1; got {self.min_saved}")
+        for name in ("min_saved_tokens", "min_shared_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+    def check(self, num_shared: int, num_tokens: int) -> None:
+        """Compare what is shared with the bars.
+
+        Args:
+            num_shared: Tokens that need not be repeated.
+            num_tokens: Tokens of the call, padding included.
+
+        Raises:
+            UnservedError: If it is less.
+        """
+        if num_shared == 0:
+            raise UnservedError("nothing shared")
+        if num_shared < max(self.min_saved * num_tokens, self.min_saved_tokens):
+            raise UnservedError("little shared")
+
+
 class LastPlan:
     """Plans padded batches, and keeps the last plan: policy and reference often see one batch after the other.
 
     Args:
         model: Whose config says what positions mean.
-        min_saved: Share of the batch's tokens, padding included, that sharing must save.
-        min_shared_tokens: Shorter shared prefixes are repeated.
+        worth: When sharing is worth it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, min_saved: float, min_shared_tokens: int) -> None:
-        self._min_saved, self._min_shared_tokens = min_saved, min_shared_tokens
+    def __init__(self, model: PreTrainedModel, worth: SharingWorth) -> None:
+        self._worth = worth
         # Rotary embeddings read distances only, so rows that start in different columns can share. Learned positions
         # are what they are.
         self._by_position = getattr(model.config, "rope_parameters", None) is None
@@ -62,24 +100,18 @@ class LastPlan:
         try:
             rows = PaddedRows.read(input_ids.astype(np.int64, copy=False), attention_mask, position_ids)
             num_shared = rows.num_shared_tokens(by_position=self._by_position)
-            self._check_worth(num_shared, input_ids.size)
+            self._worth.check(num_shared, input_ids.size)
             found = share_rows(
                 rows,
                 by_position=self._by_position,
-                min_shared_tokens=self._min_shared_tokens,
+                min_shared_tokens=self._worth.min_shared_tokens,
                 max_depth=_MAX_DEPTH,
             )
             # Limits on the tree may have left less to share.
-            self._check_worth(int(rows.lengths.sum()) - found.num_unique_tokens, input_ids.size)
+            self._worth.check(int(rows.lengths.sum()) - found.num_unique_tokens, input_ids.size)
         except UnservedError as unserved:
             return unserved
         return found
-
-    def _check_worth(self, num_shared: int, num_tokens: int) -> None:
-        if num_shared == 0:
-            raise UnservedError("nothing shared")
-        if num_shared < self._min_saved * num_tokens:
-            raise UnservedError("little shared")
 
 
 def _same(held: torch.Tensor | None, given: torch.Tensor | None) -> bool:

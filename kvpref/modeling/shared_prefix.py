@@ -15,18 +15,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kvpref.attention.backends import backend_names
-from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.modeling.cache import PrefixCache
 from kvpref.modeling.interception import Forward, Interception
 from kvpref.modeling.padded_call import CallReader, check_arguments, check_head, check_state, head_kind
-from kvpref.modeling.padded_plans import LastPlan
+from kvpref.modeling.padded_plans import LastPlan, SharingWorth
 from kvpref.modeling.padded_rows import SharedRows, UnservedError
 from kvpref.modeling.passes import run_level_pass
 from kvpref.modeling.selected_attention import selected_attention
 from kvpref.modeling.support import SAFE_FALLBACK, check_config, unwrap
-
-DEFAULT_MIN_SAVED = 0.1
 
 
 @dataclass(kw_only=True)
@@ -58,8 +55,9 @@ class SharedPrefixStats:
 def shared_prefix(
     model: nn.Module,
     *,
-    min_saved: float = DEFAULT_MIN_SAVED,
-    min_shared_tokens: int = DEFAULT_MIN_SHARED_TOKENS,
+    min_saved: float = SharingWorth.min_saved,
+    min_saved_tokens: int = SharingWorth.min_saved_tokens,
+    min_shared_tokens: int = SharingWorth.min_shared_tokens,
     backend: str = "auto",
 ) -> SharedPrefix:
     """Let any code that calls `model(input_ids, attention_mask, ...)` on padded batches compute shared prefixes once.
@@ -78,6 +76,7 @@ def shared_prefix(
         model: Of a supported family, with a language-model or a sequence-classification head; may be inside PEFT or
             DDP, now or later.
         min_saved: Share of a call's tokens (padding included) that sharing must save, at least, for it to be served.
+        min_saved_tokens: Tokens that it must save, at least.
         min_shared_tokens: Shorter shared prefixes are repeated in each row.
         backend: Attention backend of served calls, or ``auto``.
 
@@ -88,15 +87,12 @@ def shared_prefix(
         UnsupportedModelError: If no call of this model could be served exactly; the message says why.
         InputError: If a setting is out of range.
     """
-    if not 0 <= min_saved < 1:
-        raise InputError(f"min_saved must be at least 0 and less than 1; got {min_saved}")
-    if min_shared_tokens < 1:
-        raise InputError(f"min_shared_tokens must be at least 1; got {min_shared_tokens}")
+    worth = SharingWorth(min_saved=min_saved, min_saved_tokens=min_saved_tokens, min_shared_tokens=min_shared_tokens)
     if backend not in ("auto", *backend_names()):
         raise InputError(f"unknown attention backend {backend!r}; choose from: auto, {', '.join(backend_names())}")
     inner = unwrap(model)
     _check_model(inner)
-    return SharedPrefix(inner, LastPlan(inner, min_saved=min_saved, min_shared_tokens=min_shared_tokens), backend)
+    return SharedPrefix(inner, LastPlan(inner, worth), backend)
 
 
 class SharedPrefix:
