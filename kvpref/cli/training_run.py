@@ -12,7 +12,7 @@ from kvpref.cli.adapters import add_lora
 from kvpref.cli.loading import load_matching_tokenizer, load_model, set_pad_token
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
-from kvpref.errors import InputError
+from kvpref.errors import InputError, RunError
 from kvpref.losses import PreferenceLoss
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
@@ -64,7 +64,11 @@ def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None])
     )
     if args.process_index == 0:
         run.save(Path(args.output_dir or ".") / RUN_FILE)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (InputError, RunError):
+        report_main("")  # the line of the progress bar has no end yet
+        raise
     metrics = {**result.metrics, **trainer.token_meter.rates(args.world_size)}
     if eval_data is not None:
         metrics.update(trainer.evaluate())

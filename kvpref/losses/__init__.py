@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvpref.losses.dpo import DPO
-from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, RewardLoss, as_loss, loss
+from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, RewardLoss, as_loss, loss, loss_name
 from kvpref.losses.mixture import MPO, RPO, Mixture
 from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.sft import SFT
@@ -41,5 +41,6 @@ __all__ = [
     "RewardLoss",
     "as_loss",
     "loss",
+    "loss_name",
     "make_loss",
 ]

@@ -143,7 +143,15 @@ class FunctionLoss(PreferenceLoss):
 
     def __call__(self, policy: Any, reference: Any, batch: Batch) -> LossOutput:
         output: Any = self.function(policy, reference, batch)
-        return LossOutput(output, {}) if isinstance(output, torch.Tensor) else output
+        if isinstance(output, torch.Tensor):
+            return LossOutput(output, {})
+        if isinstance(output, LossOutput) and isinstance(output.metrics, dict):
+            # Plain numbers are metrics too; what else is there is told where outputs are checked.
+            numbers = {name: value for name, value in output.metrics.items() if isinstance(value, int | float)}
+            return output._replace(
+                metrics=output.metrics | {name: torch.tensor(float(numbers[name])) for name in numbers}
+            )
+        return output
 
 
 def as_loss(loss: PreferenceLoss | LossFunction) -> PreferenceLoss:

@@ -10,7 +10,7 @@ from torch import nn
 
 from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
+from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
 from kvpref.modeling.bounded import run_chunks, score_chunks
 from kvpref.modeling.distributed import local_module, synchronise_gradients
 from kvpref.modeling.options import SCHEDULES as SCHEDULES
@@ -193,13 +193,20 @@ def check_output(output: LossOutput, loss_fn: PreferenceLoss | LossFunction) -> 
     """Check what a loss returned; losses may be users' code.
 
     Raises:
-        InputError: Naming the loss, if it is not a LossOutput with a scalar that has a gradient.
+        InputError: Naming the loss, if it is not a LossOutput with a scalar that has a gradient, and scalar metrics.
     """
-    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    name = loss_name(loss_fn)
     if not isinstance(output, LossOutput):
-        raise InputError(f"loss {name!r} must return a kvpref.LossOutput; it returned {type(output).__name__}")
+        raise InputError(
+            f"loss {name!r} must return a kvpref.LossOutput, or a scalar tensor; it returned {type(output).__name__}"
+        )
     if not isinstance(output.loss, torch.Tensor) or output.loss.ndim != 0:
         raise InputError(f"loss {name!r} must return a scalar tensor as `loss`; it returned {output.loss!r:.80}")
     if not output.loss.requires_grad:
-        raise InputError(f"loss {name!r} returned a loss without gradient; compute it from the policy's log-probs")
+        raise InputError(f"loss {name!r} returned a loss without gradient; compute it from what the policy gives")
+    if not isinstance(output.metrics, dict):
+        raise InputError(f"loss {name!r} must return a dict as `metrics`; it returned {type(output.metrics).__name__}")
+    for metric, value in output.metrics.items():
+        if not isinstance(value, torch.Tensor) or value.ndim != 0:
+            raise InputError(f"loss {name!r}: metric {metric!r} must be a scalar tensor; it is {value!r:.80}")
     return output

@@ -16,7 +16,7 @@ from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset, StepSampler
 from kvpref.errors import InputError, RunError
 from kvpref.groups import Group
-from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
+from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
 from kvpref.modeling.attach import attach
 from kvpref.modeling.compilation import compile_layers
 from kvpref.modeling.schedules import score
@@ -191,9 +191,9 @@ class PreferenceTrainer(Trainer):
         if found is not None:
             value, where = found
             raise RunError(
-                f"the loss is {value} at optimizer step {self.state.global_step + 1}: {where}; the weights were not "
-                "changed by this step and earlier checkpoints are intact. Lower the learning rate or look at those "
-                "rows, then continue with --resume"
+                f"the loss {loss_name(self.loss)!r} is {value} at optimizer step {self.state.global_step + 1}: {where}; "
+                "the weights were not changed by this step and earlier checkpoints are intact. Lower the learning rate "
+                "or look at those rows, then continue with --resume"
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
