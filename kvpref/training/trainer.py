@@ -172,7 +172,8 @@ class PreferenceTrainer(Trainer):
         self.token_meter.start()
         # Distributed wrappers average gradients over ranks; the loss is a sum over ranks of weighted means.
         units = [self._num_units(item) for item in inputs]
-        weights = [count * self.args.world_size / num_items_in_batch for count in units]  # type: ignore[operator]
+        # A step may have no unit at all: groups whose responses are all alike, say.
+        weights = [count * self.args.world_size / max(1, int(num_items_in_batch or 0)) for count in units]
         with self._memory_meter.watching():
             result = self._step_runner.run(model, inputs, weights, self._train_reference)
         losses = torch.stack([output.loss.float() for output in result.outputs])
@@ -191,9 +192,9 @@ class PreferenceTrainer(Trainer):
         if found is not None:
             value, where = found
             raise RunError(
-                f"the loss {loss_name(self.loss)!r} is {value} at optimizer step {self.state.global_step + 1}: {where}; "
-                "the weights were not changed by this step and earlier checkpoints are intact. Lower the learning rate "
-                "or look at those rows, then continue with --resume"
+                f"loss {loss_name(self.loss)!r}: the loss is {value} at optimizer step {self.state.global_step + 1}: "
+                f"{where}; the weights were not changed by this step and earlier checkpoints are intact. Lower the "
+                "learning rate or look at those rows, then continue with --resume"
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -116,7 +116,7 @@ def test_a_column_that_the_data_lacks_is_named(
         ("number", 2, "loss 'number' must return a kvpref.LossOutput, or a scalar tensor; it returned float"),
         ("metrics", 2, "loss 'metrics': metric 'sums' must be a scalar tensor; it is tensor("),
         ("constant", 2, "loss 'constant' returned a loss without gradient"),
-        ("undefined", 1, "the loss 'undefined' is nan at optimizer step 1: all log-probs are finite"),
+        ("undefined", 1, "loss 'undefined': the loss is nan at optimizer step 1: all log-probs are finite"),
     ],
 )
 def test_a_wrong_return_is_reported_with_the_name_of_the_loss(
