@@ -5,6 +5,7 @@ To refuse another: a row in `REFUSALS`; the tests run over it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,10 @@ class Setup:
         """One of TRL's or transformers' arguments."""
         return getattr(self.args, name, default)
 
+    def loading_option(self, name: str) -> Any:
+        """One of the arguments with which TRL loads a model; None if not given, or if there is nothing to load."""
+        return None if isinstance(self.model, nn.Module) else (self.option("model_init_kwargs") or {}).get(name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
@@ -120,13 +125,17 @@ def _splits_sequences_or_weights(setup: Setup) -> bool:
     )
 
 
+def _fsdp(setup: Setup) -> bool:
+    # accelerate's own launcher says it in the environment only.
+    return bool(setup.option("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
 def _zero_3(setup: Setup) -> bool:
     return getattr(setup.option("deepspeed_plugin"), "zero_stage", 0) == 3
 
 
 def _other_attention(setup: Setup) -> bool:
-    chosen = (setup.option("model_init_kwargs") or {}).get("attn_implementation")
-    return chosen not in (None, "sdpa", ATTENTION_NAME)
+    return setup.loading_option("attn_implementation") not in (None, "sdpa", ATTENTION_NAME)
 
 
 def _several_devices(setup: Setup) -> bool:
@@ -166,6 +175,11 @@ REFUSALS: tuple[Refusal, ...] = (
         reason="it replaces layers by ones that kvpref has not checked; leave it out, the LM head is fused already",
     ),
     Refusal(
+        name="model_init_kwargs={'use_kernels': True}",
+        applies=lambda setup: bool(setup.loading_option("use_kernels")),
+        reason="it replaces layers by ones that kvpref has not checked; leave it out",
+    ),
+    Refusal(
         name="activation_offloading=True",
         applies=lambda setup: bool(setup.option("activation_offloading")),
         reason="nobody has checked it with keys and values that many responses read; use gradient_checkpointing",
@@ -182,7 +196,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         name="fsdp",
-        applies=lambda setup: bool(setup.option("fsdp")),
+        applies=_fsdp,
         reason="nobody has checked it here; use DistributedDataParallel, or FSDP2 with kvpref.PreferenceTrainer",
     ),
     Refusal(

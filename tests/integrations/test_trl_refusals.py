@@ -1,0 +1,151 @@
+"""Every option that cannot work is refused by its name, before a model is loaded or data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+trl = pytest.importorskip("trl", reason="needs the extra kvpref[trl]")
+peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
+
+from accelerate import ParallelismConfig  # noqa: E402
+from tiny_models import tiny_config, tiny_model  # noqa: E402
+from transformers import LlavaConfig, MixtralConfig, ProcessorMixin  # noqa: E402
+
+from kvpref import InputError  # noqa: E402
+from kvpref.integrations import trl as kvpref_trl  # noqa: E402
+
+TRAINERS = {
+    "DPOTrainer": trl.DPOConfig,
+    "GRPOTrainer": trl.GRPOConfig,
+    "KTOTrainer": trl.KTOConfig,
+    "RewardTrainer": trl.RewardConfig,
+}
+
+
+class Case:
+    """What to ask for: `options` set on the config, `arguments` of the trainer, and the model."""
+
+    def __init__(
+        self, refusal: str, model: Callable[[], Any] | None = None, arguments: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.refusal, self.model, self.arguments, self.options = refusal, model, arguments or {}, options
+
+
+class Processor(ProcessorMixin):
+    def __init__(self) -> None: ...
+
+
+def split_model() -> Any:
+    model = tiny_model("llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    return model
+
+
+def prompt_tuned() -> Any:
+    return peft.get_peft_model(tiny_model("llama"), PROMPT_TUNING)
+
+
+PROMPT_TUNING = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+
+CASES = (
+    Case(
+        "gradient_checkpointing_kwargs={'use_reentrant': True}",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    ),
+    Case("torch_compile=True", torch_compile=True),
+    Case("use_liger_kernel=True", use_liger_kernel=True),
+    Case("model_init_kwargs={'use_kernels': True}", model_init_kwargs={"use_kernels": True}),
+    Case("activation_offloading=True", activation_offloading=True),
+    Case("neftune_noise_alpha", neftune_noise_alpha=5.0),
+    Case(
+        "parallelism_config with context, sequence or tensor parallelism",
+        parallelism_config=ParallelismConfig(tp_size=2),
+    ),
+    Case(
+        "parallelism_config with context, sequence or tensor parallelism",
+        parallelism_config=ParallelismConfig(cp_size=2),
+    ),
+    Case("fsdp", fsdp=["full_shard"]),
+    Case("DeepSpeed ZeRO stage 3", deepspeed_plugin=SimpleNamespace(zero_stage=3)),
+    Case(
+        "model_init_kwargs={'attn_implementation': ...}", model_init_kwargs={"attn_implementation": "flash_attention_2"}
+    ),
+    Case("a model split over several devices (device_map)", model=split_model),
+    Case("vision-language models", arguments={"processing_class": Processor()}),
+    Case("PEFT prompt learning (prompt, prefix or p-tuning)", arguments={"peft_config": PROMPT_TUNING}),
+    Case("PEFT prompt learning (prompt, prefix or p-tuning)", model=prompt_tuned),
+    Case(
+        "activated LoRA (alora_invocation_tokens)",
+        arguments={"peft_config": peft.LoraConfig(**LORA, alora_invocation_tokens=[5])},
+    ),
+    Case("dropout in training", model=lambda: tiny_model("llama", attention_dropout=0.1)),
+    Case(
+        "dropout in training",
+        arguments={"peft_config": peft.LoraConfig(**LORA, lora_dropout=0.1)},
+        disable_dropout=False,
+    ),
+    Case("dropout in training", model=lambda: tiny_model("gpt_neox", hidden_dropout=0.1), disable_dropout=False),
+    Case("cast_lm_head_to_fp32=True", cast_lm_head_to_fp32=True),
+    Case("use_transformers_continuous_batching=True", use_transformers_continuous_batching=True),
+    Case("use_transformers_continuous_batching=True", use_transformers_paged=True),
+    Case("models with learned positions (gpt2)", model=lambda: tiny_model("gpt2")),
+)
+ROWS = {refusal.name: refusal for refusal in kvpref_trl.REFUSALS}
+RUNS = [(trainer, case) for case in CASES for trainer in TRAINERS if trainer in ROWS[case.refusal].trainers]
+
+
+@pytest.fixture
+def path_without_weights(tmp_path: Path) -> str:
+    tiny_config("llama").save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def build(trainer: str, case: Case, path: str, output: Path) -> Any:
+    # Set one by one: constructing the config with them would ask for packages and devices.
+    args = TRAINERS[trainer](output_dir=str(output), use_cpu=True, bf16=False, report_to="none")
+    for name, value in case.options.items():
+        setattr(args, name, value)
+    extra = {"reward_funcs": len} if trainer == "GRPOTrainer" else {}
+    model = path if case.model is None else case.model()
+    return getattr(kvpref_trl, trainer)(model=model, args=args, **extra, **case.arguments)
+
+
+@pytest.mark.parametrize(("trainer", "case"), RUNS, ids=[f"{trainer}-{case.refusal}" for trainer, case in RUNS])
+def test_refused_by_name(trainer: str, case: Case, path_without_weights: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as found:
+        build(trainer, case, path_without_weights, tmp_path)
+    assert str(found.value) == f"kvpref's {trainer} does not support {case.refusal}: {ROWS[case.refusal].reason}"
+
+
+def test_every_row_is_tested() -> None:
+    assert {case.refusal for case in CASES} == set(ROWS)
+
+
+def test_fsdp_by_accelerates_launcher(
+    path_without_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="does not support fsdp"):
+        build("DPOTrainer", Case("fsdp"), path_without_weights, tmp_path)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("config", [MixtralConfig(), LlavaConfig()], ids=["experts", "images"])
+def test_families_are_refused_by_configuration(trainer: str, config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path / "model")
+    reason = "mixture-of-experts" if config.model_type == "mixtral" else "vision-language"
+    with pytest.raises(InputError, match=reason):
+        build(trainer, Case("none"), str(tmp_path / "model"), tmp_path)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_unknown_mode(trainer: str, path_without_weights: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="two_pass"):
+        build(trainer, Case("none", arguments={"mode": "three_pass"}), path_without_weights, tmp_path)
