@@ -10,29 +10,33 @@ from kvpref.batch import Batch
 
 
 class MetricMeter:
-    """Weighted means of a loss's metrics; sums stay on the device until they are read."""
+    """Weighted means of a loss's metrics; sums stay on the device until they are read.
+
+    A metric that a micro-batch does not have (nothing in it is of that kind) is a mean over the others.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._weight = 0
+        self._weights: dict[str, int] = {}
 
     def add(self, metrics: dict[str, torch.Tensor], weight: int) -> None:
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * weight
-        self._weight += weight
+            self._weights[name] = self._weights.get(name, 0) + weight
 
     def pop(self, world_size: int) -> dict[str, float]:
-        """The means over all ranks since the last call."""
-        sums, weight = self._sums, self._weight
-        self._sums, self._weight = {}, 0
+        """The means over all ranks since the last call; none of a metric that nothing counted for."""
+        own = {name: (value.item(), self._weights[name]) for name, value in self._sums.items()}
+        self._sums, self._weights = {}, {}
+        ranks = [own]
         if world_size > 1:
-            ranks: list[tuple[dict[str, float], int]] = [({}, 0)] * world_size
-            own = ({name: value.item() for name, value in sums.items()}, weight)
+            ranks = [{}] * world_size
             torch.distributed.all_gather_object(ranks, own)
-            names = {name for rank_sums, _ in ranks for name in rank_sums}
-            total = sum(rank_weight for _, rank_weight in ranks)
-            return {name: sum(r.get(name, 0.0) for r, _ in ranks) / total for name in sorted(names)}
-        return {name: value.item() / weight for name, value in sums.items()} if weight else {}
+        names = sorted({name for rank in ranks for name in rank}) if world_size > 1 else list(own)
+        totals = {
+            name: [sum(column) for column in zip(*(r[name] for r in ranks if name in r), strict=True)] for name in names
+        }
+        return {name: total / weight for name, (total, weight) in totals.items() if weight}
 
 
 class TokenMeter:

@@ -1,0 +1,51 @@
+"""Steps and micro-batches without any unit of the loss: groups whose responses are all alike, say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from preference_runs import make_args, make_groups, make_model
+
+import kvpref
+from kvpref import Group
+from kvpref.training.meters import MetricMeter
+
+
+def scored(groups: list[Group], scores: list[float]) -> list[Group]:
+    return [Group(group.sequences, scores=scores, id=group.id) for group in groups]
+
+
+@pytest.mark.parametrize("schedule", ["full", "bounded"])
+def test_a_step_without_units_changes_nothing(tmp_path: Path, schedule: str) -> None:
+    model = make_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    args = make_args(str(tmp_path), loss="all_pairs", max_steps=1, schedule=schedule)
+    kvpref.PreferenceTrainer(model, args, train_dataset=scored(make_groups(6), [1.0, 1.0])).train()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_groups_without_units_do_not_weigh(tmp_path: Path) -> None:
+    """The same update as without them, however the micro-batches fall."""
+    groups = make_groups(6)
+    useful, useless = scored(groups[:3], [0.0, 1.0]), scored(groups[3:], [1.0, 1.0])
+    weights = []
+    for name, data in (("alone", useful), ("together", useful + useless)):
+        model = make_model()
+        args = make_args(str(tmp_path / name), loss="all_pairs", max_steps=1, per_device_train_batch_size=len(data))
+        kvpref.PreferenceTrainer(model, args, train_dataset=data).train()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() <= 1e-12  # float64
+    logs = [json.loads(line) for line in (tmp_path / "together" / "metrics.jsonl").read_text().splitlines()]
+    assert any("rewards/accuracies" in line or "rewards/accuracy" in line for line in logs), logs
+
+
+def test_metrics_are_means_over_what_has_them() -> None:
+    meter = MetricMeter()
+    meter.add({"kl": torch.tensor(1.0), "rewards/chosen": torch.tensor(4.0)}, 1)
+    meter.add({"kl": torch.tensor(2.0)}, 3)
+    meter.add({"kl": torch.tensor(9.0), "rewards/rejected": torch.tensor(5.0)}, 0)
+    assert meter.pop(1) == {"kl": 1.75, "rewards/chosen": 4.0}
+    assert meter.pop(1) == {}
