@@ -133,7 +133,8 @@ class MarginLoss(PairLoss):
     """Base: a function of the margin between the chosen and the rejected response, under any f-divergence."""
 
     divergence: str = "reverse_kl"
-    """Between policy and reference: ``reverse_kl``, ``forward_kl``, ``js`` or ``alpha``; see `DIVERGENCES`."""
+    """Between policy and reference: ``reverse_kl``, ``forward_kl``, ``js`` or ``alpha``. f-DPO, Wang et
+    al. 2023 (arXiv 2309.16240)."""
 
     divergence_alpha: float = 0.5
     """Coefficient of the divergence ``alpha``; 0 is forward KL, 1 reverse KL."""

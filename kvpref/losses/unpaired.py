@@ -107,8 +107,9 @@ class UnpairedLoss(PreferenceLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class KTO(UnpairedLoss):
-    """Kahneman-Tversky optimisation: z estimates the KL divergence of the policy from the reference.
+    """Kahneman-Tversky optimisation: ``1 - s(beta (r - z))`` if desirable, ``1 - s(beta (z - r))`` if not.
 
+    r is the log-ratio of the response to the reference, z an estimate of the KL divergence of policy and reference:
     ``z = max(0, mean of log pi(y') - log ref(y'))`` without gradient, over the mismatched responses y' of the
     micro-batch: prompts answered with the responses of other groups. It couples the groups of a micro-batch: how they
     are cut into micro-batches changes the estimate. Equations 7 and 8 of Ethayarajh et al. 2024 (arXiv 2402.01306).
@@ -137,8 +138,9 @@ class KTO(UnpairedLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class APOZeroUnpaired(UnpairedLoss):
-    """Anchored preference optimisation of single responses: z is 0.
+    """APO-zero of single responses: ``1 - s(beta r)`` if desirable, ``s(beta r)`` if not.
 
+    r is the log-ratio of the response to the reference; it is `KTO` with z = 0.
     Equation 7 of D'Oosterlinck et al. 2024 (arXiv 2408.06266), its two terms by themselves.
     """
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import preference_runs
 import pytest
 import torch
 from scored_groups import random_logps, token_lists
@@ -180,6 +182,21 @@ def test_the_trainers_data_set_holds_them_once() -> None:
     again = select_groups(dataset, KTO())
     assert again is not None
     assert list(again) == list(dataset)
+
+
+@pytest.mark.parametrize("schedule", ["full", "bounded"])
+def test_the_trainer_computes_and_uses_them(tmp_path: Path, schedule: str) -> None:
+    args = preference_runs.make_args(str(tmp_path), loss="kto", schedule=schedule, max_steps=8, learning_rate=2.0)
+    trainer = kvpref.PreferenceTrainer(
+        preference_runs.make_model(), args, train_dataset=preference_runs.make_groups(num_groups=6)
+    )
+    trainer.train()
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    # Policy and reference are the same model at first: r and z are 0.
+    assert logs[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert logs[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert logs[-1]["loss"] < 0.45
+    assert logs[-1]["rewards/margins"] > 0.1
 
 
 def test_kto_without_mismatched_responses_is_refused() -> None:
