@@ -95,22 +95,8 @@ def check_state(model: PreTrainedModel) -> None:
 
 def check_head(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Check that the model's head does not read padding, whose hidden states a served call leaves at zero."""
-    READERS[head_kind(model)](model, arguments)
-
-
-def head_kind(model: PreTrainedModel) -> str:
-    """The key in `READERS`.
-
-    Raises:
-        UnsupportedModelError: If the model has another head, or none.
-    """
-    for kind in READERS:
-        if type(model).__name__.endswith(kind):
-            return kind
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no language-model head and no reward head; load it with AutoModelForCausalLM or "
-        "AutoModelForSequenceClassification"
-    )
+    name = type(model).__name__
+    next(check for ending, check in _HEADS.items() if name.endswith(ending))(model, arguments)
 
 
 def _check_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -139,9 +125,9 @@ def _check_pooling(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         raise UnservedError("pooling at padding")
 
 
-READERS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
+# By the end of the class's name, as `kvpref.modeling.support` knows them.
+_HEADS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
     "ForCausalLM": _check_labels,
     "LMHeadModel": _check_labels,
     "ForSequenceClassification": _check_pooling,
 }
-"""By the end of the class's name: what a head reads, checked."""

@@ -18,12 +18,12 @@ from kvpref.attention.backends import backend_names
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.modeling.cache import PrefixCache
 from kvpref.modeling.interception import Forward, Interception
-from kvpref.modeling.padded_call import CallReader, check_arguments, check_head, check_state, head_kind
+from kvpref.modeling.padded_call import CallReader, check_arguments, check_head, check_state
 from kvpref.modeling.padded_plans import LastPlan, SharingWorth
 from kvpref.modeling.padded_rows import SharedRows, UnservedError
 from kvpref.modeling.passes import run_level_pass
 from kvpref.modeling.selected_attention import selected_attention
-from kvpref.modeling.support import SAFE_FALLBACK, check_config, unwrap
+from kvpref.modeling.support import check_architecture, unwrap
 
 
 @dataclass(kw_only=True)
@@ -73,7 +73,7 @@ def shared_prefix(
     closed, and for calls that are not served all the time.
 
     Args:
-        model: Of a supported family, with a language-model or a sequence-classification head; may be inside PEFT or
+        model: Of a supported family, with a language-model head or a scalar reward head; may be inside PEFT or
             DDP, now or later.
         min_saved: Share of a call's tokens (padding included) that sharing must save, at least, for it to be served.
         min_saved_tokens: Tokens that it must save, at least.
@@ -91,7 +91,7 @@ def shared_prefix(
     if backend not in ("auto", *backend_names()):
         raise InputError(f"unknown attention backend {backend!r}; choose from: auto, {', '.join(backend_names())}")
     inner = unwrap(model)
-    _check_model(inner)
+    check_architecture(inner)
     return SharedPrefix(inner, LastPlan(inner, worth), backend)
 
 
@@ -192,16 +192,6 @@ class SharedPrefix:
             yield
         finally:
             self._passing = before
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    check_config(model.config)
-    head_kind(model)
-    if not type(model).__module__.startswith("transformers."):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is custom code ({type(model).__module__}), which kvpref has not checked; load the "
-            f"model with trust_remote_code=False, or {SAFE_FALLBACK}"
-        )
 
 
 def _spread(hidden: torch.Tensor, shared: SharedRows) -> torch.Tensor:

@@ -8,32 +8,16 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from padded_batches import IGNORED, one_prompt, padded, sharing_rows
-from tiny_models import FAMILIES, VARIANTS, tiny_config, tiny_model
+from padded_batches import IGNORED, one_prompt, padded, sharing_rows, switch_on
+from tiny_models import FAMILIES, VARIANTS, tiny_config, tiny_model, tiny_reward_model
 from torch import nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 import kvpref
 
 # Only the order of additions differs; see test_exactness. Measured: 6e-15.
 FP64_TOLERANCE = 1e-10
 REWARD_FAMILIES = [name for name in FAMILIES if type(tiny_config(name)) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
-
-
-def switch_on(model: nn.Module, **options: Any) -> Any:
-    return kvpref.shared_prefix(model, **{"min_shared_tokens": 1, "min_saved_tokens": 1, **options})
-
-
-def reward_model(variant: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A random sequence classifier with one label, in training mode."""
-    config = tiny_config(variant, num_labels=1)
-    config._attn_implementation = "eager"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():
-            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape)
-    return model.to(dtype).train()
 
 
 def step(model: nn.Module, inputs: dict[str, Any], loss_of: Callable[[Any], torch.Tensor]) -> tuple[Any, dict]:
@@ -81,7 +65,9 @@ def test_logits_loss_and_gradients_of_every_family(variant: str, side: str) -> N
 def test_reward_models(variant: str, side: str) -> None:
     inputs = padded([row[:20] + row[-1:] for row in one_prompt()] + sharing_rows(), side)
     del inputs["labels"]
-    assert_served(reward_model(variant), inputs, lambda output: (output.logits * output.logits).sum())
+    assert_served(
+        tiny_reward_model(variant, torch.float64), inputs, lambda output: (output.logits * output.logits).sum()
+    )
 
 
 def test_learned_positions_share_only_where_columns_agree() -> None:
