@@ -169,3 +169,56 @@ def test_attach_does_not_move_the_random_state() -> None:
     torch.manual_seed(3)
     score(kvpref.attach(model))
     assert torch.equal(torch.rand(2), expected)
+
+
+def shared_config_references(policy: nn.Module) -> dict[str, nn.Module]:
+    """The ways in which a reference model is made of a policy's config."""
+    return {
+        "deepcopy": copy.deepcopy(policy),
+        "from_config": AutoModelForCausalLM.from_config(policy.config, dtype=torch.float32),
+        "same class": type(policy)(policy.config),
+    }
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "from_config", "same class"])
+@pytest.mark.parametrize("wraps", [False, True], ids=["plain", "peft"])
+def test_attaching_the_policy_leaves_a_reference_made_before_as_it_was(how: str, wraps: bool) -> None:
+    policy = build_model(tiny_config("llama"))
+    reference = shared_config_references(policy)[how].eval()
+    attention = reference.config._attn_implementation
+    inputs = padded_inputs()
+    before = reference(**inputs).logits
+    kvpref.attach(_wrapped(policy) if wraps else policy)
+    assert policy.config._attn_implementation == "kvpref"
+    assert reference.config._attn_implementation == attention != "kvpref"
+    assert torch.equal(reference(**inputs).logits, before)
+    with pytest.raises(InputError, match=r"kvpref\.attach"):
+        score(reference)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "from_config", "same class"])
+@pytest.mark.parametrize("wraps", [False, True], ids=["plain", "peft"])
+def test_a_reference_made_of_an_attached_policy(how: str, wraps: bool) -> None:
+    """Its config names kvpref's attention from the start, so ordinary forwards must work and keep the padding."""
+    policy = build_model(tiny_config("llama"))
+    policy = kvpref.attach(_wrapped(policy) if wraps else policy)
+    inner = policy.get_base_model() if wraps else policy
+    reference = copy.deepcopy(policy) if how == "deepcopy" else shared_config_references(inner)[how]
+    if how != "deepcopy":
+        reference.load_state_dict(build_model(tiny_config("llama")).state_dict())
+    # A new adapter does nothing, so every one of these is the same model.
+    plain = build_model(tiny_config("llama")).eval()
+    plain.set_attn_implementation("sdpa")
+    inputs = padded_inputs()
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(reference.eval()(**inputs).logits[real], plain(**inputs).logits[real])
+    expected = score(kvpref.attach(plain))
+    assert torch.equal(score(kvpref.attach(reference)), expected)
+    with torch.no_grad():
+        next(iter(policy.parameters())).mul_(2.0)
+    assert torch.equal(score(reference), expected)
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))

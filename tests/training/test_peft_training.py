@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from preference_runs import make_args, make_groups, make_model
+from reference_runs import reference_logps, relative_error, token_logps
 from torch import nn
 
 import kvpref
@@ -38,34 +39,8 @@ def make_trainer(output: Path, model: nn.Module, **overrides: Any) -> kvpref.Pre
     return kvpref.PreferenceTrainer(model, make_args(str(output), **overrides), train_dataset=make_groups())
 
 
-def token_logps(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return kvpref.response_logps(kvpref.attach(model.eval()), kvpref.collate(make_groups())).token_logps
-
-
-def references(trainer: kvpref.PreferenceTrainer, mode: str = "two_pass") -> torch.Tensor:
-    """What the loss gets for all training groups."""
-    inputs = next(iter(trainer._make_loader(trainer.train_dataset, 100, shuffle=False))).micro_batches
-    order = [index for item in inputs for index in item.group_indices]
-    found = [trainer._train_reference(item, item.batch) for item in inputs]
-    parts = [
-        part
-        for one, item in zip(found, inputs, strict=True)
-        for part in _by_group(one, [sum(sum(s.scored) for s in group.sequences) for group in item.batch.groups])
-    ]
-    return torch.cat([parts[order.index(index)] for index in range(len(order))])
-
-
-def _by_group(logps: Any, lengths: list[int]) -> list[torch.Tensor]:
-    return list(logps.token_logps.split(lengths))
-
-
 def first_loss(trainer: kvpref.PreferenceTrainer) -> float:
     return trainer.state.log_history[0]["loss"]
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 ENGINES: list[dict[str, Any]] = [
@@ -84,11 +59,11 @@ def test_adapter_off_is_the_base_model(tmp_path: Path, engine: dict[str, Any], p
         tmp_path, trained_adapter(), reference="base", precompute_reference=precompute, learning_rate=0.05, **engine
     )
     expected = token_logps(make_model())
-    assert error(references(trainer), expected) < TOLERANCE
+    assert relative_error(reference_logps(trainer), expected) < TOLERANCE
     trainer.train()
     assert first_loss(trainer) != pytest.approx(LOG_TWO, abs=1e-4), "the random adapter differs from the base model"
-    assert error(references(trainer), expected) < TOLERANCE, "training must not change the reference"
-    assert error(token_logps(trainer.model), expected) > 1e-4
+    assert relative_error(reference_logps(trainer), expected) < TOLERANCE, "training must not change the reference"
+    assert relative_error(token_logps(trainer.model), expected) > 1e-4
 
 
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "online"])
@@ -100,18 +75,18 @@ def test_an_adapter_that_is_trained_on_starts_as_its_own_reference(
         tmp_path, trained_adapter(), precompute_reference=precompute, max_steps=3, learning_rate=0.05, **engine
     )
     expected = token_logps(trained_adapter())
-    assert error(references(trainer), expected) < TOLERANCE
+    assert relative_error(reference_logps(trainer), expected) < TOLERANCE
     trainer.train()
     assert first_loss(trainer) == pytest.approx(LOG_TWO, abs=1e-7)
-    assert error(references(trainer), expected) < TOLERANCE
-    assert error(token_logps(trainer.model), expected) > 1e-4
+    assert relative_error(reference_logps(trainer), expected) < TOLERANCE
+    assert relative_error(token_logps(trainer.model), expected) > 1e-4
 
 
 def test_a_new_adapter_starts_at_the_base_model(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, wrap(make_model(), modules_to_save=["ln_f"]), precompute_reference=False)
     trainer.train()
     assert first_loss(trainer) == pytest.approx(LOG_TWO, abs=1e-7)
-    assert error(references(trainer), token_logps(make_model())) < TOLERANCE
+    assert relative_error(reference_logps(trainer), token_logps(make_model())) < TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}], ids=str)
@@ -121,8 +96,8 @@ def test_relatives_of_lora(tmp_path: Path, options: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, wrap(base, **options), precompute_reference=False)
     trainer.train()
     assert first_loss(trainer) == pytest.approx(LOG_TWO, abs=1e-6)
-    assert error(references(trainer), token_logps(make_model())) < 1e-5  # float32 weights
-    assert error(token_logps(trainer.model), token_logps(make_model())) > 1e-4
+    assert relative_error(reference_logps(trainer), token_logps(make_model())) < 1e-5  # float32 weights
+    assert relative_error(token_logps(trainer.model), token_logps(make_model())) > 1e-4
 
 
 def test_weights_trained_beside_the_adapter_are_put_back_for_the_reference(tmp_path: Path) -> None:
@@ -130,7 +105,7 @@ def test_weights_trained_beside_the_adapter_are_put_back_for_the_reference(tmp_p
     model = wrap(make_model(), bias="all")
     trainer = make_trainer(tmp_path, model, precompute_reference=False)
     trainer.train()
-    assert error(references(trainer), token_logps(make_model())) < TOLERANCE
+    assert relative_error(reference_logps(trainer), token_logps(make_model())) < TOLERANCE
     with pytest.raises(kvpref.InputError, match="outside the adapter"):
         make_trainer(tmp_path, model, precompute_reference=False, reference="base")
 
@@ -141,7 +116,7 @@ def test_the_reference_leaves_no_trace_on_the_policy(tmp_path: Path) -> None:
     frozen.requires_grad_(False)
     before = {name: (item.requires_grad, item.data_ptr()) for name, item in model.named_parameters()}
     for number, settings in enumerate(({"reference": "base"}, {"precompute_reference": False})):
-        references(make_trainer(tmp_path / str(number), model, **settings))
+        reference_logps(make_trainer(tmp_path / str(number), model, **settings))
         assert {name: (item.requires_grad, item.data_ptr()) for name, item in model.named_parameters()} == before
     assert model.training
 
@@ -165,7 +140,18 @@ def test_bfloat16_base_under_float32_adapters(tmp_path: Path) -> None:
     with torch.no_grad():
         for item in inputs:
             expected = kvpref.response_logps(base, item.batch).token_logps
-            assert torch.equal(trainer._train_reference(item, item.batch).token_logps, expected)
+            assert torch.equal(trainer.references.for_batch("train", item, item.batch).token_logps, expected)
+
+
+@pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "online"])
+def test_mixed_precision_holds_for_the_reference_too(tmp_path: Path, precompute: bool) -> None:
+    """A reference in full precision would differ from the policy before the first step."""
+    model = wrap(make_model()).float()
+    trainer = make_trainer(tmp_path, model, bf16=True, precompute_reference=precompute, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    in_full = token_logps(make_model().float())
+    assert relative_error(reference_logps(trainer), in_full) > 1e-5, "bfloat16 must have been used"
 
 
 def test_saved_adapters_are_pefts_own(tmp_path: Path) -> None:
@@ -177,7 +163,7 @@ def test_saved_adapters_are_pefts_own(tmp_path: Path) -> None:
     assert not (tmp_path / "saved" / "model.safetensors").exists()
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path / "saved")
     # PEFT loads into float32 adapters.
-    assert error(token_logps(loaded), token_logps(trainer.model)) < 1e-6
+    assert relative_error(token_logps(loaded), token_logps(trainer.model)) < 1e-6
 
 
 @pytest.mark.parametrize("settings", [{}, {"precompute_reference": False}], ids=["precomputed", "online"])
@@ -195,7 +181,7 @@ def test_resume_repeats_the_uninterrupted_run(tmp_path: Path, is_new: bool, sett
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 6
     assert torch.equal(token_logps(resumed.model), token_logps(whole.model))
-    assert error(token_logps(whole.model), token_logps(start(1))) > 1e-4
+    assert relative_error(token_logps(whole.model), token_logps(start(1))) > 1e-4
 
 
 def test_resuming_with_the_checkpoints_own_adapter_is_refused(tmp_path: Path) -> None:
