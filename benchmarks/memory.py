@@ -1,5 +1,5 @@
 """What the bounded schedule saves, on the CPU: memory against the number of responses, sharing across the micro-batches
-of a step, and the longest prompt.
+of a step, GRPO with 16 and 100 responses, and the longest prompt.
 
     python benchmarks/memory.py                        # all of it, some minutes; writes results/memory.json
     python benchmarks/memory.py --only sharing --dry-run
@@ -23,10 +23,11 @@ from real_data import RealFile, read_groups
 from rich.console import Console
 from train_step import best_vs_rest
 
-from kvpref import Batch, Group, collate, forward_backward
+from kvpref import Batch, Group, ResponseLogps, collate, forward_backward
 from kvpref import Sequence as TokenSequence
+from kvpref.losses import LossFunction, PreferenceLoss, make_loss
 from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.schedules import forward_backward_step
+from kvpref.modeling.schedules import forward_backward_step, score
 from kvpref.profiling.memory import peak_bytes
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import time_rounds
@@ -59,10 +60,20 @@ class MemoryStep:
     shares: bool = False
     """Encode what micro-batches share once per step (schedule ``bounded``)."""
 
+    loss: PreferenceLoss | LossFunction = best_vs_rest
+    """What is minimised."""
+
+    references: Sequence[ResponseLogps | None] = ()
+    """Reference log-probs per micro-batch, where the loss reads them."""
+
     def run(self) -> float:
         """One step; its loss."""
         self.model.zero_grad(set_to_none=True)
-        losses = self._run_joined() if self.shares else [self._run_one(batch) for batch in self.batches]
+        references = self.references or [None] * len(self.batches)
+        if self.shares:
+            losses = self._run_joined(references)
+        else:
+            losses = [self._run_one(*pair) for pair in zip(self.batches, references, strict=True)]
         self.optimizer.step()
         return sum(losses) / len(losses)
 
@@ -79,18 +90,18 @@ class MemoryStep:
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
         return {"peak_bytes": total, "step_bytes": total - resident - weights}
 
-    def _run_one(self, batch: Batch) -> float:
-        output = forward_backward(self.model, batch, best_vs_rest, backward=self._scaled, **asdict(self.options))
-        return output.loss.item()
+    def _run_one(self, batch: Batch, reference: ResponseLogps | None) -> float:
+        options = {"reference": reference, "backward": self._scaled, **asdict(self.options)}
+        return forward_backward(self.model, batch, self.loss, **options).loss.item()
 
-    def _run_joined(self) -> list[float]:
+    def _run_joined(self, references: Sequence[ResponseLogps | None]) -> list[float]:
         step = join_batches(self.batches, max_tokens_per_chunk=self.options.chunk_tokens)
         outputs = forward_backward_step(
             self.model,
             step,
-            best_vs_rest,
+            self.loss,
             self.options,
-            references=[None] * len(self.batches),
+            references=references,
             backward=lambda loss, _: self._scaled(loss),
         )
         return [output.loss.item() for output in outputs]
@@ -185,6 +196,29 @@ def long_prompt(options: SweepOptions) -> dict[str, Any]:
     }
 
 
+def grpo(options: SweepOptions) -> dict[str, Any]:
+    """game24: updates of GRPO on fixed samples, with 100 responses per prompt and 16 of them, bounded and full."""
+    chunk = 64 if options.dry_run else 512
+    bounded = EngineOptions(schedule="bounded", max_tokens_per_chunk=chunk)
+    source, sizes, _ = _game24(options)
+    counts = (4, 8) if options.dry_run else (16, 100)
+    group = next(group for group in source if len(set(first_responses(group, counts[0]).scores or ())) > 1)
+    # The samples are those of another model: the policy before training stands for it.
+    loss = make_loss("grpo", old="reference", beta=0.04)
+    rows = []
+    for num_responses in counts:
+        for engine in (bounded, FULL):
+            step = make_step(sizes, [[first_responses(group, num_responses)]], engine, loss=loss)
+            batch = step.batches[0]
+            step = replace(step, references=[score(step.model, batch, engine)])
+            losses = [step.run() for _ in range(3)]
+            row = {"schedule": engine.schedule, "num_responses": num_responses, "tokens": batch.num_unique_tokens}
+            rows.append(row | {"losses": losses} | step.peak())
+    by_count = {row["num_responses"]: row["peak_bytes"] for row in rows if row["schedule"] == "bounded"}
+    few, many = (by_count[count] for count in counts)
+    return {"max_tokens_per_chunk": chunk, "rows": rows, "peak_ratio": many / few}
+
+
 def first_responses(group: Group, count: int) -> Group:
     """The group with its first `count` responses."""
     scores = None if group.scores is None else group.scores[:count]
@@ -201,6 +235,7 @@ def _game24(options: SweepOptions) -> tuple[list[Group], LlamaSizes, tuple[int, 
 PARTS: dict[str, Callable[[SweepOptions], dict[str, Any]]] = {
     "responses": responses,
     "sharing": sharing,
+    "grpo": grpo,
     "long_prompt": long_prompt,
 }
 

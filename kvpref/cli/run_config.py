@@ -63,10 +63,23 @@ class RunConfig:
         if self.lora_r is not None and self.lora_r < 1:
             raise InputError(f"lora_r must be at least 1; got {self.lora_r}")
 
-    def merged(self, given: dict[str, Any], training: dict[str, Any]) -> RunConfig:
-        """This configuration with what was given on the command line (None: not given) put over it."""
+    def merged(self, given: dict[str, Any], training: dict[str, Any], assigned: dict[str, Any]) -> RunConfig:
+        """This configuration with what was given on the command line put over it.
+
+        Args:
+            given: Fields of this class; None for what was not given.
+            training: Training arguments that have an option of their own; None or empty for what was not given.
+            assigned: Those given with ``--set``.
+
+        Raises:
+            InputError: If one was given both ways.
+        """
         own = {name: value for name, value in given.items() if value is not None}
-        over = {name: value for name, value in training.items() if value is not None}
+        over = {name: value for name, value in training.items() if value not in (None, {})}
+        twice = sorted(over.keys() & assigned.keys())
+        if twice:
+            raise InputError(f"--set {twice[0]}: this was given by its own option too; leave one of them out")
+        over |= assigned
         loss_args = {**(self.training.get("loss_args") or {}), **(over.pop("loss_args", None) or {})}
         merged = {**self.training, **over}
         if loss_args:

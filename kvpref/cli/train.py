@@ -130,7 +130,6 @@ def train(
             "lora_target_modules": lora_target_modules,
         },
         {
-            **parse_assignments(set_ or [], "--set"),
             "loss": loss,
             "loss_args": parse_assignments(loss_arg or [], "--loss-arg"),
             "mode": mode,
@@ -152,6 +151,7 @@ def train(
             "eval_strategy": "steps" if eval_steps else None,
             "save_steps": save_steps,
         },
+        parse_assignments(set_ or [], "--set"),
     )
     result = _run(run, resume=resume)
     if json_ and result:

@@ -156,10 +156,12 @@ def test_bad_run_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loss", "nope"], r"unknown loss 'nope'; choose from: dpo, sft"),
+        (["--loss", "nope"], r"unknown loss 'nope'; choose from: dpo, robust, "),
         (["--loss-arg", "beta"], r"--loss-arg 'beta': expected NAME=VALUE"),
         (["--mode", "fast"], r"unknown mode 'fast'; choose from: two_pass"),
         (["--set", "no_such=1"], r"no training argument 'no_such'"),
+        (["--set", "mode=fast"], r"unknown mode 'fast'; choose from: two_pass"),
+        (["--mode", "packed", "--set", "mode=padded"], r"--set mode: this was given by its own option too"),
         (["--on-bad-row", "ignore"], r"on_bad_row must be one of stop, skip"),
     ],
 )
