@@ -11,6 +11,8 @@ from kvpref.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvpref.losses import PreferenceLoss
+
 ADAPTER_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 """What peft calls every linear layer but the output."""
@@ -50,17 +52,19 @@ def load_adapter(folder: str, *, reads: str, dtype: str, **settings: Any) -> Pre
         ) from error
 
 
-def add_lora(model: PreTrainedModel, run: RunConfig, *, reads: str) -> PreTrainedModel:
-    """`model` with a new LoRA adapter, the only part that is trained (with the scalar head of a reward model).
+def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> PreTrainedModel:
+    """`model` with a new LoRA adapter, the only part that is trained, with the scalar or value head where there is one.
 
     Args:
         model: A model without adapter.
         run: Names rank, scale and modules.
-        reads: ``tokens`` or ``ends``, as above.
+        loss: What the model is trained with.
 
     Raises:
         InputError: If peft is missing, a module does not exist, or the adapter could not be loaded again.
     """
+    from kvpref.modeling.value_head import VALUE_HEAD
+
     peft = _import_peft()
     assert run.lora_r is not None
     if run.model is None:
@@ -71,7 +75,8 @@ def add_lora(model: PreTrainedModel, run: RunConfig, *, reads: str) -> PreTraine
     if is_adapter(run.model):
         raise InputError(f"{run.model}: holds an adapter, which is trained further; leave --lora-r out")
     config = peft.LoraConfig(
-        task_type=_TASKS[reads][0],
+        task_type=_TASKS[loss.reads][0],
+        modules_to_save=[VALUE_HEAD] if loss.head.values else None,
         r=run.lora_r,
         lora_alpha=2 * run.lora_r if run.lora_alpha is None else run.lora_alpha,
         target_modules=_find_targets(model, run.lora_target_modules),

@@ -8,12 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kvpref.cli.adapters import add_lora
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpref.cli.adapters import add_lora, is_adapter
 from kvpref.cli.loading import load_matching_tokenizer, load_model, set_pad_token
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.errors import InputError, RunError
 from kvpref.losses import PreferenceLoss
+from kvpref.modeling.value_head import add_value_head, holds_value_head
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 RUN_FILE = "run.yaml"
@@ -49,14 +52,7 @@ def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None])
     report_main = report if args.process_index == 0 else _silent
     checkpoint = find_checkpoint(Path(args.output_dir or "."), resume=resume, report=report_main)
     loss = args.make_loss()
-    model = load_model(
-        run.model, run.config, dtype=run.dtype, seed=args.seed, reads=loss.reads, may_add_head=loss.reads == "ends"
-    )
-    tokenizer = load_matching_tokenizer(run.tokenizer, run.model, model)
-    if loss.reads == "ends":
-        set_pad_token(model, tokenizer, report_main)
-    if run.lora_r is not None:
-        model = add_lora(model, run, reads=loss.reads)
+    model, tokenizer = _load_model(run, loss, args, report_main)
     train_data = _load(run, run.data, tokenizer, loss, args, report_main)
     eval_data = None if run.eval_data is None else _load(run, run.eval_data, tokenizer, loss, args, report_main)
     trainer = PreferenceTrainer(
@@ -125,6 +121,29 @@ def find_checkpoint(output: Path, *, resume: bool, report: Callable[[str], None]
         return str(folder)
     report("no complete checkpoint to resume from; starting from the beginning")
     return None
+
+
+def _load_model(
+    run: RunConfig, loss: PreferenceLoss, args: PreferenceTrainingArguments, report: Callable[[str], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model with the heads and the adapter that the run asks for, and its tokenizer."""
+    model = load_model(
+        run.model, run.config, dtype=run.dtype, seed=args.seed, reads=loss.reads, may_add_head=loss.reads == "ends"
+    )
+    tokenizer = load_matching_tokenizer(run.tokenizer, run.model, model)
+    if loss.reads == "ends":
+        set_pad_token(model, tokenizer, report)
+    if loss.head.values:
+        source = run.model
+        if source is not None and is_adapter(source):
+            raise InputError(
+                f"{source}: an adapter cannot be trained further with a loss that reads values, since its base model "
+                "has no value head; merge it into the base model first"
+            )
+        add_value_head(model, source if source is not None and holds_value_head(source) else None)
+    if run.lora_r is not None:
+        model = add_lora(model, run, loss)
+    return model, tokenizer
 
 
 def _step_of(name: str) -> int:

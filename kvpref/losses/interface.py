@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -115,8 +116,8 @@ class FunctionLoss(PreferenceLoss):
     """A user's function as a loss: a mean over groups, with what its attributes ask for.
 
     Args:
-        function: The loss; its attributes `needs_reference`, `head`, `columns` and `reads`, where it has them, are
-            those of `PreferenceLoss`.
+        function: The loss, also inside `functools.partial`; its attributes `needs_reference`, `head`, `columns` and
+            `reads`, where it has them, are those of `PreferenceLoss`.
 
     Raises:
         InputError: If it declares something else than that.
@@ -124,11 +125,14 @@ class FunctionLoss(PreferenceLoss):
 
     def __init__(self, function: LossFunction) -> None:
         self.function = function
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
-        self.needs_reference = bool(getattr(function, "needs_reference", False))
-        self.reads = getattr(function, "reads", "tokens")
-        self._head: HeadOptions = getattr(function, "head", HeadOptions())
-        self._columns = _column_names(getattr(function, "columns", ()))
+        declared: Any = function
+        while isinstance(declared, partial):  # settings given by hand
+            declared = declared.func
+        self.__name__ = getattr(declared, "__name__", type(declared).__name__)
+        self.needs_reference = bool(getattr(declared, "needs_reference", False))
+        self.reads = getattr(declared, "reads", "tokens")
+        self._head: HeadOptions = getattr(declared, "head", HeadOptions())
+        self._columns = _column_names(getattr(declared, "columns", ()))
         _check_reads(self.reads)
         if not isinstance(self._head, HeadOptions):
             raise InputError(f"loss {self.__name__!r}: head must be a kvpref.HeadOptions; got {self._head!r}")

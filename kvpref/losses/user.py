@@ -29,7 +29,6 @@ ENTRY_POINT_GROUP = "kvpref.losses"
 NUM_LOSS_ARGUMENTS = 3
 """policy, reference, batch; what follows them are settings."""
 
-_DECLARED = ("needs_reference", "head", "columns", "reads")
 _LIBRARY_ROOTS = (
     Path(__file__).resolve().parents[1],
     *(Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")),
@@ -86,7 +85,7 @@ def construct_loss(name: str, target: Any, settings: Mapping[str, Any]) -> Prefe
         )
     _check_settings(name, target, settings)
     try:
-        return target(**settings) if is_class else as_loss(_bind(target, settings))
+        return target(**settings) if is_class else as_loss(functools.partial(target, **settings))
     except InputError:
         raise
     except (TypeError, ValueError) as error:
@@ -120,18 +119,6 @@ def _check_settings(name: str, target: Any, settings: Mapping[str, Any]) -> None
             raise InputError(
                 f"loss {name!r} must take (policy, reference, batch), its settings after them; {error}"
             ) from error
-
-
-def _bind(function: Any, settings: Mapping[str, Any]) -> Any:
-    """`functools.partial`, with the name of the function and what it declares."""
-    if not settings:
-        return function
-    bound = functools.partial(function, **settings)
-    functools.update_wrapper(bound, function)
-    for attribute in _DECLARED:
-        if hasattr(function, attribute):
-            setattr(bound, attribute, getattr(function, attribute))
-    return bound
 
 
 def _find_in_source(spec: str) -> Any:

@@ -65,7 +65,19 @@ def trained_copy(module: Any) -> Any:
     return module.original_module if module.disable_adapters else copies[module.active_adapters[0]]
 
 
+def holds_value_head(folder: str | Path) -> bool:
+    """Whether a folder holds the value head of a saved model."""
+    return bool(_saved_weights(Path(folder)))
+
+
 def _load(head: nn.Linear, folder: Path) -> None:
+    try:
+        head.load_state_dict(_saved_weights(folder))
+    except RuntimeError as error:
+        raise InputError(f"{folder}: holds no {VALUE_HEAD} that fits the model: {error}") from error
+
+
+def _saved_weights(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -73,7 +85,4 @@ def _load(head: nn.Linear, folder: Path) -> None:
                 _, marker, rest = name.rpartition(f"{VALUE_HEAD}.")
                 if marker:
                     found[rest] = file.get_tensor(name)
-    try:
-        head.load_state_dict(found)
-    except RuntimeError as error:
-        raise InputError(f"{folder}: holds no {VALUE_HEAD} that fits the model: {error}") from error
+    return found

@@ -14,6 +14,7 @@ from command_line import environment
 from command_line_in_process import fail, run
 from safetensors.torch import load_file
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SOURCE = """
 import kvpref
 import torch
@@ -143,3 +144,42 @@ def test_settings_and_missing_functions_are_bad_usage(
     error = fail(capsys, *arguments(trained_dir, pairs_file, tmp_path / "out", missing))
     assert error.startswith(f"error: {folder}/mine.py has no 'baer'; it defines: weighted, bare")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_reads_values_gets_a_value_head_that_is_saved(
+    trained_dir: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    groups = [
+        {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]], "scores": [1, 0]} for row in rows
+    ]
+    data = tmp_path / "groups.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in groups))
+    loss = "examples/actor_critic.py:actor_critic"
+    run(*arguments(trained_dir, data, tmp_path / "first", loss))
+    run(*arguments(tmp_path / "first", data, tmp_path / "second", loss))
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first["value_head.weight"].abs().max() > 0
+    # Trained further, not from zero: two more steps of AdamW move it by at most twice the learning rate and some.
+    assert (second["value_head.weight"] - first["value_head.weight"]).abs().max() < 0.025
+    errors = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["value_error"]
+        for name in ("first", "second")
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_lora_trains_the_value_head_whole(trained_dir: Path, pairs_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
+    path = tmp_path / "values.py"
+    path.write_text(
+        "import kvpref\n"
+        "@kvpref.loss(values=True)\n"
+        "def fit(policy, reference, batch):\n"
+        "    return ((policy.values - 1) ** 2).mean() - policy.mean().mean()\n"
+    )
+    run(*arguments(trained_dir, pairs_file, tmp_path / "out", f"{path}:fit"), "--lora-r", 2)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (value_head,) = [weight for name, weight in saved.items() if name.endswith("value_head.weight")]
+    assert value_head.abs().max() > 0

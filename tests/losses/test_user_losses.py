@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import kvpref
-from kvpref.losses import make_loss, user
+from kvpref.losses import as_loss, loss_name, make_loss, user
+from kvpref.losses.interface import FunctionLoss
 
 SOURCE = '''
 """Losses of a user."""
@@ -97,6 +99,16 @@ def test_a_function_keeps_its_name_and_needs_whatever_its_settings(folder: Path)
         assert (loss.__name__, loss.needs_reference, loss.columns) == ("margin", True, ("weight",))
         assert (loss.reads, loss.head) == ("tokens", kvpref.HeadOptions(entropy=True))
     assert str(make_loss(f"{folder}/mine.py:margin").__name__) == "margin"
+
+
+def test_settings_given_by_hand_leave_what_a_function_declares(folder: Path) -> None:
+    policy, batch = make_inputs()
+    loss = make_loss("mine.py:margin")
+    assert isinstance(loss, FunctionLoss)
+    by_hand = as_loss(partial(partial(loss.function, beta=3.0), offset=1.0))
+    assert by_hand(policy, None, batch).loss.item() == pytest.approx(3 * -5 + 1.0)
+    assert (by_hand.needs_reference, by_hand.columns, by_hand.head) == (True, ("weight",), loss.head)
+    assert loss_name(by_hand) == "margin"
 
 
 def test_a_scalar_alone_is_a_loss_without_metrics(folder: Path) -> None:
@@ -215,4 +227,4 @@ def test_declarations_by_hand_are_checked(attribute: str, value: object, message
 
     setattr(f, attribute, value)
     with pytest.raises(kvpref.InputError, match=message):
-        kvpref.losses.as_loss(f)
+        as_loss(f)
