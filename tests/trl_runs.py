@@ -153,5 +153,5 @@ def assert_same(found: Run, truth: Run, *, tolerance: float = 1e-5) -> None:
             assert ours[name] == near, name
     moved = sum(float((truth.after[name] - before).norm()) for name, before in truth.before.items())
     apart = sum(float((truth.after[name] - after).norm()) for name, after in found.after.items())
-    assert 0.1 < moved  # or equal losses would say nothing
+    assert moved > 0.1  # or equal losses would say nothing
     assert apart < 0.01 * moved

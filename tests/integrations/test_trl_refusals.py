@@ -31,7 +31,11 @@ class Case:
     """What to ask for: `options` set on the config, `arguments` of the trainer, and the model."""
 
     def __init__(
-        self, refusal: str, model: Callable[[], Any] | None = None, arguments: dict[str, Any] | None = None, **options: Any
+        self,
+        refusal: str,
+        model: Callable[[], Any] | None = None,
+        arguments: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.refusal, self.model, self.arguments, self.options = refusal, model, arguments or {}, options
 

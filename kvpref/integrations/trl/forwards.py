@@ -40,13 +40,24 @@ def shared_prompt_heads(trainer_module: ModuleType, mode: str) -> Iterator[None]
 
     TRL looks `add_fused_lm_head` up in the trainer's module and calls it on policy and reference, before accelerate
     wraps them and before reference log-probs are computed. Not for threads that build trainers at the same time.
+
+    Raises:
+        RuntimeError: If the trainer was built without asking for a fused head.
     """
     original = getattr(trainer_module, _ADD_HEAD)
-    setattr(trainer_module, _ADD_HEAD, functools.partial(add_shared_prompt_head, mode=mode))
+    served: list[PreTrainedModel] = []
+
+    def add_head(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        add_shared_prompt_head(model, *args, mode=mode, **kwargs)
+        served.append(model)
+
+    setattr(trainer_module, _ADD_HEAD, add_head)
     try:
         yield
     finally:
         setattr(trainer_module, _ADD_HEAD, original)
+    if not served:
+        raise RuntimeError("this release of TRL gives its models no fused LM head, which kvpref replaces; use trl 1.16")
 
 
 def add_shared_prompt_head(
@@ -157,7 +168,9 @@ def _classifier_output(
 
 def _refuse_inputs(others: dict[str, Any]) -> None:
     """TRL and PEFT name further arguments, which are None, or False, or say how outputs are wrapped."""
-    unknown = [name for name, value in others.items() if value is not None and value is not False and name != "return_dict"]
+    unknown = [
+        name for name, value in others.items() if value is not None and value is not False and name != "return_dict"
+    ]
     if unknown:
         raise InputError(
             f"kvpref cannot pass {', '.join(unknown)} to the model: rows are laid out anew, so only input_ids, "

@@ -61,7 +61,11 @@ class Setup:
             args=args,
             model=model,
             config=_config_of(model, args),
-            peft_configs=tuple(own.values()) if isinstance(own, dict) else () if peft_config is None else (peft_config,),
+            peft_configs=tuple(own.values())
+            if isinstance(own, dict)
+            else ()
+            if peft_config is None
+            else (peft_config,),
             processing_class=given.get("processing_class"),
         )
 
@@ -146,7 +150,7 @@ def _is_multimodal(setup: Setup) -> bool:
     return isinstance(setup.processing_class, ProcessorMixin) or hasattr(setup.config, "vision_config")
 
 
-def _dropout_rates(setup: Setup) -> Iterator[float]:
+def _dropout_rates(setup: Setup) -> Iterator[float | None]:
     """Rates that would be above zero in training."""
     yield from (getattr(setup.config, name, 0.0) for name in _NUMERIC_DROPOUT)
     if not setup.option("disable_dropout", True):
@@ -155,7 +159,7 @@ def _dropout_rates(setup: Setup) -> Iterator[float]:
 
 
 def _has_dropout(setup: Setup) -> bool:
-    return any(rate > 0 for rate in _dropout_rates(setup))
+    return any(rate is not None and rate > 0 for rate in _dropout_rates(setup))
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -232,8 +236,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         name="dropout in training",
         applies=_has_dropout,
-        reason="it makes two forwards of one token differ; keep disable_dropout=True and set attention_dropout to 0 in "
-        "the model's config",
+        reason="it makes two forwards of one token differ; set disable_dropout=True, and attention_dropout to 0 in the "
+        "model's config",
     ),
     Refusal(
         name="cast_lm_head_to_fp32=True",
@@ -246,7 +250,7 @@ REFUSALS: tuple[Refusal, ...] = (
         applies=lambda setup: bool(
             setup.option("use_transformers_continuous_batching") or setup.option("use_transformers_paged")
         ),
-        reason="paged generation selects an attention of its own in the model that kvpref runs; use vLLM or plain generate",
+        reason="paged generation selects its own attention in the model that kvpref runs; use vLLM or plain generate",
         trainers=_GRPO,
     ),
     Refusal(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
-import trl
 from torch import nn
+from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, reward_trainer
 
 from kvpref.errors import InputError
 from kvpref.integrations.trl.forwards import add_shared_prompt_rewards, asking_for_rewards, shared_prompt_heads
@@ -19,7 +20,7 @@ from kvpref.plans import MODES
 
 
 class _SharedPromptTrainer:
-    """What the trainers below have in common: refusals first, then TRL's own construction around kvpref's forward.
+    """What the trainers below have in common: refusals first, then TRL's own construction.
 
     Attributes:
         kvpref_mode: How batches run; see `kvpref.response_logps`.
@@ -33,13 +34,15 @@ class _SharedPromptTrainer:
         given = inspect.signature(self._trl_class).bind(*args, **kwargs).arguments
         refuse_unsupported(Setup.from_arguments(self._trl_class.__name__, given))
         self.kvpref_mode = mode
-        module = sys.modules[self._trl_class.__module__]
-        has_fused_head = hasattr(module, "add_fused_lm_head")
-        with shared_prompt_heads(module, mode) if has_fused_head else nullcontext():
+        with self._construction():
             super().__init__(*args, **kwargs)
 
+    def _construction(self) -> AbstractContextManager[None]:
+        """Entered while TRL builds the trainer: its policy and reference get kvpref's forward."""
+        return shared_prompt_heads(sys.modules[self._trl_class.__module__], self.kvpref_mode)
 
-class DPOTrainer(_SharedPromptTrainer, trl.DPOTrainer):
+
+class DPOTrainer(_SharedPromptTrainer, dpo_trainer.DPOTrainer):
     """`trl.DPOTrainer`, with policy and reference log-probs from kvpref: prompts shared by rows are encoded once.
 
     Args:
@@ -52,38 +55,40 @@ class DPOTrainer(_SharedPromptTrainer, trl.DPOTrainer):
         UnsupportedModelError: If the model would not be computed exactly.
     """
 
-    _trl_class = trl.DPOTrainer
+    _trl_class = dpo_trainer.DPOTrainer
 
 
-class KTOTrainer(_SharedPromptTrainer, trl.KTOTrainer):
+class KTOTrainer(_SharedPromptTrainer, kto_trainer.KTOTrainer):
     """`trl.KTOTrainer`, with the log-probs of completions and of the KL batch from kvpref.
 
     Args and errors as in `DPOTrainer`.
     """
 
-    _trl_class = trl.KTOTrainer
+    _trl_class = kto_trainer.KTOTrainer
 
 
-class GRPOTrainer(_SharedPromptTrainer, trl.GRPOTrainer):
+class GRPOTrainer(_SharedPromptTrainer, grpo_trainer.GRPOTrainer):
     """`trl.GRPOTrainer`, with current, old and reference log-probs from kvpref; generation stays TRL's.
 
     Args and errors as in `DPOTrainer`.
     """
 
-    _trl_class = trl.GRPOTrainer
+    _trl_class = grpo_trainer.GRPOTrainer
 
 
-class RewardTrainer(_SharedPromptTrainer, trl.RewardTrainer):
+class RewardTrainer(_SharedPromptTrainer, reward_trainer.RewardTrainer):
     """`trl.RewardTrainer`, with rewards from kvpref.
 
     Args and errors as in `DPOTrainer`.
     """
 
-    _trl_class = trl.RewardTrainer
+    _trl_class = reward_trainer.RewardTrainer
 
-    def __init__(self, *args: Any, mode: str = "two_pass", **kwargs: Any) -> None:
-        super().__init__(*args, mode=mode, **kwargs)
-        add_shared_prompt_rewards(unwrap(self.model), mode=mode)
+    @contextmanager
+    def _construction(self) -> Iterator[None]:
+        yield
+        model: Any = self.model
+        add_shared_prompt_rewards(unwrap(model), mode=self.kvpref_mode)
 
     def compute_loss(
         self,
