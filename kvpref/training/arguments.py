@@ -26,7 +26,10 @@ class PreferenceTrainingArguments(TrainingArguments):
     tokens, which changes memory and speed but not the gradient.
     """
 
-    loss: str = field(default="dpo", metadata={"help": "Name of the loss: dpo or sft."})
+    loss: str = field(
+        default="dpo",
+        metadata={"help": "A loss that `kvpref losses` lists, or yours: FILE.py:FUNCTION, package.module:FUNCTION."},
+    )
     loss_args: dict[str, Any] | None = field(
         default=None, metadata={"help": "Settings of the loss, such as {'beta': 0.1, 'label_smoothing': 0.0}."}
     )
