@@ -9,6 +9,7 @@ from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
 from kvpref.modeling.head import is_reward_model
 from kvpref.modeling.support import unwrap
+from kvpref.training.inputs import check_lengths
 
 
 def loss_name(loss: PreferenceLoss) -> str:
@@ -30,6 +31,12 @@ def check_model_kind(model: nn.Module, loss: PreferenceLoss) -> None:
     elif is_reward_model(inner):
         reads, has = "log-probs of tokens", "has none"
         raise InputError(f"{found.format(reads, has)}; load AutoModelForCausalLM, or choose a loss of rewards")
+
+
+def check_data(dataset: PreferenceDataset, model: nn.Module, loss: PreferenceLoss) -> None:
+    """Raise InputError for the first group that is too long for the model, or lacks what the loss reads."""
+    check_lengths(dataset, model)
+    check_columns(dataset, loss)
 
 
 def check_columns(dataset: PreferenceDataset, loss: PreferenceLoss) -> None:

@@ -92,20 +92,22 @@ class ModelReference:
 
     def for_batch(self, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps:
         """As in `ReferenceSource`; the forward pass runs where the model is."""
-        options, precision = self.scoring.options(), self.scoring.precision
-        own = batch
-        if batch.device != self.device:
-            own = inputs.batch.to(self.device)
+        options = self.scoring.options()
+        own = batch if batch.device == self.device else inputs.batch.to(self.device)
         if batch.device.type != self.device.type:
             options = replace(options, backend="auto")  # the policy's may not run there
-        mixed = torch.autocast(self.device.type, precision, enabled=precision is not None)
-        with _in_eval_mode(self.model_of()) as model, torch.no_grad(), mixed, self.as_reference(model):
+        with _in_eval_mode(self.model_of()) as model, self._mixed_precision(), self.as_reference(model):
             found = score(model, own, options, head=HeadOptions(temperature=self.scoring.temperature))
         return ResponseLogps(
             token_logps=found.token_logps.to(batch.device),
             cu_seqlens=batch.cu_seqlens,
             group_index=batch.group_index,
         )
+
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[None]:
+        # Accelerate puts the policy's forward in autocast, but only once training begins, and no other model's.
+        precision = self.scoring.precision
+        return contextlib.nullcontext() if precision is None else torch.autocast(self.device.type, precision)
 
     def as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """While open, `model` computes as the reference."""

@@ -28,11 +28,10 @@ from kvpref.training.callbacks import (
     SyncReferenceCallback,
     ThroughputProgressCallback,
 )
-from kvpref.training.checks import check_columns, check_model_kind
+from kvpref.training.checks import check_data, check_model_kind
 from kvpref.training.inputs import (
     MicroBatchInputs,
     StepInputs,
-    check_lengths,
     make_cost_model,
     make_loader,
     make_planner,
@@ -118,8 +117,7 @@ class PreferenceTrainer(Trainer):
             self.add_callback(SyncReferenceCallback(self.references.sync, args.reference_sync_steps))
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
-                check_lengths(dataset, self.model)
-                check_columns(dataset, self.loss)
+                check_data(dataset, self.model, self.loss)
 
     # What feeds the loop
 
@@ -234,6 +232,7 @@ class PreferenceTrainer(Trainer):
         if is_own:
             self.references.prepare("eval", dataset)
         else:
+            check_data(dataset, self.model, self.loss)
             self.references.check_can_score(dataset)
         args, meter = self.args, MetricMeter()
         loader = self._make_loader(dataset, args.per_device_eval_batch_size, shuffle=False)

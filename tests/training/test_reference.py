@@ -209,6 +209,32 @@ def test_stored_log_probs_of_another_temperature_are_refused(tmp_path: Path) -> 
         make_trainer(tmp_path, loss=loss).train()
 
 
+def test_a_reference_on_another_device_than_the_batch(tmp_path: Path) -> None:
+    """The batch comes from where it was collated: a meta tensor has nothing to copy back."""
+    trainer = make_trainer(tmp_path, precompute_reference=False)
+    trainer.references.prepare("train", trainer.train_dataset)
+    step = next(iter(trainer._make_loader(trainer.train_dataset, 100, shuffle=False)))
+    item = next(iter(step))
+    found = trainer.references.for_batch("train", item, item.batch.to("meta"))
+    assert {tensor.device.type for tensor in found if tensor is not None} == {"meta"}
+    assert found.token_logps.shape == (item.batch.num_scored_tokens,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"reference_sync_steps": 1, "reference_sync_alpha": 1.0}], ids=["", "synced"])
+def test_a_reference_in_host_memory(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer = make_trainer(
+        tmp_path, use_cpu=False, precompute_reference=False, reference_device="cpu", max_steps=1, **settings
+    )
+    trainer.train()
+    assert first_loss(trainer) == pytest.approx(LOG_TWO, abs=1e-7)
+    assert {item.device.type for item in trainer.model.parameters()} == {"cuda"}
+    assert {item.device.type for item in trainer.references._reference().model_of().parameters()} == {"cpu"}
+    expected = trainer.model.cpu() if settings else make_model()
+    assert relative_error(reference_logps(trainer), token_logps(expected)) < TOLERANCE
+
+
 def test_evaluating_on_another_dataset(tmp_path: Path) -> None:
     groups = make_groups(5, seed=3)
     found = {}
