@@ -62,14 +62,18 @@ def check_arguments(arguments: dict[str, Any], config: Any) -> None:
             raise UnservedError(name)
     if arguments.get("return_dict") is None and not getattr(config, "return_dict", True):
         raise UnservedError("return_dict")
-    input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    _check_shapes(*(arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids")))
+
+
+def _check_shapes(input_ids: Any, mask: Any, position_ids: Any) -> None:
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         raise UnservedError("input_ids that are not (rows, columns)")
     if len(input_ids) == 1:
         raise UnservedError("one row")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape):
         raise UnservedError("attention_mask that is not (rows, columns)")
-    position_ids = arguments.get("position_ids")
+    if mask is not None and mask.is_floating_point():
+        raise UnservedError("attention_mask of floats")
     if position_ids is not None and position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
         raise UnservedError("position_ids that are not (rows, columns)")
 

@@ -23,7 +23,12 @@ _Key = tuple[torch.Tensor | None, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class SharingWorth:
-    """How much a call must save for the pass over unique tokens to be faster than the model's own forward."""
+    """How much a call must save for the pass over unique tokens to be faster than the model's own forward.
+
+    The bars are where that was so on one CPU core, for Llama models of 4 layers: 256 wide, 16 rows of 256 tokens, it
+    took 1.04 to 1.06 of the time where 5% were saved, 0.94 to 1.04 at 10%, 0.88 to 0.91 at 15%; with 4 rows of 64
+    tokens 1.01 to 1.07 where 57 tokens were saved, 0.77 to 0.84 at 114, and 0.61 to 0.66 at 114 if 768 wide.
+    """
 
     min_saved: float = 0.15
     """Share of the call's tokens, padding included, that sharing must save."""

@@ -5,14 +5,16 @@ Integers only, on the CPU. Shape legend: B rows of L columns, U unique tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import torch
 
-from kvpref.groups import Sequence
-from kvpref.plans import PassPlan, build_plan, int64
+from kvpref.attention.block import VarlenBlock
+from kvpref.layout import VarlenLayout
+from kvpref.plans import LevelBlocks, PassPlan, int64
 from kvpref.tree import PrefixTree, TokenIds, build_tree
 
 # Token ids stand below it, positions above, where both make one number.
@@ -135,6 +137,8 @@ class SharedRows:
 def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, max_depth: int) -> SharedRows:
     """Plan one pass over the unique tokens of `rows`; tensors on the CPU.
 
+    One for all levels, so that each layer runs once per call, as it does in the unchanged model.
+
     Args:
         rows: The padded batch.
         by_position: Whether rows share tokens only where positions agree too. Without it, positions count from each
@@ -142,23 +146,61 @@ def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, m
         min_shared_tokens: Shorter shared runs are repeated, as in `kvpref.tree.build_tree`.
         max_depth: Depth of the deepest segment.
     """
-    sequences = rows.sequences(by_position=by_position)
-    tree = build_tree(sequences, min_shared_tokens=min_shared_tokens, max_depth=max_depth)
-    plan = build_plan("one_pass", [Sequence(ids, (False,) * len(ids)) for ids in sequences], tree)
+    tree = build_tree(rows.sequences(by_position=by_position), min_shared_tokens=min_shared_tokens, max_depth=max_depth)
     unique_rows, cells = _match_cells(tree, rows)
-    # Token ids of the tree may be marked with positions; those of the batch are not.
-    item = replace(plan.passes[0], input_ids=torch.from_numpy(rows.input_ids.reshape(-1)[cells]).unsqueeze(0))
-    if by_position:
-        positions = rows.first_positions[:, None] + np.arange(rows.input_ids.shape[1]) - rows.starts[:, None]
-        item = replace(item, position_ids=torch.from_numpy(positions.reshape(-1)[cells]).unsqueeze(0))
+    first_positions = rows.first_positions if by_position else np.zeros_like(rows.starts)
+    positions = np.arange(rows.input_ids.shape[1]) + (first_positions - rows.starts)[:, None]
     num_rows, num_columns = rows.input_ids.shape
     return SharedRows(
-        item=item,
-        unique_rows=int64(unique_rows.tolist()),
+        item=PassPlan(
+            # Of the batch: those of the tree may be marked with positions.
+            input_ids=torch.from_numpy(rows.input_ids.reshape(-1)[cells]).unsqueeze(0),
+            position_ids=torch.from_numpy(positions.reshape(-1)[cells]).unsqueeze(0),
+            attention_mask=None,
+            levels=_level_blocks(tree),
+            predictor_rows=int64(()),
+        ),
+        unique_rows=torch.from_numpy(unique_rows),
         shape=(num_rows, num_columns),
         num_unique_tokens=len(cells),
-        max_row_tokens=plan.max_sequence_tokens,
+        max_row_tokens=int(rows.lengths.max()),
     )
+
+
+def _level_blocks(tree: PrefixTree) -> tuple[LevelBlocks, ...]:
+    """The attention blocks of every level, from the lengths of segments alone.
+
+    `kvpref.layout` lays out scored tokens too, one by one, which takes longer than all else here.
+    """
+    lines: list[tuple[int, ...]] = []  # per segment, its ancestors by depth and itself
+    levels: list[list[int]] = [[] for _ in range(tree.num_levels)]
+    for index, segment in enumerate(tree.segments):
+        lines.append((index,) if segment.parent is None else (*lines[segment.parent], index))
+        levels[segment.depth].append(index)
+    lengths = list(map(len, tree.segments))
+
+    def cross_block(level: list[int], depth: int) -> VarlenBlock:
+        num_queries = dict.fromkeys(levels[depth], 0)
+        for index in level:
+            num_queries[lines[index][depth]] += lengths[index]
+        return _block(num_queries.values(), [lengths[index] for index in levels[depth]], causal=False)
+
+    blocks = []
+    for depth, level in enumerate(levels):
+        own = [lengths[index] for index in level]
+        blocks.append(
+            LevelBlocks(
+                num_rows=sum(own),
+                self_block=_block(own, own, causal=True),
+                cross_blocks=tuple(cross_block(level, above) for above in range(depth)),
+            )
+        )
+    return tuple(blocks)
+
+
+def _block(num_queries: Iterable[int], num_keys: Iterable[int], *, causal: bool) -> VarlenBlock:
+    offsets_q, offsets_k = (tuple(accumulate(lengths, initial=0)) for lengths in (num_queries, num_keys))
+    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k, causal=causal))
 
 
 def _match_cells(tree: PrefixTree, rows: PaddedRows) -> tuple[np.ndarray, np.ndarray]:

@@ -66,11 +66,13 @@ def shared_prefix(
     share, runs each once through the model's backbone, and hands every row its hidden states; head, loss and whatever
     stands on top are the model's own. Outputs and gradients are those of the unchanged model, to rounding, but for:
     `past_key_values` is None unless asked for by ``use_cache=True`` (which runs unchanged), and at padding, where the
-    unchanged model leaves numbers without meaning, hidden states are zero.
+    unchanged model leaves numbers without meaning, hidden states are zero. A model's head that would read those runs
+    unchanged; code of yours that calls ``model.base_model`` itself must not.
 
     A call that cannot be served exactly, or shares too little to be worth it, runs the unchanged model; `stats` counts
-    these by reason. The model need not be attached. Its attention, forward and config are as before when the switch is
-    closed, and for calls that are not served all the time.
+    these by reason. The model need not be attached. Its attention, forward and config are as before once the switch is
+    closed, and all the time for calls that are not served. What torch.compile traces runs unchanged and uncounted.
+    Copies and pickles of the model have no switch.
 
     Args:
         model: Of a supported family, with a language-model head or a scalar reward head; may be inside PEFT or

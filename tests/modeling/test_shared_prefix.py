@@ -219,3 +219,14 @@ def test_lora_put_on_afterwards() -> None:
         wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
         wrapped(**inputs)
     assert switch.stats.num_served == 1
+
+
+def test_inside_ddp() -> None:
+    model, inputs = tiny_model("llama", torch.float64), padded(sharing_rows())
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert_served(wrapped, inputs, real=inputs["attention_mask"].bool())
+    finally:
+        torch.distributed.destroy_process_group()

@@ -55,6 +55,8 @@ CALLS: dict[str, dict[str, Any]] = {
         attention_mask=2 * served_inputs()["attention_mask"]
     ),
     "attention_mask that is not (rows, columns)": served_inputs(attention_mask=four_dimensional()),
+    "attention_mask of floats": served_inputs(attention_mask=served_inputs()["attention_mask"].bfloat16()),
+    "position_ids that are not (rows, columns)": served_inputs(position_ids=torch.zeros(1, 1, dtype=torch.int64)),
     "position_ids that do not count up by one": served_inputs(position_ids=restarting_positions()),
     "labels that padding predicts": served_inputs(labels=labels_at_padding()),
 }
