@@ -38,6 +38,7 @@ def test_launchers(launcher: list[str]) -> None:
     [
         ["train"],
         ["score"],
+        ["losses"],
         ["check"],
         ["data", "inspect"],
         ["profile", "memory"],
