@@ -91,12 +91,7 @@ def _find_targets(model: PreTrainedModel, names: str | None) -> str | list[str]:
     modules = dict(model.named_modules())
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
-            # Linear layers, and GPT-2's own kind of them.
-            linear = {
-                name.rpartition(".")[2]
-                for name, item in modules.items()
-                if hasattr(item, "weight") and _is_linear(item)
-            }
+            linear = {name.rpartition(".")[2] for name, item in modules.items() if _is_linear(item)}
             raise InputError(
                 f"lora_target_modules: the model has no module {target!r}; its linear layers: "
                 f"{', '.join(sorted(linear))}"
@@ -105,6 +100,7 @@ def _find_targets(model: PreTrainedModel, names: str | None) -> str | list[str]:
 
 
 def _is_linear(module: Any) -> bool:
+    # Conv1D is GPT-2's own kind of linear layer.
     return type(module).__name__ in ("Linear", "Conv1D")
 
 
