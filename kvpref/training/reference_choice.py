@@ -66,6 +66,7 @@ class References:
         self._given = args.reference_model if given is None else given
         self._home = None if given is None else next(given.parameters()).device
         self._stored: dict[str, StoredReference] = {}
+        self._prepared: set[str] = set()
         self._model: ModelReference | None = None
         self._fingerprint: str | None = None
         if given is not None and args.reference_model is not None:
@@ -81,7 +82,7 @@ class References:
             InputError: As `stored_reference`; if the weights have changed since the reference was made; if the
                 reference model cannot read the data.
         """
-        if not self._needed or dataset is None or name in self._stored:
+        if not self._needed or dataset is None or name in self._prepared:
             return
         reference = self._reference()
         self._check_readable(dataset, reference)
@@ -90,6 +91,7 @@ class References:
             folder = self._args.reference_logps_dir or Path(self._args.output_dir or ".") / "reference_logps"
             path = Path(folder) / f"{name}.safetensors"
             self._stored[name] = stored_reference(reference, dataset, self._args, path)
+        self._prepared.add(name)
 
     def for_batch(self, name: str, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps | None:
         """Reference log-probs of a micro-batch of the dataset `name`; None where the loss reads none.
