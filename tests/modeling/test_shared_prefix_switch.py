@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 import kvpref
 from kvpref import InputError, UnsupportedModelError
+from kvpref.modeling.attach import is_attached
 
 
 def state(model: nn.Module) -> list[tuple[Any, ...]]:
@@ -160,6 +161,7 @@ def test_copies_do_not_share_prefixes(attached: bool) -> None:
     assert torch.equal(copied(**inputs).logits, 2 * plain(**inputs).logits)
     with switch_on(copied) as switch:
         assert num_served(copied, switch) == 1
+    assert is_attached(copied) == attached
 
 
 def test_pickles_and_checkpoints_do_not_share_prefixes(tmp_path: Path) -> None:
