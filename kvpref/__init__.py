@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from kvpref.modeling.options import EngineOptions
     from kvpref.modeling.passes import encode_prefix, response_logps, response_rewards, score_responses
     from kvpref.modeling.schedules import forward_backward, forward_backward_step
-    from kvpref.modeling.value_head import add_value_head
     from kvpref.modeling.shared_prefix import shared_prefix
+    from kvpref.modeling.value_head import add_value_head
     from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
     from kvpref.step import Step, join_batches
     from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
