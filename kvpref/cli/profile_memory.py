@@ -114,37 +114,26 @@ def _load(
     from kvpref.cli.step_inputs import load_model_and_groups, sample_evenly
     from kvpref.data import PreferenceDataset
     from kvpref.losses import as_loss
-    from kvpref.training.inputs import check_lengths
+    from kvpref.training.inputs import check_lengths, select_groups
 
-    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype)
+    loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype, as_loss(loss))
     most = max(count or 1 for count in counts)
     enough = [group for group in dataset if len(group) >= most]
     if not enough:
         largest = max(map(len, dataset), default=0)
         raise InputError(f"{data}: no group has {most} responses; the largest has {largest}")
     sampled = sample_evenly(PreferenceDataset(enough, report=dataset.report), num_groups)
-
-    def prepare(group: Group, count: int | None) -> Group:
-        return as_loss(loss).select(take_responses(group, count))
-
-    datasets = {count: sampled.map_groups(partial(prepare, count=count)) for count in counts}
+    datasets = {
+        count: select_groups(sampled.map_groups(partial(take_responses, count=count)), as_loss(loss))
+        for count in counts
+    }
     check_lengths(datasets[counts[-1]], loaded)
     return loaded, datasets
 
 
 def take_responses(group: Group, count: int | None) -> Group:
     """A group with `count` of its responses, spread evenly; all of them if None."""
-    from kvpref.groups import Group
-
-    if count is None:
-        return group
-    kept = [index * len(group) // count for index in range(count)]
-    return Group(
-        [group.sequences[index] for index in kept],
-        scores=None if group.scores is None else [group.scores[index] for index in kept],
-        labels=None if group.labels is None else [group.labels[index] for index in kept],
-        id=group.id,
-    )
+    return group if count is None else group.take([index * len(group) // count for index in range(count)])
 
 
 def _cases(

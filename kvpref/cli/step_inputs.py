@@ -10,7 +10,7 @@ from kvpref.cli.loading import load_matching_tokenizer, load_model
 from kvpref.data import DataOptions, PreferenceDataset, StepOptions, StepPlanner, load_preferences
 from kvpref.groups import Group
 from kvpref.losses import PreferenceLoss
-from kvpref.training.inputs import check_lengths
+from kvpref.training.inputs import check_lengths, select_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ def load_model_and_sample(
         InputError: As `load_model_and_groups`, and if a sequence is longer than the model's positions.
     """
     loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype, loss)
-    sampled = sample_evenly(dataset, num_groups).map_groups(loss.select)
+    sampled = select_groups(sample_evenly(dataset, num_groups), loss)
     check_lengths(sampled, loaded)
     return loaded, sampled
 

@@ -66,10 +66,10 @@ def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None])
         report_main("")  # the line of the progress bar has no end yet
         raise
     metrics = {**result.metrics, **trainer.token_meter.rates(args.world_size)}
-    if eval_data is not None:
-        metrics.update(trainer.evaluate())
     trainer.save_model(args.output_dir)
     report_main(f"saved the model to {args.output_dir}")
+    if eval_data is not None:
+        metrics.update(trainer.evaluate())
     # Ranks leave together, and not while gloo's or NCCL's threads still hold a collective's tensors.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

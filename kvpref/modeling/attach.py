@@ -51,9 +51,12 @@ def attach(model: M) -> M:
 
 
 def is_attached(model: PreTrainedModel) -> bool:
-    # Pickling a model drops the patched forward but keeps the attention's name.
-    accepts_programs = getattr(model.__dict__.get("forward"), "accepts_programs", False)
-    return accepts_programs and model.config._attn_implementation == interface.ATTENTION_NAME
+    # Pickling a model drops the patched forward but keeps the attention's name. For mixed precision, accelerate puts a
+    # forward around the patched one that hands programs on.
+    forward: Any = model.__dict__.get("forward")
+    while forward is not None and not getattr(forward, "accepts_programs", False):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None and model.config._attn_implementation == interface.ATTENTION_NAME
 
 
 def run_inside(model: nn.Module, program: Program[R]) -> R:

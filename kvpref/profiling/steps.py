@@ -13,9 +13,10 @@ from kvpref.batch import Batch, collate
 from kvpref.flops import Work, count_work, total_work
 from kvpref.groups import Group
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
-from kvpref.modeling.passes import response_logps
+from kvpref.losses.recording import RecordingLoss
+from kvpref.modeling.passes import reads_of, response_logps
 from kvpref.modeling.schedules import forward_backward
-from kvpref.outputs import ResponseLogps
+from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
 
 BASELINE_MODE = "packed"
 """What modes are compared with: the same kernels and no padding, every prompt repeated."""
@@ -42,7 +43,7 @@ class StepOutcome(NamedTuple):
     """Loss of the whole step."""
 
     mean_token_logp: float
-    """Mean log-prob of the scored tokens, in nats: the loss alone can hide an error that falls on both responses."""
+    """Mean log-prob of the scored tokens, in nats, or mean reward: the loss can hide an error in both responses."""
 
 
 class TrainStep:
@@ -64,7 +65,7 @@ class TrainStep:
         mode: str,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self.model, self.loss, self.mode, self.optimizer = model, loss, mode, optimizer
+        self.model, self.loss, self.mode, self.optimizer = model, as_loss(loss), mode, optimizer
         self.micro_batches = tuple(micro_batches)
 
     def run(self) -> torch.Tensor:
@@ -78,14 +79,13 @@ class TrainStep:
     def check(self) -> StepOutcome:
         """Run every micro-batch without the optimizer and tell what came out."""
         self.model.zero_grad(set_to_none=True)
-        loss, logp_sum, num_tokens = 0.0, 0.0, 0
-        for item in self.micro_batches:
-            output = self._forward_backward(item, self._recording_loss)
-            loss += output.loss.item() * item.weight
-            logp_sum += output.metrics["logp_sum"].item()
-            num_tokens += int(output.metrics["num_tokens"].item())
+        seen: list[torch.Tensor] = []
+        recording = RecordingLoss(self.loss, lambda policy: seen.append(_values(policy)))
+        outputs = [self._forward_backward(item, recording) for item in self.micro_batches]
+        loss = sum(output.loss.item() * item.weight for output, item in zip(outputs, self.micro_batches, strict=True))
         self.model.zero_grad(set_to_none=True)
-        return StepOutcome(loss, logp_sum / max(1, num_tokens))
+        values = torch.cat(seen)
+        return StepOutcome(loss, float(values.sum()) / max(1, values.numel()))
 
     def work(self) -> Work:
         """Counts of what one run computes."""
@@ -96,11 +96,6 @@ class TrainStep:
         state = self.optimizer.state.values() if self.optimizer is not None else ()
         kept = [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *kept))
-
-    def _recording_loss(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
-        logps = policy.token_logps.detach()
-        counts = {"logp_sum": logps.double().sum(), "num_tokens": torch.tensor(logps.numel())}
-        return LossOutput(self.loss(policy, reference, batch).loss, counts)
 
     def _forward_backward(self, item: StepMicroBatch, loss: PreferenceLoss | LossFunction) -> LossOutput:
         return forward_backward(
@@ -131,19 +126,26 @@ def make_micro_batches(
         device: Where the tensors go.
     """
     wrapped = as_loss(loss)
-    batches = [collate(groups, device=device, modes=(mode,)) for groups in cut]
+    reads = reads_of(model, wrapped.reads)
+    batches = [collate(groups, device=device, modes=(mode,), reads=reads) for groups in cut]
     units = [wrapped.num_units(batch) for batch in batches]
     return tuple(
         StepMicroBatch(
             batch=batch,
-            reference=_reference(model, batch) if wrapped.needs_reference else None,
-            weight=count / sum(units),
+            reference=_reference(model, batch, wrapped.head) if wrapped.needs_reference else None,
+            weight=count / max(1, sum(units)),
         )
         for batch, count in zip(batches, units, strict=True)
     )
 
 
 @torch.no_grad()
-def _reference(model: nn.Module, batch: Batch) -> ResponseLogps:
+def _reference(model: nn.Module, batch: Batch, head: HeadOptions) -> ResponseLogps:
     # In one mode for all: a mode that is its own reference would cancel its own error.
-    return response_logps(model, batch, mode=BASELINE_MODE)
+    return response_logps(model, batch, mode=BASELINE_MODE, head=HeadOptions(temperature=head.temperature))
+
+
+def _values(policy: ResponseLogps | ResponseRewards) -> torch.Tensor:
+    """What a loss reads: log-probs of tokens, or rewards; one dimension, float64."""
+    values = policy.rewards if isinstance(policy, ResponseRewards) else policy.token_logps
+    return values.detach().double()

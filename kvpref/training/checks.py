@@ -6,15 +6,10 @@ from torch import nn
 
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
-from kvpref.losses import PreferenceLoss
+from kvpref.losses import PreferenceLoss, loss_name
 from kvpref.modeling.head import is_reward_model
 from kvpref.modeling.support import unwrap
 from kvpref.training.inputs import check_lengths
-
-
-def loss_name(loss: PreferenceLoss) -> str:
-    """What messages call a loss."""
-    return str(getattr(loss, "__name__", type(loss).__name__))
 
 
 def check_model_kind(model: nn.Module, loss: PreferenceLoss) -> None:

@@ -210,10 +210,8 @@ def _keep(step: StepInputs) -> StepInputs:
     return step
 
 
-def select_groups(dataset: PreferenceDataset | list[Group] | None, loss: PreferenceLoss) -> PreferenceDataset | None:
+def select_groups(dataset: PreferenceDataset | list[Group], loss: PreferenceLoss) -> PreferenceDataset:
     """The dataset with the sequences that the loss reads; see `PreferenceLoss.prepare`."""
-    if dataset is None:
-        return None
     groups = dataset if isinstance(dataset, PreferenceDataset) else PreferenceDataset(dataset)
     kind = type(loss)
     if kind.select is PreferenceLoss.select and kind.prepare is PreferenceLoss.prepare:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +13,10 @@ from torch import nn
 from kvpref.batch import Batch
 from kvpref.errors import RunError
 from kvpref.losses import LossOutput, PreferenceLoss
+from kvpref.losses.recording import RecordingLoss
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward, forward_backward_step
-from kvpref.outputs import HeadOptions, ResponseLogps
+from kvpref.outputs import ResponseLogps, ResponseRewards
 from kvpref.step import Step
 from kvpref.training.inputs import MicroBatchInputs, StepInputs, join_micro_batches
 from kvpref.training.memory import advice, is_out_of_memory
@@ -51,7 +51,7 @@ class StepResult:
     outputs: list[LossOutput] = field(default_factory=list)
     """Loss and metrics, not weighted."""
 
-    logp_sums: list[torch.Tensor] = field(default_factory=list)
+    sequence_values: list[torch.Tensor] = field(default_factory=list)
     """(num_sequences,) log-prob or reward of each response, detached."""
 
     num_forward_tokens: list[int] = field(default_factory=list)
@@ -149,7 +149,7 @@ class StepRunner:
         return join_micro_batches(batches, self.settings.options, shares=self.settings.shares)
 
     def _recording(self, result: StepResult) -> PreferenceLoss:
-        return _RecordingLoss(self.loss, result.logp_sums)
+        return RecordingLoss(self.loss, lambda policy: result.sequence_values.append(_sequence_values(policy)))
 
     def _local_unless(self, is_last: bool, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
@@ -171,27 +171,14 @@ class StepRunner:
         )
 
 
-class _RecordingLoss(PreferenceLoss):
-    """A loss that notes the log-prob (or reward) of every response, so that one that is not finite can be named."""
-
-    def __init__(self, loss: PreferenceLoss, recorded: list[torch.Tensor]) -> None:
-        self._loss, self._recorded = loss, recorded
-        self.__name__ = getattr(loss, "__name__", type(loss).__name__)
-        self.reads = loss.reads
-
-    @property
-    def head(self) -> HeadOptions:
-        return self._loss.head
-
-    def __call__(self, policy: Any, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
-        with torch.no_grad():
-            self._recorded.append(policy.rewards if self.reads == "ends" else policy.sum())
-        return self._loss(policy, reference, batch)
+def _sequence_values(policy: ResponseLogps | ResponseRewards) -> torch.Tensor:
+    """The log-prob or reward of each response, (num_sequences,), detached."""
+    return (policy.rewards if isinstance(policy, ResponseRewards) else policy.sum()).detach()
 
 
 def find_not_finite(result: StepResult, losses: list[float], inputs: StepInputs) -> Iterator[tuple[float, str]]:
     """The losses that are NaN or infinite, and which groups are to blame."""
-    for value, sums, item in zip(losses, result.logp_sums, inputs, strict=True):
+    for value, sums, item in zip(losses, result.sequence_values, inputs, strict=True):
         if value - value == 0:
             continue
         batch = item.batch

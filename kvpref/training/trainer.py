@@ -19,6 +19,7 @@ from kvpref.groups import Group
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
 from kvpref.modeling.attach import attach
 from kvpref.modeling.compilation import compile_layers
+from kvpref.modeling.passes import reads_of
 from kvpref.modeling.schedules import score
 from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
@@ -94,8 +95,8 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=select_groups(train_dataset, self.loss),
-            eval_dataset=select_groups(eval_dataset, self.loss),
+            train_dataset=None if train_dataset is None else select_groups(train_dataset, self.loss),
+            eval_dataset=None if eval_dataset is None else select_groups(eval_dataset, self.loss),
             processing_class=processing_class,
             callbacks=[MetricsFileCallback(), *(callbacks or [])],
             **kwargs,
@@ -135,7 +136,7 @@ class PreferenceTrainer(Trainer):
         planner = make_planner(
             dataset, self.args, groups_per_device=groups_per_device, shuffle=shuffle, cost_model=self._cost_model
         )
-        return make_loader(dataset, planner, self.args)
+        return make_loader(dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepInputs], num_batches: int, device: torch.device
@@ -226,7 +227,9 @@ class PreferenceTrainer(Trainer):
                 unless it was kept (`precompute_reference=False`).
         """
         is_own = eval_dataset is None or eval_dataset is self.eval_dataset
-        dataset = self.eval_dataset if is_own else select_groups(eval_dataset, self.loss)
+        dataset = self.eval_dataset
+        if eval_dataset is not None and not is_own:
+            dataset = select_groups(eval_dataset, self.loss)
         if dataset is None:
             raise InputError("evaluation needs an eval_dataset")
         if is_own:
@@ -250,7 +253,7 @@ class PreferenceTrainer(Trainer):
 
     def _evaluate_micro_batch(self, model: nn.Module, inputs: MicroBatchInputs, name: str) -> LossOutput:
         batch = inputs.batch.to(self.args.device)
-        policy = score(model, batch, self._step_runner.settings.options)
+        policy = score(model, batch, self._step_runner.settings.options, head=self.loss.head, reads=self.loss.reads)
         return self.loss(policy, self.references.for_batch(name, inputs, batch), batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -83,7 +83,6 @@ def test_trl_itself_is_left_as_it_was(model_path: str, tmp_path: Path) -> None:
     assert dpo_trainer.add_fused_lm_head is utils.add_fused_lm_head
 
 
-@pytest.mark.xfail(raises=kvpref.InputError, reason="accelerate's autocast wrapper hides that the model is attached")
 def test_bf16_as_trl_sets_it(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's default: accelerate runs the forward under autocast and gives it another name."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # restored afterwards: transformers sets it
