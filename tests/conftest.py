@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 # Tiny tensors: a thread pool costs more than it saves, and tests run side by side.
 torch.set_num_threads(1)
@@ -20,3 +22,12 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; set KVPREF_SHARED to a folder that holds it")
     return path
+
+
+@pytest.fixture
+def own_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that train in mixed precision, which accelerate and transformers keep for the rest of the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # restored afterwards: transformers sets it
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()

@@ -83,13 +83,14 @@ def test_trl_itself_is_left_as_it_was(model_path: str, tmp_path: Path) -> None:
     assert dpo_trainer.add_fused_lm_head is utils.add_fused_lm_head
 
 
-def test_bf16_as_trl_sets_it(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_precision")
+def test_bf16_as_trl_sets_it(model_path: str, tmp_path: Path) -> None:
     """TRL's default: accelerate runs the forward under autocast and gives it another name."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # restored afterwards: transformers sets it
     found = trl_runs.run(dpo(kvpref_trl.DPOTrainer, model_path, tmp_path, bf16=True))
     exact = trl_runs.run(dpo(trl.DPOTrainer, model_path, tmp_path, bf16=True))
     # bf16 has 8 bits; log-probs of 40 nats are in these losses.
     torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(exact.losses), rtol=2e-2, atol=2e-2)
+    assert not torch.is_autocast_enabled("cpu"), "an autocast that was entered twice stays on"
 
 
 def test_checkpoints_load_and_resume_as_trls_do(model_path: str, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_bfloat16_base_under_float32_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "online"])
+@pytest.mark.usefixtures("own_precision")
 def test_mixed_precision_holds_for_the_reference_too(tmp_path: Path, precompute: bool) -> None:
     """A reference in full precision would differ from the policy before the first step."""
     model = wrap(make_model()).float()

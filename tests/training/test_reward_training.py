@@ -49,11 +49,9 @@ def test_saved_reward_models_are_transformers_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", ["full", "bounded"])
 @pytest.mark.parametrize("kind", ["language", "reward"])
-def test_bf16_autocast_of_a_float32_model(
-    tmp_path: Path, kind: str, schedule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("own_precision")
+def test_bf16_autocast_of_a_float32_model(tmp_path: Path, kind: str, schedule: str) -> None:
     """Accelerate wraps the model's forward for it."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # restored afterwards: transformers sets it
     model = tiny_model("llama") if kind == "language" else tiny_reward_model("llama")
     loss = "dpo" if kind == "language" else "bradley_terry"
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -62,3 +60,4 @@ def test_bf16_autocast_of_a_float32_model(
     assert trainer.train().training_loss == pytest.approx(0.69, abs=0.3)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0.69, abs=0.5)
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert not torch.is_autocast_enabled("cpu"), "an autocast that was entered twice stays on"

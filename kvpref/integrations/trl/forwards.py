@@ -19,7 +19,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from kvpref.errors import InputError
 from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
-from kvpref.modeling.attach import attach
+from kvpref.modeling.attach import Program, attach
 from kvpref.modeling.head import output_head
 from kvpref.modeling.passes import response_logps, response_rewards
 from kvpref.outputs import HeadOptions, ResponseLogps
@@ -179,14 +179,18 @@ def _refuse_inputs(others: dict[str, Any]) -> None:
 
 
 class _Inside(nn.Module):
-    """A model inside whose forward we are: a program runs without entering once more the hooks around it."""
+    """A model inside whose forward we are: a program runs at once.
+
+    Calling the model again would enter the wrappers of its forward twice, and accelerate's autocast, entered twice, stays
+    on for good.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.module = model
 
-    def forward(self, **kwargs: Any) -> Any:
-        return self.module.forward(**kwargs)
+    def forward(self, kvpref_program: Program[Any]) -> Any:
+        return kvpref_program(self.module)
 
 
 @torch.no_grad()
