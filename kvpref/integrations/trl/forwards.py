@@ -181,7 +181,7 @@ def _refuse_inputs(others: dict[str, Any]) -> None:
 class _Inside(nn.Module):
     """A model inside whose forward we are: a program runs at once.
 
-    Calling the model again would enter the wrappers of its forward twice, and accelerate's autocast, entered twice, stays
+    Calling the model again would enter the wrappers of its forward twice; accelerate's autocast, entered twice, stays
     on for good.
     """
 
