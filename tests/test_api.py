@@ -108,7 +108,7 @@ def test_forward_backward_adds_the_gradient_of_the_loss() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda policy: "a loss", "must return a kvpref.LossOutput; it returned str"),
+        (lambda policy: "a loss", "must return a kvpref.LossOutput, or a scalar tensor; it returned str"),
         (lambda policy: kvpref.LossOutput(policy.sum(), {}), "must return a scalar tensor"),
         (lambda policy: kvpref.LossOutput(policy.sum().mean().detach(), {}), "a loss without gradient"),
     ],

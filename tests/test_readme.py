@@ -1,29 +1,55 @@
-"""README's Python runs as it stands there."""
+"""README's code runs as it stands there, and its tables are those of the code and of the measurements."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from markdown_pages import README, code_blocks, names_in, section, tables
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpref
+from kvpref.losses import LOSSES
+from kvpref.losses.catalog import describe_loss
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+VOCAB_SIZE = 32
 
 
-def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library, loss = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+@pytest.fixture
+def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """README's Python, in a folder that holds what it loads."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained("my-model")
+    found = code_blocks(README, "python")
+    assert len(found) == 3
+    return found
 
+
+def test_shared_prefix_serves_its_example(blocks: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    printed = capsys.readouterr().out.strip()
+    assert f"print(shared.stats)  # {printed}\n" in blocks[0]
+
+    model, input_ids, served = names["model"], names["input_ids"], names["outputs"]
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    alone = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=input_ids)
+    alone.loss.backward()
+    # float32, sums in another order
+    torch.testing.assert_close(served.logits, alone.logits, rtol=0, atol=1e-5)
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=0, atol=1e-5)
+
+
+def test_the_library_and_a_loss_of_ones_own(blocks: list[str]) -> None:
+    _, library, loss = blocks
     names: dict[str, Any] = {}
     exec(library, names)
     padded = names["logps"].token_logps
@@ -41,6 +67,56 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     names["args"].max_steps, names["args"].report_to = 1, []
     names["trainer"].train()
     assert names["trainer"].state.global_step == 1
+
+
+def test_the_switch_for_trl_imports() -> None:
+    pytest.importorskip("trl", reason="needs the extra kvpref[trl]")
+    from kvpref.integrations import trl as kvpref_trl
+
+    (diff,) = code_blocks(README, "diff")
+    lines = diff.splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(line[1:] for line in lines if line.startswith("-")), names)
+    theirs = names["DPOTrainer"]
+    exec("\n".join(line[1:] for line in lines if line.startswith("+")), names)
+    assert len(lines) == 3
+    assert names["DPOTrainer"] is kvpref_trl.DPOTrainer is not theirs
+
+
+# Objectives
+
+GROUP_ROWS = "**"
+
+
+def objectives() -> list[dict[str, str]]:
+    table = next(tables(section(README, "Objectives")))
+    return [row for row in table if not row["name"].startswith(GROUP_ROWS)]
+
+
+def test_every_loss_is_listed_once_and_nothing_else() -> None:
+    listed = [name for row in objectives() for name in names_in(row["name"])]
+    assert sorted(listed) == sorted(LOSSES)
+    assert all(row["what"] and row["data"] for row in objectives())
+
+
+def test_which_losses_read_a_reference() -> None:
+    for row in objectives():
+        (name,) = names_in(row["name"])
+        described = describe_loss(name, LOSSES[name])
+        if row["reference"] == "by setting":
+            assert isinstance(LOSSES[name].needs_reference, property), name
+        else:
+            assert {"yes": True, "no": False}[row["reference"]] == described.needs_reference, name
+            assert described.needs_reference or not isinstance(LOSSES[name].needs_reference, property), name
+
+
+def test_which_losses_couple_the_groups_of_a_micro_batch() -> None:
+    (paragraph,) = [text for text in section(README, "Objectives").split("\n\n") if "couple" in text]
+    coupling = {name for name, kind in LOSSES.items() if "couples" in (kind.__doc__ or "")}
+    assert set(names_in(paragraph)) == coupling
+
+
+# Measurements
 
 
 def test_results_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:

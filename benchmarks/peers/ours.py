@@ -18,7 +18,7 @@ from kvpref.losses import make_loss
 from kvpref.modeling.shape import model_shape
 from kvpref.outputs import ResponseLogps
 from kvpref.training.inputs import make_loader, make_planner
-from kvpref.training.reference import load_or_compute
+from kvpref.training.references.stored import load_or_compute
 from peers.interface import FirstBatch, Runner, StepWork, flat_gradient
 from peers.loop import TrainingLoop
 from peers.task import Task

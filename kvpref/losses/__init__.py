@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpref.losses.dpo import DPO
 from kvpref.losses.interface import LossFunction, LossOutput, PreferenceLoss, RewardLoss, as_loss, loss, loss_name
 from kvpref.losses.mixture import MPO, RPO, Mixture
+from kvpref.losses.pairs.dpo import DPO
 from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.sft import SFT
 from kvpref.losses.unpaired import KTO

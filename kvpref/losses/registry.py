@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from kvpref.losses.aot import AOT, AOTUnpaired
-from kvpref.losses.dpo import DPO, RobustDPO, SigmoidNorm
 from kvpref.losses.interface import PreferenceLoss
-from kvpref.losses.margins import EXO, IPO, DiscoPOP, Hinge
-from kvpref.losses.policy_gradient_clipped import BNPO, CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO
+from kvpref.losses.pairs.aot import AOT, AOTUnpaired
+from kvpref.losses.pairs.dpo import DPO, RobustDPO, SigmoidNorm
+from kvpref.losses.pairs.margins import EXO, IPO, DiscoPOP, Hinge
+from kvpref.losses.pairs.ratios import BCO, NCA, SPPO, APODown, APOZero
+from kvpref.losses.pairs.reference_free import CPO, ORPO, AlphaPO, SimPO
+from kvpref.losses.policy_gradient.methods import BNPO, CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO
 from kvpref.losses.ranking import AllPairs, BestVsRest, LiPO, PlackettLuce
-from kvpref.losses.ratios import BCO, NCA, SPPO, APODown, APOZero
-from kvpref.losses.reference_free import CPO, ORPO, AlphaPO, SimPO
 from kvpref.losses.rewards import BradleyTerry, PlackettLuceReward, RewardRegression
 from kvpref.losses.sft import SFT, WeightedSFT
 from kvpref.losses.unpaired import KTO, APOZeroUnpaired

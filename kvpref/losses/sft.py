@@ -13,7 +13,7 @@ from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
-from kvpref.losses.pairs import best_sequence
+from kvpref.losses.pairs.preferred import best_sequence
 from kvpref.losses.scores import response_scores
 from kvpref.outputs import ResponseLogps
 

@@ -40,7 +40,7 @@ from kvpref.training.inputs import (
 )
 from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
-from kvpref.training.reference_choice import References
+from kvpref.training.references import References
 from kvpref.training.saving import saving
 from kvpref.training.step_runner import RunnerSettings, StepResult, StepRunner, find_not_finite
 

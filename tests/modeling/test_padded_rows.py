@@ -9,7 +9,7 @@ import pytest
 import torch
 from padded_batches import one_prompt, padded, sharing_rows
 
-from kvpref.modeling.padded_rows import PaddedRows, UnservedError, share_rows
+from kvpref.modeling.shared_prefix.padded_rows import PaddedRows, UnservedError, share_rows
 from kvpref.tree import build_tree
 
 

@@ -13,7 +13,7 @@ from reference_runs import reference_logps, relative_error, token_logps
 from torch import nn
 
 import kvpref
-from kvpref.training.reference_models import model_fingerprint
+from kvpref.training.references.models import model_fingerprint
 
 peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, TrainerCallback
 
 import kvpref
-from kvpref.training.reference_choice import CHECKPOINT_FILE
+from kvpref.training.references.choice import CHECKPOINT_FILE
 
 LOG_TWO = 0.6931471805599453  # logged losses are float32
 # float64 model: only the order of sums differs.
@@ -329,6 +329,6 @@ def test_a_reference_that_shares_weights_with_the_policy_is_refused(tmp_path: Pa
 
 
 def test_sync_of_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpref.training.reference_checks.FSDPModule", GPT2LMHeadModel)
+    monkeypatch.setattr("kvpref.training.references.checks.FSDPModule", GPT2LMHeadModel)
     with pytest.raises(kvpref.InputError, match=r"whole weights.*FSDP"):
         make_trainer(tmp_path, precompute_reference=False, reference_sync_steps=1)

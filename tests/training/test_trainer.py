@@ -96,7 +96,7 @@ def test_reference_is_stored_and_reused(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "references" / "train.safetensors"
     first = train(tmp_path / "a", reference_logps_dir=str(path.parent))
     written = path.read_bytes()
-    monkeypatch.setattr("kvpref.training.reference._compute", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr("kvpref.training.references.stored._compute", lambda *args: pytest.fail("computed again"))
     second = train(tmp_path / "b", reference_logps_dir=str(path.parent))
     assert path.read_bytes() == written
     assert torch.equal(weights(first), weights(second))

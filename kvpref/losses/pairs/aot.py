@@ -12,8 +12,8 @@ import torch
 
 from kvpref.errors import InputError
 from kvpref.losses.checks import check_between
-from kvpref.losses.dpo import smoothed_logistic
-from kvpref.losses.pairwise import PairLogps, PairLoss
+from kvpref.losses.pairs.base import PairLogps, PairLoss
+from kvpref.losses.pairs.dpo import smoothed_logistic
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from kvpref.losses.checks import check_between
-from kvpref.losses.pairwise import MarginLoss, PairLogps
+from kvpref.losses.pairs.base import MarginLoss, PairLogps
 
 
 def smoothed_logistic(margins: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ from kvpref.errors import InputError
 from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
-from kvpref.training.reference_models import ModelReference, Scoring
+from kvpref.training.references.models import ModelReference, Scoring
 
 
 class StoredReference:

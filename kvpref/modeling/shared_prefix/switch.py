@@ -17,12 +17,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from kvpref.attention.backends import backend_names
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.modeling.cache import PrefixCache
-from kvpref.modeling.interception import Forward, Interception
-from kvpref.modeling.padded_call import CallReader, check_arguments, check_head, check_state
-from kvpref.modeling.padded_plans import LastPlan, SharingWorth
-from kvpref.modeling.padded_rows import SharedRows, UnservedError
 from kvpref.modeling.passes import run_level_pass
-from kvpref.modeling.selected_attention import selected_attention
+from kvpref.modeling.shared_prefix.interception import Forward, Interception
+from kvpref.modeling.shared_prefix.padded_call import CallReader, check_arguments, check_head, check_state
+from kvpref.modeling.shared_prefix.padded_plans import LastPlan, SharingWorth
+from kvpref.modeling.shared_prefix.padded_rows import SharedRows, UnservedError
+from kvpref.modeling.shared_prefix.selected_attention import selected_attention
 from kvpref.modeling.support import check_architecture, unwrap
 
 

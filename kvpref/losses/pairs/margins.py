@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid, relu
 
 from kvpref.losses.checks import check_between, check_positive
-from kvpref.losses.pairwise import MarginLoss, PairLogps
+from kvpref.losses.pairs.base import MarginLoss, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True)

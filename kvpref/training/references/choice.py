@@ -20,10 +20,9 @@ from kvpref.outputs import ResponseLogps
 from kvpref.training.adapters import adapter_is_fresh, is_peft, trains_adapter_only
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs
-from kvpref.training.reference import StoredReference, stored_reference
-from kvpref.training.reference_checks import check_reference_data, check_reference_settings, refuse_sharded
-from kvpref.training.reference_loading import load_reference_model
-from kvpref.training.reference_models import (
+from kvpref.training.references.checks import check_reference_data, check_reference_settings, refuse_sharded
+from kvpref.training.references.loading import load_reference_model
+from kvpref.training.references.models import (
     AdapterOffReference,
     CopiedReference,
     ModelReference,
@@ -33,6 +32,7 @@ from kvpref.training.reference_models import (
     copy_model,
     mix_weights,
 )
+from kvpref.training.references.stored import StoredReference, stored_reference
 
 CHECKPOINT_FILE = "reference.safetensors"
 OwnWeights = CopiedReference | SavedWeightsReference

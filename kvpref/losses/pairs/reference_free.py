@@ -11,9 +11,9 @@ from torch.nn.functional import logsigmoid, relu
 
 from kvpref.batch import Batch
 from kvpref.losses.checks import check_between, check_choice, check_not_negative, check_number, check_positive
-from kvpref.losses.dpo import smoothed_logistic
 from kvpref.losses.interface import LossOutput, PreferenceLoss
-from kvpref.losses.pairs import pair_indices, pair_metrics
+from kvpref.losses.pairs.dpo import smoothed_logistic
+from kvpref.losses.pairs.preferred import pair_indices, pair_metrics
 from kvpref.outputs import ResponseLogps
 
 

@@ -15,10 +15,10 @@ import torch
 from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.groups import Group
-from kvpref.losses.advantages import SCALES, group_advantages, score_deviations
 from kvpref.losses.checks import check_choice, check_not_negative, check_number
 from kvpref.losses.interface import LossOutput, PreferenceLoss
-from kvpref.losses.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
+from kvpref.losses.policy_gradient.advantages import SCALES, group_advantages, score_deviations
+from kvpref.losses.policy_gradient.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
 from kvpref.losses.scores import rated_indices, rated_responses
 from kvpref.outputs import HeadOptions, ResponseLogps
 
@@ -63,7 +63,7 @@ class PolicyGradient(PreferenceLoss):
     """Coefficient of the KL term to the reference; above 0 the reference is needed."""
 
     kl_estimator: str = "k3"
-    """``k1``, ``k2`` or ``k3``; see `kvpref.losses.kl_estimators.KL_ESTIMATORS`."""
+    """``k1``, ``k2`` or ``k3``; see `kvpref.losses.policy_gradient.kl_estimators.KL_ESTIMATORS`."""
 
     correct_kl: bool = True
     """Multiply the KL term of a token by w: then k1 and k3 have the gradient of the KL, for old samples too

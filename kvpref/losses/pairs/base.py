@@ -10,9 +10,9 @@ import torch
 from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.losses.checks import check_between, check_choice, check_number, check_positive
-from kvpref.losses.f_divergences import DIVERGENCES
 from kvpref.losses.interface import LossOutput, PreferenceLoss
-from kvpref.losses.pairs import pair_indices, pair_metrics
+from kvpref.losses.pairs.f_divergences import DIVERGENCES
+from kvpref.losses.pairs.preferred import pair_indices, pair_metrics
 from kvpref.outputs import HeadOptions, ResponseLogps
 
 

@@ -9,7 +9,7 @@ import torch
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_not_negative, check_positive
-from kvpref.losses.policy_gradient import PolicyGradient
+from kvpref.losses.policy_gradient.base import PolicyGradient
 from kvpref.losses.scores import has_preference
 from kvpref.outputs import ResponseLogps
 
@@ -173,7 +173,7 @@ class RLOO(ClippedPolicyGradient):
     """Advantages are divided by nothing, or by the ``group``'s standard deviation."""
 
     kl_estimator: str = "k1"
-    """``k1``, ``k2`` or ``k3``; see `kvpref.losses.kl_estimators.KL_ESTIMATORS`."""
+    """``k1``, ``k2`` or ``k3``; see `kvpref.losses.policy_gradient.kl_estimators.KL_ESTIMATORS`."""
 
     correct_kl: bool = False
     """Not for this loss: its KL term has no gradient."""

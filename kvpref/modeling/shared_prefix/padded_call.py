@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
-from kvpref.modeling.padded_rows import UnservedError
-from kvpref.modeling.selected_attention import checkpointed_layers
+from kvpref.modeling.shared_prefix.padded_rows import UnservedError
+from kvpref.modeling.shared_prefix.selected_attention import checkpointed_layers
 from kvpref.modeling.support import check_training_state
 
 # What the pass reads, and what only the head and its loss read.

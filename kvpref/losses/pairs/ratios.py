@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from kvpref.losses.pairwise import PairLogps, PairLoss
+from kvpref.losses.pairs.base import PairLogps, PairLoss
 
 
 @dataclass(frozen=True, kw_only=True)

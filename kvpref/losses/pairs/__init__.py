@@ -1,0 +1,1 @@
+"""Objectives on pairs: a chosen and a rejected response to one prompt."""
