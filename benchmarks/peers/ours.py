@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from kvpref.losses import make_loss
 from kvpref.modeling.shape import model_shape
 from kvpref.outputs import ResponseLogps
 from kvpref.training.inputs import make_loader, make_planner
-from kvpref.training.references.stored import load_or_compute
 from peers.interface import FirstBatch, Runner, StepWork, flat_gradient
 from peers.loop import TrainingLoop
 from peers.task import Task
@@ -77,11 +75,8 @@ class KvprefTrainer(Runner):
 
     def steps(self) -> Iterator[float]:
         """As in `Runner`; reference log-probs are computed here, before the first step."""
-        trainer, args = self.trainer, self.trainer.args
-        assert trainer.train_dataset is not None
-        path = Path(str(args.output_dir)) / "reference_logps" / "train.safetensors"  # where the trainer looks for it
         started = time.perf_counter()
-        load_or_compute(trainer.model, trainer.train_dataset, args, path)
+        self.trainer.references.prepare("train", self.trainer.train_dataset)
         self.precompute_seconds = time.perf_counter() - started
         return trainer_steps(self.trainer, self.optimizer_seconds)
 

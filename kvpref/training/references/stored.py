@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from torch.utils.data import DataLoader
 
 from kvpref.batch import Batch
@@ -20,7 +19,7 @@ from kvpref.errors import InputError
 from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
-from kvpref.training.references.models import ModelReference, Scoring
+from kvpref.training.references.models import ModelReference
 
 
 class StoredReference:
@@ -48,14 +47,6 @@ class StoredReference:
             cu_seqlens=batch.cu_seqlens,
             group_index=batch.group_index,
         )
-
-
-def load_or_compute(
-    model: nn.Module, groups: PreferenceDataset, args: PreferenceTrainingArguments, path: Path
-) -> StoredReference:
-    """`stored_reference` of a model as it is now, at temperature 1."""
-    reference = ModelReference(lambda: model, args.device, Scoring.of(args, options=args.engine_options))
-    return stored_reference(reference, groups, args, path)
 
 
 def stored_reference(
