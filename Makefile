@@ -17,7 +17,7 @@ help:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peft,plot]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peft,plot,trl]"
 	touch $(READY)
 
 # One thread: tensors this small gain nothing from more.
