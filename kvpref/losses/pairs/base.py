@@ -9,10 +9,11 @@ import torch
 
 from kvpref.batch import Batch
 from kvpref.errors import InputError
+from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_number, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
 from kvpref.losses.pairs.f_divergences import DIVERGENCES
-from kvpref.losses.pairs.preferred import pair_indices, pair_metrics
+from kvpref.losses.pairs.preferred import pair_indices, pair_metrics, preferred_of_pair
 from kvpref.outputs import HeadOptions, ResponseLogps
 
 
@@ -94,6 +95,11 @@ class PairLoss(PreferenceLoss):
             rewards = (self.beta * pairs.chosen_ratios, self.beta * pairs.rejected_ratios)
             metrics = pair_metrics(*rewards, pairs.chosen, pairs.rejected)
         return LossOutput(loss=losses.mean(), metrics=metrics)
+
+    def select(self, group: Group) -> Group:
+        """The pair; one that is none is refused here, before training."""
+        preferred_of_pair(group)
+        return group
 
     def _pair_logps(
         self, policy: ResponseLogps, reference: ResponseLogps, chosen: torch.Tensor, rejected: torch.Tensor

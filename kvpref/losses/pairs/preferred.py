@@ -19,7 +19,7 @@ def pair_indices(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     rejected: list[int] = []
     start = 0
     for group in batch.groups:
-        best = _preferred_of_pair(group)
+        best = preferred_of_pair(group)
         chosen.append(start + best)
         rejected.append(start + 1 - best)
         start += len(group)
@@ -44,11 +44,16 @@ def pair_metrics(
     }
 
 
-def _preferred_of_pair(group: Group) -> int:
+def preferred_of_pair(group: Group) -> int:
+    """Index of the preferred sequence of a pair.
+
+    Raises:
+        InputError: If the group is not a pair, or neither labels nor scores prefer one of the two.
+    """
     if len(group) != 2:
         raise InputError(
             f"{group.id}: a pairwise loss needs exactly 2 responses per prompt, this group has {len(group)}; "
-            "give `chosen` and `rejected`, or use the loss 'sft'"
+            "give `chosen` and `rejected`, or take a loss of N responses: all_pairs, best_vs_rest, plackett_luce"
         )
     first, second = group.labels or group.scores or (None, None)
     if first is None or second is None or first == second:

@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import logsigmoid, relu
 
 from kvpref.batch import Batch
+from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_not_negative, check_number, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
 from kvpref.losses.pairs.dpo import smoothed_logistic
-from kvpref.losses.pairs.preferred import pair_indices, pair_metrics
+from kvpref.losses.pairs.preferred import pair_indices, pair_metrics, preferred_of_pair
 from kvpref.outputs import ResponseLogps
 
 
@@ -53,6 +54,11 @@ class ReferenceFreeLoss(PreferenceLoss):
             loss = loss + self.nll_weight * nll
             metrics["nll_per_token"] = nll.detach()
         return LossOutput(loss=loss, metrics=metrics)
+
+    def select(self, group: Group) -> Group:
+        """The pair; one that is none is refused here, before training."""
+        preferred_of_pair(group)
+        return group
 
 
 @dataclass(frozen=True, kw_only=True)
