@@ -14,15 +14,14 @@ from torch.nn.functional import softplus
 
 from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_positive
-from kvpref.losses.interface import LossOutput, PreferenceLoss
-from kvpref.losses.scores import RatedResponses, has_preference, rated_responses, select_preferences
+from kvpref.losses.interface import LossOutput
+from kvpref.losses.scores import ComparesScores, RatedResponses, rated_responses
 from kvpref.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankingLoss(PreferenceLoss):
+class RankingLoss(ComparesScores):
     """Base: a mean over the groups that have a preference of a function of their implicit rewards.
 
     The implicit reward of response i is ``r_i = beta (log pi(i) - log ref(i))``, s_i is its score.
@@ -56,14 +55,6 @@ class RankingLoss(PreferenceLoss):
     def group_losses(self, rewards: torch.Tensor, rated: RatedResponses) -> torch.Tensor:
         """The loss of each group, (num_groups,), from the implicit rewards (num_groups, N) of its responses."""
         raise NotImplementedError
-
-    def num_units(self, batch: Batch) -> int:
-        """Groups with two different scores."""
-        return sum(map(has_preference, batch.groups))
-
-    def select(self, group: Group) -> Group:
-        """The rated responses; one of them where all have the same score, for then there is nothing to learn."""
-        return select_preferences(group)
 
 
 @dataclass(frozen=True, kw_only=True)

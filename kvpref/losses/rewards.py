@@ -15,18 +15,17 @@ from kvpref.losses.checks import check_choice, check_not_negative
 from kvpref.losses.interface import LossOutput, RewardLoss
 from kvpref.losses.ranking import mean_over, pair_means, plackett_luce_losses, preference_metrics
 from kvpref.losses.scores import (
+    ComparesScores,
     RatedResponses,
-    has_preference,
     rated_indices,
     rated_responses,
     response_scores,
-    select_preferences,
 )
 from kvpref.outputs import ResponseRewards
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankingRewardLoss(RewardLoss):
+class RankingRewardLoss(ComparesScores, RewardLoss):
     """Base: a mean over the groups that have a preference of a function of their rewards.
 
     r_i is the reward of response i and s_i its score. Equal scores say nothing: a group whose scores are all equal is
@@ -55,14 +54,6 @@ class RankingRewardLoss(RewardLoss):
     def group_losses(self, rewards: torch.Tensor, rated: RatedResponses, batch: Batch) -> torch.Tensor:
         """The loss of each group, (num_groups,), from the rewards (num_groups, N) of its responses."""
         raise NotImplementedError
-
-    def num_units(self, batch: Batch) -> int:
-        """Groups with two different scores."""
-        return sum(map(has_preference, batch.groups))
-
-    def select(self, group: Group) -> Group:
-        """The rated responses; one of them where all have the same score, for then there is nothing to learn."""
-        return select_preferences(group)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.groups import Group
+from kvpref.losses.interface import PreferenceLoss
 
 T = TypeVar("T")
 
@@ -71,11 +72,6 @@ def has_preference(group: Group) -> bool:
     return len(set(response_scores(group)) - {None}) > 1
 
 
-def select_preferences(group: Group) -> Group:
-    """The rated responses of a group; only one of them where all are equally good, since none is preferred then."""
-    return group.take(rated_indices(group) if has_preference(group) else rated_indices(group)[:1])
-
-
 def rated_responses(batch: Batch) -> RatedResponses:
     """The scores of a batch as tensors on its device.
 
@@ -97,3 +93,16 @@ def rated_responses(batch: Batch) -> RatedResponses:
 def _padded(rows: list[list[T]], filler: T) -> list[list[T]]:
     width = max(len(row) for row in rows)
     return [[*row, *[filler] * (width - len(row))] for row in rows]
+
+
+class ComparesScores(PreferenceLoss):
+    """Base of the losses that compare responses with different scores: a mean over groups that have any."""
+
+    def num_units(self, batch: Batch) -> int:
+        """Groups with two different scores."""
+        return sum(map(has_preference, batch.groups))
+
+    def select(self, group: Group) -> Group:
+        """The rated responses; one of them where all have the same score, for then there is nothing to learn."""
+        rated = rated_indices(group)
+        return group.take(rated if has_preference(group) else rated[:1])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from preference_runs import make_args, make_groups, make_model, reference_free_loss, split_unevenly
+from two_processes import run_two_processes
 
 import kvpref
 from kvpref.step import join_batches
@@ -17,20 +15,6 @@ from kvpref.step import join_batches
 WORKER = Path(__file__).with_name("distributed_worker.py")
 # float64 throughout: only the order of sums differs.
 TOLERANCE = 1e-10
-
-
-def run_two_processes(kind: str, output: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(WORKER.parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "1",
-    }
-    done = subprocess.run(
-        [*command, str(WORKER), kind, str(output)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -42,7 +26,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.slow
 def test_ddp_trainer_matches_one_process(tmp_path: Path) -> None:
     # 6 groups per device on 2 ranks, 11 groups in all: the second step is incomplete and its ranks uneven.
-    run_two_processes("ddp", tmp_path)
+    run_two_processes(WORKER, "ddp", tmp_path)
     args = make_args(str(tmp_path / "alone"), per_device_train_batch_size=12)
     trainer = kvpref.PreferenceTrainer(make_model(), args, train_dataset=make_groups())
     trainer.train()
@@ -56,7 +40,7 @@ def test_ddp_trainer_matches_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fsdp2_matches_one_process(tmp_path: Path) -> None:
-    run_two_processes("fsdp2", tmp_path)
+    run_two_processes(WORKER, "fsdp2", tmp_path)
     model = kvpref.attach(make_model())
     kvpref.forward_backward(model, kvpref.collate(make_groups()), reference_free_loss)
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -71,7 +55,7 @@ def test_bounded_ddp_matches_one_process(tmp_path: Path) -> None:
         for share in shares
     ]
     assert num_chunks[0] < num_chunks[1], "ranks must run different numbers of chunks"
-    run_two_processes("bounded", tmp_path)
+    run_two_processes(WORKER, "bounded", tmp_path)
     model = kvpref.attach(make_model())
     kvpref.forward_backward(model, kvpref.collate(make_groups()), reference_free_loss)
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,0 +1,23 @@
+"""Starts a worker script in two gloo processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_two_processes(worker: Path, *arguments: object) -> None:
+    """Run `worker` under torchrun with two ranks on the CPU, and fail with its errors."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(worker.parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "1",
+    }
+    done = subprocess.run(
+        [*command, str(worker), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
