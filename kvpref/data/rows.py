@@ -11,7 +11,7 @@ from typing import Any
 Message = dict[str, Any]
 """One chat message: ``role``, ``content`` (strings) and whatever else the chat template reads."""
 
-EXPECTED_SHAPES = "{prompt, chosen, rejected}, {chosen, rejected} or {prompt, responses, scores}"
+EXPECTED_SHAPES = "{prompt, chosen, rejected}, {chosen, rejected} or {prompt, responses, scores or ranks}"
 
 
 class RowError(ValueError):
@@ -82,29 +82,41 @@ def _parse_group(row: dict[str, Any]) -> PreferenceRow:
         raise RowError(f"`responses` must be a list, found {_type_name(responses)}")
     if not responses:
         raise RowError("`responses` is empty; expected at least one response")
-    scores = _parse_scores(row["scores"], len(responses)) if "scores" in row else None
+    scores = _parse_ratings(row, len(responses))
     named = {f"responses[{index}]": response for index, response in enumerate(responses)}
     prompt, turns = _join(row, {name: _parse_turns(response, name) for name, response in named.items()})
     return PreferenceRow(prompt, turns, scores=scores)
 
 
-def _parse_scores(scores: object, num_responses: int) -> tuple[float | None, ...]:
-    if not isinstance(scores, list):
-        raise RowError(f"`scores` must be a list of numbers or nulls, found {_type_name(scores)}")
-    if len(scores) != num_responses:
-        raise RowError(f"`scores` has {len(scores)} entries for {num_responses} responses; expected one per response")
-    return tuple(None if score is None else _parse_score(score, index) for index, score in enumerate(scores))
+def _parse_ratings(row: dict[str, Any], num_responses: int) -> tuple[float | None, ...] | None:
+    """Scores as they stand, or ranks (1 is the best) as scores: the smaller the rank, the higher."""
+    if "ranks" not in row:
+        return _parse_numbers(row["scores"], "scores", num_responses) if "scores" in row else None
+    if "scores" in row:
+        raise RowError("found both `scores` and `ranks`; keep one of the two")
+    ranks = _parse_numbers(row["ranks"], "ranks", num_responses)
+    return tuple(None if rank is None else -rank for rank in ranks)
 
 
-def _parse_score(score: object, index: int) -> float:
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
-        raise RowError(f"`scores[{index}]` must be a number or null, found {_type_name(score)}")
+def _parse_numbers(values: object, name: str, num_responses: int) -> tuple[float | None, ...]:
+    if not isinstance(values, list):
+        raise RowError(f"`{name}` must be a list of numbers or nulls, found {_type_name(values)}")
+    if len(values) != num_responses:
+        raise RowError(f"`{name}` has {len(values)} entries for {num_responses} responses; expected one per response")
+    return tuple(
+        None if value is None else _parse_number(value, f"{name}[{index}]") for index, value in enumerate(values)
+    )
+
+
+def _parse_number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(f"`{name}` must be a number or null, found {_type_name(value)}")
     try:
-        number = float(score)
+        number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise RowError(f"`scores[{index}]` is {number}; expected a finite number, or null for unrated")
+        raise RowError(f"`{name}` is {number}; expected a finite number, or null for unrated")
     return number
 
 

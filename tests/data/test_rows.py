@@ -110,3 +110,14 @@ def test_bad_row(value, reason):
     with pytest.raises(RowError) as caught:
         parse_row(value)
     assert reason in str(caught.value)
+
+
+def test_ranks_are_scores_the_other_way_round() -> None:
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 1, None]}
+    assert parse_row(row).scores == (-2.0, -1.0, None)
+    with pytest.raises(RowError, match="both `scores` and `ranks`"):
+        parse_row({**row, "scores": [1, 2, 3]})
+    with pytest.raises(RowError, match=r"`ranks\[1\]` must be a number or null, found string"):
+        parse_row({**row, "ranks": [1, "2", 3]})
+    with pytest.raises(RowError, match="`ranks` has 2 entries for 3 responses"):
+        parse_row({**row, "ranks": [1, 2]})
