@@ -14,6 +14,7 @@ import kvpref
 from kvpref.flops import count_work
 from kvpref.groups import Group
 from kvpref.losses import make_loss
+from kvpref.modeling.passes import reads_of
 from kvpref.modeling.shape import model_shape
 from kvpref.outputs import ResponseLogps
 from kvpref.training.inputs import make_loader, make_planner
@@ -41,7 +42,7 @@ def trainer_settings(task: Task) -> dict[str, Any]:
     }
 
 
-class _FixedOrderTrainer(kvpref.PreferenceTrainer):
+class FixedOrderTrainer(kvpref.PreferenceTrainer):
     """`PreferenceTrainer` on steps in the dataset's order."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -49,7 +50,7 @@ class _FixedOrderTrainer(kvpref.PreferenceTrainer):
         planner = make_planner(
             self.train_dataset, self.args, groups_per_device=self.args.per_device_train_batch_size, shuffle=False
         )
-        return make_loader(self.train_dataset, planner, self.args)
+        return make_loader(self.train_dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads))
 
 
 class KvprefTrainer(Runner):
@@ -67,7 +68,7 @@ class KvprefTrainer(Runner):
             **trainer_settings(task),
         )
         groups = [group for step in range(len(task.batches)) for group in task.step_groups(step)]
-        self.trainer = _FixedOrderTrainer(model=task.make_model(), args=args, train_dataset=groups)
+        self.trainer = FixedOrderTrainer(model=task.make_model(), args=args, train_dataset=groups)
 
     def first_batch(self) -> FirstBatch:
         """As in `Runner`."""

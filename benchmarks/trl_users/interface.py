@@ -9,13 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from peers.ours import trainer_settings
+from peers.ours import FixedOrderTrainer, trainer_settings
 from peers.task import Task
-from torch.utils.data import DataLoader
 
 import kvpref
-from kvpref.modeling.passes import reads_of
-from kvpref.training.inputs import make_loader, make_planner
 
 LEARNING_RATE = 1e-5
 """Of AdamW: losses move from step to step, and rounding, which Adam scales up, stays far below the tolerance."""
@@ -93,18 +90,7 @@ class Workload(ABC):
             sort_window_steps=1,  # keeps every group in the step that the task put it in
             **trainer_settings(task),
         )
-        return _InOrder(model=self.make_model(task), args=args, train_dataset=all_groups(task))
-
-
-class _InOrder(kvpref.PreferenceTrainer):
-    """`PreferenceTrainer` on steps in the dataset's order."""
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        assert self.train_dataset is not None
-        planner = make_planner(
-            self.train_dataset, self.args, groups_per_device=self.args.per_device_train_batch_size, shuffle=False
-        )
-        return make_loader(self.train_dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads))
+        return FixedOrderTrainer(model=self.make_model(task), args=args, train_dataset=all_groups(task))
 
 
 def all_groups(task: Task) -> list[kvpref.Group]:
