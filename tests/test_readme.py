@@ -135,3 +135,12 @@ def test_peaks_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> 
     lines = memory_readme.table(README.parent / "benchmarks" / "results")
     assert len(lines) == 2 + 4
     assert "\n".join(lines) in README.read_text()
+
+
+def test_times_beside_trls_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(README.parent / "benchmarks"))
+    import trl_users_readme
+
+    lines = trl_users_readme.table(README.parent / "benchmarks" / "results")
+    assert len(lines) == 2 + 4
+    assert "\n".join(lines) in README.read_text()
