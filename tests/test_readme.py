@@ -144,3 +144,16 @@ def test_times_beside_trls_are_those_that_were_measured(monkeypatch: pytest.Monk
     lines = trl_users_readme.table(README.parent / "benchmarks" / "results")
     assert len(lines) == 2 + 4
     assert "\n".join(lines) in README.read_text()
+
+
+def test_the_reward_models_accuracy_is_what_was_measured() -> None:
+    result = json.loads((README.parent / "benchmarks" / "results" / "reward_model.json").read_text())
+    means, first = result["mean_over_seeds"], result["runs"][0]
+    stated = " ".join(README.read_text().split())
+    low, high = means["pair_accuracy_95"]
+    assert f"orders {means['pair_accuracy']:.1%} of {first['num_pairs']} held-out pairs" in stated
+    assert f"95% interval over problems {low:.1%} to {high:.1%}" in stated
+    assert f"right in {means['best_of_n_score']:.1%} of the {first['num_groups']} problems" in stated
+    assert f"one at random in {means['mean_score']:.1%}" in stated
+    assert low > 0.5
+    assert means["best_of_n_gain_95"][0] > 0
