@@ -123,11 +123,11 @@ def make_turns(trainer: Any, model: torch.nn.Module, now: Callable[[], float]) -
 
 def remember_batches(trainer: Any) -> None:
     """Let the trainer keep the micro-batch and the reference log-probs that it used last."""
-    reference_of = trainer._reference_of
+    reference_of = trainer.references.for_batch
 
     def keep(name: str, inputs: Any, batch: Any) -> Any:
         reference = reference_of(name, inputs, batch)
         trainer.last_batch = (batch, reference)
         return reference
 
-    trainer._reference_of = keep
+    trainer.references.for_batch = keep
