@@ -158,3 +158,13 @@ def test_the_reward_models_accuracy_is_what_was_measured() -> None:
     assert f"one at random in {means['mean_score']:.1%}" in stated
     assert low > 0.5
     assert means["best_of_n_gain_95"][0] > 0
+
+
+def test_the_cost_of_shared_prefix_is_what_was_measured() -> None:
+    rows = json.loads((README.parent / "benchmarks" / "results" / "shared_prefix.json").read_text())["rows"]
+    ratio = {(r["num_tokens"], round(100 * r["share_saved"]), r["training"]): f"{r['ratio']:.2f}" for r in rows}
+    stated = " ".join(README.read_text().split())
+    assert f"16 x 256 tokens {ratio[256, 0, True]} in training and {ratio[256, 0, False]} without gradients" in stated
+    assert f"4 x 64 tokens {ratio[64, 0, True]} and {ratio[64, 0, False]}" in stated
+    assert f"25% of the tokens shared {ratio[256, 25, True]} and {ratio[256, 25, False]}" in stated
+    assert f"66% {ratio[256, 66, True]} and {ratio[256, 66, False]}" in stated
