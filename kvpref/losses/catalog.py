@@ -120,7 +120,7 @@ def _explanations(kind: type) -> dict[str, str]:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError):
-            continue  # made without source, in an interactive session say
+            continue  # made without source, in an interactive interpreter say
         (definition,) = tree.body
         body = getattr(definition, "body", [])
         for item, following in pairwise(body):
