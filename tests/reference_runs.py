@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
-from preference_runs import make_groups
+from preference_runs import make_args, make_groups, make_model
 from torch import nn
 
 import kvpref
+
+
+def make_trainer(output: Path, model: nn.Module | None = None, **settings: Any) -> kvpref.PreferenceTrainer:
+    """A trainer of dpo over `make_groups()`; `loss`, `reference_model` and `callbacks` may be objects."""
+    own = {name: settings.pop(name) for name in ("reference_model", "loss", "callbacks") if name in settings}
+    if isinstance(own.get("loss"), str) or isinstance(own.get("reference_model"), str):
+        settings.update({name: own.pop(name) for name in list(own) if isinstance(own[name], str)})
+    return kvpref.PreferenceTrainer(
+        model or make_model(), make_args(str(output), **settings), train_dataset=make_groups(), **own
+    )
 
 
 def token_logps(model: nn.Module, **options: object) -> torch.Tensor:
