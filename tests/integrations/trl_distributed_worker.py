@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trl
 import trl_runs
+from two_processes import leave_together
 
 from kvpref.integrations import trl as kvpref_trl
 
@@ -28,3 +29,4 @@ def main(path: str, output: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_together()

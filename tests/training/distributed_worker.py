@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -13,6 +12,7 @@ from preference_runs import make_args, make_groups, make_model, reference_free_l
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import leave_together
 
 import kvpref
 
@@ -96,9 +96,4 @@ def _weighted_backward(loss: torch.Tensor, weight: float) -> None:
 
 if __name__ == "__main__":
     {"ddp": run_ddp, "fsdp2": run_fsdp2, "bounded": run_bounded}[sys.argv[1]](sys.argv[2])
-    dist.barrier()
-    # Without Python's own shutdown: gloo's thread may still hold the last collective's tensors, and the process aborts
-    # where that thread releases one while the interpreter goes down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave_together()
