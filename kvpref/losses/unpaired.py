@@ -54,7 +54,7 @@ class UnpairedLoss(PreferenceLoss):
 
         Args:
             ratios: (num_sequences,) log-ratio of each response to the reference.
-            mismatched: (num_sequences,) bool, the responses of other groups.
+            mismatched: (n,) int64, where the responses of other groups stand.
         """
         raise NotImplementedError
 
@@ -64,16 +64,26 @@ class UnpairedLoss(PreferenceLoss):
                 f"{self.name} needs reference log-probs; pass `reference`, or train with PreferenceTrainer"
             )
         flags = [flag for group in batch.groups for flag in mismatched_flags(group)]
-        mismatched = torch.tensor(flags, device=batch.device)
-        desirable = torch.tensor([d for group in batch.groups for d in self._desirable(group)], device=batch.device)
+        desirable = [flag for group in batch.groups for flag in self._desirable(group)]
+        # Places counted on the host: a mask on the device would make it wait to learn how many there are.
+        kinds = {
+            "mismatched": flags,
+            "chosen": desirable,
+            "rejected": [not (flag or good) for flag, good in zip(flags, desirable, strict=True)],
+        }
+        places = {kind: _places(members, batch.device) for kind, members in kinds.items()}
         sums = policy.sum()
         ratios = sums - reference.sum()
-        point = self.reference_point(ratios.detach(), mismatched)
-        signs = torch.full_like(ratios, -1.0).masked_fill(desirable, 1.0)
-        weights = torch.full_like(ratios, self.undesirable_weight).masked_fill(desirable, self.desirable_weight)
-        losses = weights * (-self.beta * signs * (ratios - point)).sigmoid()
-        metrics = self._metrics(ratios.detach(), sums.detach(), desirable, mismatched)
-        return LossOutput(loss=losses[~mismatched].mean(), metrics={"kl": point, **metrics})
+        point = self.reference_point(ratios.detach(), places["mismatched"])
+        good, bad = (ratios[places[kind]] - point for kind in ("chosen", "rejected"))
+        losses = torch.cat(
+            [
+                self.desirable_weight * (-self.beta * good).sigmoid(),
+                self.undesirable_weight * (self.beta * bad).sigmoid(),
+            ]
+        )
+        metrics = self._metrics(ratios.detach(), sums.detach(), places)
+        return LossOutput(loss=losses.mean(), metrics={"kl": point, **metrics})
 
     def num_units(self, batch: Batch) -> int:
         """Responses, without the mismatched ones."""
@@ -93,11 +103,12 @@ class UnpairedLoss(PreferenceLoss):
         return [score is not None and score > self.score_threshold for score in scores]
 
     def _metrics(
-        self, ratios: torch.Tensor, sums: torch.Tensor, desirable: torch.Tensor, mismatched: torch.Tensor
+        self, ratios: torch.Tensor, sums: torch.Tensor, places: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         metrics: dict[str, torch.Tensor] = {}
-        for kind, members in (("chosen", desirable & ~mismatched), ("rejected", ~desirable & ~mismatched)):
-            if members.any():
+        for kind in ("chosen", "rejected"):
+            members = places[kind]
+            if members.numel():
                 metrics[f"rewards/{kind}"] = self.beta * ratios[members].mean()
                 metrics[f"logps/{kind}"] = sums[members].mean()
         if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
@@ -131,7 +142,7 @@ class KTO(UnpairedLoss):
         return add_mismatched(groups, self.num_mismatched)
 
     def reference_point(self, ratios: torch.Tensor, mismatched: torch.Tensor) -> torch.Tensor:
-        if not mismatched.any():
+        if not mismatched.numel():
             raise InputError(f"{self.name} needs mismatched responses; pass the groups through `loss.prepare` first")
         return ratios[mismatched].mean().clamp(min=0)
 
@@ -148,3 +159,8 @@ class APOZeroUnpaired(UnpairedLoss):
 
     def reference_point(self, ratios: torch.Tensor, mismatched: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), dtype=ratios.dtype, device=ratios.device)
+
+
+def _places(members: list[bool], device: torch.device) -> torch.Tensor:
+    """Where the flags are set, (n,) int64."""
+    return torch.tensor([place for place, flag in enumerate(members) if flag], dtype=torch.int64, device=device)
