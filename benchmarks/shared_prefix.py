@@ -3,7 +3,8 @@
 A Llama of 4 layers, 256 wide, on 16 rows of 256 tokens (and 4 of 64), with and without the switch in turns in one
 process. Ratios are time with it over time without it:
 
-    OMP_NUM_THREADS=1 python benchmarks/shared_prefix.py        # four minutes; writes results/shared_prefix.json
+    OMP_NUM_THREADS=1 python benchmarks/shared_prefix.py                # six minutes; writes results/shared_prefix.json
+    OMP_NUM_THREADS=1 python benchmarks/shared_prefix.py --only bars    # little shared: where sharing begins to gain
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class Case:
     num_rounds: int = 15
     """How often it is timed."""
 
+    is_forced: bool = False
+    """Served however little it saves, to see from where on it gains."""
+
     @property
     def share_saved(self) -> float:
         """Share of the tokens that need not run."""
@@ -71,7 +75,7 @@ class Case:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-CASES = [
+ROWS = [
     Case(num_rows=rows, num_tokens=tokens, num_groups=groups, num_shared=shared, training=training, num_rounds=rounds)
     for training in (False, True)
     for rows, tokens, groups, shared, rounds in (
@@ -81,33 +85,57 @@ CASES = [
         (16, 256, 2, 192, 9),
     )
 ]
+BARS = [
+    Case(
+        num_rows=rows,
+        num_tokens=tokens,
+        num_groups=groups,
+        num_shared=shared,
+        training=training,
+        num_rounds=rounds,
+        is_forced=True,
+    )
+    for training in (False, True)
+    for rows, tokens, groups, shared, rounds in (
+        (16, 256, 8, 26, 9),
+        (16, 256, 8, 51, 9),
+        (16, 256, 8, 77, 9),
+        (4, 64, 1, 19, 60),
+        (4, 64, 1, 43, 60),
+    )
+]
+PARTS = {"rows": ROWS, "bars": BARS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="one round of each: shows that everything runs")
+    parser.add_argument("--only", choices=PARTS, action="append", help="one part; the other's results stay")
     parser.add_argument("--clock", default="wall", help="as for sweeps.py")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=512))
-    rows = []
-    for case in CASES:
-        rounds = 1 if args.dry_run else case.num_rounds
-        rows.append(measure(model, case, TimingOptions(num_rounds=rounds, clock=args.clock)))
-        print(json.dumps(rows[-1]))
     path = results_folder(keep=not args.dry_run) / "shared_prefix.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"model": SIZES, "rows": rows, "provenance": asdict(Provenance.collect(CPU))}
+    result = json.loads(path.read_text()) if path.exists() else {}
+    for part in args.only or PARTS:
+        result[part] = []
+        for case in PARTS[part]:
+            rounds = 1 if args.dry_run else case.num_rounds
+            result[part].append(measure(model, case, TimingOptions(num_rounds=rounds, clock=args.clock)))
+            print(json.dumps(result[part][-1]))
+    result |= {"model": SIZES, "provenance": asdict(Provenance.collect(CPU))}
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def measure(model: LlamaForCausalLM, case: Case, options: TimingOptions) -> dict[str, Any]:
     """Median and quartiles of the ratio over the rounds, and what the switch counted."""
     batch = case.batch()
+    bars = {"min_saved": 0.0, "min_saved_tokens": 1, "min_shared_tokens": 1} if case.is_forced else {}
     served: list[SharedPrefixStats] = []
 
     def with_switch() -> None:
-        with kvpref.shared_prefix(model) as switch:
+        with kvpref.shared_prefix(model, **bars) as switch:
             run(model, batch, training=case.training)
         served.append(switch.stats)
 

@@ -182,10 +182,11 @@ def find_not_finite(result: StepResult, losses: list[float], inputs: StepInputs)
         if value - value == 0:
             continue
         batch = item.batch
+        what = "rewards" if batch.reads.kind == "ends" else "log-probs"
         bad = {int(batch.group_index[i]) for i in torch.nonzero(~torch.isfinite(sums.cpu())).flatten().tolist()}
         if bad:
             ids = ", ".join(str(batch.groups[index].id) for index in sorted(bad)[:5])
-            yield value, f"the log-probs of {ids} are not finite"
+            yield value, f"the {what} of {ids} are not finite"
         else:
             ids = ", ".join(str(group.id) for group in batch.groups[:3])
-            yield value, f"all log-probs are finite in this micro-batch, which starts with {ids}"
+            yield value, f"all {what} are finite in this micro-batch, which starts with {ids}"

@@ -61,3 +61,11 @@ def test_bf16_autocast_of_a_float32_model(tmp_path: Path, kind: str, schedule: s
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0.69, abs=0.5)
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert not torch.is_autocast_enabled("cpu"), "an autocast that was entered twice stays on"
+
+
+def test_a_reward_that_is_not_finite_is_told_with_its_group(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.score.weight.fill_(torch.nan)
+    with pytest.raises(kvpref.RunError, match=r"the rewards of made:.* are not finite"):
+        trainer.train()

@@ -25,9 +25,10 @@ _Key = tuple[torch.Tensor | None, ...]
 class SharingWorth:
     """How much a call must save for the pass over unique tokens to be faster than the model's own forward.
 
-    The bars are where that was so on one CPU core, for Llama models of 4 layers: 256 wide, 16 rows of 256 tokens, it
-    took 1.04 to 1.06 of the time where 5% were saved, 0.94 to 1.04 at 10%, 0.88 to 0.91 at 15%; with 4 rows of 64
-    tokens 1.01 to 1.07 where 57 tokens were saved, 0.77 to 0.84 at 114, and 0.61 to 0.66 at 114 if 768 wide.
+    The bars are where it surely was on one CPU core (`benchmarks/shared_prefix.py --only bars`; forward, and forward
+    with backward), for a Llama of 4 layers, 256 wide: with 16 rows of 256 tokens it took 0.96 and 0.98 of the time
+    where 5% were saved, 0.96 and 0.94 at 10%, 0.81 and 0.86 at 15%; with 4 rows of 64 tokens 1.05 and 0.98 where 57 tokens
+    were saved, 0.78 and 0.71 at 129.
     """
 
     min_saved: float = 0.15
