@@ -27,8 +27,8 @@ class SharingWorth:
 
     The bars are where it surely was on one CPU core (`benchmarks/shared_prefix.py --only bars`; forward, and forward
     with backward), for a Llama of 4 layers, 256 wide: with 16 rows of 256 tokens it took 0.96 and 0.98 of the time
-    where 5% were saved, 0.96 and 0.94 at 10%, 0.81 and 0.86 at 15%; with 4 rows of 64 tokens 1.05 and 0.98 where 57 tokens
-    were saved, 0.78 and 0.71 at 129.
+    where 5% were saved, 0.96 and 0.94 at 10%, 0.81 and 0.86 at 15%; with 4 rows of 64 tokens 1.05 and 0.98 where 57
+    tokens were saved, 0.78 and 0.71 at 129.
     """
 
     min_saved: float = 0.15
