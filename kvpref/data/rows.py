@@ -28,6 +28,7 @@ class PreferenceRow:
         scores: One float or None per response, or None.
         labels: (True, False) for a chosen/rejected pair, otherwise None.
         columns: Extra fields that were asked for, as they stand in the row.
+        template_settings: Keyword arguments for the chat template, such as ``tools``.
     """
 
     prompt: str | tuple[Message, ...] | None
@@ -35,6 +36,7 @@ class PreferenceRow:
     scores: tuple[float | None, ...] | None = None
     labels: tuple[bool, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    template_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceRow:
