@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test bench bench-gpu lint format clean
+.PHONY: help demo test test-all bench bench-gpu lint format clean
 
 help:
 	@echo "make demo    train a tiny model on made-up preferences and compare modes (about two minutes)"
 	@echo "make test    the tests"
+	@echo "make test-all    the tests with the full matrices of settings"
 	@echo "make bench   speed-ups beside their ideals on the CPU; BENCH_ARGS=--quick for a few minutes"
 	@echo "make bench-gpu   GPU tests and sweeps with the Python at hand, under eight minutes; DRY_RUN=1 on any machine"
 	@echo "make lint    format check, lint, types, import layers"
@@ -26,6 +27,10 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# The last -m counts, so this one runs what `make test` leaves out, too.
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "full or not full"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sweeps.py $(BENCH_ARGS)
