@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from kvpref.data.lengths import GroupLengths, measure_group
+from kvpref.data.messages import RowError
 from kvpref.data.reading import RawRow, read_rows
 from kvpref.data.rendering import RenderedRow, render_row
 from kvpref.data.report import BadRow, DataReport
-from kvpref.data.rows import PreferenceRow, RowError, parse_row
+from kvpref.data.rows import PreferenceRow, parse_row
 from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.storage import PackedGroups
 from kvpref.data.tokenization import SequenceTokenizer, TokenizedSequence

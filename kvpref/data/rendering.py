@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvpref.data.lengths import num_shared
-from kvpref.data.rows import Message, PreferenceRow, RowError
+from kvpref.data.messages import Message, RowError
+from kvpref.data.rows import PreferenceRow
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:

@@ -8,14 +8,9 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Message = dict[str, Any]
-"""One chat message: ``role``, ``content`` (strings) and whatever else the chat template reads."""
+from kvpref.data.messages import Message, RowError, parse_messages, parse_text, parse_turns, type_name
 
 EXPECTED_SHAPES = "{prompt, chosen, rejected}, {chosen, rejected} or {prompt, responses, scores or ranks}"
-
-
-class RowError(ValueError):
-    """One row is bad; the message is the reason, without the place."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceR
         RowError: If the row has none of the known shapes, or lacks one of the columns.
     """
     if not isinstance(value, dict):
-        raise RowError(f"expected a JSON object, found {_type_name(value)}")
+        raise RowError(f"expected a JSON object, found {type_name(value)}")
     row = {key: item for key, item in value.items() if item is not None}
     for name in columns:
         if name not in row:
@@ -68,7 +63,7 @@ def _parse_shape(row: dict[str, Any]) -> PreferenceRow:
     for name in ("chosen", "rejected"):
         if name not in row:
             raise RowError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
-    responses = {name: _parse_turns(row[name], name) for name in ("chosen", "rejected")}
+    responses = {name: parse_turns(row[name], name) for name in ("chosen", "rejected")}
     if responses["chosen"] == responses["rejected"]:
         raise RowError("`chosen` and `rejected` are the same, so the pair holds no preference")
     prompt, turns = _join(row, responses)
@@ -81,12 +76,12 @@ def _parse_group(row: dict[str, Any]) -> PreferenceRow:
             raise RowError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
     responses = row["responses"]
     if not isinstance(responses, list):
-        raise RowError(f"`responses` must be a list, found {_type_name(responses)}")
+        raise RowError(f"`responses` must be a list, found {type_name(responses)}")
     if not responses:
         raise RowError("`responses` is empty; expected at least one response")
     scores = _parse_ratings(row, len(responses))
     named = {f"responses[{index}]": response for index, response in enumerate(responses)}
-    prompt, turns = _join(row, {name: _parse_turns(response, name) for name, response in named.items()})
+    prompt, turns = _join(row, {name: parse_turns(response, name) for name, response in named.items()})
     return PreferenceRow(prompt, turns, scores=scores)
 
 
@@ -102,7 +97,7 @@ def _parse_ratings(row: dict[str, Any], num_responses: int) -> tuple[float | Non
 
 def _parse_numbers(values: object, name: str, num_responses: int) -> tuple[float | None, ...]:
     if not isinstance(values, list):
-        raise RowError(f"`{name}` must be a list of numbers or nulls, found {_type_name(values)}")
+        raise RowError(f"`{name}` must be a list of numbers or nulls, found {type_name(values)}")
     if len(values) != num_responses:
         raise RowError(f"`{name}` has {len(values)} entries for {num_responses} responses; expected one per response")
     return tuple(
@@ -112,7 +107,7 @@ def _parse_numbers(values: object, name: str, num_responses: int) -> tuple[float
 
 def _parse_number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError(f"`{name}` must be a number or null, found {_type_name(value)}")
+        raise RowError(f"`{name}` must be a number or null, found {type_name(value)}")
     try:
         number = float(value)
     except OverflowError:
@@ -120,50 +115,6 @@ def _parse_number(value: object, name: str) -> float:
     if not math.isfinite(number):
         raise RowError(f"`{name}` is {number}; expected a finite number, or null for unrated")
     return number
-
-
-def _parse_turns(value: object, name: str) -> str | tuple[Message, ...]:
-    """A response as it stands: a text, or one or more messages."""
-    if isinstance(value, str):
-        return _parse_text(value, name)
-    if not isinstance(value, (dict, list)):
-        raise RowError(f"`{name}` must be a string or a list of messages, found {_type_name(value)}")
-    messages = _parse_messages(value, name)
-    if not any(message["content"].strip() for message in messages):
-        raise RowError(f"`{name}` is empty: no message has any content")
-    return messages
-
-
-def _parse_text(value: str, name: str, may_be_empty: bool = False) -> str:
-    if not value and not may_be_empty:
-        raise RowError(f"`{name}` is empty")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError(f"`{name}` holds half of a surrogate pair at character {error.start + 1}") from error
-    return value
-
-
-def _parse_messages(value: dict[str, Any] | list[Any], name: str) -> tuple[Message, ...]:
-    messages = [value] if isinstance(value, dict) else value
-    if not messages:
-        raise RowError(f"`{name}` is empty: expected at least one message")
-    return tuple(_parse_message(message, f"{name}[{index}]") for index, message in enumerate(messages))
-
-
-def _parse_message(message: object, name: str) -> Message:
-    if not isinstance(message, dict):
-        raise RowError(f"`{name}` must be a message with `role` and `content`, found {_type_name(message)}")
-    # Arrow tables fill the keys that only other rows have with nulls; templates take a key for a statement.
-    kept = {key: item for key, item in message.items() if item is not None}
-    for key in ("role", "content"):
-        if key not in kept:
-            raise RowError(f"`{name}` is a message without `{key}`; expected {{role, content}}")
-        if not isinstance(kept[key], str):
-            raise RowError(f"`{name}.{key}` must be a string, found {_type_name(kept[key])}")
-        _parse_text(kept[key], f"{name}.{key}", may_be_empty=key == "content")
-    return kept
 
 
 def _join(
@@ -174,14 +125,14 @@ def _join(
     conversations = tuple(response for response in responses.values() if not isinstance(response, str))
     prompt = row.get("prompt")
     if isinstance(prompt, (dict, list)):
-        return _join_messages(_parse_messages(prompt, "prompt"), responses)
+        return _join_messages(parse_messages(prompt, "prompt"), responses)
     if texts and conversations:
         raise RowError(f"{' and '.join(f'`{name}`' for name in responses)} mix strings and messages; use one form")
     if prompt is None:
         return (None, texts) if texts else _split_conversations(conversations)
     if not isinstance(prompt, str):
-        raise RowError(f"`prompt` must be a string or a list of messages, found {_type_name(prompt)}")
-    prompt = _parse_text(prompt, "prompt", may_be_empty=True)
+        raise RowError(f"`prompt` must be a string or a list of messages, found {type_name(prompt)}")
+    prompt = parse_text(prompt, "prompt", may_be_empty=True)
     return (prompt, texts) if texts else _join_text_prompt(prompt, conversations)
 
 
@@ -227,9 +178,3 @@ def _split_conversations(
     if any(len(conversation) == num_shared for conversation in conversations):
         raise RowError("a response is empty: one conversation is the beginning of another; add a `prompt` field")
     return conversations[0][:num_shared], tuple(conversation[num_shared:] for conversation in conversations)
-
-
-def _type_name(value: object) -> str:
-    return {"dict": "object", "str": "string", "NoneType": "null", "bool": "boolean"}.get(
-        type(value).__name__, type(value).__name__
-    )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvpref.data.lengths import num_shared
+from kvpref.data.messages import RowError
 from kvpref.data.rendering import RenderedRow
-from kvpref.data.rows import RowError
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvpref.data.rows import PreferenceRow, RowError, parse_row
+from kvpref.data.messages import RowError
+from kvpref.data.rows import PreferenceRow, parse_row
 
 USER = {"role": "user", "content": "hi"}
 SYSTEM = {"role": "system", "content": "be kind"}

@@ -1,0 +1,105 @@
+"""Chat messages as rows hold them, checked and brought to one form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Message = dict[str, Any]
+"""One chat message: ``role``, ``content`` (strings) and whatever else the chat template reads."""
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Where messages keep what the model thought before it answered; each family of templates reads one of them."""
+
+
+class RowError(ValueError):
+    """One row is bad; the message is the reason, without the place."""
+
+
+def parse_turns(value: object, name: str) -> str | tuple[Message, ...]:
+    """A response as it stands: a text, or one or more messages.
+
+    Raises:
+        RowError: If it is neither, or empty.
+    """
+    if isinstance(value, str):
+        return parse_text(value, name)
+    if not isinstance(value, (dict, list)):
+        raise RowError(f"`{name}` must be a string or a list of messages, found {type_name(value)}")
+    messages = parse_messages(value, name)
+    if not any(message["content"].strip() or _says_more(message) for message in messages):
+        raise RowError(f"`{name}` is empty: no message has any content")
+    return messages
+
+
+def parse_text(value: str, name: str, may_be_empty: bool = False) -> str:
+    """A text that can be encoded.
+
+    Raises:
+        RowError: If it cannot, or is empty and may not be.
+    """
+    if not value and not may_be_empty:
+        raise RowError(f"`{name}` is empty")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(f"`{name}` holds half of a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def parse_messages(value: dict[str, Any] | list[Any], name: str) -> tuple[Message, ...]:
+    """One message or a list of them.
+
+    Raises:
+        RowError: If there are none, or one is bad.
+    """
+    messages = [value] if isinstance(value, dict) else value
+    if not messages:
+        raise RowError(f"`{name}` is empty: expected at least one message")
+    return tuple(_parse_message(message, f"{name}[{index}]") for index, message in enumerate(messages))
+
+
+def type_name(value: object) -> str:
+    """The type of a decoded value, in JSON's words where it has one."""
+    return {"dict": "object", "str": "string", "NoneType": "null", "bool": "boolean"}.get(
+        type(value).__name__, type(value).__name__
+    )
+
+
+def _parse_message(message: object, name: str) -> Message:
+    if not isinstance(message, dict):
+        raise RowError(f"`{name}` must be a message with `role` and `content`, found {type_name(message)}")
+    # Arrow tables fill the keys that only other rows have with nulls; templates take a key for a statement.
+    kept = {key: item for key, item in message.items() if item is not None}
+    if isinstance(kept.get("content"), list):
+        kept["content"] = _join_parts(kept["content"], f"{name}.content")
+    # A message that calls tools needs no content, and says so by null, "" or nothing at all: one form for all.
+    if "content" not in kept and kept.get("role") == "assistant" and _says_more(kept):
+        kept["content"] = ""
+    for key in ("role", "content"):
+        if key not in kept:
+            raise RowError(f"`{name}` is a message without `{key}`; expected {{role, content}}")
+        if not isinstance(kept[key], str):
+            raise RowError(f"`{name}.{key}` must be a string, found {type_name(kept[key])}")
+        parse_text(kept[key], f"{name}.{key}", may_be_empty=key == "content")
+    return kept
+
+
+def _says_more(message: Message) -> bool:
+    return bool(message.get("tool_calls")) or any(message.get(field) for field in REASONING_FIELDS)
+
+
+def _join_parts(parts: list[Any], name: str) -> str:
+    """The text of content that is a list of parts, as multimodal templates take it."""
+    texts = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, dict):
+            raise RowError(f"`{name}` must be a string or a list of text parts, found {type_name(part)} in a list")
+        kind = part.get("type", "text")
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError(
+                f"`{name}[{index}]` is a part of type {kind!r}; only text parts are supported: "
+                '{"type": "text", "text": ...}'
+            )
+        texts.append(part["text"])
+    return "".join(texts)
