@@ -118,7 +118,7 @@ def test_full_disk_keeps_what_was_saved(
 
 
 def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    from kvpref.cli.training_run import find_checkpoint
+    from kvpref.cli.checkpoints import find_checkpoint
 
     for step, state in ((3, '{"global_step": 3}'), (6, '{"global_st')):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -1,0 +1,73 @@
+"""The model, the tokenizer and the data of a training run. Imported only when one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpref.cli.adapters import add_lora, is_adapter
+from kvpref.cli.loading import load_matching_tokenizer, load_model, set_pad_token
+from kvpref.cli.run_config import RunConfig
+from kvpref.data import DataOptions, PreferenceDataset, load_preferences
+from kvpref.errors import InputError
+from kvpref.losses import PreferenceLoss
+from kvpref.modeling.value_head import add_value_head, holds_value_head
+from kvpref.training import PreferenceTrainingArguments
+
+BAD_ROWS_FILE = "bad_rows.jsonl"
+
+
+def load_trained_model(
+    run: RunConfig, loss: PreferenceLoss, args: PreferenceTrainingArguments, report: Callable[[str], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model with the heads and the adapter that the run asks for, and its tokenizer."""
+    model = load_model(
+        run.model, run.config, dtype=run.dtype, seed=args.seed, reads=loss.reads, may_add_head=loss.reads == "ends"
+    )
+    tokenizer = load_matching_tokenizer(run.tokenizer, run.model, model)
+    if loss.reads == "ends":
+        set_pad_token(model, tokenizer, report)
+    if loss.head.values:
+        source = run.model
+        if source is not None and is_adapter(source):
+            raise InputError(
+                f"{source}: an adapter cannot be trained further with a loss that reads values, since its base model "
+                "has no value head; merge it into the base model first"
+            )
+        add_value_head(model, source if source is not None and holds_value_head(source) else None)
+    if run.lora_r is not None:
+        model = add_lora(model, run, loss)
+    return model, tokenizer
+
+
+def load_data(
+    run: RunConfig,
+    source: str | None,
+    tokenizer: Any,
+    loss: PreferenceLoss,
+    args: PreferenceTrainingArguments,
+    report: Callable[[str], None],
+) -> PreferenceDataset:
+    assert source is not None
+    options = DataOptions(
+        max_prompt_tokens=run.max_prompt_tokens,
+        max_response_tokens=run.max_response_tokens,
+        on_bad_row=run.on_bad_row,  # type: ignore[arg-type]
+        columns=loss.columns,
+    )
+    groups = load_preferences(source, tokenizer, options)
+    found = groups.report
+    assert found is not None
+    report(
+        f"{source}: {len(groups)} groups; {len(found.bad_rows)} bad rows skipped; "
+        f"{found.num_truncated_prompts} prompts and {found.num_truncated_responses} responses cut"
+    )
+    if found.bad_rows and args.process_index == 0:
+        path = Path(args.output_dir or ".") / f"{Path(source).stem}.{BAD_ROWS_FILE}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.write_bad_rows(path)
+        report(f"bad rows are listed in {path}")
+    return groups
