@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from oracle_outputs import naive_responses, naive_rewards
+from pairwise import pairwise
 from sample_groups import tokens
 from tiny_models import tiny_model, tiny_reward_model
 from torch import nn
@@ -129,14 +130,14 @@ def assert_is_truth(output: LossOutput, model: nn.Module, truth: Truth) -> None:
         assert (grads[parameter] - grad).norm() <= TOLERANCE * max(float(grad.norm()), 1e-3 * scale), parameter
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["whole", "peft"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", LOSSES)
-def test_objective(name: str, options: dict[str, Any], peft: bool) -> None:
-    truth = truth_of(name, peft=peft)
-    model = kvpref.attach(make_model(name, peft=peft))
+@pytest.mark.parametrize(("name", "way", "weights"), pairwise(LOSSES, OPTIONS, ("whole", "peft")))
+def test_objective(name: str, way: str, weights: str) -> None:
+    truth = truth_of(name, peft=weights == "peft")
+    model = kvpref.attach(make_model(name, peft=weights == "peft"))
     with oracle.precision(model):
-        output = kvpref.forward_backward(model, batch_of(name), loss_of(name), reference=reference_of(name), **options)
+        output = kvpref.forward_backward(
+            model, batch_of(name), loss_of(name), reference=reference_of(name), **OPTIONS[way]
+        )
     assert_is_truth(output, model, truth)
 
 

@@ -14,8 +14,11 @@ from kvpref.losses import PreferenceLoss
 
 # float32 losses; relative where they are larger than one
 LOSS_TOLERANCE = 1e-6
-# float32 gradients relative to the largest, summed in another order; DiscoPOP multiplies differences by 1 / tau = 20
-GRADIENT_TOLERANCE = 2e-5
+# float32 gradients relative to the largest, summed in another order: 3.4e-6 measured
+GRADIENT_TOLERANCE = 1e-5
+# DiscoPOP multiplies differences of log-ratios by 1 / tau = 20, and with them their rounding. Measured against float64,
+# depending on the processor: TRL's up to 2.3e-5, kvpref's 6e-6.
+STEEP_GRADIENT_TOLERANCE = 5e-5
 # float32 log-probs of some tens of nats
 METRIC_TOLERANCE = 1e-5
 
@@ -64,7 +67,9 @@ def run_trl(loss: torch.Tensor, metrics: dict[str, Any], model: nn.Module, *, di
     return Result(loss.item(), numbers, _gradients(model))
 
 
-def assert_same(found: Result, truth: Result, metrics: tuple[str, ...]) -> None:
+def assert_same(
+    found: Result, truth: Result, metrics: tuple[str, ...], gradient_tolerance: float = GRADIENT_TOLERANCE
+) -> None:
     """The loss, the named metrics and, where TRL has them, the gradients of all parameters."""
     assert abs(found.loss - truth.loss) <= LOSS_TOLERANCE * max(1.0, abs(truth.loss))
     for name in metrics:
@@ -76,7 +81,7 @@ def assert_same(found: Result, truth: Result, metrics: tuple[str, ...]) -> None:
     largest = max(gradient.abs().max().item() for gradient in truth.gradients.values())
     assert largest > 1e-6
     for name, gradient in truth.gradients.items():
-        assert (found.gradients[name] - gradient).abs().max().item() <= GRADIENT_TOLERANCE * largest, name
+        assert (found.gradients[name] - gradient).abs().max().item() <= gradient_tolerance * largest, name
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_dry_run_measures_every_part(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OUT": str(tmp_path)}
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--dry-run"]

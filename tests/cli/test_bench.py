@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from command_line import Run
+from command_line_in_process import fail
 
 from kvpref import LossOutput, RunError
 from kvpref.cli.bench import bench
@@ -75,24 +76,21 @@ def test_the_baseline_is_added_and_the_optimizer_left_out(
 def test_bad_input_exits_with_2(
     arguments: tuple[object, ...],
     message: str,
-    kvpref_command: Run,
+    capsys: pytest.CaptureFixture[str],
     config_file: Path,
     tokenizer_dir: Path,
     pairs_file: Path,
 ) -> None:
-    done = kvpref_command("bench", config_file, pairs_file, "--tokenizer", tokenizer_dir, *arguments)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
+    assert message in fail(capsys, "bench", config_file, pairs_file, "--tokenizer", tokenizer_dir, *arguments)
 
 
 def test_groups_that_the_loss_cannot_take_are_named(
-    tmp_path: Path, kvpref_command: Run, config_file: Path, tokenizer_dir: Path
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config_file: Path, tokenizer_dir: Path
 ) -> None:
     data = tmp_path / "three.jsonl"
     data.write_text('{"prompt": "one two", "responses": [" one", " two", " three"], "scores": [1, 2, 3]}\n')
-    done = kvpref_command("bench", config_file, data, "--tokenizer", tokenizer_dir)
-    assert done.returncode == 2, done.stderr
-    assert "three.jsonl:1: a pairwise loss needs exactly 2 responses" in done.stderr
+    error = fail(capsys, "bench", config_file, data, "--tokenizer", tokenizer_dir)
+    assert "three.jsonl:1: a pairwise loss needs exactly 2 responses" in error
 
 
 def test_a_mode_that_differs_fails_the_run_after_the_report(

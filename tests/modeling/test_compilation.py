@@ -100,7 +100,7 @@ def test_refusals() -> None:
         kvpref.compile_layers(kvpref.attach(model), dynamic=False)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_bounded_needs_no_new_graph_for_new_shapes() -> None:
     """Chunks differ in what they read, whether others read them, and gradients: more kinds than torch's limit of 8."""
     counter = CompileCounterWithBackend("eager")

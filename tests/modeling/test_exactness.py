@@ -8,6 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from pairwise import pairwise
 from sample_groups import SCENARIOS, five_levels, pairs, story_questions_answers
 from tiny_models import FAMILIES, VARIANTS, tiny_model
 from torch import nn
@@ -38,12 +39,10 @@ def test_every_supported_family_is_tested() -> None:
     assert set(FAMILIES) == set(SUPPORTED)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_fp64_families(variant: str, mode: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("variant", "mode", "layers"), pairwise(VARIANTS, MODES, ("plain", "checkpointed")))
+def test_fp64_families(variant: str, mode: str, layers: str) -> None:
     model = attached(variant)
-    if checkpointing:
+    if layers == "checkpointed":
         oracle.checkpoint_layers(model)
     batch = kvpref.collate(five_levels(), min_shared_tokens=1)
     assert batch.tree.num_levels == 5

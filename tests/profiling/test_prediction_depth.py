@@ -33,11 +33,17 @@ SETUPS = {
 @pytest.mark.parametrize(
     ("variant", "setup"),
     [
-        *((variant, "full fine-tuning") for variant in VARIANTS),
-        ("full", "lora"),
-        ("bounded", "lora"),
+        *((variant, "full fine-tuning") for variant in ("packed", "padded", "checkpoint prefix")),
         ("full", "mixed precision"),
-        ("bounded", "mixed precision"),
+        # Whole runs of seven layers take up to half a minute each.
+        *(
+            pytest.param(variant, setup, marks=pytest.mark.full)
+            for variant, setup in (
+                *((variant, "full fine-tuning") for variant in ("full", "checkpoint all", "bounded, checkpoint all")),
+                *(("full", "lora"), ("bounded", "lora"), ("bounded", "mixed precision")),
+            )
+        ),
+        ("bounded", "full fine-tuning"),
     ],
 )
 def test_extended_peak_is_that_of_a_whole_run(variant: str, setup: str) -> None:

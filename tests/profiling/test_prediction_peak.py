@@ -55,6 +55,7 @@ def test_shards_divide_what_is_resident_and_add_what_is_gathered() -> None:
     assert four.total_bytes - four.resident_bytes == one.total_bytes - one.resident_bytes
 
 
+@pytest.mark.full
 def test_a_prefix_cache_on_the_cpu_keeps_two_layers_on_the_device() -> None:
     config = tiny_config("llama", num_hidden_layers=12)
     shape = GroupShape(prompt_tokens=256, response_tokens=32, num_responses=4)

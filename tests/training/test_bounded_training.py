@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from preference_runs import VOCAB_SIZE, make_args, make_groups, make_model
 
 import kvpref
@@ -51,9 +52,9 @@ def assert_trained_alike(found: kvpref.PreferenceTrainer, expected: kvpref.Prefe
     assert (weights(found) - weights(expected)).norm() / update.norm() < TOLERANCE
 
 
-@pytest.mark.parametrize("loss", ["dpo", "sft"])
-@pytest.mark.parametrize("shares", [True, False], ids=["shared", "apart"])
-@pytest.mark.parametrize("max_tokens_per_chunk", [None, 13])
+@pytest.mark.parametrize(
+    ("loss", "shares", "max_tokens_per_chunk"), pairwise(["dpo", "sft"], [True, False], [None, 13])
+)
 def test_bounded_trains_like_full(tmp_path: Path, loss: str, shares: bool, max_tokens_per_chunk: int | None) -> None:
     expected = train(tmp_path / "full", loss=loss, max_tokens_per_micro_batch=200)
     found = train(
