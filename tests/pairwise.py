@@ -1,4 +1,4 @@
-"""Products of settings for `pytest.mark.parametrize`: every pair of values in `make test`, the rest in `make test-all`."""
+"""Products of settings for parametrized tests: every pair of values in `make test`, the rest in `make test-all`."""
 
 from __future__ import annotations
 
