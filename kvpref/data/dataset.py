@@ -219,19 +219,13 @@ class _Loader:
                 "`chosen` and `rejected` have the same tokens"
                 + (" after truncation; raise max_response_tokens" if truncated.num_truncated_responses else "")
             )
-        if truncated.num_truncated_responses:
-            _check_token_columns(row.row, sequences, truncated.sequences)
+        _check_token_columns(row.row, sequences, truncated.sequences)
         self._truncation["num_truncated_prompts"] += truncated.prompt_tokens_cut > 0
         self._truncation["prompt_tokens_cut"] += truncated.prompt_tokens_cut
         self._truncation["num_truncated_responses"] += truncated.num_truncated_responses
         self._truncation["response_tokens_cut"] += truncated.response_tokens_cut
         return Group(
-            [
-                Sequence.from_prompt_and_response(
-                    sequence.input_ids[: sequence.num_prompt_tokens], sequence.input_ids[sequence.num_prompt_tokens :]
-                )
-                for sequence in truncated.sequences
-            ],
+            [Sequence(sequence.input_ids, sequence.scored) for sequence in truncated.sequences],
             scores=row.row.scores,
             labels=row.row.labels,
             id=location,
@@ -247,7 +241,10 @@ class _Loader:
 def _check_token_columns(
     row: PreferenceRow, whole: AbstractSequence[TokenizedSequence], kept: AbstractSequence[TokenizedSequence]
 ) -> None:
-    """Refuse a column that has one entry per token of a response that was cut: which of them to drop, only users know.
+    """Refuse a column whose entries would fall on other tokens than they were made for.
+
+    Losses read one number per scored token. Which of the entries to drop where a response is cut, or where some of
+    its tokens are not scored, only users know.
 
     Raises:
         RowError: Naming the column.
@@ -256,9 +253,17 @@ def _check_token_columns(
         if not isinstance(value, list) or len(value) != len(whole):
             continue
         for index, (entry, before, after) in enumerate(zip(value, whole, kept, strict=True)):
-            num_before, num_after = (len(item.input_ids) - item.num_prompt_tokens for item in (before, after))
-            if isinstance(entry, list) and num_after < num_before == len(entry):
+            if not isinstance(entry, list):
+                continue
+            num_tokens = len(before.input_ids) - before.num_prompt_tokens
+            num_before, num_after = (sum(item.scored) for item in (before, after))
+            if num_after < num_before == len(entry):
                 raise RowError(
                     f"column `{name}` has an entry for each of the {num_before} tokens of response {index}, which is "
                     f"cut to {num_after}; raise max_response_tokens, or shorten the response and its column in the data"
+                )
+            if num_before < num_tokens == len(entry):
+                raise RowError(
+                    f"column `{name}` has an entry for each of the {num_tokens} tokens of response {index}, of which "
+                    f"{num_before} are scored; leave out the entries of what tools and users say inside it"
                 )

@@ -1,12 +1,14 @@
-"""Rows to texts: where each whole text comes from, and where in it the response begins."""
+"""Rows to texts: where each whole text comes from, and which of its characters are scored."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvpref.data.lengths import num_shared
+from kvpref.data.lost_parts import check_nothing_lost
 from kvpref.data.messages import Message, RowError
+from kvpref.data.response_spans import ChatTemplate, Messages, Span, find_spans
 from kvpref.data.rows import PreferenceRow
 from kvpref.errors import InputError
 
@@ -21,14 +23,14 @@ class RenderedRow:
     Args:
         row: The row that was rendered.
         texts: Prompt and response together, one text per response.
-        prompt_chars: Per text, how many of its characters are the prompt; None where the prompt is what the tokens
-            of the texts have in common.
+        spans: Per text, which of its characters are scored: the response, or each assistant turn of it, in order. The
+            first begins where the prompt ends. None where the prompt is what the tokens of the texts have in common.
         is_chat: True where a chat template wrote the texts, special tokens included.
     """
 
     row: PreferenceRow
     texts: tuple[str, ...]
-    prompt_chars: tuple[int, ...] | None
+    spans: tuple[tuple[Span, ...], ...] | None
     is_chat: bool
 
 
@@ -36,42 +38,62 @@ def render_row(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> Render
     """Write out the texts of one row.
 
     Raises:
-        RowError: If the chat template refuses the messages, or writes nothing for a response.
+        RowError: If the chat template refuses the messages, leaves out what a response says, or writes it so that its
+            beginning cannot be told; if a response does not begin with an assistant turn.
         InputError: If the row holds messages and the tokenizer has no chat template.
     """
     if isinstance(row.prompt, tuple):
         return _render_chat(row, row.prompt, tokenizer)
     texts = tuple(f"{row.prompt or ''}{response}" for response in row.responses)
-    prompt_chars = None if row.prompt is None else (len(row.prompt),) * len(texts)
-    return RenderedRow(row, texts, prompt_chars, is_chat=False)
+    if row.prompt is None:
+        return RenderedRow(row, texts, None, is_chat=False)
+    return RenderedRow(row, texts, tuple(((len(row.prompt), len(text)),) for text in texts), is_chat=False)
 
 
-def _render_chat(row: PreferenceRow, prompt: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
+def _render_chat(row: PreferenceRow, prompt: Messages, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
     if not tokenizer.chat_template:
         raise InputError(
             "the row holds chat messages, and the tokenizer has no chat template; use the tokenizer of a chat model, "
             "set tokenizer.chat_template, or write the rows as plain strings"
         )
-    prompt_text = _apply_template(prompt, tokenizer, add_generation_prompt=True)
-    texts, prompt_chars = [], []
-    for response in row.responses:
-        text = _apply_template((*prompt, *response), tokenizer, add_generation_prompt=False)
-        # Templates may write the prompt differently once an answer follows (an empty thinking block, say).
-        shared = len(prompt_text) if text.startswith(prompt_text) else num_shared(prompt_text, text)
-        if shared == len(text):
-            raise RowError("a response is empty: the chat template writes nothing for it")
-        texts.append(text)
-        prompt_chars.append(shared)
-    return RenderedRow(row, tuple(texts), tuple(prompt_chars), is_chat=True)
+    responses = tuple(response for response in row.responses if not isinstance(response, str))
+    names = _names(row)
+    for response, name in zip(responses, names, strict=True):
+        if response[0]["role"] != "assistant":
+            raise RowError(
+                f"{name} begins with a turn of role {response[0]['role']!r}, and a response must begin with one of "
+                "role 'assistant'; correct the role, or move the turns before the answer to the prompt"
+            )
+    template = ChatTemplate(tokenizer, dict(row.template_settings))
+    first_error: RowError | None = None
+    for form in _forms((prompt, *responses)):
+        try:
+            texts, spans = find_spans(template, form[0], form[1:], names)
+            for response, text, own, name in zip(responses, texts, spans, names, strict=True):
+                check_nothing_lost(response, text, own, name)
+        except RowError as error:
+            first_error = first_error or error
+        else:
+            return RenderedRow(row, texts, spans, is_chat=True)
+    assert first_error is not None
+    raise first_error
 
 
-def _apply_template(
-    messages: tuple[Any, ...], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+def _forms(conversations: tuple[Messages, ...]) -> Iterator[tuple[Messages, ...]]:
+    """The messages, and again with null in the place of empty content: some templates tell tool calls by it."""
+    yield conversations
+    if any(_has_only_calls(message) for messages in conversations for message in messages):
+        yield tuple(
+            tuple(message | {"content": None} if _has_only_calls(message) else message for message in messages)
+            for messages in conversations
         )
-    except Exception as error:  # a template is a program: besides jinja's own errors it can raise anything
-        raise RowError(f"the chat template refuses the messages ({error})") from error
-    return str(text)
+
+
+def _has_only_calls(message: Message) -> bool:
+    return bool(message.get("tool_calls")) and not message["content"]
+
+
+def _names(row: PreferenceRow) -> tuple[str, ...]:
+    if row.labels == (True, False):
+        return "`chosen`", "`rejected`"
+    return tuple(f"`responses[{index}]`" for index in range(len(row.responses)))

@@ -1,35 +1,51 @@
 """Texts to tokens: every whole text is tokenized at once, and the response is found in the result.
 
 tokens(prompt) + tokens(response) can differ from tokens(prompt + response), so neither is ever tokenized alone and
-joined: a token that holds any character of the response is the response's.
+joined: a token that holds any character of the response is the response's. The same holds at both ends of each of the
+assistant's turns in a response of several.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvpref.data.lengths import num_shared
 from kvpref.data.messages import RowError
 from kvpref.data.rendering import RenderedRow
+from kvpref.data.response_spans import Span
+from kvpref.data.token_spans import Offsets, TokenSpan, spans_by_beginnings, spans_by_offsets
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Offsets = list[tuple[int, int]]
-BYTE_LEVEL_SPACE = "\u0120"
-"""How byte-level tokenizers write a space inside a token."""
-
 
 @dataclass(frozen=True)
 class TokenizedSequence:
-    """Token ids of a prompt and its response; the first `num_prompt_tokens` are the prompt's."""
+    """Token ids of a prompt and its response.
+
+    Args:
+        input_ids: Of both; the first `num_prompt_tokens` are the prompt's.
+        num_prompt_tokens: How many there are before the first scored one.
+        unscored: Spans of the response, counted from its first token, that are not scored: what tools and users say
+            inside it, with all that the template writes around it.
+    """
 
     input_ids: list[int]
     num_prompt_tokens: int
+    unscored: tuple[Span, ...] = ()
+
+    @property
+    def scored(self) -> list[bool]:
+        """One flag per token."""
+        flags = [False] * self.num_prompt_tokens + [True] * (len(self.input_ids) - self.num_prompt_tokens)
+        for start, end in self.unscored:
+            span = slice(self.num_prompt_tokens + start, self.num_prompt_tokens + end)
+            flags[span] = [False] * len(flags[span])
+        return flags
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -68,13 +84,13 @@ class SequenceTokenizer:
         """Tokenize all texts of the rows in one call; a row that cannot be used comes back as its error."""
         texts = [text for row in rows for text in row.texts]
         ids_of_texts, offsets_of_texts = self._encode(texts)
-        starts = self._response_starts(rows, ids_of_texts, offsets_of_texts)
+        spans = self._token_spans(rows, ids_of_texts, offsets_of_texts)
         results: list[list[TokenizedSequence] | RowError] = []
         begin = 0
         for row in rows:
             end = begin + len(row.texts)
             try:
-                results.append(self._finish(row, ids_of_texts[begin:end], starts[begin:end]))
+                results.append(self._finish(row, ids_of_texts[begin:end], spans[begin:end]))
             except RowError as error:
                 results.append(error)
             begin = end
@@ -91,44 +107,44 @@ class SequenceTokenizer:
         )
         return encoding["input_ids"], encoding.get("offset_mapping")
 
-    def _response_starts(
+    def _token_spans(
         self,
         rows: AbstractSequence[RenderedRow],
         ids_of_texts: list[list[int]],
         offsets_of_texts: list[Offsets] | None,
-    ) -> list[int]:
-        """Index of the first token of each response; 0 where the row's texts must be compared to find it."""
+    ) -> list[list[TokenSpan]]:
+        """The scored spans of each text in tokens; all of it where the row's texts must be compared to find them."""
         texts = [text for row in rows for text in row.texts]
-        prompt_chars = [count for row in rows for count in row.prompt_chars or (0,) * len(row.texts)]
+        spans = [own for row in rows for own in row.spans or [((0, len(text)),) for text in row.texts]]
         if offsets_of_texts is None:
-            prompts = [text[:count] for text, count in zip(texts, prompt_chars, strict=True)]
-            pairs = zip(ids_of_texts, self._encode(prompts)[0], strict=True)
-            return [num_shared(whole, prompt) for whole, prompt in pairs]
+            return spans_by_beginnings(lambda parts: self._encode(parts)[0], texts, ids_of_texts, spans)
         return [
-            self._first_response_token(ids, offsets, count)
-            for ids, offsets, count in zip(ids_of_texts, offsets_of_texts, prompt_chars, strict=True)
+            spans_by_offsets(self.tokenizer.convert_ids_to_tokens, len(text), ids, offsets, own)
+            for text, ids, offsets, own in zip(texts, ids_of_texts, offsets_of_texts, spans, strict=True)
         ]
 
-    def _first_response_token(self, ids: list[int], offsets: Offsets, prompt_chars: int) -> int:
-        first = bisect_right(offsets, prompt_chars, key=lambda span: span[1])
-        if 0 < first < len(offsets) and offsets[first][0] > prompt_chars:
-            # Byte-level tokenizers with trim_offsets leave a token's outer spaces out of its span, so the token
-            # before may hold the space that the response begins with. A token of spaces alone keeps its true end.
-            token = str(self.tokenizer.convert_ids_to_tokens(ids[first - 1]))
-            letters = token.rstrip(BYTE_LEVEL_SPACE)
-            if letters and offsets[first - 1][1] + len(token) - len(letters) > prompt_chars:
-                return first - 1
-        return first
-
-    def _finish(self, row: RenderedRow, ids_of_texts: list[list[int]], starts: list[int]) -> list[TokenizedSequence]:
+    def _finish(
+        self, row: RenderedRow, ids_of_texts: list[list[int]], spans_of_texts: list[list[TokenSpan]]
+    ) -> list[TokenizedSequence]:
         """Add BOS and EOS where they belong, and check that every response has a token and a predictor."""
-        if any(start >= len(ids) for ids, start in zip(ids_of_texts, starts, strict=True)):
+        if any(spans[0][0] >= len(ids) for ids, spans in zip(ids_of_texts, spans_of_texts, strict=True)):
             raise RowError("a response is empty: the tokenizer makes no token of it")
+        if any(end is None for spans in spans_of_texts for _, end in spans):
+            raise RowError(
+                "the tokenizer joins the end of a turn inside a response with what follows it, and has no offsets to "
+                "tell them apart; use a fast tokenizer"
+            )
         sequences = []
-        for text, ids, start in zip(row.texts, ids_of_texts, starts, strict=True):
+        for text, ids, spans in zip(row.texts, ids_of_texts, spans_of_texts, strict=True):
             leading = self._leading_ids_for(row, ids)
-            sequences.append(TokenizedSequence([*leading, *ids, *self._ending(row, text, ids)], len(leading) + start))
-        if row.prompt_chars is None:
+            # EOS ends the assistant's turn, and only that.
+            ending = self._ending(row, text, ids) if spans[-1][1] == len(ids) else []
+            sequences.append(
+                TokenizedSequence(
+                    [*leading, *ids, *ending], len(leading) + spans[0][0], tuple(_gaps(spans, num_tokens=len(ids)))
+                )
+            )
+        if row.spans is None:
             sequences = _share_prompt(sequences)
         if all(sequence.num_prompt_tokens for sequence in sequences):
             return sequences
@@ -139,7 +155,11 @@ class SequenceTokenizer:
             )
         # All sequences of the row get it, so that they still begin alike.
         return [
-            TokenizedSequence([self.bos_token_id, *sequence.input_ids], sequence.num_prompt_tokens + 1)
+            replace(
+                sequence,
+                input_ids=[self.bos_token_id, *sequence.input_ids],
+                num_prompt_tokens=sequence.num_prompt_tokens + 1,
+            )
             for sequence in sequences
         ]
 
@@ -172,3 +192,12 @@ def _share_prompt(sequences: list[TokenizedSequence]) -> list[TokenizedSequence]
     if any(num_prompt_tokens == len(sequence.input_ids) for sequence in sequences):
         raise RowError("`chosen` and `rejected` do not differ after their common beginning; add a `prompt` field")
     return [TokenizedSequence(sequence.input_ids, num_prompt_tokens) for sequence in sequences]
+
+
+def _gaps(spans: list[TokenSpan], *, num_tokens: int) -> Iterator[Span]:
+    """What lies between spans and after the last, counted from where the first begins."""
+    begin = spans[0][0]
+    afters = [start for start, _ in spans[1:]]
+    for (_, end), after in zip(spans, [*afters, num_tokens], strict=True):
+        if end is not None and end < after:
+            yield end - begin, after - begin

@@ -49,5 +49,7 @@ def truncate_row(
         prompt = sequence.input_ids[:front] + sequence.input_ids[front + cut : sequence.num_prompt_tokens]
         response = sequence.input_ids[sequence.num_prompt_tokens :]
         response_cuts.append(max(0, len(response) - max_response_tokens) if max_response_tokens is not None else 0)
-        kept.append(TokenizedSequence(prompt + response[: len(response) - response_cuts[-1]], len(prompt)))
+        response = response[: len(response) - response_cuts[-1]]
+        unscored = tuple((start, min(end, len(response))) for start, end in sequence.unscored if start < len(response))
+        kept.append(TokenizedSequence(prompt + response, len(prompt), unscored))
     return TruncatedRow(kept, max(cuts), sum(cut > 0 for cut in response_cuts), sum(response_cuts))

@@ -252,7 +252,7 @@ def test_rendering_is_text_only(chat_tokenizer):
     rendered = render_row(parse_row({"prompt": [USER], "responses": ["world"]}), chat_tokenizer)
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert rendered.texts == (f"{prompt}world<|im_end|>\n",)
-    assert rendered.prompt_chars == (len(prompt),)
+    assert rendered.spans == (((len(prompt), len(rendered.texts[0])),),)
 
 
 def test_load_tokenizer_names_the_folder_that_holds_none(tmp_path):

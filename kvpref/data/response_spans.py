@@ -1,0 +1,177 @@
+"""Where the assistant's turns of a response stand in what a chat template wrote.
+
+The template is the only one who knows, so it is asked: by the generation prompt, by the beginning of a conversation
+without the turn, and by marker texts in the place of the turn's content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvpref.data.lengths import num_shared
+from kvpref.data.messages import Message, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+
+Messages = tuple[Message, ...]
+
+# What two texts have in common before and after them ends exactly where the content begins and begins where it ends.
+MARKERS = ("alpha", "omega!")
+NUM_QUOTED_CHARS = 24
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: Whose template it is.
+        settings: Further keyword arguments of every call, such as ``tools``.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The text of some messages.
+
+        Raises:
+            RowError: If the template refuses them.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self.settings
+            )
+        except Exception as error:  # a template is a program: besides jinja's own errors it can raise anything
+            raise RowError(f"the chat template refuses the messages ({error})") from error
+        return str(text)
+
+    def special_tokens(self) -> set[str]:
+        """The tokens that end turns, among others."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return added | set(self.tokenizer.all_special_tokens)
+
+
+def find_spans(
+    template: ChatTemplate, prompt: Messages, responses: AbstractSequence[Messages], names: AbstractSequence[str]
+) -> tuple[tuple[str, ...], tuple[tuple[Span, ...], ...]]:
+    """Write out the conversations of one row, and find the assistant's turns of the responses in them.
+
+    Args:
+        template: Writes the messages.
+        prompt: What the responses have in common, not empty.
+        responses: The turns of each response; the first is the assistant's.
+        names: What errors call the responses.
+
+    Returns:
+        One text per response, and its spans: one per assistant turn, each from the first character after what the
+        template writes to ask for the turn. The first begins at the same character in all texts.
+
+    Raises:
+        RowError: If the template refuses messages, writes nothing for a turn, or writes what is before the turn
+            differently once the turn follows.
+    """
+    texts = tuple(template.write((*prompt, *response)) for response in responses)
+    first_start = _find_start(template, prompt, texts, "the answer")
+    spans = []
+    for response, text, name in zip(responses, texts, names, strict=True):
+        found: list[Span] = []
+        for index, turn in enumerate(response):
+            if turn["role"] != "assistant":
+                continue
+            before, after = (*prompt, *response[:index]), response[index + 1 :]
+            place = f"turn {index + 1} of {name}"
+            start = _find_start(template, before, (text,), place) if index else first_start
+            end = _find_end(template, before, turn, after, text, place) if after else len(text)
+            if start >= end or (found and start < found[-1][1]):
+                raise RowError(f"a response is empty: the chat template writes nothing for it ({place})")
+            found.append((start, end))
+        spans.append(tuple(found))
+    return texts, tuple(spans)
+
+
+def _find_start(template: ChatTemplate, before: Messages, texts: AbstractSequence[str], place: str) -> int:
+    """Where the turn after some messages begins, in all texts alike."""
+    asked = template.write(before, add_generation_prompt=True)
+    if all(text.startswith(asked) for text in texts):
+        return len(asked)
+    # The generation prompt may go on into the answer (a `<think>` that this answer has not): then the turn begins
+    # where its content does.
+    header = _around_content(template, before, {"role": "assistant"}, (), _common_beginning)
+    if header is not None and all(text.startswith(header) for text in (asked, *texts)):
+        return len(header)
+    text = next(text for text in texts if not text.startswith(asked))
+    raise RowError(
+        f"the chat template writes the text before {place} differently once {place} follows: "
+        f"{_quote_difference(asked, text)}; use a template that writes the same before and after, or leave the row out"
+    )
+
+
+def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Messages, text: str, place: str) -> int:
+    """Where an assistant turn ends that other turns follow."""
+    try:
+        alone = template.write((*before, turn))
+    except RowError:
+        alone = None
+    if alone is not None and text.startswith(alone):
+        return len(alone)
+    # The last turn is written in another way than earlier ones. What stands after its content is compared.
+    rest = _around_content(template, before, turn, after, _common_ending)
+    last_rest = _around_content(template, before, turn, (), _common_ending)
+    num_own = None if rest is None or last_rest is None else _length_of_ending(template, rest, last_rest)
+    if rest is None or num_own is None or not text.endswith(rest[num_own:]):
+        found = "" if alone is None else f": {_quote_difference(alone, text)}"
+        raise RowError(
+            f"the chat template writes {place} differently once other turns follow, so its end cannot be "
+            f"told{found}; let the response end with this turn, or use another template"
+        )
+    return len(text) - len(rest) + num_own
+
+
+def _length_of_ending(template: ChatTemplate, rest: str, last_rest: str) -> int | None:
+    """How much of what follows a turn's content is the turn's own, seen from how it ends as the last one."""
+    if rest.startswith(last_rest):
+        return len(last_rest)
+    shared = num_shared(rest, last_rest)
+    # Some families end the last turn with another token: one special token stands for the other.
+    tokens = template.special_tokens()
+    for start in range(shared + 1):
+        own = max((token for token in tokens if rest.startswith(token, start)), key=len, default="")
+        last = max((token for token in tokens if last_rest.startswith(token, start)), key=len, default="")
+        if own != last:
+            is_end = own and last and not last_rest[start + len(last) :].strip()
+            return start + len(own) if is_end else None
+    return None
+
+
+def _around_content(
+    template: ChatTemplate, before: Messages, turn: Message, after: Messages, common: Callable[[str, str], str]
+) -> str | None:
+    """What the template writes before (or after) the content of a turn; None if it does not write the content."""
+    try:
+        first, second = (template.write((*before, turn | {"content": marker}, *after)) for marker in MARKERS)
+    except RowError:
+        return None
+    return None if first == second else common(first, second)
+
+
+def _common_beginning(first: str, second: str) -> str:
+    return first[: num_shared(first, second)]
+
+
+def _common_ending(first: str, second: str) -> str:
+    return first[len(first) - num_shared(first[::-1], second[::-1]) :]
+
+
+def _quote_difference(asked: str, text: str) -> str:
+    """The first place where two texts differ, short."""
+    start = max(0, num_shared(asked, text) - 8)
+    first, second = (repr(part[start : start + NUM_QUOTED_CHARS]) for part in (asked, text))
+    return f"at character {num_shared(asked, text) + 1}, {first} became {second}"
