@@ -26,19 +26,25 @@ def check_nothing_lost(
         RowError: Naming the part.
     """
     remaining = iter(spans)
-    whole = text[spans[0][0] :]
     for number, turn in enumerate(response, start=1):
-        written = text[slice(*next(remaining))] if turn["role"] == "assistant" else whole
-        squeezed = None
+        # What tools and users say stands somewhere behind the first turn.
+        start, end = next(remaining) if turn["role"] == "assistant" else (spans[0][0], len(text))
         for part, value in _parts(turn):
-            if value in written:
-                continue
-            squeezed = _without_spaces(written) if squeezed is None else squeezed
-            if not any(form in squeezed for form in _forms(value)):
+            if value not in text[start:end] and not _is_written(value, text[:start], text[start:end]):
                 raise RowError(
                     f"the chat template does not write {part} of turn {number} of {name} ({_quote(value)}); "
                     "remove it from the data, or use a template that writes it"
                 )
+
+
+def _is_written(value: str, before: str, written: str) -> bool:
+    squeezed = _without_spaces(written)
+    for form in {_without_spaces(value), _without_spaces(json.dumps(value, ensure_ascii=False)[1:-1])}:
+        # A generation prompt that begins the answer (`<think>`) may have taken the beginning of the content.
+        begun = _without_spaces(before[-2 * len(form) :])[-len(form) + 1 :] if len(form) > 1 else ""
+        if form in begun + squeezed:
+            return True
+    return False
 
 
 def _parts(turn: Message) -> Iterator[tuple[str, str]]:
@@ -54,10 +60,6 @@ def _parts(turn: Message) -> Iterator[tuple[str, str]]:
         if isinstance(function.get("arguments"), dict):
             for key in function["arguments"]:
                 yield f"argument {key!r} of `tool_calls[{index}]`", str(key)
-
-
-def _forms(value: str) -> tuple[str, str]:
-    return _without_spaces(value), _without_spaces(json.dumps(value, ensure_ascii=False)[1:-1])
 
 
 def _without_spaces(text: str) -> str:

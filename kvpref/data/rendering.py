@@ -80,7 +80,8 @@ def _render_chat(row: PreferenceRow, prompt: Messages, tokenizer: PreTrainedToke
 
 
 def _forms(conversations: tuple[Messages, ...]) -> Iterator[tuple[Messages, ...]]:
-    """The messages, and again with null in the place of empty content: some templates tell tool calls by it."""
+    """The messages, and again with null (to which transformers drops the key) in the place of empty content: some
+    templates tell messages that only call tools by it."""
     yield conversations
     if any(_has_only_calls(message) for messages in conversations for message in messages):
         yield tuple(

@@ -139,15 +139,18 @@ def _length_of_ending(template: ChatTemplate, rest: str, last_rest: str) -> int 
     """How much of what follows a turn's content is the turn's own, seen from how it ends as the last one."""
     if rest.startswith(last_rest):
         return len(last_rest)
-    shared = num_shared(rest, last_rest)
-    # Some families end the last turn with another token: one special token stands for the other.
-    tokens = template.special_tokens()
-    for start in range(shared + 1):
+    # Some families end the last turn with another token than earlier ones, some write one more behind it.
+    tokens = tuple(template.special_tokens())
+    for start in range(num_shared(rest, last_rest) + 1):
         own = max((token for token in tokens if rest.startswith(token, start)), key=len, default="")
         last = max((token for token in tokens if last_rest.startswith(token, start)), key=len, default="")
-        if own != last:
-            is_end = own and last and not last_rest[start + len(last) :].strip()
-            return start + len(own) if is_end else None
+        if own == last:
+            continue
+        if not last or last_rest[start + len(last) :].strip():
+            return None
+        if rest[:start].rstrip().endswith(tokens):
+            return start
+        return start + len(own) if own else None
     return None
 
 
