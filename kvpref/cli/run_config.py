@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from kvpref.cli.atomic_files import write_text
+from kvpref.cli.source_paths import absolute_source
 from kvpref.errors import InputError
+
+RUN_FILE = "run.yaml"
+
+SOURCES = frozenset({"model", "config", "tokenizer", "data", "eval_data", "output", "loss", "reference_model"})
+"""The settings that name files or folders of this machine, or things on a hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,7 @@ class RunConfig:
     output: str | None = None
     """Folder for checkpoints, metrics and the final model."""
 
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Dtype of the weights."""
 
     max_prompt_tokens: int | None = None
@@ -40,7 +48,7 @@ class RunConfig:
     max_response_tokens: int | None = None
     """Keep the start of longer responses."""
 
-    on_bad_row: str = "stop"
+    on_bad_row: Literal["stop", "skip"] = "stop"
     """stop or skip."""
 
     lora_r: int | None = None
@@ -56,35 +64,24 @@ class RunConfig:
     """Any field of `kvpref.PreferenceTrainingArguments`."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.training, dict):
-            raise InputError(f"training must be a mapping of training arguments; got {self.training!r}")
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
             raise InputError("lora_alpha and lora_target_modules describe an adapter; give its rank, lora_r, too")
-        if self.lora_r is not None and self.lora_r < 1:
-            raise InputError(f"lora_r must be at least 1; got {self.lora_r}")
 
-    def merged(self, given: dict[str, Any], training: dict[str, Any], assigned: dict[str, Any]) -> RunConfig:
-        """This configuration with what was given on the command line put over it.
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The run that settings describe: fields of this class, training arguments and ``loss_args.NAME``, all flat."""
+        names = {item.name for item in fields(cls)}
+        own = {name: value for name, value in values.items() if name in names}
+        training = {name: value for name, value in values.items() if name not in names and "." not in name}
+        loss_args = {name.partition(".")[2]: value for name, value in values.items() if "." in name}
+        return cls(**own, training=training | ({"loss_args": loss_args} if loss_args else {}))
 
-        Args:
-            given: Fields of this class; None for what was not given.
-            training: Training arguments that have an option of their own; None or empty for what was not given.
-            assigned: Those given with ``--set``.
-
-        Raises:
-            InputError: If one was given both ways.
-        """
-        own = {name: value for name, value in given.items() if value is not None}
-        over = {name: value for name, value in training.items() if value not in (None, {})}
-        twice = sorted(over.keys() & assigned.keys())
-        if twice:
-            raise InputError(f"--set {twice[0]}: this was given by its own option too; leave one of them out")
-        over |= assigned
-        loss_args = {**(self.training.get("loss_args") or {}), **(over.pop("loss_args", None) or {})}
-        merged = {**self.training, **over}
-        if loss_args:
-            merged["loss_args"] = loss_args
-        return replace(self, **own, training=merged)
+    def flat(self) -> dict[str, Any]:
+        """The inverse of `of`."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "training"}
+        training = dict(self.training)
+        loss_args = training.pop("loss_args", None) or {}
+        return own | training | {f"loss_args.{name}": value for name, value in loss_args.items()}
 
     def require(self, *names: str) -> None:
         """Raise InputError if one of these is missing."""
@@ -92,64 +89,13 @@ class RunConfig:
             if getattr(self, name) is None:
                 raise InputError(f"{name} is missing; give it on the command line or in --config-file")
 
+    def with_absolute_paths(self) -> RunConfig:
+        """The same run with its paths as they are found from any folder."""
+        found = {name: absolute_source(value) for name, value in self.flat().items() if name in SOURCES and value}
+        return RunConfig.of(self.flat() | found)
+
     def save(self, path: Path) -> None:
+        """Write it as YAML; a run that is killed meanwhile leaves what was there."""
         import yaml
 
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
-
-
-def read_run_config(path: str | None) -> RunConfig:
-    """Read a YAML run configuration; an empty one if there is no path.
-
-    Raises:
-        InputError: If the file cannot be read, is not YAML, or has an unknown key.
-    """
-    import yaml
-
-    if path is None:
-        return RunConfig()
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the run configuration: {error}") from error
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f":{where.line + 1}" if where is not None else ""
-        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    valid = [item.name for item in fields(RunConfig)]
-    if not isinstance(values, dict):
-        raise InputError(f"{path}:1: expected a mapping with keys among: {', '.join(valid)}")
-    unknown = [key for key in values if key not in valid]
-    if unknown:
-        raise InputError(f"{path}: unknown key {unknown[0]!r}; valid keys: {', '.join(valid)}")
-    return RunConfig(**values)
-
-
-def parse_assignments(assignments: list[str], option: str) -> dict[str, Any]:
-    """``["a=1", "b=x"]`` to ``{"a": 1, "b": "x"}``, values read as YAML.
-
-    Raises:
-        InputError: If one has no ``=`` or its value is not YAML.
-    """
-    import yaml
-
-    parsed: dict[str, Any] = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals or not name:
-            raise InputError(f"{option} {assignment!r}: expected NAME=VALUE")
-        try:
-            parsed[name.strip().replace("-", "_")] = _number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise InputError(f"{option} {assignment!r}: cannot read the value: {error}") from error
-    return parsed
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` (no dot) as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        write_text(path, yaml.safe_dump(asdict(self.with_absolute_paths()), sort_keys=False))

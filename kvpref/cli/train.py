@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from kvpref.cli.run_config import RunConfig, parse_assignments, read_run_config
+from kvpref.cli.given_settings import from_assignments, from_file, from_options, merge
+from kvpref.errors import InputError
 
 _DATA, _MODEL, _TRAINING, _MEMORY, _SAVING = "Data", "Model", "Training", "Memory", "Saving and logging"
 
@@ -113,7 +115,7 @@ def train(
     """
     if config is not None and model is not None and data is None:
         model, data = None, model  # with --config the only positional argument is the data
-    run = read_run_config(config_file).merged(
+    options = from_options(
         {
             "model": model,
             "config": config,
@@ -128,10 +130,7 @@ def train(
             "lora_r": lora_r,
             "lora_alpha": lora_alpha,
             "lora_target_modules": lora_target_modules,
-        },
-        {
             "loss": loss,
-            "loss_args": parse_assignments(loss_arg or [], "--loss-arg"),
             "mode": mode,
             "num_train_epochs": epochs,
             "max_steps": max_steps,
@@ -148,18 +147,17 @@ def train(
             "gradient_checkpointing": gradient_checkpointing,
             "logging_steps": logging_steps,
             "eval_steps": eval_steps,
-            "eval_strategy": "steps" if eval_steps else None,
             "save_steps": save_steps,
         },
-        parse_assignments(set_ or [], "--set"),
+        loss_arg or [],
     )
-    result = _run(run, resume=resume)
-    if json_ and result:
-        print(json.dumps(result))
-
-
-def _run(run: RunConfig, *, resume: bool) -> dict[str, Any]:
-    run.require("data", "output")
+    file = {} if config_file is None else from_file(Path(config_file))
+    given = merge(file, options, from_assignments(set_ or []))
+    for name in ("output",) if resume else ("data", "output"):
+        if name not in given:
+            raise InputError(f"{name} is missing; give it on the command line or in --config-file")
     from kvpref.cli.training_run import run_training
 
-    return run_training(run, resume=resume, report=lambda line: print(line, file=sys.stderr))
+    result = run_training(given, resume=resume, report=lambda line: print(line, file=sys.stderr))
+    if json_ and result:
+        print(json.dumps(result))

@@ -1,27 +1,34 @@
-"""What `kvpref train` does once its settings are known. Imported only when a run starts."""
+"""What `kvpref train` does once its settings are given. Imported only when a run starts."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvpref.cli.checkpoints import find_checkpoint
-from kvpref.cli.run_config import RunConfig
+from kvpref.cli.checkpoints import find_checkpoint, read_result, save_result
+from kvpref.cli.early_checks import check_early
+from kvpref.cli.given_settings import Settings
+from kvpref.cli.resume_rules import LENGTH
+from kvpref.cli.resuming import CadenceCallback, resumed_settings
+from kvpref.cli.run_config import RUN_FILE, RunConfig
+from kvpref.cli.run_record import RunRecord
+from kvpref.cli.setting_types import read_types
 from kvpref.cli.training_inputs import load_data, load_trained_model
 from kvpref.cli.training_settings import training_arguments, with_defaults
+from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError, RunError
 from kvpref.training import PreferenceTrainer
 
-RUN_FILE = "run.yaml"
 
-
-def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None]) -> dict[str, Any]:
-    """Train as `run` says.
+def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]) -> dict[str, Any]:
+    """Train as the settings say.
 
     Args:
-        run: The settings.
-        resume: Go on from the last complete checkpoint in the output folder, if there is one.
+        given: What the user gave.
+        resume: Go on with the run in the output folder, if there is one, from its last complete checkpoint.
         report: Takes lines for the user.
 
     Returns:
@@ -31,24 +38,62 @@ def run_training(run: RunConfig, *, resume: bool, report: Callable[[str], None])
         InputError: If a setting or the data is bad, or the output folder holds another run.
         RunError: If the run fails (a NaN loss, say).
     """
-    run = with_defaults(run)
+    report = report if os.environ.get("RANK", "0") == "0" else _silent
+    given = read_types(given)
+    settings = resumed_settings(given, report) if resume else given
+    run = with_defaults(RunConfig.of({name: item.value for name, item in settings.items()}))
+    run.require("data", "output")
+    output = Path(run.output or ".")
+    if resume and (metrics := read_result(output, _length(run))) is not None:
+        report(f"the run in {output} has reached its end; nothing is changed")
+        return metrics
     args = training_arguments(run)
-    report_main = report if args.process_index == 0 else _silent
-    checkpoint = find_checkpoint(Path(args.output_dir or "."), resume=resume, report=report_main)
+    check_early(run, args, settings)
+    checkpoint = find_checkpoint(output, resume=resume, report=report)
     loss = args.make_loss()
-    model, tokenizer = load_trained_model(run, loss, args, report_main)
-    train_data = load_data(run, run.data, tokenizer, loss, args, report_main)
-    eval_data = None if run.eval_data is None else load_data(run, run.eval_data, tokenizer, loss, args, report_main)
+    model, tokenizer = load_trained_model(run, loss, args, report)
+    data = {
+        name: (source, load_data(run, source, tokenizer, loss, args, report))
+        for name, source in (("data", run.data), ("eval_data", run.eval_data))
+        if source is not None
+    }
+    record = _compare(resume, output, RunRecord.of(args.world_size, tokenizer, data), tokenizer, data)
+    groups = {name: found for name, (_, found) in data.items()}
     trainer = PreferenceTrainer(
-        model, args, train_dataset=train_data, eval_dataset=eval_data, loss=loss, processing_class=tokenizer
+        model,
+        args,
+        groups["data"],
+        groups.get("eval_data"),
+        loss=loss,
+        processing_class=tokenizer,
+        callbacks=[CadenceCallback()],
     )
     if args.process_index == 0:
-        run.save(Path(args.output_dir or ".") / RUN_FILE)
-    metrics = _train(trainer, checkpoint, report_main)
+        record.save(output)
+        run.save(output / RUN_FILE)
+    metrics = _train(trainer, checkpoint, report)
+    if args.process_index == 0:
+        save_result(output, metrics, _length(run))
     # Ranks leave together, and not while gloo's or NCCL's threads still hold a collective's tensors.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return metrics if args.process_index == 0 else {}
+
+
+def _length(run: RunConfig) -> dict[str, Any]:
+    """What says how many steps a run has, for one set of data."""
+    return {name: run.training.get(name) for name in LENGTH}
+
+
+def _compare(
+    resume: bool, output: Path, record: RunRecord, tokenizer: Any, data: dict[str, tuple[str, PreferenceDataset]]
+) -> RunRecord:
+    """The record to keep: of a resumed run with the day of its first start, once its data is found unchanged."""
+    before = RunRecord.read(output) if resume else None
+    if before is None:
+        return record
+    before.check_unchanged(record, output, tokenizer, data)
+    return replace(record, day=before.day)
 
 
 def _train(trainer: PreferenceTrainer, checkpoint: str | None, report: Callable[[str], None]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from kvpref.cli.run_config import RunConfig
@@ -21,23 +21,21 @@ DEFAULTS: dict[str, Any] = {
 
 def with_defaults(run: RunConfig) -> RunConfig:
     """`run` with every default of this command written out, so that its file repeats the run in later versions too."""
-    return replace(run, training={**DEFAULTS, **run.training})
+    training = {**DEFAULTS, **run.training}
+    if training.get("eval_steps") is not None:
+        training.setdefault("eval_strategy", "steps")
+    return replace(run, training=training)
 
 
 def training_arguments(run: RunConfig) -> PreferenceTrainingArguments:
     """The trainer's arguments for a run.
 
     Raises:
-        InputError: If there is no such argument, or its value is refused.
+        InputError: If settings do not fit one another, or the machine.
     """
-    given = {**run.training, "output_dir": run.output}
-    valid = {item.name for item in fields(PreferenceTrainingArguments) if item.init}
-    unknown = sorted(set(given) - valid)
-    if unknown:
-        raise InputError(f"there is no training argument {unknown[0]!r}; see PreferenceTrainingArguments")
     try:
-        return PreferenceTrainingArguments(**given)
+        return PreferenceTrainingArguments(**{**run.training, "output_dir": run.output})
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
-        raise InputError(f"training arguments: {error}") from error
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        raise InputError(f"training arguments: {' '.join(str(error).split())}") from error

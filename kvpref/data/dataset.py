@@ -93,6 +93,11 @@ class PreferenceDataset:
         return self._groups.fingerprint()
 
     @cached_property
+    def digests(self) -> bytes:
+        """`kvpref.data.digests.DIGEST_BYTES` per group, over what `fingerprint` is over."""
+        return self._groups.digests()
+
+    @cached_property
     def lengths(self) -> list[GroupLengths]:
         """Counts of tokens, attention pairs and scored tokens per group."""
         return [measure_group(group) for group in self]

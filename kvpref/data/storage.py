@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from kvpref.data.digests import DIGEST_BYTES
 from kvpref.groups import Group, Sequence
 from kvpref.tree import shared_prefix_length
 
@@ -88,22 +89,34 @@ class PackedGroups:
         """Hex SHA-256 over token ids, scored flags, labels, scores and columns; not ids, since they hold paths."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            spans = list(self._spans(index))
-            digest.update(struct.pack("<q", len(spans)))
-            for start, end in spans:
-                tokens = self._input_ids[start:end]
-                if sys.byteorder == "big":
-                    tokens.byteswap()
-                digest.update(struct.pack("<q", end - start))
-                digest.update(tokens.tobytes())
-                digest.update(self._scored[start:end])
-            labels, scores = self._labels[index], self._scores[index]
-            digest.update(b"-" if labels is None else b"l" + bytes(labels))
-            digest.update(b"-" if scores is None else b"s" + b"".join(map(_score_bytes, scores)))
-            if index in self._columns:
-                # Groups made in memory may hold what JSON cannot.
-                digest.update(b"c" + json.dumps(self._columns_of(index), sort_keys=True, default=repr).encode())
+            self._add_to(digest, index)
         return digest.hexdigest()
+
+    def digests(self) -> bytes:
+        """`DIGEST_BYTES` per group, over what `fingerprint` is over."""
+        found = bytearray()
+        for index in range(len(self)):
+            digest = hashlib.sha256()
+            self._add_to(digest, index)
+            found += digest.digest()[:DIGEST_BYTES]
+        return bytes(found)
+
+    def _add_to(self, digest: hashlib._Hash, index: int) -> None:
+        spans = list(self._spans(index))
+        digest.update(struct.pack("<q", len(spans)))
+        for start, end in spans:
+            tokens = self._input_ids[start:end]
+            if sys.byteorder == "big":
+                tokens.byteswap()
+            digest.update(struct.pack("<q", end - start))
+            digest.update(tokens.tobytes())
+            digest.update(self._scored[start:end])
+        labels, scores = self._labels[index], self._scores[index]
+        digest.update(b"-" if labels is None else b"l" + bytes(labels))
+        digest.update(b"-" if scores is None else b"s" + b"".join(map(_score_bytes, scores)))
+        if index in self._columns:
+            # Groups made in memory may hold what JSON cannot.
+            digest.update(b"c" + json.dumps(self._columns_of(index), sort_keys=True, default=repr).encode())
 
 
 def _score_bytes(score: float | None) -> bytes:

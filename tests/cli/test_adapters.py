@@ -68,7 +68,7 @@ def test_a_finished_adapter_is_not_overwritten(
             ["--lora-r", 4, "--lora-target-modules", "q_proj,query"],
             r"no module 'query'; its linear layers: down_proj, ",
         ),
-        (["--lora-r", 0], "lora_r must be at least 1; got 0"),
+        (["--lora-r", 0], "--lora-r: expected a number of at least 1; got 0"),
         (["--lora-alpha", 8], "give its rank, lora_r, too"),
     ],
 )

@@ -162,7 +162,7 @@ def test_bad_run_file(
         (["--set", "no_such=1"], r"no training argument 'no_such'"),
         (["--set", "mode=fast"], r"unknown mode 'fast'; choose from: two_pass"),
         (["--mode", "packed", "--set", "mode=padded"], r"--set mode: this was given by its own option too"),
-        (["--on-bad-row", "ignore"], r"on_bad_row must be one of stop, skip"),
+        (["--on-bad-row", "ignore"], r"--on-bad-row: expected one of stop, skip; got 'ignore'"),
     ],
 )
 def test_bad_settings(

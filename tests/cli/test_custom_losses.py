@@ -79,7 +79,7 @@ def test_a_run_repeats_from_its_run_file(
         *arguments(trained_dir, folder / "weighted.jsonl", tmp_path / "out", "mine.py:weighted"), "--loss-arg", "beta=2"
     )
     saved = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]
-    assert (saved["loss"], saved["loss_args"]) == ("mine.py:weighted", {"beta": 2})
+    assert (saved["loss"], saved["loss_args"]) == (f"{folder}/mine.py:weighted", {"beta": 2})
     logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert logged[0]["beta"] == 2
     assert 0.5 <= logged[0]["weight"] <= 2.5

@@ -12,7 +12,7 @@ import typer
 from markdown_pages import DOCS, README, code_blocks
 
 from kvpref.cli.app import app
-from kvpref.cli.run_config import parse_assignments
+from kvpref.cli.given_settings import parse_assignments
 from kvpref.losses import make_loss
 from kvpref.training import PreferenceTrainingArguments
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset
+from kvpref.data.digests import describe_difference
 from kvpref.errors import InputError
 from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
@@ -66,31 +67,40 @@ def stored_reference(
         "precision": str(reference.scoring.precision),
     }
     if path.exists():
-        token_logps = _read(path, fingerprints)
+        token_logps = _read(path, fingerprints, groups)
     else:
         token_logps = _compute(reference, groups, args, lengths)
         if args.process_index == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            save_file({"token_logps": token_logps}, partial, metadata=fingerprints)
+            tensors = {
+                "token_logps": token_logps,
+                "digests": torch.frombuffer(bytearray(groups.digests), dtype=torch.uint8),
+            }
+            save_file(tensors, partial, metadata=fingerprints)
             partial.rename(path)  # a run that is killed while writing leaves no half file under the real name
     return StoredReference(token_logps, lengths)
 
 
-def _read(path: Path, fingerprints: dict[str, str]) -> torch.Tensor:
+def _read(path: Path, fingerprints: dict[str, str], groups: PreferenceDataset) -> torch.Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}
             token_logps: torch.Tensor = file.get_tensor("token_logps")
+            digests: torch.Tensor = file.get_tensor("digests")
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: cannot read reference log-probs ({error}); delete the file to make them anew"
         ) from error
     for what, fingerprint in fingerprints.items():
         if stored.get(what) != fingerprint:
+            difference = None
+            if what == "data":
+                difference = describe_difference(digests.numpy().tobytes(), groups.digests, groups.group_ids)
             raise InputError(
-                f"{path}: these reference log-probs were made with another {what}; delete the file to make them anew, "
-                "or choose another reference_logps_dir"
+                f"{path}: these reference log-probs were made with another {what}"
+                f"{'' if difference is None else f' ({difference})'}; delete the file to make them anew, or choose "
+                "another reference_logps_dir"
             )
     return token_logps
 

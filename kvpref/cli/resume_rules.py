@@ -1,0 +1,123 @@
+"""What may differ when a run is resumed. Whatever is not named here changes results and is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LOGGING = frozenset(
+    {
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "include_num_input_tokens_seen",
+        "report_to",
+        "run_name",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "disable_tqdm",
+        "debug",
+        "skip_memory_metrics",
+    }
+)
+SAVING = frozenset(
+    {
+        "output",
+        "save_total_limit",
+        "save_on_each_node",
+        "enable_jit_checkpoint",
+        "push_to_hub",
+        "hub_token",
+        "hub_private_repo",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_always_push",
+        "hub_revision",
+        "reference_logps_dir",
+    }
+)
+CADENCE = frozenset(
+    {"save_steps", "save_strategy", "eval_steps", "eval_strategy", "eval_delay", "eval_on_start", "do_eval"}
+)
+"""When is evaluated and saved: it chooses the model where the best one is loaded at the end."""
+
+BUDGET = frozenset(
+    {
+        "schedule",
+        "max_tokens_per_chunk",
+        "auto_budget",
+        "prefix_cache",
+        "checkpoint",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "backend",
+        "share_across_micro_batches",
+        "compile_layers",
+        "torch_compile",
+        "torch_empty_cache_steps",
+        "per_device_eval_batch_size",
+        "reference_device",
+    }
+)
+"""Memory and speed: the results are the same to rounding."""
+
+CUT = frozenset({"max_tokens_per_micro_batch", "mode"})
+"""How a step is cut into micro-batches: the results are the same to rounding, but for `COUPLED_LOSSES`."""
+
+MACHINE = frozenset(
+    {
+        "use_cpu",
+        "local_rank",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+        "ddp_backend",
+        "ddp_timeout",
+        "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers",
+        "ddp_find_unused_parameters",
+        "ddp_static_graph",
+    }
+)
+
+COUPLED_LOSSES = frozenset({"aot", "aot_unpaired", "kto"})
+"""Losses that couple the groups of a micro-batch, so that its cut counts."""
+
+FREE_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
+"""Learning-rate schedules that do not depend on the number of steps, so that a run may be made longer."""
+
+LENGTH = ("max_steps", "num_train_epochs")
+
+
+def may_differ(values: Mapping[str, Any]) -> frozenset[str]:
+    """The settings that do not change the results of a run.
+
+    Args:
+        values: The run's settings, as `RunConfig.of` takes them.
+    """
+    taken = LOGGING | SAVING | BUDGET | MACHINE
+    if not values.get("load_best_model_at_end"):
+        taken |= CADENCE
+    if not is_coupled(values):
+        taken |= CUT
+    return taken
+
+
+def is_coupled(values: Mapping[str, Any]) -> bool:
+    """Whether the loss couples the groups of a micro-batch, alone or in a mixture."""
+    weights = values.get("loss_args.weights")
+    parts = set(weights) if isinstance(weights, dict) else set()
+    return bool(COUPLED_LOSSES & {values.get("loss"), *parts})
+
+
+def may_be_longer(values: Mapping[str, Any]) -> bool:
+    """Whether a run that is made longer is the run that was longer from the start."""
+    warmup = values.get("warmup_steps") or 0
+    return values.get("lr_scheduler_type") in FREE_SCHEDULES and (warmup == 0 or warmup >= 1)

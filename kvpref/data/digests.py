@@ -1,0 +1,37 @@
+"""Which groups of two versions of a dataset differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+DIGEST_BYTES = 8
+"""Of one group: enough that two versions of a group do not agree by chance."""
+
+
+def describe_difference(before: bytes, after: bytes, ids: Sequence[str | None]) -> str | None:
+    """Name the first group that differs.
+
+    Args:
+        before: `PreferenceDataset.digests` of the dataset as it was.
+        after: Of the dataset as it is.
+        ids: The ids of its groups.
+
+    Returns:
+        None where they are equal.
+    """
+    old, new = _split(before), _split(after)
+    if old == new:
+        return None
+    counts = f"{len(new)} groups in place of {len(old)}" if len(old) != len(new) else f"{len(new)} groups"
+    changed = [index for index, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
+    if changed:
+        where = f"the first of {len(changed)} groups with other tokens, labels, scores or columns is {ids[changed[0]]}"
+    elif len(new) > len(old):
+        where = f"the first new one is {ids[len(old)]}"
+    else:
+        where = f"the last one left is {ids[-1]}"
+    return f"{counts}; {where}"
+
+
+def _split(digests: bytes) -> list[bytes]:
+    return [digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)]
