@@ -18,9 +18,8 @@ from kvpref.cli.run_record import RunRecord
 from kvpref.cli.setting_types import read_types
 from kvpref.cli.training_inputs import load_data, load_trained_model
 from kvpref.cli.training_settings import training_arguments, with_defaults
-from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError, RunError
-from kvpref.training import PreferenceTrainer
+from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 
 def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]) -> dict[str, Any]:
@@ -38,7 +37,8 @@ def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]
         InputError: If a setting or the data is bad, or the output folder holds another run.
         RunError: If the run fails (a NaN loss, say).
     """
-    report = report if os.environ.get("RANK", "0") == "0" else _silent
+    is_main = os.environ.get("RANK", "0") == "0"  # as launchers say; the arguments know only once they are made
+    report = report if is_main else _silent
     given = read_types(given)
     settings = resumed_settings(given, report) if resume else given
     run = with_defaults(RunConfig.of({name: item.value for name, item in settings.items()}))
@@ -46,38 +46,18 @@ def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]
     output = Path(run.output or ".")
     if resume and (metrics := read_result(output, _length(run))) is not None:
         report(f"the run in {output} has reached its end; nothing is changed")
-        return metrics
+        return metrics if is_main else {}
     args = training_arguments(run)
     check_early(run, args, settings)
     checkpoint = find_checkpoint(output, resume=resume, report=report)
-    loss = args.make_loss()
-    model, tokenizer = load_trained_model(run, loss, args, report)
-    data = {
-        name: (source, load_data(run, source, tokenizer, loss, args, report))
-        for name, source in (("data", run.data), ("eval_data", run.eval_data))
-        if source is not None
-    }
-    record = _compare(resume, output, RunRecord.of(args.world_size, tokenizer, data), tokenizer, data)
-    groups = {name: found for name, (_, found) in data.items()}
-    trainer = PreferenceTrainer(
-        model,
-        args,
-        groups["data"],
-        groups.get("eval_data"),
-        loss=loss,
-        processing_class=tokenizer,
-        callbacks=[CadenceCallback()],
-    )
-    if args.process_index == 0:
-        record.save(output)
-        run.save(output / RUN_FILE)
+    trainer = _make_trainer(run, args, resume, report)
     metrics = _train(trainer, checkpoint, report)
-    if args.process_index == 0:
+    if is_main:
         save_result(output, metrics, _length(run))
     # Ranks leave together, and not while gloo's or NCCL's threads still hold a collective's tensors.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    return metrics if args.process_index == 0 else {}
+    return metrics if is_main else {}
 
 
 def _length(run: RunConfig) -> dict[str, Any]:
@@ -85,15 +65,35 @@ def _length(run: RunConfig) -> dict[str, Any]:
     return {name: run.training.get(name) for name in LENGTH}
 
 
-def _compare(
-    resume: bool, output: Path, record: RunRecord, tokenizer: Any, data: dict[str, tuple[str, PreferenceDataset]]
-) -> RunRecord:
-    """The record to keep: of a resumed run with the day of its first start, once its data is found unchanged."""
+def _make_trainer(
+    run: RunConfig, args: PreferenceTrainingArguments, resume: bool, report: Callable[[str], None]
+) -> PreferenceTrainer:
+    """Load everything, and write down what a resumed run needs to know."""
+    output, loss = Path(args.output_dir or "."), args.make_loss()
+    model, tokenizer = load_trained_model(run, loss, args, report)
+    data = {
+        name: (source, load_data(run, source, tokenizer, loss, args, report))
+        for name, source in (("data", run.data), ("eval_data", run.eval_data))
+        if source is not None
+    }
+    record = RunRecord.of(args.world_size, tokenizer, data)
     before = RunRecord.read(output) if resume else None
-    if before is None:
-        return record
-    before.check_unchanged(record, output, tokenizer, data)
-    return replace(record, day=before.day)
+    if before is not None:
+        before.check_unchanged(record, output, tokenizer, data)
+        record = replace(record, day=before.day)
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        data["data"][1],
+        data["eval_data"][1] if "eval_data" in data else None,
+        loss=loss,
+        processing_class=tokenizer,
+        callbacks=[CadenceCallback()],
+    )
+    if args.process_index == 0:
+        record.save(output)
+        run.save(output / RUN_FILE)
+    return trainer
 
 
 def _train(trainer: PreferenceTrainer, checkpoint: str | None, report: Callable[[str], None]) -> dict[str, Any]:
