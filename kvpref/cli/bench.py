@@ -9,6 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.cli.options import (
+    BATCH_SIZE,
+    DATA,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_DTYPE,
+    DEFAULT_LOSS,
+    DTYPE,
+    JSON,
+    LOSS,
+    MAX_TOKENS,
+    MODEL_OR_CONFIG,
+    TOKENIZER,
+    check_counts,
+)
 from kvpref.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -23,36 +37,38 @@ DEFAULT_MODES = "two_pass,one_pass,packed,padded"
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")],
-    data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    model: Annotated[str, MODEL_OR_CONFIG],
+    data: Annotated[str, DATA],
+    tokenizer: Annotated[str | None, TOKENIZER] = None,
     modes: Annotated[str, typer.Option(help="Modes, separated by commas; packed is always run.")] = DEFAULT_MODES,
-    groups: Annotated[int, typer.Option(help="Prompts per step, spread evenly over the data.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Token budget of a micro-batch, counted as the mode counts.")] = 16384,
+    batch_size: Annotated[int, BATCH_SIZE] = DEFAULT_BATCH_SIZE,
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None,
     repeats: Annotated[int, typer.Option(help="Rounds; every mode is timed once in each.")] = 5,
-    loss: Annotated[str, typer.Option(help="A loss that `kvpref train` knows.")] = "dpo",
-    optimizer: Annotated[bool, typer.Option(help="Count AdamW's step too.")] = True,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+    loss: Annotated[str, LOSS] = DEFAULT_LOSS,
+    time_optimizer: Annotated[bool, typer.Option(help="Count AdamW's step too.")] = True,
+    dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for bench.json and bench.png.", show_default="none")
+    ] = None,
+    json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Time a training step of your model on your data in each mode, beside the speed-up that the FLOPs allow.
 
+    The step's prompts are spread evenly over the data.
+
     The modes take turns in one process. A mode whose loss is not that of `packed` is reported, not timed.
 
-    Example: kvpref bench ./llama pairs.jsonl --groups 32 --max-tokens 8192 --output bench
+    Example: kvpref bench ./llama pairs.jsonl --batch-size 32 --max-tokens 8192 --output bench
     """
     wanted = _parse_modes(modes)
-    for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--repeats", repeats)):
-        if count < 1:
-            raise InputError(f"{name} must be at least 1; got {count}")
+    check_counts(batch_size=batch_size, max_tokens=max_tokens, repeats=repeats)
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
 
     loss_fn = make_loss(loss)
-    loaded, dataset = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, groups)
+    loaded, dataset = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, batch_size)
     cuts: dict[str, Cut] = {mode: cut_micro_batches(dataset, mode, max_tokens) for mode in wanted}
-    comparison = _measure(loaded, cuts, loss_fn, optimizer, repeats)
+    comparison = _measure(loaded, cuts, loss_fn, time_optimizer, repeats)
     report = _make_report(
         comparison,
         title=f"{model} on {len(dataset)} groups of {data}",
@@ -63,7 +79,7 @@ def bench(
             "num_groups": len(dataset),
             "max_tokens_per_micro_batch": max_tokens,
             "loss": loss,
-            "optimizer": "AdamW" if optimizer else None,
+            "optimizer": "AdamW" if time_optimizer else None,
         },
         model=loaded,
     )

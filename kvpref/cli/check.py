@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.cli.options import CONFIG, DEFAULT_DTYPE, DEFAULT_MODE, DTYPE, JSON, MODE
 from kvpref.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -16,17 +17,17 @@ if TYPE_CHECKING:
 
 def check(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name; leave out with --config.")] = None,
-    config: Annotated[str | None, typer.Option(help="JSON model configuration, instead of MODEL.")] = None,
+    config: Annotated[str | None, CONFIG] = None,
     numeric: Annotated[
         bool, typer.Option("--numeric", help="Compare log-probs and gradients with the naive forward.")
     ] = False,
-    mode: Annotated[str, typer.Option(help="The mode to compare with --numeric.")] = "two_pass",
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights with --numeric.")] = "float32",
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+    mode: Annotated[str, MODE] = DEFAULT_MODE,
+    dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Say whether a model is supported, and with --numeric prove it on that very model.
 
-    Without --numeric only the configuration is read: no weights are loaded.
+    Without --numeric only the configuration is read: no weights are loaded. --mode and --dtype go with --numeric.
 
     Example: kvpref check ./llama --numeric
     """

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.cli.options import (
+    BATCH_SIZE,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_DTYPE,
+    DTYPE,
+    JSON,
+    MAX_PROMPT_TOKENS,
+    MAX_RESPONSE_TOKENS,
+    MAX_TOKENS,
+    MODE,
+    MODEL_PANEL,
+    ON_BAD_ROW,
+    check_counts,
+)
 from kvpref.data.costs import Mode
 from kvpref.data.dataset import OnBadRow
 
@@ -33,28 +47,34 @@ def data() -> None:
 
 @app.command(
     no_args_is_help=True,
-    epilog="Example: kvpref data inspect pairs.jsonl --tokenizer gpt2 --max-tokens-per-micro-batch 8192",
+    epilog="Example: kvpref data inspect pairs.jsonl --tokenizer gpt2 --max-tokens 8192",
 )
 def inspect(
     source: Annotated[
         str,
         typer.Argument(metavar="DATA", help="A .jsonl, .json or .parquet file, or a dataset name, also NAME:SPLIT."),
     ],
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer folder or hub name.")],
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Keep the last so many prompt tokens.")] = None,
-    max_response_tokens: Annotated[int | None, typer.Option(help="Keep the first so many response tokens.")] = None,
-    on_bad_row: Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or skip and list it.")] = "stop",
-    max_tokens_per_micro_batch: Annotated[int | None, typer.Option(help="Token budget of a micro-batch.")] = None,
-    groups_per_step: Annotated[int, typer.Option(help="Groups per optimizer step, over all ranks.")] = 16,
-    mode: Annotated[Mode, typer.Option(help="Which tokens count against the budget.")] = "two_pass",
-    world_size: Annotated[int, typer.Option(help="Ranks (devices) to plan for.")] = 1,
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub name.", rich_help_panel=MODEL_PANEL)],
+    max_prompt_tokens: Annotated[int | None, MAX_PROMPT_TOKENS] = None,
+    max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
+    on_bad_row: Annotated[OnBadRow, ON_BAD_ROW] = "stop",
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None,
+    batch_size: Annotated[int, BATCH_SIZE] = DEFAULT_BATCH_SIZE,
+    mode: Annotated[Mode, MODE] = "two_pass",
+    world_size: Annotated[int, typer.Option(help="Devices to plan for.")] = 1,
     model: Annotated[
         str | None,
-        typer.Option(help="Predict the time of a step: measures this model (folder, hub name or config.json) here."),
+        typer.Option(
+            help="Predict the time of a step: measures this model (folder, hub name or config.json) here.",
+            show_default="none",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16, auto.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Write bad rows to this file, one JSON object each.")] = None,
+    dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    json_: Annotated[bool, JSON] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write bad rows to this file, one JSON object each.", show_default="none")
+    ] = None,
 ) -> None:
     """Print lengths, the ideal saving of shared prompts, bad rows, truncation, and the batches of a budget."""
     from rich.console import Console
@@ -65,9 +85,10 @@ def inspect(
     options = DataOptions(
         max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens, on_bad_row=on_bad_row
     )
+    check_counts(batch_size=batch_size, max_tokens=max_tokens, world_size=world_size)
     step_options = StepOptions(
-        groups_per_step=groups_per_step,
-        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        groups_per_step=batch_size * world_size,
+        max_tokens_per_micro_batch=max_tokens,
         mode=mode,
         world_size=world_size,
     )
@@ -81,7 +102,7 @@ def inspect(
     console = Console()
     _print_data(console, dataset.report, statistics)
     batches = _inspect_batches(console, dataset, step_options, model, dtype)
-    if as_json:
+    if json_:
         result = {"data": asdict(statistics), **batches, "report": asdict(dataset.report)}
         print(json.dumps(result | {"fingerprint": dataset.fingerprint}))
 
@@ -92,7 +113,10 @@ def _inspect_batches(
     """Print and return what micro-batches there are, and with a model how long they take."""
     from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
     from kvpref.data import CostModel, StepPlanner, summarize_batches
+    from kvpref.data.budgets import default_budget
 
+    if options.max_tokens_per_micro_batch is None:
+        options = replace(options, max_tokens_per_micro_batch=default_budget(dataset.lengths, options.mode))
     clusters = dataset.clusters(options.groups_per_step, DEFAULT_MIN_SHARED_TOKENS)
     # Before a model is loaded: planning refuses a budget that is too small.
     planner = StepPlanner(dataset.lengths, options, dataset.group_ids, clusters=clusters)

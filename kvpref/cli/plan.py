@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpref.cli.sizes import parse_bytes
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kvpref.profiling.prediction_peak import Predictor
     from kvpref.profiling.prediction_step import GroupShape, Variant
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LENGTHS = ("max", "p90", "p50")
 
 
@@ -61,19 +60,6 @@ def plan(
     if json_:
         settings = {"model": model, "gpu_memory_bytes": memory_bytes, "reserve_bytes": reserve_bytes}
         print(json.dumps({**settings, "shape": asdict(shape), **report.to_json()}))
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """``80GiB`` -> bytes.
-
-    Raises:
-        InputError: If it is not a positive number with a unit that is known.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    unit = match[2].upper() if match else None
-    if match is None or unit not in _UNITS:
-        raise InputError(f"{option}: expected a size such as 80GiB, 24GB or 512MiB; got {text!r}")
-    return int(float(match[1]) * _UNITS[unit])
 
 
 def _shape(

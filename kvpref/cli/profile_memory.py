@@ -10,6 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.cli.options import (
+    BATCH_SIZE,
+    DATA,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_DTYPE,
+    DTYPE,
+    JSON,
+    MAX_TOKENS,
+    MAX_TOKENS_PER_CHUNK,
+    MODEL_OR_CONFIG,
+    TOKENIZER,
+    check_counts,
+)
 from kvpref.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -26,20 +39,26 @@ LIKELIHOOD = "likelihood"
 
 
 def memory(
-    model: Annotated[str, typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")],
-    data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    model: Annotated[str, MODEL_OR_CONFIG],
+    data: Annotated[str, DATA],
+    tokenizer: Annotated[str | None, TOKENIZER] = None,
     variants: Annotated[str, typer.Option(help="Of full, bounded, one_pass, packed, padded.")] = DEFAULT_VARIANTS,
-    num_responses: Annotated[str | None, typer.Option(help="Cut groups down to so many each: 2,8,32,64.")] = None,
-    groups: Annotated[int, typer.Option(help="Prompts per step, spread evenly over the data.")] = 1,
-    max_tokens: Annotated[int | None, typer.Option(help="Token budget of a micro-batch; default: none.")] = None,
-    max_tokens_per_chunk: Annotated[int | None, typer.Option(help="Of bounded; default: the engine's.")] = None,
-    loss: Annotated[str, typer.Option(help="One of `kvpref train`, or likelihood: weighted by scores.")] = LIKELIHOOD,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Folder for memory.html, memory.json and memory.png.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+    num_responses: Annotated[
+        str | None, typer.Option(help="Cut groups down to so many each, such as 2,8,32,64.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, BATCH_SIZE] = DEFAULT_BATCH_SIZE,
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None,
+    max_tokens_per_chunk: Annotated[int | None, MAX_TOKENS_PER_CHUNK] = None,
+    loss: Annotated[str, typer.Option(help="One of `kvpref losses`, or likelihood: weighted by scores.")] = LIKELIHOOD,
+    dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for memory.html, memory.json and memory.png.", show_default="none")
+    ] = None,
+    json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Measure what a training step (forward, backward, AdamW) holds in memory, and what it consists of.
+
+    The step's prompts are spread evenly over the data.
 
     Variants full and bounded are the schedules of mode two_pass; the others are modes. On CUDA, OUTPUT also gets a
     snapshot of the allocator per case, for https://pytorch.org/memory_viz.
@@ -47,12 +66,10 @@ def memory(
     Example: kvpref profile memory ./llama groups.jsonl --num-responses 2,8,32,64 --output memory
     """
     counts, wanted, loss_fn = _parse_counts(num_responses), _parse_variants(variants), _make_loss(loss)
-    for name, count in (("--groups", groups), ("--max-tokens", max_tokens)):
-        if count is not None and count < 1:
-            raise InputError(f"{name} must be at least 1; got {count}")
+    check_counts(batch_size=batch_size, max_tokens=max_tokens)
     if output is not None:
         _check_pictures()
-    loaded, datasets = _load(model, data, tokenizer, dtype, loss_fn, groups, counts)
+    loaded, datasets = _load(model, data, tokenizer, dtype, loss_fn, batch_size, counts)
     settings = {
         "model": model,
         "data": data,

@@ -9,7 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpref.errors import InputError, RunError
+from kvpref.cli.options import (
+    BATCH_SIZE,
+    DATA,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_DTYPE,
+    DEFAULT_LOSS,
+    DEFAULT_MODE,
+    DEFAULT_SCHEDULE,
+    DTYPE,
+    JSON,
+    LOSS,
+    MAX_TOKENS,
+    MAX_TOKENS_PER_CHUNK,
+    MODE,
+    MODEL_OR_CONFIG,
+    SCHEDULE,
+    TOKENIZER,
+    check_counts,
+)
+from kvpref.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,39 +40,39 @@ if TYPE_CHECKING:
 
 
 def time(
-    model: Annotated[str, typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")],
-    data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
-    mode: Annotated[str, typer.Option(help="two_pass, one_pass, packed or padded.")] = "two_pass",
-    schedule: Annotated[str, typer.Option(help="full, or bounded (mode two_pass).")] = "full",
-    max_tokens_per_chunk: Annotated[
-        int | None, typer.Option(help="Most tokens whose activations bounded holds at once; default: the engine's.")
-    ] = None,
-    groups: Annotated[int, typer.Option(help="Prompts per step, spread evenly over the data.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Token budget of a micro-batch, counted as the mode counts.")] = 16384,
+    model: Annotated[str, MODEL_OR_CONFIG],
+    data: Annotated[str, DATA],
+    tokenizer: Annotated[str | None, TOKENIZER] = None,
+    mode: Annotated[str, MODE] = DEFAULT_MODE,
+    schedule: Annotated[str, SCHEDULE] = DEFAULT_SCHEDULE,
+    max_tokens_per_chunk: Annotated[int | None, MAX_TOKENS_PER_CHUNK] = None,
+    batch_size: Annotated[int, BATCH_SIZE] = DEFAULT_BATCH_SIZE,
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None,
     steps: Annotated[int, typer.Option(help="Steps to profile; times are means over them.")] = 3,
-    loss: Annotated[str, typer.Option(help="A loss that `kvpref train` knows.")] = "dpo",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Folder for time.json and trace.json (a Chrome trace).")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+    loss: Annotated[str, LOSS] = DEFAULT_LOSS,
+    dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for time.json and trace.json (a Chrome trace).", show_default="none")
+    ] = None,
+    json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Show where the time of a training step (data, forward, backward, AdamW) goes, pass by pass.
+
+    The step's prompts are spread evenly over the data.
 
     Times are those of the profiler, which slows short operations down: read them as shares. On CUDA they are those of
     kernels, without the gaps between them. trace.json opens in ui.perfetto.dev.
 
-    Example: kvpref profile time ./llama pairs.jsonl --groups 32 --output time
+    Example: kvpref profile time ./llama pairs.jsonl --batch-size 32 --output time
     """
-    for name, count in (("--groups", groups), ("--max-tokens", max_tokens), ("--steps", steps)):
-        if count < 1:
-            raise InputError(f"{name} must be at least 1; got {count}")
+    check_counts(batch_size=batch_size, max_tokens=max_tokens, steps=steps)
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
     from kvpref.modeling.options import EngineOptions
 
     options = EngineOptions(mode=mode, schedule=schedule, max_tokens_per_chunk=max_tokens_per_chunk)
     loss_fn = make_loss(loss)
-    loaded, sampled = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, groups)
+    loaded, sampled = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, batch_size)
     cut = cut_micro_batches(sampled, mode, max_tokens)
     settings = {
         "model": model,

@@ -12,6 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.cli.options import (
+    DATA,
+    DEFAULT_DTYPE,
+    DEFAULT_MODE,
+    DEFAULT_ON_BAD_ROW,
+    DTYPE,
+    JSON,
+    MAX_PROMPT_TOKENS,
+    MAX_RESPONSE_TOKENS,
+    MAX_TOKENS,
+    MODE,
+    MODEL,
+    ON_BAD_ROW,
+    TOKENIZER,
+    check_counts,
+)
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,20 +41,20 @@ _WRITERS = (".jsonl", ".parquet")
 
 
 def score(
-    model: Annotated[str, typer.Argument(help="Folder or hub name.")],
-    data: Annotated[str, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")],
+    model: Annotated[str, MODEL],
+    data: Annotated[str, DATA],
     output: Annotated[Path, typer.Option(help="File to write: .jsonl or .parquet.")],
     reward_model: Annotated[
         bool, typer.Option("--reward-model", help="MODEL has a scalar head: write rewards instead of log-probs.")
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
-    mode: Annotated[str, typer.Option(help="two_pass, one_pass, packed, padded.")] = "two_pass",
-    max_tokens: Annotated[int, typer.Option(help="Token budget of a batch.")] = 16384,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, auto.")] = "auto",
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Keep the end of longer prompts.")] = None,
-    max_response_tokens: Annotated[int | None, typer.Option(help="Keep the start of longer responses.")] = None,
-    on_bad_row: Annotated[str, typer.Option(help="stop or skip.")] = "stop",
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
+    tokenizer: Annotated[str | None, TOKENIZER] = None,
+    mode: Annotated[str, MODE] = DEFAULT_MODE,
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None,
+    dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    max_prompt_tokens: Annotated[int | None, MAX_PROMPT_TOKENS] = None,
+    max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
+    on_bad_row: Annotated[str, ON_BAD_ROW] = DEFAULT_ON_BAD_ROW,
+    json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Write the log-prob, or with --reward-model the reward, of every response under a model.
 
@@ -48,6 +64,7 @@ def score(
 
     Example: kvpref score ./llama groups.jsonl --output scores.jsonl
     """
+    check_counts(max_tokens=max_tokens)
     if output.suffix not in _WRITERS:
         raise InputError(f"{output}: unknown output format; end the name in {' or '.join(_WRITERS)}")
     import kvpref
@@ -86,7 +103,7 @@ def _score(
     model: PreTrainedModel,
     groups: PreferenceDataset,
     mode: str,
-    max_tokens: int,
+    max_tokens: int | None,
     measure: Callable[[PreTrainedModel, Batch, str], list[Row]],
 ) -> Iterator[Row]:
     """One row per response, in the order in which batches run; `measure` gives what belongs to each sequence."""
@@ -96,12 +113,13 @@ def _score(
 
     import kvpref
     from kvpref.data import StepOptions, StepPlanner
+    from kvpref.data.budgets import default_budget
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)
     options = StepOptions(
         groups_per_step=len(groups),
-        max_tokens_per_micro_batch=max_tokens,
+        max_tokens_per_micro_batch=default_budget(groups.lengths, mode) if max_tokens is None else max_tokens,
         mode=mode,  # type: ignore[arg-type]
         shuffle=False,
     )

@@ -8,6 +8,7 @@ import kvpref
 from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.cli.loading import load_matching_tokenizer, load_model
 from kvpref.data import DataOptions, PreferenceDataset, StepOptions, StepPlanner, load_preferences
+from kvpref.data.budgets import default_budget
 from kvpref.groups import Group
 from kvpref.losses import PreferenceLoss
 from kvpref.training.inputs import check_lengths, select_groups
@@ -60,21 +61,19 @@ def sample_evenly(dataset: PreferenceDataset, count: int) -> PreferenceDataset:
 
 
 def cut_micro_batches(dataset: PreferenceDataset, mode: str, max_tokens: int | None) -> list[list[Group]]:
-    """The micro-batches that the trainer makes of these groups, as one step; a single one without a budget.
+    """The micro-batches that the trainer makes of these groups, as one step.
 
     Args:
         dataset: At least one group.
         mode: Counts the tokens.
-        max_tokens: Token budget of a micro-batch; None for no limit.
+        max_tokens: Token budget of a micro-batch; None for the default.
 
     Raises:
         InputError: If a group alone exceeds the budget.
     """
-    if max_tokens is None:
-        return [list(dataset)]
     options = StepOptions(
         groups_per_step=len(dataset),
-        max_tokens_per_micro_batch=max_tokens,
+        max_tokens_per_micro_batch=default_budget(dataset.lengths, mode) if max_tokens is None else max_tokens,
         mode=mode,  # type: ignore[arg-type]
         shuffle=False,
     )

@@ -10,112 +10,151 @@ from typing import Annotated
 import typer
 
 from kvpref.cli.given_settings import from_assignments, from_file, from_options, merge
+from kvpref.cli.options import (
+    BATCH_SIZE,
+    BF16,
+    CHECKPOINT,
+    CONFIG,
+    DATA,
+    DATA_PANEL,
+    DTYPE,
+    JSON,
+    LORA_ALPHA,
+    LORA_R,
+    LORA_TARGET_MODULES,
+    LOSS,
+    MAX_PROMPT_TOKENS,
+    MAX_RESPONSE_TOKENS,
+    MAX_TOKENS,
+    MAX_TOKENS_PER_CHUNK,
+    MEMORY_PANEL,
+    MODE,
+    MODEL,
+    ON_BAD_ROW,
+    PREFIX_CACHE,
+    SAVING_PANEL,
+    SCHEDULE,
+    TOKENIZER,
+    TRAINING_PANEL,
+)
 from kvpref.errors import InputError
-
-_DATA, _MODEL, _TRAINING, _MEMORY, _SAVING = "Data", "Model", "Training", "Memory", "Saving and logging"
 
 
 def train(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub name; leave out with --config.")] = None,
-    data: Annotated[str | None, typer.Argument(help=".jsonl, .json, .parquet or dataset name.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for checkpoints and the model.")] = None,
-    config_file: Annotated[str | None, typer.Option(help="YAML with any of these settings; flags win.")] = None,
-    config: Annotated[
-        str | None, typer.Option(help="JSON model configuration: random weights.", rich_help_panel=_MODEL)
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.", rich_help_panel=_MODEL)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.", rich_help_panel=_MODEL)] = None,
-    lora_r: Annotated[
-        int | None, typer.Option(help="Train a LoRA adapter of this rank.", rich_help_panel=_MODEL)
-    ] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Default: twice the rank.", rich_help_panel=_MODEL)] = None,
-    lora_target_modules: Annotated[
-        str | None, typer.Option(help="Such as q_proj,v_proj; default: all linear layers.", rich_help_panel=_MODEL)
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Evaluation data.", rich_help_panel=_DATA)] = None,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Keep the end of longer prompts.", rich_help_panel=_DATA)
-    ] = None,
-    max_response_tokens: Annotated[
-        int | None, typer.Option(help="Keep the start of longer responses.", rich_help_panel=_DATA)
-    ] = None,
-    on_bad_row: Annotated[str | None, typer.Option(help="stop or skip.", rich_help_panel=_DATA)] = None,
-    loss: Annotated[
+    model: Annotated[str | None, MODEL] = None,
+    data: Annotated[str | None, DATA] = None,
+    output: Annotated[
         str | None,
-        typer.Option(help="One of `kvpref losses` (dpo), or yours: FILE.py:FUNCTION.", rich_help_panel=_TRAINING),
+        typer.Option(help="Folder for checkpoints and the model.", show_default="none: here or in --config-file"),
     ] = None,
+    config_file: Annotated[
+        str | None, typer.Option(help="YAML with any of these settings; options win.", show_default="none")
+    ] = None,
+    config: Annotated[str | None, CONFIG] = None,
+    tokenizer: Annotated[str | None, TOKENIZER] = None,
+    dtype: Annotated[str | None, DTYPE] = None,
+    lora_r: Annotated[int | None, LORA_R] = None,
+    lora_alpha: Annotated[float | None, LORA_ALPHA] = None,
+    lora_target_modules: Annotated[str | None, LORA_TARGET_MODULES] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Evaluation data.", show_default="none", rich_help_panel=DATA_PANEL)
+    ] = None,
+    max_prompt_tokens: Annotated[int | None, MAX_PROMPT_TOKENS] = None,
+    max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
+    on_bad_row: Annotated[str | None, ON_BAD_ROW] = None,
+    loss: Annotated[str | None, LOSS] = None,
     loss_arg: Annotated[
-        list[str] | None, typer.Option(help="Loss setting, such as beta=0.2.", rich_help_panel=_TRAINING)
+        list[str] | None,
+        typer.Option(
+            help="Setting of the loss, such as beta=0.2.",
+            show_default="those of kvpref losses NAME",
+            rich_help_panel=TRAINING_PANEL,
+        ),
     ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="two_pass, one_pass, packed, padded.", rich_help_panel=_TRAINING)
+    mode: Annotated[str | None, MODE] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Times over the data.", show_default="3", rich_help_panel=TRAINING_PANEL)
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Default: 3.", rich_help_panel=_TRAINING)] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAINING)] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Groups per device and step.", rich_help_panel=_TRAINING)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Token budget of a micro-batch.", rich_help_panel=_TRAINING)
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak; default: 5e-5.", rich_help_panel=_TRAINING)] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of random weights and the order of the data.", rich_help_panel=_TRAINING)
-    ] = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16", help="bf16 autocast.", rich_help_panel=_TRAINING)] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="full, or bounded: memory does not grow with the responses.", rich_help_panel=_MEMORY),
-    ] = None,
-    max_tokens_per_chunk: Annotated[
+    max_steps: Annotated[
         int | None,
-        typer.Option(help="bounded: most tokens whose activations are held; 8192.", rich_help_panel=_MEMORY),
+        typer.Option(help="Optimizer steps.", show_default="those of --epochs", rich_help_panel=TRAINING_PANEL),
     ] = None,
+    batch_size: Annotated[int | None, BATCH_SIZE] = None,
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its peak.", show_default="5e-5", rich_help_panel=TRAINING_PANEL)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Of random weights and the order of the data.", show_default="42", rich_help_panel=TRAINING_PANEL
+        ),
+    ] = None,
+    bf16: Annotated[bool | None, BF16] = None,
+    schedule: Annotated[str | None, SCHEDULE] = None,
+    max_tokens_per_chunk: Annotated[int | None, MAX_TOKENS_PER_CHUNK] = None,
     auto_budget: Annotated[
         bool | None,
         typer.Option(
-            "--auto-budget", help="bounded: out of memory, halve the chunk and go on.", rich_help_panel=_MEMORY
+            "--auto-budget",
+            help="bounded: out of memory, halve the chunk and go on.",
+            show_default="off",
+            rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
-    prefix_cache: Annotated[
-        str | None, typer.Option(help="bounded: keys and values on device or cpu.", rich_help_panel=_MEMORY)
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Compute activations again: none, prefix, all.", rich_help_panel=_MEMORY)
-    ] = None,
+    prefix_cache: Annotated[str | None, PREFIX_CACHE] = None,
+    checkpoint: Annotated[str | None, CHECKPOINT] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="As --checkpoint all.", rich_help_panel=_MEMORY)
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="As --checkpoint all.",
+            show_default="off",
+            rich_help_panel=MEMORY_PANEL,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any training argument, NAME=VALUE.", rich_help_panel=_TRAINING),
+        typer.Option(
+            "--set",
+            help="Any training argument, NAME=VALUE.",
+            show_default="kvpref.PreferenceTrainingArguments'",
+            rich_help_panel=TRAINING_PANEL,
+        ),
     ] = None,
     logging_steps: Annotated[
-        int | None, typer.Option(help="Steps between log lines; default: 10.", rich_help_panel=_SAVING)
+        int | None, typer.Option(help="Steps between log lines.", show_default="10", rich_help_panel=SAVING_PANEL)
     ] = None,
     eval_steps: Annotated[
-        int | None, typer.Option(help="Steps between evaluations; default: at the end.", rich_help_panel=_SAVING)
+        int | None,
+        typer.Option(help="Steps between evaluations.", show_default="none: at the end", rich_help_panel=SAVING_PANEL),
     ] = None,
     save_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints; default: 200.", rich_help_panel=_SAVING)
+        int | None,
+        typer.Option(help="Steps between checkpoints.", show_default="200", rich_help_panel=SAVING_PANEL),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_SAVING)
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint, with the settings in OUTPUT/run.yaml.",
+            rich_help_panel=SAVING_PANEL,
+        ),
     ] = False,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on the last line of stdout.", rich_help_panel=_SAVING)
-    ] = False,
+    json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Train a model on preference data, each shared prompt encoded once.
 
     MODEL may be the folder of a PEFT adapter, which is then trained further. Losses that read rewards (bradley_terry,
     ...) train a reward model: MODEL with a scalar head. Columns of the data that the loss declares are read along.
 
+    With --resume alone a run goes on as it was; options that change its results are refused, others are taken.
+
     Example: kvpref train ./llama pairs.jsonl --output out --loss dpo --loss-arg beta=0.1 --max-tokens 8192
     """
     if config is not None and model is not None and data is None:
         model, data = None, model  # with --config the only positional argument is the data
-    options = from_options(
+    chosen = from_options(
         {
             "model": model,
             "config": config,
@@ -152,7 +191,7 @@ def train(
         loss_arg or [],
     )
     file = {} if config_file is None else from_file(Path(config_file))
-    given = merge(file, options, from_assignments(set_ or []))
+    given = merge(file, chosen, from_assignments(set_ or []))
     for name in ("output",) if resume else ("data", "output"):
         if name not in given:
             raise InputError(f"{name} is missing; give it on the command line or in --config-file")

@@ -22,7 +22,7 @@ def test_it_reports_every_mode(
 ) -> None:
     pytest.importorskip("matplotlib")
     done = kvpref_command(
-        *("bench", config_file, pairs_file, "--tokenizer", tokenizer_dir, "--groups", 6, "--max-tokens", 60),
+        *("bench", config_file, pairs_file, "--tokenizer", tokenizer_dir, "--batch-size", 6, "--max-tokens", 60),
         *("--repeats", 2, "--output", tmp_path / "out", "--json"),
     )
     assert done.returncode == 0, done.stderr
@@ -52,7 +52,18 @@ def test_it_reports_every_mode(
 def test_the_baseline_is_added_and_the_optimizer_left_out(
     kvpref_command: Run, trained_dir: Path, pairs_file: Path
 ) -> None:
-    arguments = ("--modes", "two_pass", "--groups", 2, "--repeats", 1, "--loss", "sft", "--no-optimizer", "--json")
+    arguments = (
+        "--modes",
+        "two_pass",
+        "--batch-size",
+        2,
+        "--repeats",
+        1,
+        "--loss",
+        "sft",
+        "--no-time-optimizer",
+        "--json",
+    )
     done = kvpref_command("bench", trained_dir, pairs_file, *arguments)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout.splitlines()[-1])
@@ -67,7 +78,7 @@ def test_the_baseline_is_added_and_the_optimizer_left_out(
     [
         (("--modes", "two_pass,three_pass"), "unknown mode 'three_pass'; choose from: two_pass, one_pass"),
         (("--modes", ""), "unknown mode ''"),
-        (("--groups", 0), "--groups must be at least 1; got 0"),
+        (("--batch-size", 0), "--batch-size must be at least 1; got 0"),
         (("--loss", "nonsense"), "unknown loss 'nonsense'"),
         (("--max-tokens", 10), "the group alone takes 24 tokens"),
         (("--dtype", "int3"), "unknown dtype 'int3'"),
@@ -104,7 +115,7 @@ def test_a_mode_that_differs_fails_the_run_after_the_report(
 
     monkeypatch.setattr(steps, "forward_backward", broken)
     with pytest.raises(RunError, match="not timed: padded"):
-        bench(str(config_file), str(pairs_file), str(tokenizer_dir), groups=2, repeats=1, output=tmp_path)
+        bench(str(config_file), str(pairs_file), str(tokenizer_dir), batch_size=2, repeats=1, output=tmp_path)
     report = json.loads((tmp_path / "bench.json").read_text())
     assert [result["name"] for result in report["comparisons"][0]["results"]] == ["two_pass", "one_pass", "packed"]
     assert list(report["skipped"]) == ["padded"]

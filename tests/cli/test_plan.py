@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from command_line import environment
 
-from kvpref.cli.plan import parse_bytes
-from kvpref.errors import InputError
 from kvpref.plans import MODES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -158,16 +156,3 @@ def test_lengths_come_from_data(tmp_path: Path, tokenizer_dir: Path, pairs_file:
     plan = plan_of(small(tmp_path), "--data", pairs_file, "--tokenizer", tokenizer_dir, "--num-responses", 5, *memory)
     # 18 words; two words and the end; the option given wins over the data's pairs.
     assert plan["shape"] == {"prompt_tokens": 18, "response_tokens": 3, "num_responses": 5}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("80GiB", 80 * GIB), ("24 gb", 24 * 10**9), ("1.5GiB", 3 * GIB // 2), ("1024", 1024)]
-)
-def test_sizes(text: str, expected: int) -> None:
-    assert parse_bytes(text, "--x") == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "80 parsecs"])
-def test_bad_sizes(text: str) -> None:
-    with pytest.raises(InputError, match="--x: expected a size"):
-        parse_bytes(text, "--x")

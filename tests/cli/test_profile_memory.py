@@ -43,7 +43,7 @@ def test_it_reports_peaks_by_responses_and_variant(
     memory(
         *(str(config_file), str(scored_file), str(tokenizer_dir)),
         num_responses="8,2",
-        groups=2,
+        batch_size=2,
         max_tokens_per_chunk=16,
         output=tmp_path / "out",
         json_=True,
@@ -73,7 +73,7 @@ def test_whole_groups_and_a_registered_loss(
     memory(
         *(str(config_file), str(pairs_file), str(tokenizer_dir)),
         variants="packed, full,packed",
-        groups=3,
+        batch_size=3,
         max_tokens=60,
         loss="dpo",
         json_=True,
@@ -93,7 +93,7 @@ def test_whole_groups_and_a_registered_loss(
         ({"num_responses": "2,many"}, "--num-responses takes whole numbers from 1 on"),
         ({"num_responses": "0"}, "--num-responses takes whole numbers from 1 on"),
         ({"num_responses": "2,9"}, "no group has 9 responses; the largest has 8"),
-        ({"groups": 0}, "--groups must be at least 1; got 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1; got 0"),
         ({"max_tokens": 0}, "--max-tokens must be at least 1; got 0"),
         ({"max_tokens": 5}, "the group alone takes"),
         ({"max_tokens_per_chunk": 0}, "max_tokens_per_chunk must be at least 1; got 0"),

@@ -22,7 +22,15 @@ def app() -> typer.Typer:
 
 @pytest.fixture
 def arguments(config_file: Path, tokenizer_dir: Path, pairs_file: Path) -> list[str]:
-    return [*map(str, (config_file, pairs_file)), "--tokenizer", str(tokenizer_dir), "--groups", "4", "--steps", "1"]
+    return [
+        *map(str, (config_file, pairs_file)),
+        "--tokenizer",
+        str(tokenizer_dir),
+        "--batch-size",
+        "4",
+        "--steps",
+        "1",
+    ]
 
 
 def test_it_writes_times_and_a_trace(app: typer.Typer, arguments: list[str], tmp_path: Path) -> None:

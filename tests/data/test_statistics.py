@@ -128,7 +128,7 @@ ROWS = [PAIR] * 5
 def test_inspect_prints_figures_and_json_on_the_last_line(app, tokenizer_folder, write_jsonl, tmp_path: Path):
     path, bad = write_jsonl(*ROWS, "{}"), tmp_path / "bad.jsonl"
     arguments = ["--max-response-tokens", "2", "--on-bad-row", "skip", "--report", str(bad), "--json"]
-    arguments += ["--mode", "padded", "--max-tokens-per-micro-batch", "12", "--groups-per-step", "4"]
+    arguments += ["--mode", "padded", "--max-tokens", "12", "--batch-size", "4"]
     result = CliRunner().invoke(app, ["data", "inspect", path, "--tokenizer", tokenizer_folder, *arguments])
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])
@@ -149,7 +149,7 @@ def test_inspect_prints_figures_and_json_on_the_last_line(app, tokenizer_folder,
 
 
 def test_inspect_plans_for_several_ranks(app, tokenizer_folder, write_jsonl):
-    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--groups-per-step", "5", "--world-size", "2"]
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--batch-size", "3", "--world-size", "2"]
     result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--json"])
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])
@@ -163,7 +163,7 @@ def test_inspect_plans_for_several_ranks(app, tokenizer_folder, write_jsonl):
 
 def test_inspect_counts_groups_that_begin_alike(app, tokenizer_folder, write_jsonl):
     rows = [PAIR | {"prompt": f"{letter * 40} {number}?"} for letter in "ab" for number in range(3)]
-    arguments = [write_jsonl(*rows), "--tokenizer", tokenizer_folder, "--groups-per-step", "3", "--json"]
+    arguments = [write_jsonl(*rows), "--tokenizer", tokenizer_folder, "--batch-size", "3", "--json"]
     result = CliRunner().invoke(app, ["data", "inspect", *arguments])
     assert result.exit_code == 0, result.output
     batches = json.loads(result.stdout.splitlines()[-1])["batches"]
@@ -175,8 +175,9 @@ def test_inspect_predicts_the_time_of_a_step_on_this_device(app, tokenizer_folde
     config = {"model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--groups-per-step", "2", "--world-size", "2"]
-    arguments += ["--max-tokens-per-micro-batch", "256", "--model", str(tmp_path / "config.json"), "--json"]
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--world-size", "2"]
+    arguments += ["--batch-size", "1"]
+    arguments += ["--max-tokens", "256", "--model", str(tmp_path / "config.json"), "--json"]
     result = CliRunner().invoke(app, ["data", "inspect", *arguments])
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])
@@ -193,7 +194,7 @@ def test_inspect_predicts_the_time_of_a_step_on_this_device(app, tokenizer_folde
 
 
 def test_inspect_refuses_a_budget_before_it_loads_a_model(app, tokenizer_folder, write_jsonl):
-    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--max-tokens-per-micro-batch", "3"]
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--max-tokens", "3"]
     result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--model", "nowhere"])
     with pytest.raises(InputError, match="the group alone takes 6 tokens"):
         raise result.exception
@@ -214,8 +215,8 @@ def test_inspect_lists_few_bad_rows_and_counts_the_rest(app, tokenizer_folder, w
 def test_inspect_leaves_input_errors_to_the_caller(app, tokenizer_folder, write_jsonl):
     for arguments, message in (
         ([write_jsonl(*ROWS, "{}", name="bad.jsonl")], r":6: missing field"),
-        ([write_jsonl(*ROWS), "--max-tokens-per-micro-batch", "3"], r":\d: the group alone takes 6 tokens"),
-        ([write_jsonl(*ROWS), "--groups-per-step", "0"], "groups_per_step must be at least 1"),
+        ([write_jsonl(*ROWS), "--max-tokens", "3"], r":\d: the group alone takes 6 tokens"),
+        ([write_jsonl(*ROWS), "--batch-size", "0"], "--batch-size must be at least 1"),
     ):
         result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--tokenizer", tokenizer_folder])
         assert isinstance(result.exception, InputError)

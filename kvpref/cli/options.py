@@ -1,0 +1,103 @@
+"""Options that several commands have: one name means one thing, with one default.
+
+Used as ``dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE``. Where a command needs to know what was given, its default is
+None, and ``show_default`` says what that stands for.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from kvpref.errors import InputError
+
+DATA_PANEL, MODEL_PANEL, TRAINING_PANEL = "Data", "Model", "Training"
+MEMORY_PANEL, SAVING_PANEL = "Memory", "Saving and logging"
+
+DEFAULT_DTYPE = "float32"
+DEFAULT_MODE = "two_pass"
+DEFAULT_SCHEDULE = "full"
+DEFAULT_CHECKPOINT = "none"
+DEFAULT_PREFIX_CACHE = "device"
+DEFAULT_LOSS = "dpo"
+DEFAULT_ON_BAD_ROW = "stop"
+DEFAULT_BATCH_SIZE = 8
+
+MODEL = typer.Argument(help="Folder or hub name.")
+MODEL_OR_CONFIG = typer.Argument(help="Folder, hub name, or CONFIG.json for random weights.")
+DATA = typer.Argument(help=".jsonl, .json, .parquet or dataset name, also NAME:SPLIT.")
+
+CONFIG = typer.Option(
+    help="JSON model configuration, instead of MODEL.", show_default="none", rich_help_panel=MODEL_PANEL
+)
+TOKENIZER = typer.Option(help="Folder or hub name.", show_default="the model's own", rich_help_panel=MODEL_PANEL)
+DTYPE = typer.Option(
+    help="Of the weights: float32, bfloat16, float16, auto.", show_default=DEFAULT_DTYPE, rich_help_panel=MODEL_PANEL
+)
+BF16 = typer.Option(
+    "--bf16/--no-bf16", help="bf16 autocast over the weights' dtype.", show_default="off", rich_help_panel=MODEL_PANEL
+)
+LORA_R = typer.Option(
+    help="Train a LoRA adapter of this rank.", show_default="none, all weights", rich_help_panel=MODEL_PANEL
+)
+LORA_ALPHA = typer.Option(
+    help="LoRA's scale is this over the rank.", show_default="twice the rank", rich_help_panel=MODEL_PANEL
+)
+LORA_TARGET_MODULES = typer.Option(
+    help="Modules with LoRA, such as q_proj,v_proj.", show_default="all linear layers", rich_help_panel=MODEL_PANEL
+)
+
+MAX_PROMPT_TOKENS = typer.Option(
+    help="Keep the end of longer prompts.", show_default="no limit", rich_help_panel=DATA_PANEL
+)
+MAX_RESPONSE_TOKENS = typer.Option(
+    help="Keep the start of longer responses.", show_default="no limit", rich_help_panel=DATA_PANEL
+)
+ON_BAD_ROW = typer.Option(
+    help="stop, or skip and list it.", show_default=DEFAULT_ON_BAD_ROW, rich_help_panel=DATA_PANEL
+)
+
+LOSS = typer.Option(
+    help="One of `kvpref losses`, or yours: FILE.py:FUNCTION.",
+    show_default=DEFAULT_LOSS,
+    rich_help_panel=TRAINING_PANEL,
+)
+MODE = typer.Option(
+    help="two_pass, one_pass, packed, padded.", show_default=DEFAULT_MODE, rich_help_panel=TRAINING_PANEL
+)
+BATCH_SIZE = typer.Option(
+    help="Prompts, each with all its responses, per device and step.",
+    show_default=str(DEFAULT_BATCH_SIZE),
+    rich_help_panel=TRAINING_PANEL,
+)
+MAX_TOKENS = typer.Option(
+    help="Token budget of a micro-batch, counted as the mode counts.",
+    show_default="8192, or the largest prompt with its responses",
+    rich_help_panel=MEMORY_PANEL,
+)
+SCHEDULE = typer.Option(
+    help="full, or bounded: memory does not grow with the responses.",
+    show_default=DEFAULT_SCHEDULE,
+    rich_help_panel=MEMORY_PANEL,
+)
+MAX_TOKENS_PER_CHUNK = typer.Option(
+    help="bounded: most tokens whose activations are held.", show_default="8192", rich_help_panel=MEMORY_PANEL
+)
+PREFIX_CACHE = typer.Option(
+    help="bounded: keys and values on device or cpu.",
+    show_default=DEFAULT_PREFIX_CACHE,
+    rich_help_panel=MEMORY_PANEL,
+)
+CHECKPOINT = typer.Option(
+    help="Compute activations again: none, prefix, all.",
+    show_default=DEFAULT_CHECKPOINT,
+    rich_help_panel=MEMORY_PANEL,
+)
+
+JSON = typer.Option("--json", help="One JSON object on the last line of stdout.", rich_help_panel=SAVING_PANEL)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise InputError for the first count below 1, by its option's name; None stands for a default."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {count}")
