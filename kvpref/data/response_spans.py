@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvpref.data.lengths import num_shared
-from kvpref.data.messages import Message, RowError
+from kvpref.data.messages import REASONING_FIELDS, Message, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ def find_spans(
             differently once the turn follows.
     """
     texts = tuple(template.write((*prompt, *response)) for response in responses)
-    first_start = _find_start(template, prompt, texts, "the answer")
+    first_start = _find_start(template, prompt, responses, texts, "the answer")
     spans = []
     for response, text, name in zip(responses, texts, names, strict=True):
         found: list[Span] = []
@@ -88,7 +88,7 @@ def find_spans(
                 continue
             before, after = (*prompt, *response[:index]), response[index + 1 :]
             place = f"turn {index + 1} of {name}"
-            start = _find_start(template, before, (text,), place) if index else first_start
+            start = _find_start(template, before, (response[index:],), (text,), place) if index else first_start
             end = _find_end(template, before, turn, after, text, place) if after else len(text)
             if start >= end or (found and start < found[-1][1]):
                 raise RowError(f"a response is empty: the chat template writes nothing for it ({place})")
@@ -97,21 +97,41 @@ def find_spans(
     return texts, tuple(spans)
 
 
-def _find_start(template: ChatTemplate, before: Messages, texts: AbstractSequence[str], place: str) -> int:
+def _find_start(
+    template: ChatTemplate,
+    before: Messages,
+    continuations: AbstractSequence[Messages],
+    texts: AbstractSequence[str],
+    place: str,
+) -> int:
     """Where the turn after some messages begins, in all texts alike."""
     asked = template.write(before, add_generation_prompt=True)
     if all(text.startswith(asked) for text in texts):
         return len(asked)
     # The generation prompt may go on into the answer (a `<think>` that this answer has not): then the turn begins
-    # where its content does.
-    header = _around_content(template, before, {"role": "assistant"}, (), _common_beginning)
-    if header is not None and all(text.startswith(header) for text in (asked, *texts)):
-        return len(header)
-    text = next(text for text in texts if not text.startswith(asked))
-    raise RowError(
-        f"the chat template writes the text before {place} differently once {place} follows: "
-        f"{_quote_difference(asked, text)}; use a template that writes the same before and after, or leave the row out"
-    )
+    # where its content does. What is before that may depend on whether other turns follow.
+    alone = _around_content(template, before, {"role": "assistant"}, (), _common_beginning)
+    starts = []
+    for turns, text in zip(continuations, texts, strict=True):
+        header: str | None = asked if text.startswith(asked) else alone
+        if not _is_beginning(header, asked, text):
+            header = _around_content(template, before, _without_reasoning(turns[0]), turns[1:], _common_beginning)
+        if header is None or not _is_beginning(header, asked, text):
+            raise RowError(
+                f"the chat template writes the text before {place} differently once {place} follows: "
+                f"{_quote_difference(asked, text)}; use a template that writes the same before and after, set what it "
+                "reads (`chat_template_kwargs`, such as enable_thinking) to fit the data, or leave the row out"
+            )
+        starts.append(len(header))
+    return min(starts)
+
+
+def _is_beginning(header: str | None, *texts: str) -> bool:
+    return header is not None and all(text.startswith(header) for text in texts)
+
+
+def _without_reasoning(turn: Message) -> Message:
+    return {key: value for key, value in turn.items() if key not in REASONING_FIELDS}
 
 
 def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Messages, text: str, place: str) -> int:

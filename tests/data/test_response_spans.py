@@ -162,3 +162,26 @@ def test_scored_tokens_are_those_that_a_reading_by_hand_marks(family, scenario, 
         assert tokenizer.decode(sequence.input_ids) == tokenizer.decode(ids)
         assert sequence.input_ids == tuple(ids)
         assert sequence.scored == tuple(flags)
+
+
+def test_prompts_that_ask_for_thinking_and_answers_without_begin_alike(write_jsonl):
+    tokenizer = build_tokenizer("qwen3")
+    asks = "'<|im_start|>assistant\\n' -}}\n    {%- if enable_thinking"
+    assert asks in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(asks, asks.replace("\\n'", "\\n<think>\\n'"))
+    thinks = ASSISTANT("four", reasoning_content="2 and 2")
+    asks_back = [ASSISTANT("ten?"), say("user", "yes"), ASSISTANT("five")]
+    path = write_jsonl(
+        {"prompt": [USER], "responses": [[thinks], [ASSISTANT("4")]]},
+        {"prompt": [USER], "responses": [[thinks], asks_back]},
+        name="thinking.jsonl",
+    )
+    thought = "2 and 2\n</think>\n\nfour<|im_end|>\n"
+    empty = "\n</think>\n\n"
+    assert scored_texts(path, tokenizer) == [
+        thought,
+        f"{empty}4<|im_end|>\n",
+        # The template writes no thinking for a turn that a user answers, so both are scored from the role on.
+        f"<think>\n{thought}",
+        f"ten?<|im_end|>\n{empty}five<|im_end|>\n",
+    ]
