@@ -98,7 +98,11 @@ def combine_sharing(groups: Sequence[GroupLengths], num_tokens: int, min_shared_
 def num_shared(first: Sequence[object], second: Sequence[object]) -> int:
     """The length of the longest common prefix of two token lists or texts."""
     shortest = min(len(first), len(second))
-    return next((index for index in range(shortest) if first[index] != second[index]), shortest)
+    start = 0
+    # Slices compare at the speed of C; what differs lies in the first one that does.
+    while start < shortest and first[start : start + 256] == second[start : start + 256]:
+        start += 256
+    return next((index for index in range(start, shortest) if first[index] != second[index]), shortest)
 
 
 def _causal_pairs(num_tokens: int) -> int:

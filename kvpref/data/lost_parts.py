@@ -29,7 +29,7 @@ def check_nothing_lost(
     for number, turn in enumerate(response, start=1):
         # What tools and users say stands somewhere behind the first turn.
         start, end = next(remaining) if turn["role"] == "assistant" else (spans[0][0], len(text))
-        for part, value in _parts(turn):
+        for part, value in parts_of(turn):
             if value not in text[start:end] and not _is_written(value, text[:start], text[start:end]):
                 raise RowError(
                     f"the chat template does not write {part} of turn {number} of {name} ({_quote(value)}); "
@@ -47,7 +47,8 @@ def _is_written(value: str, before: str, written: str) -> bool:
     return False
 
 
-def _parts(turn: Message) -> Iterator[tuple[str, str]]:
+def parts_of(turn: Message) -> Iterator[tuple[str, str]]:
+    """What an assistant's turn says that a template must write, each with its name."""
     for key in ("content", *REASONING_FIELDS):
         if isinstance(turn.get(key), str):
             yield f"`{key}`", turn[key]

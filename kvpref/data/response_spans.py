@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvpref.data.lengths import num_shared
+from kvpref.data.lost_parts import parts_of
 from kvpref.data.messages import REASONING_FIELDS, Message, RowError
 
 if TYPE_CHECKING:
@@ -142,7 +143,10 @@ def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Me
         alone = None
     if alone is not None and text.startswith(alone):
         return len(alone)
-    # The last turn is written in another way than earlier ones. What stands after its content is compared.
+    inserted = None if alone is None else _end_without_insertion(turn, alone, text)
+    if inserted is not None:
+        return inserted
+    # The last turn ends in another way than earlier ones. What stands after its content is compared.
     rest = _around_content(template, before, turn, after, _common_ending)
     last_rest = _around_content(template, before, turn, (), _common_ending)
     num_own = None if rest is None or last_rest is None else _length_of_ending(template, rest, last_rest)
@@ -153,6 +157,17 @@ def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Me
             f"told{found}; let the response end with this turn, or use another template"
         )
     return len(text) - len(rest) + num_own
+
+
+def _end_without_insertion(turn: Message, alone: str, text: str) -> int | None:
+    """Where a turn ends that only lacks something that the last turn has before its content: empty thinking, say."""
+    shared = num_shared(alone, text)
+    rest, found = alone[shared:], text[shared : shared + len(alone)]
+    own = next(
+        (rest[start:] for start in range(len(rest)) if rest[start] == found[:1] and found.startswith(rest[start:])), ""
+    )
+    parts = [value for _, value in parts_of(turn)]
+    return shared + len(own) if any(parts) and all(value in own for value in parts) else None
 
 
 def _length_of_ending(template: ChatTemplate, rest: str, last_rest: str) -> int | None:
