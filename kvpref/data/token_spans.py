@@ -38,6 +38,8 @@ def spans_by_offsets(
         return len(token) - len(letters), bool(letters)
 
     def first_after(place: int) -> int:
+        if place == 0:
+            return 0
         first = bisect_right(offsets, place, key=lambda span: span[1])
         if 0 < first < len(offsets) and offsets[first][0] > place:
             # Byte-level tokenizers with trim_offsets leave a token's outer spaces out of its span, so the token
@@ -51,10 +53,10 @@ def spans_by_offsets(
         if place == num_chars:
             return len(ids)
         first = bisect_left(offsets, place, key=lambda span: span[0])
-        if 0 < first < len(offsets):
+        if first < len(offsets):
             # The same at a token's other side; the gap to the token before says whether spaces were left out.
-            num_hidden, _ = spaces(first, str.lstrip)
-            if offsets[first][0] - min(num_hidden, max(0, offsets[first][0] - offsets[first - 1][1])) < place:
+            gap = offsets[first][0] - (offsets[first - 1][1] if first else 0)
+            if offsets[first][0] - min(spaces(first, str.lstrip)[0], max(0, gap)) < place:
                 return first + 1
         return first
 

@@ -158,3 +158,21 @@ def test_without_columns_a_row_is_loaded_as_before(tokenizer, write_jsonl):
         )
     )
     assert with_extra.fingerprint == without.fingerprint
+
+
+def test_a_column_with_an_entry_for_tokens_that_are_not_scored_is_refused(build_tokenizer, chat_template, write_jsonl):
+    tokenizer = build_tokenizer(chat_template=chat_template)
+    turns = [{"role": role, "content": "hello"} for role in ("assistant", "tool", "assistant")]
+    row = {"prompt": [{"role": "user", "content": "fox"}], "responses": [turns]}
+    options = DataOptions(columns=("logps",))
+    [sequence] = load_preferences(write_jsonl(row), tokenizer)[0].sequences
+    num_scored, start = sum(sequence.scored), sequence.scored.index(True)
+    path = write_jsonl(row | {"logps": [[-1.0] * num_scored]})
+    batch = kvpref.collate(list(load_preferences(path, tokenizer, options)))
+    assert batch.token_column("logps").tolist() == [-1.0] * num_scored
+    num_tokens = len(sequence) - start
+    assert num_tokens > num_scored
+    path = write_jsonl(row | {"logps": [[-1.0] * num_tokens]})
+    match = rf"rows.jsonl:1: column `logps` has an entry for each of the {num_tokens} tokens .* {num_scored} are scored"
+    with pytest.raises(InputError, match=match):
+        load_preferences(path, tokenizer, options)

@@ -248,6 +248,42 @@ def test_slow_tokenizer_reads_implicit_prompts_and_empty_ones(load, slow_tokeniz
     assert swallowed.scored == (False, True, True)
 
 
+TURNS = "{% for m in messages %}{{ ' ' if m.role == 'assistant' else ' f' }}{{ m.content }}{% endfor %}"
+
+
+def test_slow_tokenizer_scores_the_assistants_turns(load, slow_tokenizer):
+    slow_tokenizer.chat_template = TURNS
+    prompt = [{"role": "user", "content": "d"}]
+    turns = [
+        {"role": role, "content": content} for role, content in zip(("assistant", "user") * 2, "abca", strict=True)
+    ]
+    [sequence] = load(slow_tokenizer, {"prompt": prompt, "responses": [turns[:3]]})[0].sequences
+    tokens = slow_tokenizer.convert_ids_to_tokens(list(sequence.input_ids))
+    assert list(zip(tokens, sequence.scored, strict=True)) == [
+        *((token, False) for token in " fd"),
+        *((token, True) for token in " a"),
+        *((token, False) for token in " fb"),
+        *((token, True) for token in (" ", "c", "</s>")),
+    ]
+    # A response that a user ends gets no EOS: nothing of it would be the assistant's.
+    [sequence] = load(slow_tokenizer, {"prompt": prompt, "responses": [turns]})[0].sequences
+    assert "".join(slow_tokenizer.convert_ids_to_tokens(list(sequence.input_ids))) == " fd a fb c fa"
+    assert sequence.scored[-3:] == (False, False, False)
+
+
+def test_slow_tokenizer_that_joins_the_end_of_a_turn_with_the_next(load, slow_tokenizer):
+    slow_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    turns = [{"role": role, "content": text} for role, text in (("assistant", "ab"), ("user", "c"), ("assistant", "d"))]
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl:2: the tokenizer joins the end of a turn .* use a fast tokenizer"
+    ):
+        load(
+            slow_tokenizer,
+            {"prompt": "d", "responses": ["a"]},
+            {"prompt": [USER | {"content": "d"}], "responses": [turns]},
+        )
+
+
 def test_rendering_is_text_only(chat_tokenizer):
     rendered = render_row(parse_row({"prompt": [USER], "responses": ["world"]}), chat_tokenizer)
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"

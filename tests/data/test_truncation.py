@@ -47,6 +47,14 @@ def test_limits_that_fit_cut_nothing():
     assert (row.prompt_tokens_cut, row.num_truncated_responses, row.response_tokens_cut) == (0, 0, 0)
 
 
+def test_what_is_not_scored_inside_a_response_moves_and_is_cut_with_it():
+    sequence = TokenizedSequence([BOS, 10, 11, 20, 21, 22, 23, 24], 3, ((1, 3), (4, 5)))
+    assert sequence.scored == [False, False, False, True, False, False, True, False]
+    row = cut([sequence], prompt=2, response=4)
+    assert row.sequences == [TokenizedSequence([BOS, 11, 20, 21, 22, 23], 2, ((1, 3),))]
+    assert cut([sequence], response=2).sequences[0].scored == [False, False, False, True, False]
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
     st.integers(1, 7),
