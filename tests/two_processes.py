@@ -10,18 +10,24 @@ from typing import NoReturn
 
 from torch import distributed
 
+TIMEOUT_SECONDS = 1200
+"""Against hanging only."""
+
 
 def run_two_processes(worker: Path, *arguments: object) -> None:
-    """Run `worker` under torchrun with two ranks on the CPU, and fail with its errors."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(worker.parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "1",
-    }
+    """Run `worker` under torchrun with two ranks, and fail with its errors."""
+    torchrun(worker, *arguments, PYTHONPATH=os.pathsep.join(map(str, worker.parents[1:3])))
+
+
+def torchrun(*arguments: object, **environment: str) -> None:
+    """`torchrun --nproc-per-node 2 ARGUMENTS...`, which must succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [*command, str(worker), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -9,6 +9,7 @@ import typer
 
 from kvpref.cli import bench, check, data, demo, doctor, losses, plan, profile, score, train
 from kvpref.errors import InputError, RunError
+from kvpref.ranks import refuse_many
 
 app = typer.Typer(
     name="kvpref",
@@ -31,10 +32,17 @@ app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
 
+_ONE_PROCESS = frozenset({"score", "check", "profile", "bench", "demo"})
+"""Commands that each of several processes would run from beginning to end, writing the same files."""
+
+
 @app.callback(invoke_without_command=True)
 def version(
+    context: typer.Context,
     show: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
+    if context.invoked_subcommand in _ONE_PROCESS:
+        refuse_many(f"kvpref {context.invoked_subcommand}")
     if show:
         from kvpref import __version__
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+from transformers.utils import is_torch_xla_available
 
 from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.errors import InputError
@@ -13,6 +17,7 @@ from kvpref.losses import PreferenceLoss, make_loss
 from kvpref.modeling.checkpointing import CHECKPOINTS
 from kvpref.modeling.options import PREFIX_CACHES, SCHEDULES, EngineOptions
 from kvpref.plans import MODES
+from kvpref.ranks import check_all_joined, check_start
 
 REFERENCES = ("start", "base")
 
@@ -130,7 +135,10 @@ class PreferenceTrainingArguments(TrainingArguments):
         self.compile_layers, self.torch_compile = self.compile_layers or self.torch_compile, False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs in (None, {"use_reentrant": False}):
             self.gradient_checkpointing, self.checkpoint = False, "all"
+        self._choose_device()
         super().__post_init__()
+        alone = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED)
+        check_all_joined(self.world_size, is_distributed=self.parallel_mode not in alone)
         self._check_reference()
         options = self.engine_options()
         if self.auto_budget and (options.schedule != "bounded" or self.gradient_accumulation_steps > 1):
@@ -145,6 +153,17 @@ class PreferenceTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             self._n_gpu = 1
         self.make_loss()
+
+    def _choose_device(self) -> None:
+        """Use the CPU where nothing else is there.
+
+        Without being told, accelerate starts no process group there, and each process of a torchrun trains alone.
+        """
+        num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        if num_devices == 0 and not is_torch_xla_available():
+            self.use_cpu = True
+        on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+        check_start(0 if on_cpu else num_devices)
 
     def _check_reference(self) -> None:
         if self.reference not in REFERENCES:

@@ -8,21 +8,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from preference_runs import make_args, make_groups, make_model, reference_free_loss, split_unevenly
+from preference_runs import make_groups, make_model, reference_free_loss, split_unevenly
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import leave_together
 
 import kvpref
-
-
-def run_ddp(output: str) -> None:
-    """The trainer itself, two steps of plain SGD; rank 0 saves the weights after it."""
-    trainer = kvpref.PreferenceTrainer(make_model(), make_args(output), train_dataset=make_groups())
-    trainer.train()
-    if dist.get_rank() == 0:
-        torch.save(trainer.model.state_dict(), f"{output}/weights.pt")
 
 
 def run_fsdp2(output: str) -> None:
@@ -95,5 +87,5 @@ def _weighted_backward(loss: torch.Tensor, weight: float) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": run_ddp, "fsdp2": run_fsdp2, "bounded": run_bounded}[sys.argv[1]](sys.argv[2])
+    {"fsdp2": run_fsdp2, "bounded": run_bounded}[sys.argv[1]](sys.argv[2])
     leave_together()
