@@ -126,11 +126,12 @@ def _plan_variants(
     from kvpref.profiling.prediction_fit import plan_variant
     from kvpref.profiling.prediction_step import Variant
 
+    at_once = "none" if checkpoint == "prefix" else checkpoint  # these modes give prefixes no pass of their own
     variants: dict[str, Variant] = {
         "bounded": Variant(schedule="bounded", checkpoint=checkpoint, prefix_cache=prefix_cache),
         "full": Variant(checkpoint=checkpoint),
-        "packed": Variant(mode="packed", checkpoint=checkpoint),
-        "padded": Variant(mode="padded", checkpoint=checkpoint),
+        "packed": Variant(mode="packed", checkpoint=at_once),
+        "padded": Variant(mode="padded", checkpoint=at_once),
     }
     if predictor.num_shards > 1:
         del variants["bounded"]  # it refuses sharded models

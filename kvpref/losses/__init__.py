@@ -30,6 +30,11 @@ def make_loss(name: str, **settings: Any) -> PreferenceLoss:
     return construct_loss(name, LOSSES[name] if name in LOSSES else find_loss(name, LOSSES), settings)
 
 
+def registered_name(loss: PreferenceLoss) -> str:
+    """What a loss is called on the command line, or in its own code."""
+    return next((name for name, kind in LOSSES.items() if kind is type(loss)), loss_name(loss))
+
+
 __all__ = [
     "DPO",
     "KTO",
@@ -43,4 +48,5 @@ __all__ = [
     "loss",
     "loss_name",
     "make_loss",
+    "registered_name",
 ]

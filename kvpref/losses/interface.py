@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from kvpref.batch import Batch
+from kvpref.batch import Batch, collate
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.outputs import READS, HeadOptions, ResponseLogps, ResponseRewards
@@ -32,6 +32,21 @@ LossFunction = Callable[[Any, Any, Batch], Any]
 
 `PreferenceLoss` adds what the trainer can use.
 """
+
+
+class Idle(NamedTuple):
+    """Why nothing can be learned from a group.
+
+    Attributes:
+        reason: What is wrong, to follow "in these groups".
+        remedy: What to give instead.
+    """
+
+    reason: str
+    remedy: str
+
+
+NO_UNITS = Idle("the loss counts nothing", "give data that the loss reads; see its num_units")
 
 
 class Groups(Protocol):
@@ -81,12 +96,28 @@ class PreferenceLoss:
         raise NotImplementedError
 
     def num_units(self, batch: Batch) -> int:
-        """Over how many units the loss is a mean (groups, unless overridden).
+        """Over how many units the loss is a mean.
 
         The trainer weights micro-batches and ranks by it, so that the loss of an optimizer step is the mean over all
         its units, however they were split.
         """
-        return batch.num_groups
+        return sum(map(self.group_units, batch.groups))
+
+    def group_units(self, group: Group) -> int:
+        """How many of the units are a group's: 1, unless overridden."""
+        return 1
+
+    def idle(self, group: Group) -> Idle | None:
+        """Why there is nothing to learn from a group; None where there is."""
+        if type(self).num_units is PreferenceLoss.num_units:
+            return None if self.group_units(group) else NO_UNITS
+        return None if self.num_units(collate([group])) else NO_UNITS
+
+    @property
+    def can_be_idle(self) -> bool:
+        """Whether there can be groups with nothing to learn, so that it makes sense to look for them."""
+        names = ("idle", "group_units", "num_units")
+        return any(getattr(type(self), name) is not getattr(PreferenceLoss, name) for name in names)
 
     def select(self, group: Group) -> Group:
         """Keep only the sequences that the loss reads, so that no others are computed."""

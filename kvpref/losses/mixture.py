@@ -11,7 +11,7 @@ from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_not_negative
-from kvpref.losses.interface import Groups, LossOutput, PreferenceLoss
+from kvpref.losses.interface import Groups, Idle, LossOutput, PreferenceLoss
 from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.user import construct_loss, find_loss
 from kvpref.outputs import HeadOptions, ResponseLogps
@@ -122,6 +122,11 @@ class WeightedSum(PreferenceLoss):
             found = ", ".join(f"{count} for {name!r}" for name, count in counts.items())
             raise InputError(f"{self.name}: the losses count different {self.unit} ({found}), so they cannot be mixed")
         return next(iter(counts.values()))
+
+    def idle(self, group: Group) -> Idle | None:
+        """Nothing to learn for any part."""
+        found = [part.idle(group) for part in self.parts.values()]
+        return None if None in found else found[0]
 
     def select(self, group: Group) -> Group:
         """What all parts agree on; the whole group where one reads what another leaves out."""

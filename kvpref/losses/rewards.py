@@ -150,9 +150,9 @@ class RewardRegression(RewardLoss):
             metrics = {"mean_reward": rewards.mean(), "mean_error": (predicted - scores).abs().mean()}
         return LossOutput(loss=REGRESSIONS[self.objective](rewards, scores).mean(), metrics=metrics)
 
-    def num_units(self, batch: Batch) -> int:
+    def group_units(self, group: Group) -> int:
         """Rated responses."""
-        return sum(len(rated_indices(group)) for group in batch.groups)
+        return len(rated_indices(group))
 
     def select(self, group: Group) -> Group:
         return group.take(rated_indices(group))

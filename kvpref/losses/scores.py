@@ -10,9 +10,11 @@ import torch
 from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.groups import Group
-from kvpref.losses.interface import PreferenceLoss
+from kvpref.losses.interface import Idle, PreferenceLoss
 
 T = TypeVar("T")
+
+EQUAL_SCORES = Idle("all scores are equal", "give each prompt at least two responses with different scores")
 
 
 class RatedResponses(NamedTuple):
@@ -98,9 +100,12 @@ def _padded(rows: list[list[T]], filler: T) -> list[list[T]]:
 class ComparesScores(PreferenceLoss):
     """Base of the losses that compare responses with different scores: a mean over groups that have any."""
 
-    def num_units(self, batch: Batch) -> int:
-        """Groups with two different scores."""
-        return sum(map(has_preference, batch.groups))
+    def group_units(self, group: Group) -> int:
+        """1 for a group with two different scores."""
+        return int(has_preference(group))
+
+    def idle(self, group: Group) -> Idle | None:
+        return None if has_preference(group) else EQUAL_SCORES
 
     def select(self, group: Group) -> Group:
         """The rated responses; one of them where all have the same score, for then there is nothing to learn."""

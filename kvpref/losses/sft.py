@@ -12,7 +12,7 @@ from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_positive
-from kvpref.losses.interface import LossOutput, PreferenceLoss
+from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.pairs.preferred import best_sequence
 from kvpref.losses.scores import response_scores
 from kvpref.outputs import ResponseLogps
@@ -42,11 +42,9 @@ class SFT(PreferenceLoss):
             loss = -policy.sum()[best].sum() / num_tokens.clamp(min=1)
         return LossOutput(loss=loss, metrics={"nll_per_token": loss.detach()})
 
-    def num_units(self, batch: Batch) -> int:
-        """Scored tokens of the chosen responses, or the groups."""
-        if self.average == "response":
-            return batch.num_groups
-        return sum(sum(batch.sequences[index].scored) for index in _best_indices(batch))
+    def group_units(self, group: Group) -> int:
+        """Scored tokens of the chosen response, or 1."""
+        return 1 if self.average == "response" else sum(group.sequences[best_sequence(group)].scored)
 
     def select(self, group: Group) -> Group:
         return group.take([best_sequence(group)])
@@ -93,9 +91,14 @@ class WeightedSFT(PreferenceLoss):
         loss = total / max(1, self.num_units(batch))
         return LossOutput(loss=loss, metrics={"nll_per_token": loss.detach()})
 
-    def num_units(self, batch: Batch) -> int:
-        """Groups with a weight above 0."""
-        return sum(any(self._shares(group)) for group in batch.groups)
+    def group_units(self, group: Group) -> int:
+        """1 for a group with a weight above 0."""
+        return int(any(self._shares(group)))
+
+    def idle(self, group: Group) -> Idle | None:
+        if any(self._shares(group)):
+            return None
+        return Idle("all weights are 0", "give at least one response a weight above 0, or set weights='softmax'")
 
     def select(self, group: Group) -> Group:
         """The responses whose weight is above 0; one response where there is none."""

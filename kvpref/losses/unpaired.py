@@ -85,9 +85,9 @@ class UnpairedLoss(PreferenceLoss):
         metrics = self._metrics(ratios.detach(), sums.detach(), places)
         return LossOutput(loss=losses.mean(), metrics={"kl": point, **metrics})
 
-    def num_units(self, batch: Batch) -> int:
+    def group_units(self, group: Group) -> int:
         """Responses, without the mismatched ones."""
-        return sum(not flag for group in batch.groups for flag in mismatched_flags(group))
+        return sum(not flag for flag in mismatched_flags(group))
 
     def _desirable(self, group: Group) -> list[bool]:
         """One flag per sequence, False for mismatched ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvpref.attention import get_backend
 from kvpref.errors import InputError
 from kvpref.modeling.checkpointing import CHECKPOINTS
 from kvpref.plans import MODES
@@ -15,13 +16,13 @@ DEFAULT_MAX_TOKENS_PER_CHUNK = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Mode, schedule and what belongs to them; `validate` refuses what does not fit together."""
+    """Mode, schedule and what belongs to them; what does not exist or does not fit together is refused at once."""
 
     mode: str = "two_pass"
     """``two_pass``, ``one_pass``, ``packed`` or ``padded``."""
 
     backend: str = "auto"
-    """Attention backend, or ``auto``."""
+    """Attention backend, or ``auto``; mode ``padded`` runs the model's own attention and takes ``auto`` only."""
 
     schedule: str = "full"
     """``full`` keeps the graph of the whole micro-batch; ``bounded`` that of at most `max_tokens_per_chunk` tokens."""
@@ -47,11 +48,11 @@ class EngineOptions:
         ):
             if getattr(self, name) not in valid:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose from: {', '.join(valid)}")
+        if self.backend != "auto":
+            get_backend(self.backend)
+        self._check_mode()
         if self.max_tokens_per_chunk is not None and self.max_tokens_per_chunk < 1:
             raise InputError(f"max_tokens_per_chunk must be at least 1; got {self.max_tokens_per_chunk}")
-        if self.runs_chunks and self.mode != "two_pass":
-            what = "schedule 'bounded'" if self.schedule == "bounded" else "prefix_grad=False"
-            raise InputError(f"{what} goes with mode 'two_pass', which keeps prefixes apart; got mode {self.mode!r}")
         if self.schedule != "bounded":
             for name, is_set in (
                 ("max_tokens_per_chunk", self.max_tokens_per_chunk is not None),
@@ -59,6 +60,24 @@ class EngineOptions:
             ):
                 if is_set:
                     raise InputError(f"{name} goes with schedule 'bounded'; got schedule {self.schedule!r}")
+
+    def _check_mode(self) -> None:
+        if self.mode == "two_pass":
+            return
+        for what, is_set in (
+            ("schedule 'bounded'", self.schedule == "bounded"),
+            ("prefix_grad=False", not self.prefix_grad),
+            ("checkpoint 'prefix'", self.checkpoint == "prefix"),
+        ):
+            if is_set:
+                raise InputError(
+                    f"{what} goes with mode 'two_pass', which keeps prefixes apart; got mode {self.mode!r}"
+                )
+        if self.mode == "padded" and self.backend != "auto":
+            raise InputError(
+                f"mode 'padded' runs the model's own attention (transformers' sdpa), so backend {self.backend!r} has "
+                "no part in it; leave backend at auto, or choose mode two_pass, one_pass or packed"
+            )
 
     @property
     def runs_chunks(self) -> bool:

@@ -17,6 +17,7 @@ from kvpref.modeling.cache import KeyValues, PrefixCache
 from kvpref.modeling.checkpointing import checkpointed, checkpoints_pass
 from kvpref.modeling.head import head_outputs, is_reward_model
 from kvpref.modeling.interface import RunningPass, bind_pass
+from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.support import check_training_state, unwrap
 from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
 from kvpref.plans import ModePlan, PassPlan, Reads
@@ -40,7 +41,7 @@ def response_logps(
         model: Attached with `kvpref.attach`; may be wrapped in PEFT, DDP or FSDP2.
         batch: From `kvpref.collate`, on the model's device.
         mode: ``two_pass``, ``one_pass``, ``packed`` or ``padded``.
-        backend: Attention backend, or ``auto``; mode ``padded`` always runs transformers' `sdpa`.
+        backend: Attention backend, or ``auto``; mode ``padded``, which runs transformers' `sdpa`, takes ``auto`` only.
         checkpoint: Which passes compute their activations again in the backward pass: ``none``, ``prefix`` (those whose
             keys and values others read) or ``all``. In training mode only.
         head: What is computed besides log-probs; nothing if None.
@@ -49,10 +50,11 @@ def response_logps(
         The log-probs, in the caller's order of sequences.
 
     Raises:
-        ValueError: Unknown mode or backend, or a backend that cannot serve here.
-        InputError: If the model is a reward model.
+        InputError: If a mode, backend or checkpoint is unknown or does not fit the others, a backend cannot serve here,
+            or the model is a reward model.
         UnsupportedModelError: If the model's state (dropout, checkpointing) or this batch cannot be run exactly.
     """
+    EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
     batch = batch_for(model, batch, "tokens")
     plan = batch.plan(mode)
     program = partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint, head=head or HeadOptions())
@@ -79,6 +81,7 @@ def response_rewards(
         InputError: If the model has no scalar head.
         As `response_logps` otherwise.
     """
+    EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
     batch = batch_for(model, batch, "ends")
     plan = batch.plan(mode)
     program = partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint, head=HeadOptions())
@@ -123,6 +126,7 @@ def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> P
     Raises:
         As `response_logps`.
     """
+    EngineOptions(backend=backend)
     plan = batch_for(model, batch, "tokens").plan("two_pass")
     cache = PrefixCache()
     run_inside(model, partial(_run_passes, plan=plan, cache=cache, backend=backend, stop=1))
@@ -141,6 +145,7 @@ def score_responses(
         InputError: If the cache was made from another batch or by another model.
         As `response_logps` otherwise.
     """
+    EngineOptions(backend=backend)
     batch = batch_for(model, batch, "tokens")
     plan = batch.plan("two_pass")
     if not cache.begins(plan):

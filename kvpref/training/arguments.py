@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
-from transformers.utils import is_torch_xla_available
+from transformers.utils.import_utils import is_torch_xla_available
 
 from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.errors import InputError

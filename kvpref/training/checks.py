@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
 from torch import nn
 
+from kvpref.attention import select_backend
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
-from kvpref.losses import PreferenceLoss, loss_name
+from kvpref.losses import PreferenceLoss, loss_name, registered_name
 from kvpref.modeling.head import is_reward_model
+from kvpref.modeling.shape import model_shape
 from kvpref.modeling.support import unwrap
+from kvpref.training.arguments import PreferenceTrainingArguments
+from kvpref.training.evaluation import check_best_metric, check_evaluation
 from kvpref.training.inputs import check_lengths
+
+
+def check_settings(
+    model: nn.Module, args: PreferenceTrainingArguments, loss: PreferenceLoss, eval_data: object
+) -> None:
+    """Raise InputError for arguments that cannot work whatever the data is."""
+    check_model_kind(model, loss)
+    check_evaluation(args, eval_data)
 
 
 def check_model_kind(model: nn.Module, loss: PreferenceLoss) -> None:
@@ -26,6 +42,37 @@ def check_model_kind(model: nn.Module, loss: PreferenceLoss) -> None:
     elif is_reward_model(inner):
         reads, has = "log-probs of tokens", "has none"
         raise InputError(f"{found.format(reads, has)}; load AutoModelForCausalLM, or choose a loss of rewards")
+
+
+def check_run(
+    model: nn.Module,
+    args: PreferenceTrainingArguments,
+    loss: PreferenceLoss,
+    datasets: Mapping[str, PreferenceDataset | None],
+) -> list[str]:
+    """Check what can be told before a run starts.
+
+    Args:
+        model: Attached model, on its device.
+        args: The arguments.
+        loss: The loss.
+        datasets: ``train`` and ``eval``, where they are given.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        InputError: For the first thing that does not fit.
+    """
+    check_backend(model, args, has_reference=loss.needs_reference)
+    lines: list[str] = []
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            check_data(dataset, model, loss)
+            lines.append(check_learnable(dataset, loss, name))
+    if datasets["eval"] is not None:
+        check_best_metric(args, datasets["eval"], loss, model_shape(model).hidden_size)
+    return lines
 
 
 def check_data(dataset: PreferenceDataset, model: nn.Module, loss: PreferenceLoss) -> None:
@@ -46,3 +93,50 @@ def check_columns(dataset: PreferenceDataset, loss: PreferenceLoss) -> None:
                     f"{group.id}: loss {loss_name(loss)!r} reads the column {name!r}, which this group lacks; its "
                     f"extra columns: {has}"
                 )
+
+
+def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str) -> str:
+    """Count the groups that the loss learns from.
+
+    Args:
+        dataset: What is trained or evaluated on.
+        loss: The loss.
+        name: Of the data, ``train`` or ``eval``.
+
+    Returns:
+        A line that says how many there are.
+
+    Raises:
+        InputError: If there are none.
+    """
+    num_groups = len(dataset)
+    if num_groups == 0:
+        raise InputError(f"the {name} data has no groups; give at least one row")
+    found = map(loss.idle, dataset) if loss.can_be_idle else ()
+    idle = Counter(item for item in found if item is not None)
+    num_idle, reasons = idle.total(), " or ".join(item.reason for item in idle)
+    if num_idle == num_groups:
+        remedies = "; ".join(item.remedy for item in idle)
+        raise InputError(
+            f"the {name} data has nothing to learn for the loss {registered_name(loss)}: in all {num_groups} groups "
+            f"{reasons}; {remedies}"
+        )
+    if num_idle:
+        counted = f"{num_groups - num_idle} of {num_groups} groups count"
+        return f"{name} data: {counted} for the loss {registered_name(loss)}; in the others {reasons}"
+    return f"{name} data: all {num_groups} groups count for the loss {registered_name(loss)}"
+
+
+def check_backend(model: nn.Module, args: PreferenceTrainingArguments, *, has_reference: bool) -> None:
+    """Raise InputError if a backend that was named cannot run where the model is, or where its reference is."""
+    if args.backend == "auto":
+        return
+    weights = (weight.dtype for weight in model.parameters() if weight.dtype.is_floating_point)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else next(weights, torch.float32)
+    head_dim = model_shape(model).head_dim
+    select_backend(args.backend, torch.empty(1, 1, head_dim, dtype=dtype, device=args.device))
+    if has_reference and args.reference_device is not None:
+        try:
+            select_backend(args.backend, torch.empty(1, 1, head_dim, dtype=dtype, device=args.reference_device))
+        except InputError as error:
+            raise InputError(f"reference_device {args.reference_device}: {error}; backend auto serves both") from error

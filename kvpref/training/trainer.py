@@ -29,7 +29,7 @@ from kvpref.training.callbacks import (
     SyncReferenceCallback,
     ThroughputProgressCallback,
 )
-from kvpref.training.checks import check_data, check_model_kind
+from kvpref.training.checks import check_data, check_learnable, check_run, check_settings
 from kvpref.training.inputs import (
     MicroBatchInputs,
     StepInputs,
@@ -86,7 +86,7 @@ class PreferenceTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.loss = as_loss(args.make_loss() if loss is None else loss)
-        check_model_kind(model, self.loss)
+        check_settings(model, args, self.loss, eval_dataset)
         attach(model)
         if args.compile_layers:
             compile_layers(model)
@@ -116,9 +116,9 @@ class PreferenceTrainer(Trainer):
         self._replace_progress()
         if args.reference_sync_steps is not None:
             self.add_callback(SyncReferenceCallback(self.references.sync, args.reference_sync_steps))
-        for dataset in (self.train_dataset, self.eval_dataset):
-            if dataset is not None:
-                check_data(dataset, self.model, self.loss)
+        lines = check_run(self.model, args, self.loss, {"train": self.train_dataset, "eval": self.eval_dataset})
+        if args.process_index == 0:
+            print("\n".join(lines), file=sys.stderr)
 
     # What feeds the loop
 
@@ -236,6 +236,7 @@ class PreferenceTrainer(Trainer):
             self.references.prepare("eval", dataset)
         else:
             check_data(dataset, self.model, self.loss)
+            check_learnable(dataset, self.loss, metric_key_prefix)
             self.references.check_can_score(dataset)
         args, meter = self.args, MetricMeter()
         loader = self._make_loader(dataset, args.per_device_eval_batch_size, shuffle=False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from preference_runs import make_args, make_groups, make_model
+from transformers import TrainerCallback
 
 import kvpref
 from kvpref import Group
@@ -20,11 +23,22 @@ def scored(groups: list[Group], scores: list[float]) -> list[Group]:
 
 @pytest.mark.parametrize("schedule", ["full", "bounded"])
 def test_a_step_without_units_changes_nothing(tmp_path: Path, schedule: str) -> None:
-    model = make_model()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    args = make_args(str(tmp_path), loss="all_pairs", max_steps=1, schedule=schedule)
-    kvpref.PreferenceTrainer(model, args, train_dataset=scored(make_groups(6), [1.0, 1.0])).train()
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    """One group per step, and one of two has something to learn: one step of two changes the weights."""
+    model, groups = make_model(), make_groups(2)
+    seen = [weights_of(model)]
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(weights_of(model))
+
+    args = make_args(str(tmp_path), loss="all_pairs", schedule=schedule, per_device_train_batch_size=1)
+    data = scored(groups[:1], [1.0, 1.0]) + scored(groups[1:], [0.0, 1.0])
+    kvpref.PreferenceTrainer(model, args, train_dataset=data, callbacks=[Watch()]).train()
+    assert sorted(torch.equal(old, new) for old, new in pairwise(seen)) == [False, True]
+
+
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def test_groups_without_units_do_not_weigh(tmp_path: Path) -> None:
@@ -36,7 +50,7 @@ def test_groups_without_units_do_not_weigh(tmp_path: Path) -> None:
         model = make_model()
         args = make_args(str(tmp_path / name), loss="all_pairs", max_steps=1, per_device_train_batch_size=len(data))
         kvpref.PreferenceTrainer(model, args, train_dataset=data).train()
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        weights.append(weights_of(model))
     assert (weights[0] - weights[1]).abs().max() <= 1e-12  # float64
     logs = [json.loads(line) for line in (tmp_path / "together" / "metrics.jsonl").read_text().splitlines()]
     assert any("rewards/accuracies" in line or "rewards/accuracy" in line for line in logs), logs

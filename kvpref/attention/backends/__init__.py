@@ -11,6 +11,7 @@ from kvpref.attention.backends.flash_attn import FlashAttn, FlashAttn3, FlashAtt
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.reference import Reference
 from kvpref.attention.backends.xformers import Xformers
+from kvpref.errors import InputError
 
 # What `auto` tries, in this order.
 _AUTOMATIC: tuple[Backend, ...] = (CpuFlash(), CudaFlash(), Efficient(), Reference())
@@ -36,10 +37,10 @@ def get_backend(name: str) -> Backend:
     """The backend called `name`.
 
     Raises:
-        ValueError: If there is none; the message lists the names.
+        InputError: If there is none; the message lists the names.
     """
     if name not in _BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; choose from: auto, {', '.join(_BACKENDS)}")
+        raise InputError(f"unknown attention backend {name!r}; choose from: auto, {', '.join(_BACKENDS)}")
     return _BACKENDS[name]
 
 
@@ -47,18 +48,18 @@ def select_backend(name: str, query: torch.Tensor) -> Backend:
     """Resolve a backend name, where ``auto`` takes the first that serves the query's device and dtype.
 
     Raises:
-        ValueError: If a backend that was named cannot serve; the message gives the reason and the ones that can.
+        InputError: If a backend that was named cannot serve; the message gives the reason and the ones that can.
             For ``auto``, if none can.
     """
     if name == "auto":
         for candidate in _AUTOMATIC:
             if candidate.unsupported_reason(query) is None:
                 return candidate
-        raise ValueError(f"no attention backend can run {query.dtype} on {query.device}; use a float dtype")
+        raise InputError(f"no attention backend can run {query.dtype} on {query.device}; use a float dtype")
     backend = get_backend(name)
     reason = backend.unsupported_reason(query)
     if reason is not None:
-        raise ValueError(
+        raise InputError(
             f"attention backend {name!r} cannot run here: {reason}; these can: {', '.join(available_backends(query))}"
         )
     return backend

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,11 +16,13 @@ from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_not_negative, check_number
-from kvpref.losses.interface import LossOutput, PreferenceLoss
+from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.policy_gradient.advantages import SCALES, group_advantages, score_deviations
 from kvpref.losses.policy_gradient.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
-from kvpref.losses.scores import rated_indices, rated_responses
+from kvpref.losses.scores import EQUAL_SCORES, has_preference, rated_indices, rated_responses
 from kvpref.outputs import HeadOptions, ResponseLogps
+
+ZERO_ADVANTAGES = Idle("all advantages are 0", "give responses whose advantages differ from 0")
 
 
 def _token_level(policy: ResponseLogps, log_ratio: torch.Tensor) -> torch.Tensor:
@@ -142,10 +144,20 @@ class PolicyGradient(PreferenceLoss):
         """What each token's loss counts, (S,); the sum is divided by `num_units`."""
         return self._mean_shares(policy, counted)
 
-    def num_units(self, batch: Batch) -> int:
+    def group_units(self, group: Group) -> int:
         """Responses that count, or their scored tokens."""
-        counted = [group.sequences[index] for group in batch.groups for index in self.counted_indices(group)]
+        counted = [group.sequences[index] for index in self.counted_indices(group)]
         return sum(sum(sequence.scored) for sequence in counted) if self.unit == "tokens" else len(counted)
+
+    def idle(self, group: Group) -> Idle | None:
+        """Where all advantages are 0 only the KL term and the entropy are left to learn from."""
+        if self.advantages == "scores":
+            found = None if has_preference(group) else EQUAL_SCORES
+        else:
+            given: Any = group.columns.get(self.advantages)
+            found = None if any(given if group.is_per_sequence(given) else [given]) else ZERO_ADVANTAGES
+        # Without a unit (dynamic sampling) the other terms do not count, either.
+        return found if self.group_units(group) == 0 or (self.beta == 0 and self.entropy_coef == 0) else None
 
     def select(self, group: Group) -> Group:
         """The responses that count; a single one where none does."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -92,12 +92,9 @@ class ModelReference:
 
     def for_batch(self, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps:
         """As in `ReferenceSource`; the forward pass runs where the model is."""
-        options = self.scoring.options()
         own = batch if batch.device == self.device else inputs.batch.to(self.device)
-        if batch.device.type != self.device.type:
-            options = replace(options, backend="auto")  # the policy's may not run there
         with _in_eval_mode(self.model_of()) as model, self._mixed_precision(), self.as_reference(model):
-            found = score(model, own, options, head=HeadOptions(temperature=self.scoring.temperature))
+            found = score(model, own, self.scoring.options(), head=HeadOptions(temperature=self.scoring.temperature))
         return ResponseLogps(
             token_logps=found.token_logps.to(batch.device),
             cu_seqlens=batch.cu_seqlens,
