@@ -121,10 +121,8 @@ def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str)
             f"the {name} data has nothing to learn for the loss {registered_name(loss)}: in all {num_groups} groups "
             f"{reasons}; {remedies}"
         )
-    if num_idle:
-        counted = f"{num_groups - num_idle} of {num_groups} groups count"
-        return f"{name} data: {counted} for the loss {registered_name(loss)}; in the others {reasons}"
-    return f"{name} data: all {num_groups} groups count for the loss {registered_name(loss)}"
+    counted = f"{num_groups - num_idle} of {num_groups} groups count for the loss {registered_name(loss)}"
+    return f"{name} data: {counted}; in the others {reasons}" if num_idle else f"{name} data: {counted}"
 
 
 def check_backend(model: nn.Module, args: PreferenceTrainingArguments, *, has_reference: bool) -> None:

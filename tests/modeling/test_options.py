@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sample_groups import pairs
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_reward_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -19,6 +19,7 @@ import kvpref
 from kvpref import InputError, UnsupportedModelError
 from kvpref.modeling.distributed import local_module, synchronise_gradients
 from kvpref.modeling.options import DEFAULT_MAX_TOKENS_PER_CHUNK, EngineOptions
+from kvpref.plans import MODES
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "lazy"}, "unknown schedule 'lazy'; choose from: full, bounded"),
@@ -32,9 +33,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         ({"mode": mode, **options}, f"goes with mode 'two_pass', which keeps prefixes apart; got mode '{mode}'")
         for mode in ("one_pass", "packed", "padded")
-        for options in ({"schedule": "bounded"}, {"prefix_grad": False})
+        for options in ({"schedule": "bounded"}, {"prefix_grad": False}, {"checkpoint": "prefix"})
     ),
+    *(
+        ({"mode": mode, "backend": "magic"}, "unknown attention backend 'magic'; choose from: auto, cpu_flash")
+        for mode in MODES
+    ),
+    ({"mode": "padded", "backend": "reference"}, "'padded' runs the model's own attention"),
 ]
+OF_FORWARDS = [(options, message) for options, message in WRONG if options.keys() <= {"mode", "backend", "checkpoint"}]
 
 
 def weighted_sum(policy: kvpref.ResponseLogps, *_: Any) -> kvpref.LossOutput:
@@ -52,10 +59,32 @@ def test_wrong_options_are_refused_before_anything_runs(options: dict[str, Any],
     assert message in str(error.value)
 
 
-def test_an_unknown_backend_is_refused() -> None:
-    model = kvpref.attach(tiny_model("gpt2:plain"))
-    with pytest.raises(ValueError, match="unknown attention backend 'magic'"):
-        kvpref.forward_backward(model, kvpref.collate(pairs()), weighted_sum, schedule="bounded", backend="magic")
+@pytest.mark.parametrize(
+    ("options", "message"), WRONG, ids=[" ".join(map(str, options.values())) for options, _ in WRONG]
+)
+def test_wrong_options_are_refused_where_they_are_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        EngineOptions(**options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("options", "message"), OF_FORWARDS)
+def test_forwards_without_options_refuse_the_same(options: dict[str, Any], message: str) -> None:
+    model, reward_model = kvpref.attach(tiny_model("gpt2:plain")), kvpref.attach(tiny_reward_model("gpt2:plain"))
+    batch = kvpref.collate(pairs())
+    for forward, attached in ((kvpref.response_logps, model), (kvpref.response_rewards, reward_model)):
+        with pytest.raises(InputError) as error:
+            forward(attached, batch, **options)
+        assert message in str(error.value)
+
+
+def test_both_passes_refuse_unknown_backends() -> None:
+    model, batch = kvpref.attach(tiny_model("gpt2:plain")), kvpref.collate(pairs())
+    cache = kvpref.encode_prefix(model, batch)
+    with pytest.raises(InputError, match="unknown attention backend 'magic'"):
+        kvpref.encode_prefix(model, batch, backend="magic")
+    with pytest.raises(InputError, match="unknown attention backend 'magic'"):
+        kvpref.score_responses(model, batch, cache, backend="magic")
 
 
 def test_the_bound_of_a_chunk() -> None:

@@ -35,6 +35,11 @@ def short_positions() -> nn.Module:
         ({"reference_sync_steps": 0, "precompute_reference": False}, "at least 1"),
         ({"reference_device": "cpu"}, "for a second model"),
         ({"reference_model": "no/such/folder/anywhere"}, "no/such/folder/anywhere: cannot load"),
+        ({"backend": "cuda_flash"}, "'cuda_flash' cannot run here: .*; these can: cpu_flash"),
+        (
+            {"backend": "cpu_flash", "reference_model": make_model, "reference_device": "meta"},
+            "reference_device meta: attention backend 'cpu_flash' cannot run here: .*; backend auto serves both",
+        ),
         ({"loss": "sft", "reference_model": make_model}, "'SFT' reads no reference"),
         ({"reference": "base", "reference_model": make_model}, "adapter switched off"),
         (
