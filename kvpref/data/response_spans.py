@@ -120,8 +120,8 @@ def _find_start(
         if header is None or not _is_beginning(header, asked, text):
             raise RowError(
                 f"the chat template writes the text before {place} differently once {place} follows: "
-                f"{_quote_difference(asked, text)}; use a template that writes the same before and after, set what it "
-                "reads (`chat_template_kwargs`, such as enable_thinking) to fit the data, or leave the row out"
+                f"{_quote_difference(asked, text)}; use a template that writes the same before and after, or set "
+                "what it reads (`chat_template_kwargs`, such as enable_thinking) to fit the data"
             )
         starts.append(len(header))
     return min(starts)

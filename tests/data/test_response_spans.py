@@ -9,6 +9,8 @@ import pytest
 from chat_families import FAMILIES, Message, build_tokenizer
 
 from kvpref.data import load_preferences
+from kvpref.data.rendering import render_row
+from kvpref.data.rows import PreferenceRow
 from kvpref.errors import InputError
 
 GEN = "{% if add_generation_prompt %}A:{% endif %}"
@@ -88,6 +90,24 @@ def test_template_that_rewrites_earlier_answers_of_the_response_is_refused(build
     path = write_jsonl({"prompt": [USER], "chosen": turns, "rejected": "5"})
     with pytest.raises(InputError, match=r"rows\.jsonl:1: .* turn 1 of `chosen` differently .*four.* became"):
         load_preferences(path, build_tokenizer(chat_template=SHORTENING))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("qwen3", {}, "<think>\n\n</think>\n\n4<|im_end|>\n"),
+        # With thinking switched off, the empty block is part of what asks for the answer.
+        ("qwen3", {"enable_thinking": False}, "4<|im_end|>\n"),
+        ("qwen25", {"tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}]}, "4<|im_end|>\n"),
+    ],
+)
+def test_settings_reach_every_call_of_the_template(family, settings, expected):
+    row = PreferenceRow((USER,), ((ASSISTANT("4"),),), template_settings=settings)
+    rendered = render_row(row, build_tokenizer(family))
+    assert rendered.spans is not None
+    [(start, end)] = rendered.spans[0]
+    assert rendered.texts[0][start:end] == expected
+    assert ("# Tools" in rendered.texts[0]) == ("tools" in settings)
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"left": 2, "right": 2}}}
