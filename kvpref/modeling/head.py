@@ -44,7 +44,8 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
         name = "score" if is_reward_model(model) else "lm_head"
         raise UnsupportedModelError(
             f"the head is a {type(head).__module__}.{type(head).__name__}; kvpref needs a torch.nn.Linear. With "
-            f"PEFT, take {name} out of target_modules, or train it whole with modules_to_save"
+            f"PEFT, take {name} out of target_modules (and leave trainable_token_indices out where it is tied to the "
+            "embeddings), or train it whole with modules_to_save"
         )
     return head
 
@@ -99,8 +100,9 @@ def _mean_logits(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _logits_of_ids(head: nn.Linear, hidden: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
-    if not all(0 <= index < head.out_features for index in ids):
-        raise InputError(f"logit_ids must lie in [0, {head.out_features}), the vocabulary; got {ids}")
+    vocab_size = head.weight.shape[0]
+    if not all(0 <= index < vocab_size for index in ids):
+        raise InputError(f"logit_ids must lie in [0, {vocab_size}), the vocabulary; got {ids}")
     rows = torch.tensor(ids, device=hidden.device)
     bias = None if head.bias is None else head.bias[rows].to(hidden.dtype)
     return nn.functional.linear(hidden, head.weight[rows].to(hidden.dtype), bias)
@@ -119,7 +121,8 @@ def verify_head(model: PreTrainedModel) -> None:
     if head.weight.is_meta or isinstance(head.weight, FakeTensor):
         return  # nothing to compare; the weights will be checked when the materialised model is attached
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, _NUM_PROBES, head.in_features, generator=generator).to(head.weight)
+    # Not the layer's in_features: PEFT's copy of a tied LM head has them the wrong way round.
+    hidden = torch.randn(1, _NUM_PROBES, head.weight.shape[1], generator=generator).to(head.weight)
     logits = _logits_of(model, hidden).float()
     expected = head(hidden).float()
     # A reward model reads its last token.

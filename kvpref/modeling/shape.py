@@ -26,8 +26,8 @@ def model_shape(model: nn.Module) -> ModelShape:
         num_layers=config.num_hidden_layers,
         num_heads=num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        hidden_size=head.in_features,
-        vocab_size=head.out_features,
+        hidden_size=head.weight.shape[1],
+        vocab_size=head.weight.shape[0],
     )
 
 

@@ -36,7 +36,7 @@ def add_value_head(model: nn.Module, source: str | Path | None = None) -> nn.Lin
     if hasattr(inner, VALUE_HEAD):
         raise InputError(f"{type(inner).__name__} has a {VALUE_HEAD} already")
     embeddings: Any = inner.get_output_embeddings()
-    head = nn.Linear(embeddings.in_features, 1).to(embeddings.weight)
+    head = nn.Linear(embeddings.weight.shape[1], 1).to(embeddings.weight)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if source is not None:

@@ -48,7 +48,8 @@ def adapter_is_fresh(model: nn.Module) -> bool:
 
     False for methods other than LoRA and its relatives, whose beginnings are not looked into.
     """
-    weights = dict(model.named_parameters())
+    # A tied head's original is the embeddings' weight, which is listed once without duplicates, under their name.
+    weights = dict(model.named_parameters(remove_duplicate=False))
     changes = [name for name in weights if is_adapter_weight(model, name)]
     ups = [name for name in changes if "lora_B" in name or "lora_embedding_B" in name]
     copies = [name for name in changes if "modules_to_save." in name]

@@ -205,7 +205,7 @@ def _is_top1(model: PreTrainedModel, logps: ResponseLogps, targets: torch.Tensor
     is_top1 = logps.token_logps.exp() > 0.5 + _BOUND_SLACK
     unclear = (~is_top1 & (logps.token_logps > -logps.entropy - _BOUND_SLACK)).nonzero().squeeze(1)
     head = output_head(model)
-    tokens_per_tile = max(1, _MAX_TILE_BYTES // (head.out_features * torch.float32.itemsize))
+    tokens_per_tile = max(1, _MAX_TILE_BYTES // (head.weight.shape[0] * torch.float32.itemsize))
     for index in unclear.split(tokens_per_tile):
         is_top1[index] = head(logps.hidden[index]).argmax(dim=-1) == targets[index]
     return is_top1
