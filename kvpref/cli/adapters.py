@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpref.cli.run_config import RunConfig
+from kvpref.data import load_tokenizer
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ def load_adapter(folder: str, *, reads: str, dtype: str, **settings: Any) -> Pre
     """
     peft = _import_peft()
     try:
-        return getattr(peft, _TASKS[reads][1]).from_pretrained(folder, is_trainable=True, dtype=dtype, **settings)
+        model = getattr(peft, _TASKS[reads][1]).from_pretrained(folder, is_trainable=True, dtype=dtype, **settings)
+        if reads == "ends" and (Path(folder) / "tokenizer_config.json").is_file():
+            # Rewards are read before the padding, and an adapter's folder holds no configuration of the model.
+            model.config.pad_token_id = load_tokenizer(folder).pad_token_id
+        return model
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

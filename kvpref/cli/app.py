@@ -50,6 +50,9 @@ def version(
         raise typer.Exit
 
 
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
+
+
 def main() -> None:
     """Run the app; turn kvpref's own errors into one line on stderr and an exit code."""
     try:
@@ -59,9 +62,10 @@ def main() -> None:
     except RunError as error:
         _fail(str(error), code=1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _WRITE_ERRORS:
             raise
-        _fail(f"disk full: {error}; free some space, then continue with --resume from the last checkpoint", code=1)
+        where = "" if error.filename is None else f" {error.filename}"
+        _fail(f"cannot write{where}: {error.strerror}; what was saved before is intact", code=1)
 
 
 def _fail(message: str, code: int) -> None:

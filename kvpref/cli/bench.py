@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.atomic_files import check_writable
 from kvpref.cli.options import (
     BATCH_SIZE,
     DATA,
@@ -62,6 +63,8 @@ def bench(
     """
     wanted = _parse_modes(modes)
     check_counts(batch_size=batch_size, max_tokens=max_tokens, repeats=repeats)
+    if output is not None:
+        check_writable(output / "bench.json")
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvpref.cli.atomic_files import write_text
+from kvpref.atomic_files import write_text
 from kvpref.errors import InputError
 
 RESULT_FILE = "result.json"

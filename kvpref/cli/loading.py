@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-PAD_TOKEN = "<|pad|>"
 _SCALAR_HEAD = "score."
 """How transformers names the weights of the head of AutoModelForSequenceClassification."""
 
@@ -110,28 +108,6 @@ def _check_head(source: str, info: dict[str, Any], *, reads: str, may_add_head: 
         raise InputError(f"{source}: the weights lack {lacking[0]!r}, which would be random{remedy}")
 
 
-def set_pad_token(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Callable[[str], None] = lambda line: None
-) -> None:
-    """Name a pad token in the configuration of a reward model, one that no text ends with.
-
-    transformers reads the reward of a padded row at its last token that is not the pad token. Where the tokenizer has
-    none of its own (it pads with EOS, say), `PAD_TOKEN` is added, with a row of the embeddings if none is spare.
-
-    Args:
-        model: With a scalar head.
-        tokenizer: Its tokenizer.
-        report: Takes a line where a token was added.
-    """
-    others = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in others:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-        if len(tokenizer) > _num_embeddings(model):
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        report(f"the tokenizer had no pad token of its own; {PAD_TOKEN} is added as token {tokenizer.pad_token_id}")
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
 def load_matching_tokenizer(
     name: str | None, model_name: str | None, model: PreTrainedModel
 ) -> PreTrainedTokenizerBase:
@@ -144,16 +120,17 @@ def load_matching_tokenizer(
     if source is None:
         raise InputError("--config starts from random weights and needs --tokenizer")
     tokenizer = load_tokenizer(source)
-    num_embeddings = _num_embeddings(model)
-    if len(tokenizer) > num_embeddings:
+    num_rows = num_embeddings(model)
+    if len(tokenizer) > num_rows:
         raise InputError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens and the model {num_embeddings} embeddings; "
+            f"{source}: the tokenizer has {len(tokenizer)} tokens and the model {num_rows} embeddings; "
             "use the model's own tokenizer, or raise vocab_size in the configuration"
         )
     return tokenizer
 
 
-def _num_embeddings(model: PreTrainedModel) -> int:
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens the model has a row for."""
     embeddings: Any = model.get_input_embeddings()
     return int(embeddings.weight.shape[0])
 

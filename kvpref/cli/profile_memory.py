@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.atomic_files import check_writable
 from kvpref.cli.options import (
     BATCH_SIZE,
     DATA,
@@ -69,6 +70,7 @@ def memory(
     check_counts(batch_size=batch_size, max_tokens=max_tokens)
     if output is not None:
         _check_pictures()
+        check_writable(output / "memory.json")
     loaded, datasets = _load(model, data, tokenizer, dtype, loss_fn, batch_size, counts)
     settings = {
         "model": model,

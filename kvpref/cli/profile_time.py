@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.atomic_files import check_writable
 from kvpref.cli.options import (
     BATCH_SIZE,
     DATA,
@@ -66,6 +67,8 @@ def time(
     Example: kvpref profile time ./llama pairs.jsonl --batch-size 32 --output time
     """
     check_counts(batch_size=batch_size, max_tokens=max_tokens, steps=steps)
+    if output is not None:
+        check_writable(output / "time.json")
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
     from kvpref.modeling.options import EngineOptions
@@ -112,8 +115,6 @@ def _measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
     print(f"profiling {num_steps} step{'s' if num_steps > 1 else ''}", file=sys.stderr)
     try:
         step = TimedStep(model, loss, optimizer, cut, options)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from kvpref.cli.atomic_files import write_text
+from kvpref.atomic_files import write_text
 from kvpref.cli.source_paths import absolute_source
 from kvpref.errors import InputError
 

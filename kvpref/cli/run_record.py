@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kvpref.cli.atomic_files import write_text
+from kvpref.atomic_files import write_text
 from kvpref.data import PreferenceDataset
 from kvpref.data.digests import describe_difference
 from kvpref.errors import InputError

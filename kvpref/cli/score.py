@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.atomic_files import check_writable, replacing, write_text
 from kvpref.cli.options import (
     DATA,
     DEFAULT_DTYPE,
@@ -67,6 +68,7 @@ def score(
     check_counts(max_tokens=max_tokens)
     if output.suffix not in _WRITERS:
         raise InputError(f"{output}: unknown output format; end the name in {' or '.join(_WRITERS)}")
+    check_writable(output)
     import kvpref
     from kvpref.cli.loading import load_matching_tokenizer, load_model
     from kvpref.data import DataOptions, load_preferences
@@ -171,11 +173,11 @@ def _report_quality(rows: list[Row]) -> Row:
 
 
 def _write(rows: list[Row], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    if output.suffix == ".jsonl":
+        write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
+        return
+    import pyarrow
+    import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), output)
-    else:
-        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with replacing(output) as partial:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)

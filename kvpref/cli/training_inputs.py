@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpref.cli.adapters import add_lora, is_adapter
-from kvpref.cli.loading import load_matching_tokenizer, load_model, set_pad_token
+from kvpref.cli.loading import load_matching_tokenizer, load_model
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.errors import InputError
@@ -28,8 +28,6 @@ def load_trained_model(
         run.model, run.config, dtype=run.dtype, seed=args.seed, reads=loss.reads, may_add_head=loss.reads == "ends"
     )
     tokenizer = load_matching_tokenizer(run.tokenizer, run.model, model)
-    if loss.reads == "ends":
-        set_pad_token(model, tokenizer, report)
     if loss.head.values:
         source = run.model
         if source is not None and is_adapter(source):

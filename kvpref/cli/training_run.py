@@ -11,6 +11,7 @@ from typing import Any
 from kvpref.cli.checkpoints import find_checkpoint, read_result, save_result
 from kvpref.cli.early_checks import check_early
 from kvpref.cli.given_settings import Settings
+from kvpref.cli.padding import set_pad_token
 from kvpref.cli.resume_rules import LENGTH
 from kvpref.cli.resuming import CadenceCallback, resumed_settings
 from kvpref.cli.run_config import RUN_FILE, RunConfig
@@ -81,6 +82,8 @@ def _make_trainer(
     if before is not None:
         before.check_unchanged(record, output, tokenizer, data)
         record = replace(record, day=before.day)
+    if loss.reads == "ends":
+        set_pad_token(model, tokenizer, [groups for _, groups in data.values()], report)
     trainer = PreferenceTrainer(
         model,
         args,

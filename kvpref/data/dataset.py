@@ -102,6 +102,10 @@ class PreferenceDataset:
         """Counts of tokens, attention pairs and scored tokens per group."""
         return [measure_group(group) for group in self]
 
+    def token_ids(self) -> set[int]:
+        """Every token id that occurs in a group."""
+        return self._groups.token_ids()
+
     @property
     def group_ids(self) -> list[str | None]:
         """The id of every group, for error messages."""

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpref.errors import InputError
+from kvpref.atomic_files import write_text
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,10 @@ class DataReport:
         """Write one JSON object ``{"location", "reason"}`` per bad row; the file is empty when there are none.
 
         Raises:
-            InputError: If the file cannot be written.
+            RunError: If the file cannot be written.
         """
         lines = [
             json.dumps({"location": row.location, "reason": row.reason}, ensure_ascii=False) for row in self.bad_rows
         ]
-        try:
-            # A reason may quote a text with a lone surrogate, which UTF-8 cannot hold.
-            Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise InputError(f"{path}: the report cannot be written ({error}); name a file in a writable folder") from (
-                error
-            )
+        # A reason may quote a text with a lone surrogate, which UTF-8 cannot hold.
+        write_text(Path(path), "".join(f"{line}\n" for line in lines), errors="backslashreplace")

@@ -65,6 +65,10 @@ class PackedGroups:
     def __iter__(self) -> Iterator[Group]:
         return (self[index] for index in range(len(self)))
 
+    def token_ids(self) -> set[int]:
+        """Every token id that occurs."""
+        return set(self._input_ids)
+
     def id_of(self, index: int) -> str | None:
         """The id of one group, without building it."""
         return self._ids[index]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpref.atomic_files import replacing
+
 if TYPE_CHECKING:
     from kvpref.demo.result import DemoResult
 
@@ -36,7 +38,8 @@ def draw(result: DemoResult, path: Path) -> bool:
     _draw_times(axes[1, 2], result)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
     return True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kvpref.atomic_files import write_text
 from kvpref.data import PreferenceDataset, load_preferences
 from kvpref.demo.comparison import Comparison, compare_modes, prepare_batches
 from kvpref.demo.config import DemoConfig
@@ -53,7 +54,7 @@ def _claim(output: Path) -> None:
         raise InputError(f"{output}: the folder is not empty and holds no earlier demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     # Written first, so that a run that was stopped can be repeated in the same folder.
-    (output / RESULT_FILE).write_text("{}\n")
+    write_text(output / RESULT_FILE, "{}\n")
     (output / PLOT_FILE).unlink(missing_ok=True)
     (output / "dpo" / "reference_logps" / "train.safetensors").unlink(missing_ok=True)
 
@@ -145,7 +146,7 @@ class _Demo:
             seconds=self.seconds,
             comparison=comparison,
         )
-        (self.output / RESULT_FILE).write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        write_text(self.output / RESULT_FILE, json.dumps(result.to_json(), indent=2) + "\n")
         if not draw(result, self.output / PLOT_FILE):
             self.report("no picture: matplotlib is not installed (pip install 'kvpref[plot]')")
         return result

@@ -10,6 +10,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from kvpref.atomic_files import write_text
+
 NUM_DIGITS = 3
 MIN_EXAMPLES, MAX_EXAMPLES = 12, 20
 # With the largest digit drawn evenly from these, no single answer is a good guess.
@@ -51,7 +53,7 @@ def make_pairs(seed: int, num_train: int, num_eval: int) -> tuple[list[Pair], li
 
 def write_pairs(pairs: list[Pair], path: Path) -> None:
     """Write the rows as JSON lines, the format of users' own files."""
-    path.write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in pairs))
+    write_text(path, "".join(json.dumps(pair._asdict()) + "\n" for pair in pairs))
 
 
 def check(prompt: str, response: str) -> bool:

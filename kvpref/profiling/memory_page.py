@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from kvpref.atomic_files import write_text
 from kvpref.profiling.memory_plot import Plot, breakdown_plots, plot_peaks, plot_timeline, render_svg
 from kvpref.profiling.memory_profile import MemoryProfile
 from kvpref.profiling.memory_report import MemoryReport, case_label, format_bytes
@@ -44,8 +45,7 @@ def write_page(report: MemoryReport, path: Path) -> None:
     Raises:
         InputError: If matplotlib, which draws the pictures, is not installed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page(report), encoding="utf-8")
+    write_text(path, render_page(report))
 
 
 def render_page(report: MemoryReport) -> str:

@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from kvpref.atomic_files import replacing
 from kvpref.errors import InputError
 from kvpref.profiling.memory_profile import MemoryProfile
 from kvpref.profiling.memory_report import MemoryReport, format_bytes
@@ -218,4 +219,8 @@ def _render(plots: Sequence[Plot], size: tuple[float, float], target: Path | io.
         for ax, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
             plot(ax)
             ax.spines[["top", "right"]].set_visible(False)
-        figure.savefig(target, **settings)
+        if isinstance(target, io.StringIO):
+            figure.savefig(target, **settings)
+            return
+        with replacing(target) as partial:
+            figure.savefig(partial, **settings)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpref.atomic_files import write_text
 from kvpref.profiling.memory_profile import MemoryProfile
 from kvpref.profiling.memory_style import in_order
 from kvpref.profiling.memory_timeline import MemorySnapshot
@@ -68,8 +69,7 @@ class MemoryReport:
 
     def write(self, path: Path) -> None:
         """Write the JSON, and the folder if it is missing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json()) + "\n")
+        write_text(path, json.dumps(self.to_json()) + "\n")
 
 
 def _profile_to_json(profile: MemoryProfile) -> dict[str, Any]:

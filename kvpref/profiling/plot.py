@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvpref.atomic_files import replacing
 from kvpref.profiling.report import Report
 
 _MEASURED, _IDEAL = "#7cc4a8", "#222222"
@@ -47,6 +48,6 @@ def draw(report: Report, path: Path) -> bool:
     ax.set(title=report.title, xlabel=f"speed-up over {rows[0][0].baseline}")
     figure.legend(loc="outside lower center", frameon=False, ncols=2)
     ax.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
     return True

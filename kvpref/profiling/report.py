@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvpref.atomic_files import write_text
 from kvpref.profiling.comparison import CaseResult, Comparison
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.spread import Spread
@@ -61,8 +62,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON, and the folder if it is missing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 def comparison_table(report: Report, extra: Sequence[Column] = ()) -> Table:

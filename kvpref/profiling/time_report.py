@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpref.atomic_files import write_text
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.time_profile import PARTS, PHASES, TimeEntry
 
@@ -86,8 +87,7 @@ class TimeReport:
 
     def write(self, path: Path) -> None:
         """Write the JSON, and the folder if it is missing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 def time_table(report: TimeReport) -> Table:

@@ -24,7 +24,7 @@ from kvpref.data import (
     summarize_dataset,
 )
 from kvpref.data import dataset as dataset_module
-from kvpref.errors import InputError
+from kvpref.errors import InputError, RunError
 from kvpref.groups import Group, Sequence
 
 SKIP = DataOptions(on_bad_row="skip")
@@ -91,8 +91,8 @@ def test_report_file_holds_one_object_per_bad_row(tokenizer, write_jsonl, tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert [BadRow(**line) for line in lines] == list(report.bad_rows)
     assert len(lines) == 2
-    with pytest.raises(InputError, match="cannot be written"):
-        report.write_bad_rows(tmp_path / "no folder" / "bad.jsonl")
+    with pytest.raises(RunError, match="cannot write"):
+        report.write_bad_rows(tmp_path / "bad.jsonl" / "below a file.jsonl")
 
 
 @pytest.mark.parametrize("options", [DataOptions(), SKIP])
