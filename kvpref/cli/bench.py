@@ -12,6 +12,7 @@ import typer
 from kvpref.atomic_files import check_writable
 from kvpref.cli.options import (
     BATCH_SIZE,
+    BF16,
     DATA,
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
@@ -48,6 +49,7 @@ def bench(
     loss: Annotated[str, LOSS] = DEFAULT_LOSS,
     time_optimizer: Annotated[bool, typer.Option(help="Count AdamW's step too.")] = True,
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    bf16: Annotated[bool | None, BF16] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for bench.json and bench.png.", show_default="none")
     ] = None,
@@ -67,9 +69,11 @@ def bench(
         check_writable(output / "bench.json")
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
+    from kvpref.profiling.precision import compute_dtype, use_autocast
 
     loss_fn = make_loss(loss)
     loaded, dataset = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, batch_size)
+    use_autocast(loaded, bf16)
     cuts: dict[str, Cut] = {mode: cut_micro_batches(dataset, mode, max_tokens) for mode in wanted}
     comparison = _measure(loaded, cuts, loss_fn, time_optimizer, repeats)
     report = _make_report(
@@ -79,6 +83,7 @@ def bench(
             "model": model,
             "data": data,
             "dtype": str(next(loaded.parameters()).dtype),
+            "compute_dtype": str(compute_dtype(loaded)),
             "num_groups": len(dataset),
             "max_tokens_per_micro_batch": max_tokens,
             "loss": loss,

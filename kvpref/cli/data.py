@@ -11,6 +11,7 @@ import typer
 
 from kvpref.cli.options import (
     BATCH_SIZE,
+    BF16,
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
     DTYPE,
@@ -71,6 +72,7 @@ def inspect(
         ),
     ] = None,
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    bf16: Annotated[bool | None, BF16] = None,
     json_: Annotated[bool, JSON] = False,
     report: Annotated[
         Path | None, typer.Option(help="Write bad rows to this file, one JSON object each.", show_default="none")
@@ -101,14 +103,18 @@ def inspect(
     # Printed before planning: a budget that is too small for a group should not cost the user these figures.
     console = Console()
     _print_data(console, dataset.report, statistics)
-    batches = _inspect_batches(console, dataset, step_options, model, dtype)
+    batches = _inspect_batches(console, dataset, step_options, model, (dtype, bf16))
     if json_:
         result = {"data": asdict(statistics), **batches, "report": asdict(dataset.report)}
         print(json.dumps(result | {"fingerprint": dataset.fingerprint}))
 
 
 def _inspect_batches(
-    console: Console, dataset: PreferenceDataset, options: StepOptions, model: str | None, dtype: str
+    console: Console,
+    dataset: PreferenceDataset,
+    options: StepOptions,
+    model: str | None,
+    precision: tuple[str, bool | None],
 ) -> dict[str, Any]:
     """Print and return what micro-batches there are, and with a model how long they take."""
     from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
@@ -124,7 +130,7 @@ def _inspect_batches(
         batches = summarize_batches(planner)
         _print_batches(console, batches)
         return {"batches": asdict(batches)}
-    shape, calibration = _measure(model, dtype, options)
+    shape, calibration = _measure(model, precision, options)
     # Steps are planned as training plans them, by FLOPs; seconds only say what they take on this device.
     planner = StepPlanner(dataset.lengths, options, dataset.group_ids, CostModel.from_shape(shape), clusters)
     batches = summarize_batches(planner, calibration.cost_model)
@@ -141,7 +147,7 @@ def _inspect_batches(
     return {"batches": asdict(batches), "prediction": prediction}
 
 
-def _measure(model: str, dtype: str, options: StepOptions) -> tuple[ModelShape, Calibration]:
+def _measure(model: str, precision: tuple[str, bool | None], options: StepOptions) -> tuple[ModelShape, Calibration]:
     """Load a model and time it on the device at hand."""
     import torch
     from rich.console import Console
@@ -150,10 +156,13 @@ def _measure(model: str, dtype: str, options: StepOptions) -> tuple[ModelShape, 
     from kvpref.modeling.attach import attach
     from kvpref.modeling.shape import model_shape
     from kvpref.profiling.calibration import MIN_TOKENS, calibrate
+    from kvpref.profiling.precision import use_autocast
 
     # Time does not depend on the weights' values, so a configuration will do.
     source = (None, model) if model.endswith(".json") else (model, None)
+    dtype, bf16 = precision
     loaded = attach(load_model(*source, dtype=dtype))
+    use_autocast(loaded, bf16)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(loaded, device)
     # Larger micro-batches say more about a GPU, which small ones do not fill, and take minutes on a CPU.

@@ -34,7 +34,10 @@ DTYPE = typer.Option(
     help="Of the weights: float32, bfloat16, float16, auto.", show_default=DEFAULT_DTYPE, rich_help_panel=MODEL_PANEL
 )
 BF16 = typer.Option(
-    "--bf16/--no-bf16", help="bf16 autocast over the weights' dtype.", show_default="off", rich_help_panel=MODEL_PANEL
+    "--bf16/--no-bf16",
+    help="bf16 autocast over float32 weights.",
+    show_default="where the GPU has it",
+    rich_help_panel=MODEL_PANEL,
 )
 LORA_R = typer.Option(
     help="Train a LoRA adapter of this rank.", show_default="none, all weights", rich_help_panel=MODEL_PANEL

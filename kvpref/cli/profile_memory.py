@@ -13,6 +13,7 @@ import typer
 from kvpref.atomic_files import check_writable
 from kvpref.cli.options import (
     BATCH_SIZE,
+    BF16,
     DATA,
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
@@ -52,6 +53,7 @@ def memory(
     max_tokens_per_chunk: Annotated[int | None, MAX_TOKENS_PER_CHUNK] = None,
     loss: Annotated[str, typer.Option(help="One of `kvpref losses`, or likelihood: weighted by scores.")] = LIKELIHOOD,
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    bf16: Annotated[bool | None, BF16] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for memory.html, memory.json and memory.png.", show_default="none")
     ] = None,
@@ -71,11 +73,15 @@ def memory(
     if output is not None:
         _check_pictures()
         check_writable(output / "memory.json")
+    from kvpref.profiling.precision import compute_dtype, use_autocast
+
     loaded, datasets = _load(model, data, tokenizer, dtype, loss_fn, batch_size, counts)
+    use_autocast(loaded, bf16)
     settings = {
         "model": model,
         "data": data,
         "dtype": str(next(loaded.parameters()).dtype),
+        "compute_dtype": str(compute_dtype(loaded)),
         "max_tokens_per_micro_batch": max_tokens,
         "max_tokens_per_chunk": max_tokens_per_chunk,
         "loss": loss,

@@ -12,6 +12,7 @@ import typer
 from kvpref.atomic_files import check_writable
 from kvpref.cli.options import (
     BATCH_SIZE,
+    BF16,
     DATA,
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
@@ -52,6 +53,7 @@ def time(
     steps: Annotated[int, typer.Option(help="Steps to profile; times are means over them.")] = 3,
     loss: Annotated[str, LOSS] = DEFAULT_LOSS,
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    bf16: Annotated[bool | None, BF16] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for time.json and trace.json (a Chrome trace).", show_default="none")
     ] = None,
@@ -72,15 +74,18 @@ def time(
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
     from kvpref.losses import make_loss
     from kvpref.modeling.options import EngineOptions
+    from kvpref.profiling.precision import compute_dtype, use_autocast
 
     options = EngineOptions(mode=mode, schedule=schedule, max_tokens_per_chunk=max_tokens_per_chunk)
     loss_fn = make_loss(loss)
     loaded, sampled = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, batch_size)
+    use_autocast(loaded, bf16)
     cut = cut_micro_batches(sampled, mode, max_tokens)
     settings = {
         "model": model,
         "data": data,
         "dtype": str(next(loaded.parameters()).dtype),
+        "compute_dtype": str(compute_dtype(loaded)),
         "mode": mode,
         "schedule": schedule,
         "max_tokens_per_chunk": options.chunk_tokens,

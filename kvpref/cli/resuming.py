@@ -124,7 +124,7 @@ def _for_world_size(
             f"its steps of {per_step} groups would be other ones; resume it with {before} processes"
         )
     if _BATCH not in given:
-        report(f"{now} processes in place of {before}: {per_step // now} groups each keep the steps of {per_step}")
+        report(f"{now} in place of {before} processes: {per_step // now} groups each keep the steps of {per_step}")
     return {_BATCH: Given(per_step // now, RUN_FILE)}
 
 

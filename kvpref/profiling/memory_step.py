@@ -16,6 +16,7 @@ from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward
 from kvpref.modeling.shape import model_shape
 from kvpref.modeling.support import unwrap
+from kvpref.profiling.precision import compute_dtype
 from kvpref.profiling.steps import StepMicroBatch, make_micro_batches
 from kvpref.regions import region
 
@@ -144,7 +145,7 @@ class ProfiledStep:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or shape.num_heads,
             head_dim=shape.head_dim,
             num_tokens=max(self._num_prefix_tokens(item.batch) for item in self.micro_batches),
-            itemsize=next(self.model.parameters()).dtype.itemsize,
+            itemsize=compute_dtype(self.model).itemsize,
         )
 
     def _num_prefix_tokens(self, batch: Batch) -> int:

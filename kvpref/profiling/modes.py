@@ -13,6 +13,7 @@ from kvpref.groups import Group
 from kvpref.losses import LossFunction, PreferenceLoss
 from kvpref.modeling.shape import model_shape
 from kvpref.profiling.comparison import Case, CaseResult, compare
+from kvpref.profiling.precision import compute_dtype
 from kvpref.profiling.steps import BASELINE_MODE, StepOutcome, TrainStep, make_micro_batches
 from kvpref.profiling.timing import TimingOptions
 
@@ -73,7 +74,7 @@ def compare_modes(
         micro_batches = make_micro_batches(model, cut, loss, mode=mode, device=parameter.device)
         steps[mode] = TrainStep(model, loss, micro_batches, mode, optimizer)
         outcomes[mode] = steps[mode].check()
-    tolerance = _TOLERANCE.get(parameter.dtype, _TOLERANCE_16_BIT)
+    tolerance = _TOLERANCE.get(compute_dtype(model), _TOLERANCE_16_BIT)
     different = find_differences(outcomes, tolerance)
     cases = [step_case(step) for mode, step in steps.items() if mode not in different]
     results = compare(cases, baseline=BASELINE_MODE, device=parameter.device, options=options, with_memory=with_memory)

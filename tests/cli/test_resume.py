@@ -212,7 +212,7 @@ def test_another_number_of_processes_keeps_the_groups_of_a_step(
         error = fail(capsys, "train", "--output", parts, "--resume")
     assert "made by 2 processes, each with 2 groups per step, and cannot go on with 3" in error
     run("train", "--output", parts, "--resume")
-    assert "1 processes in place of 2: 4 groups each keep the steps of 4" in capsys.readouterr().err
+    assert "1 in place of 2 processes: 4 groups each keep the steps of 4" in capsys.readouterr().err
     assert same(parts, whole)
     assert json.loads((parts / "resume.json").read_text())["world_size"] == 1
 
