@@ -65,12 +65,22 @@ def check_config(config: Any) -> None:
             )
 
 
+def is_custom_code(model: PreTrainedModel) -> bool:
+    """Whether the model's class is not transformers' own."""
+    return not type(model).__module__.startswith("transformers.")
+
+
 def check_architecture(model: PreTrainedModel) -> None:
     """Check what does not change after loading: the configuration, and that the class is transformers' own.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
     """
+    if is_custom_code(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is custom code ({type(model).__module__}), which kvpref has not checked; load the "
+            f"model with trust_remote_code=False where transformers has the architecture, else {SAFE_FALLBACK}"
+        )
     check_config(model.config)
     if not type(model).__name__.endswith(_HEADS):
         raise UnsupportedModelError(
@@ -81,11 +91,6 @@ def check_architecture(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} with {model.config.num_labels} labels is no reward model; load it with "
             "num_labels=1"
-        )
-    if not type(model).__module__.startswith("transformers."):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is custom code ({type(model).__module__}), which kvpref has not checked; "
-            f"load the model with trust_remote_code=False"
         )
 
 

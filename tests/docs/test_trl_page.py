@@ -10,6 +10,7 @@ import pytest
 from markdown_pages import DOCS, ROOT, names_in, section, tables
 
 import kvpref
+from kvpref.modeling.families import FAMILIES, REFUSED
 
 PAGE = DOCS / "trl.md"
 
@@ -26,6 +27,24 @@ def test_every_refusal_is_listed_with_its_trainers() -> None:
     for refusal in kvpref_trl.REFUSALS:
         (reason,) = [row["why"] for row in table if row["option"].strip("`") == refusal.name]
         assert refusal.reason.startswith(reason)
+
+
+def test_every_replacement_is_listed() -> None:
+    pytest.importorskip("trl", reason="needs the extra kvpref[trl]")
+    from kvpref.integrations import trl as kvpref_trl
+
+    (table,) = [table for table in tables(section(PAGE, "TRL's trainers")) if "asked for" in table[0]]
+    listed = {row["asked for"].strip("`"): row["instead"] for row in table}
+    assert listed == {item.name: item.runs for item in kvpref_trl.REPLACEMENTS}
+
+
+def test_every_family_is_listed() -> None:
+    text = section(PAGE, "TRL's trainers")
+    (table,) = [table for table in tables(text) if "refused" in table[0]]
+    listed = {name: row["why"] for row in table for name in names_in(row["refused"])}
+    assert listed == {name: reason for name, (reason, _) in REFUSED.items()}
+    _, _, rest = text.partition("kvpref supports ")
+    assert names_in(rest.partition(". Every other")[0]) == list(FAMILIES)
 
 
 def reasons_in_code() -> set[str]:

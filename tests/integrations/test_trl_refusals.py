@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,15 @@ import pytest
 trl = pytest.importorskip("trl", reason="needs the extra kvpref[trl]")
 peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
 
+import trl_runs  # noqa: E402
 from accelerate import ParallelismConfig  # noqa: E402
-from tiny_models import tiny_config, tiny_model  # noqa: E402
-from transformers import LlavaConfig, MixtralConfig, ProcessorMixin  # noqa: E402
+from tiny_models import build_model, tiny_config, tiny_model  # noqa: E402
+from transformers import LlamaForCausalLM, LlavaConfig, MixtralConfig, ProcessorMixin  # noqa: E402
 
 from kvpref import InputError  # noqa: E402
 from kvpref.integrations import trl as kvpref_trl  # noqa: E402
+from kvpref.integrations.trl.replacements import without_replaced  # noqa: E402
+from kvpref.integrations.trl.setup import Setup  # noqa: E402
 
 TRAINERS = {
     "DPOTrainer": trl.DPOConfig,
@@ -38,6 +42,16 @@ class Case:
         **options: Any,
     ) -> None:
         self.refusal, self.model, self.arguments, self.options = refusal, model, arguments or {}, options
+
+
+class CustomForCausalLM(LlamaForCausalLM):
+    """As code that comes with a checkpoint defines it."""
+
+
+class Customised:
+    @staticmethod
+    def from_config(config: Any, **kwargs: Any) -> LlamaForCausalLM:
+        return CustomForCausalLM(config)
 
 
 class Processor(ProcessorMixin):
@@ -64,7 +78,6 @@ CASES = (
         gradient_checkpointing_kwargs={"use_reentrant": True},
     ),
     Case("torch_compile=True", torch_compile=True),
-    Case("use_liger_kernel=True", use_liger_kernel=True),
     Case("model_init_kwargs={'use_kernels': True}", model_init_kwargs={"use_kernels": True}),
     Case("activation_offloading=True", activation_offloading=True),
     Case("neftune_noise_alpha", neftune_noise_alpha=5.0),
@@ -78,9 +91,6 @@ CASES = (
     ),
     Case("fsdp", fsdp=["full_shard"]),
     Case("DeepSpeed ZeRO stage 3", deepspeed_plugin=SimpleNamespace(zero_stage=3)),
-    Case(
-        "model_init_kwargs={'attn_implementation': ...}", model_init_kwargs={"attn_implementation": "flash_attention_2"}
-    ),
     Case("a model split over several devices (device_map)", model=split_model),
     Case("vision-language models", arguments={"processing_class": Processor()}),
     Case("PEFT prompt learning (prompt, prefix or p-tuning)", arguments={"peft_config": PROMPT_TUNING}),
@@ -91,10 +101,11 @@ CASES = (
     ),
     Case("dropout in training", model=lambda: tiny_model("llama", attention_dropout=0.1)),
     Case(
-        "dropout in training",
+        "lora_dropout",
         arguments={"peft_config": peft.LoraConfig(**LORA, lora_dropout=0.1)},
         disable_dropout=False,
     ),
+    Case("custom code (trust_remote_code)", model=lambda: build_model(tiny_config("llama"), auto_class=Customised)),
     Case("dropout in training", model=lambda: tiny_model("gpt_neox", hidden_dropout=0.1), disable_dropout=False),
     Case("cast_lm_head_to_fp32=True", cast_lm_head_to_fp32=True),
     Case("use_transformers_continuous_batching=True", use_transformers_continuous_batching=True),
@@ -147,6 +158,79 @@ def test_families_are_refused_by_configuration(trainer: str, config: Any, tmp_pa
     reason = "mixture-of-experts" if config.model_type == "mixtral" else "vision-language"
     with pytest.raises(InputError, match=reason):
         build(trainer, Case("none"), str(tmp_path / "model"), tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "mine"}, {"trust_remote_code": True}, {"by_loading": True}])
+def test_custom_code_of_a_checkpoint_is_refused_before_it_runs(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of an architecture that transformers lacks, or trusted to stand in for one that it has."""
+    path = tmp_path / "model"
+    tiny_config("mistral").save_pretrained(path)
+    described = json.loads((path / "config.json").read_text())
+    described["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    described["model_type"] = settings.get("model_type", described["model_type"])
+    (path / "config.json").write_text(json.dumps(described))
+    (path / "own.py").write_text("raise RuntimeError('this code ran')\n")
+    options = {"model_init_kwargs": {"trust_remote_code": True}} if "by_loading" in settings else {}
+    trusted = {"trust_remote_code": True} if "trust_remote_code" in settings else {}
+    with pytest.raises(InputError, match=r"does not support custom code \(trust_remote_code\)"):
+        build("DPOTrainer", Case("custom", **options, **trusted), str(path), tmp_path)
+
+
+def test_untrusted_code_does_not_matter(tmp_path: Path) -> None:
+    """transformers has the architecture and runs its own."""
+    tiny_config("llama", attention_dropout=0.1).save_pretrained(tmp_path / "model")
+    described = json.loads((tmp_path / "model" / "config.json").read_text())
+    described["auto_map"] = {"AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match="does not support dropout in training"):
+        build("DPOTrainer", Case("dropout"), str(tmp_path / "model"), tmp_path)
+
+
+def test_grpo_with_lora_dropout_names_the_fix_first(path_without_weights: str, tmp_path: Path) -> None:
+    """GRPO leaves dropout on unless told, unlike the others."""
+    case = Case("lora_dropout", arguments={"peft_config": peft.LoraConfig(**LORA, lora_dropout=0.05)})
+    with pytest.raises(InputError, match="does not support lora_dropout: set lora_dropout=0 in the LoraConfig"):
+        build("GRPOTrainer", case, path_without_weights, tmp_path)
+    with pytest.raises(InputError, match="does not support lora_dropout"):
+        kvpref_trl.GRPOTrainer(model=path_without_weights, reward_funcs=len, **case.arguments)
+
+
+KERNELS = {"use_liger_kernel": True, "model_init_kwargs": {"attn_implementation": "flash_attention_2", "revision": "a"}}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_kernels_are_replaced_with_a_warning(trainer: str, path_without_weights: str, tmp_path: Path) -> None:
+    args = TRAINERS[trainer](output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    for name, value in KERNELS.items():
+        setattr(args, name, value)
+    setup = Setup.from_arguments(trainer, {"model": path_without_weights, "args": args})
+    with pytest.warns(UserWarning, match="does not use") as caught:
+        found = without_replaced(setup)
+    assert [str(item.message) for item in caught] == [
+        f"kvpref's {trainer} does not use {item.name}: {item.runs}" for item in kvpref_trl.REPLACEMENTS
+    ]
+    assert (found.use_liger_kernel, found.model_init_kwargs) == (False, {"revision": "a"})
+    assert (args.use_liger_kernel, args.model_init_kwargs) == tuple(KERNELS.values())  # the user's own
+
+
+@pytest.mark.parametrize("options", [{}, {"model_init_kwargs": {"attn_implementation": "sdpa"}}])
+def test_asking_for_what_runs_anyway_is_no_reason_to_warn(
+    options: dict[str, Any], path_without_weights: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    args = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+    assert without_replaced(Setup.from_arguments("DPOTrainer", {"model": path_without_weights, "args": args})) is args
+    assert not [item for item in recwarn if "does not use" in str(item.message)]
+
+
+def test_a_trainer_with_replaced_kernels_trains(tmp_path: Path) -> None:
+    """Without the packages that were asked for."""
+    path = trl_runs.save_model(tmp_path / "model")
+    args = trl_runs.make_args(trl.DPOConfig, tmp_path, max_steps=1)
+    args.use_liger_kernel, args.model_init_kwargs = True, {"attn_implementation": "flash_attention_2"}
+    with pytest.warns(UserWarning, match="does not use"):
+        trainer = kvpref_trl.DPOTrainer(path, args=args, train_dataset=trl_runs.pairs())
+    trainer.train()
+    assert trainer.model.config._attn_implementation == "kvpref"
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

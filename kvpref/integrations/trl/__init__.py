@@ -10,6 +10,16 @@ except ImportError as error:
     raise ImportError('kvpref.integrations.trl needs TRL 1.16 or later: pip install "kvpref[trl]"') from error
 
 from kvpref.integrations.trl.refusals import REFUSALS, Refusal
+from kvpref.integrations.trl.replacements import REPLACEMENTS, Replacement
 from kvpref.integrations.trl.trainers import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 
-__all__ = ["REFUSALS", "DPOTrainer", "GRPOTrainer", "KTOTrainer", "Refusal", "RewardTrainer"]
+__all__ = [
+    "REFUSALS",
+    "REPLACEMENTS",
+    "DPOTrainer",
+    "GRPOTrainer",
+    "KTOTrainer",
+    "Refusal",
+    "Replacement",
+    "RewardTrainer",
+]

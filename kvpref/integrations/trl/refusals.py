@@ -6,76 +6,22 @@ To refuse another: a row in `REFUSALS`; the tests run over it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
-from transformers import AutoConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from kvpref.errors import InputError
-from kvpref.modeling.interface import ATTENTION_NAME
+from kvpref.integrations.trl.setup import Setup
 from kvpref.modeling.support import check_config
 
 _ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
 _GRPO = frozenset({"GRPOTrainer"})
 
-# What decides which file a model's configuration is read from.
-_LOADING = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 # TRL switches off the modules of class Dropout; these rates are numbers that attention layers read.
 _NUMERIC_DROPOUT = ("attention_dropout",)
 # Of modules; the rates of heads that a language model does not have are left out.
 _MODULE_DROPOUT = ("hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "embedding_dropout", "resid_dropout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a trainer was called with."""
-
-    trainer: str
-    """TRL's class, by name."""
-
-    args: Any
-    """Its configuration; None for TRL's defaults."""
-
-    model: Any
-    """A model, or where to load one from."""
-
-    config: Any
-    """The model's configuration."""
-
-    peft_configs: tuple[Any, ...]
-    """PEFT's configurations, the model's own or to be applied."""
-
-    processing_class: Any
-    """A tokenizer or processor; None to load it with the model."""
-
-    @classmethod
-    def from_arguments(cls, trainer: str, given: Mapping[str, Any]) -> Setup:
-        """From the arguments of a trainer's constructor, by name."""
-        args, model = given.get("args"), given["model"]
-        peft_config = given.get("peft_config")
-        own = getattr(model, "peft_config", None)
-        return cls(
-            trainer=trainer,
-            args=args,
-            model=model,
-            config=_config_of(model, args),
-            peft_configs=tuple(own.values())
-            if isinstance(own, dict)
-            else ()
-            if peft_config is None
-            else (peft_config,),
-            processing_class=given.get("processing_class"),
-        )
-
-    def option(self, name: str, default: Any = None) -> Any:
-        """One of TRL's or transformers' arguments."""
-        return getattr(self.args, name, default)
-
-    def loading_option(self, name: str) -> Any:
-        """One of the arguments with which TRL loads a model; None if not given, or if there is nothing to load."""
-        return None if isinstance(self.model, nn.Module) else (self.option("model_init_kwargs") or {}).get(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +54,6 @@ def refuse_unsupported(setup: Setup) -> None:
     check_config(setup.config)
 
 
-def _config_of(model: Any, args: Any) -> Any:
-    if isinstance(model, nn.Module):
-        return model.config
-    kwargs = getattr(args, "model_init_kwargs", None) or {}
-    loading = {name: kwargs[name] for name in _LOADING if name in kwargs}
-    trust = kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False))
-    return AutoConfig.from_pretrained(model, trust_remote_code=trust, **loading)
-
-
 def _reentrant(setup: Setup) -> bool:
     kwargs = setup.option("gradient_checkpointing_kwargs") or {}
     return bool(setup.option("gradient_checkpointing") and kwargs.get("use_reentrant"))
@@ -138,10 +75,6 @@ def _zero_3(setup: Setup) -> bool:
     return getattr(setup.option("deepspeed_plugin"), "zero_stage", 0) == 3
 
 
-def _other_attention(setup: Setup) -> bool:
-    return setup.loading_option("attn_implementation") not in (None, "sdpa", ATTENTION_NAME)
-
-
 def _several_devices(setup: Setup) -> bool:
     return len(set((getattr(setup.model, "hf_device_map", None) or {}).values())) > 1
 
@@ -153,9 +86,13 @@ def _is_multimodal(setup: Setup) -> bool:
 def _dropout_rates(setup: Setup) -> Iterator[float | None]:
     """Rates that would be above zero in training."""
     yield from (getattr(setup.config, name, 0.0) for name in _NUMERIC_DROPOUT)
-    if not setup.option("disable_dropout", True):
+    if not setup.disables_dropout:
         yield from (getattr(setup.config, name, 0.0) for name in _MODULE_DROPOUT)
-        yield from (getattr(config, "lora_dropout", 0.0) for config in setup.peft_configs)
+
+
+def _has_lora_dropout(setup: Setup) -> bool:
+    rates = [getattr(config, "lora_dropout", 0.0) for config in setup.peft_configs]
+    return not setup.disables_dropout and any(rate is not None and rate > 0 for rate in rates)
 
 
 def _has_dropout(setup: Setup) -> bool:
@@ -163,6 +100,12 @@ def _has_dropout(setup: Setup) -> bool:
 
 
 REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        name="custom code (trust_remote_code)",
+        applies=lambda setup: setup.has_custom_code,
+        reason="kvpref has checked transformers' own models only; load it with trust_remote_code=False where "
+        "transformers has the architecture, or use TRL's trainer",
+    ),
     Refusal(
         name="gradient_checkpointing_kwargs={'use_reentrant': True}",
         applies=_reentrant,
@@ -172,11 +115,6 @@ REFUSALS: tuple[Refusal, ...] = (
         name="torch_compile=True",
         applies=lambda setup: bool(setup.option("torch_compile")),
         reason="it compiles the whole forward, which plans each batch in Python; leave it out",
-    ),
-    Refusal(
-        name="use_liger_kernel=True",
-        applies=lambda setup: bool(setup.option("use_liger_kernel")),
-        reason="it replaces layers by ones that kvpref has not checked; leave it out, the LM head is fused already",
     ),
     Refusal(
         name="model_init_kwargs={'use_kernels': True}",
@@ -209,11 +147,6 @@ REFUSALS: tuple[Refusal, ...] = (
         reason="the LM head's weight is read outside its module, where ZeRO-3 keeps it empty; use stage 1 or 2, or DDP",
     ),
     Refusal(
-        name="model_init_kwargs={'attn_implementation': ...}",
-        applies=_other_attention,
-        reason="kvpref brings its own attention, and sdpa for generation; leave it out",
-    ),
-    Refusal(
         name="a model split over several devices (device_map)",
         applies=_several_devices,
         reason="all passes over a batch run on one device; load the model on one, or use data parallelism",
@@ -232,6 +165,12 @@ REFUSALS: tuple[Refusal, ...] = (
         name="activated LoRA (alora_invocation_tokens)",
         applies=lambda setup: any(getattr(config, "alora_invocation_tokens", None) for config in setup.peft_configs),
         reason="it finds its tokens in padded rows, and kvpref lays rows out anew; use LoRA",
+    ),
+    Refusal(
+        name="lora_dropout",
+        applies=_has_lora_dropout,
+        reason="set lora_dropout=0 in the LoraConfig, or disable_dropout=True in the trainer's arguments; it makes two "
+        "forwards of one token differ",
     ),
     Refusal(
         name="dropout in training",

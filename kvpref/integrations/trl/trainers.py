@@ -14,7 +14,9 @@ from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, reward_trainer
 
 from kvpref.errors import InputError
 from kvpref.integrations.trl.forwards import add_shared_prompt_rewards, asking_for_rewards, shared_prompt_heads
-from kvpref.integrations.trl.refusals import Setup, refuse_unsupported
+from kvpref.integrations.trl.refusals import refuse_unsupported
+from kvpref.integrations.trl.replacements import without_replaced
+from kvpref.integrations.trl.setup import Setup
 from kvpref.modeling.support import unwrap
 from kvpref.plans import MODES
 
@@ -31,11 +33,14 @@ class _SharedPromptTrainer:
     def __init__(self, *args: Any, mode: str = "two_pass", **kwargs: Any) -> None:
         if mode not in MODES:
             raise InputError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
-        given = inspect.signature(self._trl_class).bind(*args, **kwargs).arguments
-        refuse_unsupported(Setup.from_arguments(self._trl_class.__name__, given))
+        given = inspect.signature(self._trl_class).bind(*args, **kwargs)
+        setup = Setup.from_arguments(self._trl_class.__name__, given.arguments)
+        refuse_unsupported(setup)
+        if setup.args is not None:
+            given.arguments["args"] = without_replaced(setup)
         self.kvpref_mode = mode
         with self._construction():
-            super().__init__(*args, **kwargs)
+            super().__init__(*given.args, **given.kwargs)
 
     def _construction(self) -> AbstractContextManager[None]:
         """Entered while TRL builds the trainer: its policy and reference get kvpref's forward."""

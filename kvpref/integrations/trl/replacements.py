@@ -1,0 +1,66 @@
+"""Options of TRL's that choose kernels: kvpref's run in their place, with a warning.
+
+To replace another: a row in `REPLACEMENTS`; the tests run over it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvpref.integrations.trl.setup import Setup
+from kvpref.modeling.interface import ATTENTION_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """One option that has no effect."""
+
+    name: str
+    """The option, as the user writes it."""
+
+    applies: Callable[[Setup], bool]
+    """Whether a setup asks for it."""
+
+    runs: str
+    """What runs instead."""
+
+    without: Callable[[Any], dict[str, Any]]
+    """From TRL's arguments, those that change so that they no longer ask for it."""
+
+
+def without_replaced(setup: Setup) -> Any:
+    """TRL's arguments without what kvpref replaces, each with a warning; the user's own are left as they are."""
+    args = setup.args
+    for item in REPLACEMENTS:
+        if item.applies(setup):
+            message = f"kvpref's {setup.trainer} does not use {item.name}: {item.runs}"
+            warnings.warn(message, stacklevel=3)
+            changes, args = item.without(args), copy.copy(args)
+            for name, value in changes.items():
+                setattr(args, name, value)
+    return args
+
+
+def _without_attention(args: Any) -> dict[str, Any]:
+    kept = {name: value for name, value in args.model_init_kwargs.items() if name != "attn_implementation"}
+    return {"model_init_kwargs": kept}
+
+
+REPLACEMENTS: tuple[Replacement, ...] = (
+    Replacement(
+        name="use_liger_kernel=True",
+        applies=lambda setup: bool(setup.option("use_liger_kernel")),
+        runs="transformers' own layers and kvpref's fused LM head run instead",
+        without=lambda args: {"use_liger_kernel": False},
+    ),
+    Replacement(
+        name="model_init_kwargs={'attn_implementation': ...}",
+        applies=lambda setup: setup.loading_option("attn_implementation") not in (None, "sdpa", ATTENTION_NAME),
+        runs="kvpref's attention over shared prompts runs instead, and sdpa in generation",
+        without=_without_attention,
+    ),
+)
