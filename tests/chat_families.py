@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,17 +39,21 @@ class Family:
     reasoning_field: str = "reasoning_content"
 
 
-def build_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """One token per byte and per special token of the family, with its template."""
-    family = FAMILIES[name]
+def build_byte_tokenizer(specials: Iterable[str], **settings: Any) -> PreTrainedTokenizerFast:
+    """One token per byte and per special token."""
     vocabulary = {piece: index for index, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
     core.decoder = decoders.ByteLevel()
-    specials = {family.eos, *([family.bos] if family.bos else []), *family.specials}
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(specials)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
+    return PreTrainedTokenizerFast(tokenizer_object=core, **settings)
+
+
+def build_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a family, with its template."""
+    family = FAMILIES[name]
+    return build_byte_tokenizer(
+        {family.eos, *([family.bos] if family.bos else []), *family.specials},
         bos_token=family.bos,
         eos_token=family.eos,
         chat_template=(TEMPLATES / f"{name}.jinja").read_text(),

@@ -92,6 +92,11 @@ def test_template_that_rewrites_earlier_answers_of_the_response_is_refused(build
         load_preferences(path, build_tokenizer(chat_template=SHORTENING))
 
 
+def test_assistant_turns_in_a_row_are_asked_for_one_by_one(write_jsonl):
+    path = write_jsonl({"prompt": [USER], "responses": [[ASSISTANT("4"), ASSISTANT("or 100")]]})
+    assert scored_texts(path, build_tokenizer("chatml")) == ["4<|im_end|>or 100<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "expected"),
     [
