@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from kvpref.losses import PreferenceLoss
 
 ADAPTER_FILE = "adapter_config.json"
-ALL_LINEAR = "all-linear"
-"""What peft calls every linear layer but the output."""
 
 _TASKS = {
     "tokens": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
@@ -69,6 +67,7 @@ def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> Pr
         InputError: If peft is missing, a module does not exist, or the adapter could not be loaded again.
     """
     from kvpref.modeling.value_head import VALUE_HEAD
+    from kvpref.training.adapters import ALL_LINEAR, find_targets
 
     peft = _import_peft()
     assert run.lora_r is not None
@@ -84,29 +83,9 @@ def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> Pr
         modules_to_save=[VALUE_HEAD] if loss.head.values else None,
         r=run.lora_r,
         lora_alpha=2 * run.lora_r if run.lora_alpha is None else run.lora_alpha,
-        target_modules=_find_targets(model, run.lora_target_modules),
+        target_modules=find_targets(model, run.lora_target_modules or ALL_LINEAR),
     )
     return peft.get_peft_model(model, config)
-
-
-def _find_targets(model: PreTrainedModel, names: str | None) -> str | list[str]:
-    targets = [name.strip() for name in (names or ALL_LINEAR).split(",") if name.strip()]
-    if targets == [ALL_LINEAR]:
-        return ALL_LINEAR
-    modules = dict(model.named_modules())
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            linear = {name.rpartition(".")[2] for name, item in modules.items() if _is_linear(item)}
-            raise InputError(
-                f"lora_target_modules: the model has no module {target!r}; its linear layers: "
-                f"{', '.join(sorted(linear))}"
-            )
-    return targets
-
-
-def _is_linear(module: Any) -> bool:
-    # Conv1D is GPT-2's own kind of linear layer.
-    return type(module).__name__ in ("Linear", "Conv1D")
 
 
 def _import_peft() -> Any:

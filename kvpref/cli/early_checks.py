@@ -73,7 +73,7 @@ def _check_optimizer(args: PreferenceTrainingArguments, where: str) -> None:
 
 
 def _check_schedule(args: PreferenceTrainingArguments, where: str) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 0.0)
     num_steps = args.max_steps if args.max_steps > 0 else 1000
     try:
         get_scheduler(

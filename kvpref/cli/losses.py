@@ -64,10 +64,21 @@ def _print_list(found: list[LossDescription], broken: dict[str, str]) -> None:
 def _print_loss(item: LossDescription) -> None:
     print(f"{item.name}: mean over {item.unit}; reference log-probs: {_reference(item)}; reads {item.reads}\n")
     print(item.explanation or "(no docstring)")
+    print(f"\n{_learning_rates(item)}")
     if item.settings:
         print("\nSettings (--loss-arg NAME=VALUE):")
     for setting in item.settings:
         print(f"  {_assignment(setting)}" + (f"  {setting.explanation}" if setting.explanation else ""))
+
+
+def _learning_rates(item: LossDescription) -> str:
+    rates = item.learning_rates
+    if isinstance(rates, str):
+        return f"Learning rate, where none is given: {rates}"
+    return (
+        f"Learning rate, where none is given: {rates.full:g}; {rates.adapter:g} where only an adapter is trained\n"
+        f"  Source: {rates.source}"
+    )
 
 
 def _assignment(setting: Setting) -> str:

@@ -9,6 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpref.cli.options import (
+    BF16,
+    CHECKPOINT,
+    DEFAULT_CHECKPOINT,
+    DEFAULT_DTYPE,
+    DEFAULT_PREFIX_CACHE,
+    DTYPE,
+    LORA_R,
+    LORA_TARGET_MODULES,
+    PREFIX_CACHE,
+)
 from kvpref.cli.sizes import parse_bytes
 from kvpref.errors import InputError
 
@@ -31,31 +42,42 @@ def plan(
     data: Annotated[str | None, typer.Option(help="Take lengths not given from this data.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For --data; default: the model's own.")] = None,
     lengths: Annotated[str, typer.Option(help="Which of the data's lengths: max, p90, p50.")] = "max",
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float32.")] = "bfloat16",
-    mixed_precision: Annotated[str | None, typer.Option(help="bf16: autocast, with --dtype float32.")] = None,
+    dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
+    bf16: Annotated[bool | None, BF16] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, sgd, sgd_momentum.")] = "adamw",
-    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA adapters only.")] = None,
-    lora_targets: Annotated[str, typer.Option(help="all-linear, or attention.")] = "all-linear",
-    checkpoint: Annotated[str, typer.Option(help="As in `kvpref train`: none, prefix, all.")] = "none",
-    prefix_cache: Annotated[str, typer.Option(help="bounded: keys and values on device or cpu.")] = "device",
+    lora_r: Annotated[int | None, LORA_R] = None,
+    lora_target_modules: Annotated[str | None, LORA_TARGET_MODULES] = None,
+    checkpoint: Annotated[str, CHECKPOINT] = DEFAULT_CHECKPOINT,
+    prefix_cache: Annotated[str, PREFIX_CACHE] = DEFAULT_PREFIX_CACHE,
     num_shards: Annotated[int, typer.Option(help="Devices that share weights and optimizer (FSDP, ZeRO 3).")] = 1,
     device: Annotated[str, typer.Option(help="Whose kernels: cuda, cpu.")] = "cuda",
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
 ) -> None:
     """Predict peak memory, and the largest budgets that fit. Needs no GPU and loads no weights.
 
+    Planned is what `kvpref train` runs: weights in float32 with bf16 autocast, unless named otherwise. The commands
+    printed train with exactly the settings planned for.
+
     Example: kvpref plan ./llama --gpu-memory 80GiB --prompt-tokens 4096 --response-tokens 512 --num-responses 16
     """
+    from kvpref.cli.plan_command import Subject
     from kvpref.cli.plan_report import PlanReport, describe
+    from kvpref.training.adapters import ALL_LINEAR
 
     memory_bytes, reserve_bytes = parse_bytes(gpu_memory, "--gpu-memory"), parse_bytes(reserve, "--reserve")
     if reserve_bytes >= memory_bytes:
         raise InputError(f"--reserve {reserve} leaves nothing of --gpu-memory {gpu_memory}")
     shape = _shape(model, data, tokenizer, lengths, (prompt_tokens, response_tokens, num_responses))
-    setup = _setup(dtype, mixed_precision, optimizer, lora_rank, lora_targets, device)
+    setup = _setup(dtype, bf16, optimizer, lora_r, lora_target_modules or ALL_LINEAR, device)
     predictor = _predictor(model, setup, num_shards)
     plans = _plan_variants(predictor, shape, memory_bytes - reserve_bytes, checkpoint, prefix_cache)
-    report = PlanReport(plans=plans, setup=setup, num_shards=num_shards, budget_bytes=memory_bytes - reserve_bytes)
+    report = PlanReport(
+        subject=Subject(model=model, data=data, tokenizer=tokenizer),
+        plans=plans,
+        setup=setup,
+        num_shards=num_shards,
+        budget_bytes=memory_bytes - reserve_bytes,
+    )
     report.show(f"{model}: {gpu_memory} less {reserve} in reserve; {describe(shape)}")
     if json_:
         settings = {"model": model, "gpu_memory_bytes": memory_bytes, "reserve_bytes": reserve_bytes}
@@ -91,24 +113,22 @@ def _lengths_of(data: str, tokenizer: str, which: str) -> tuple[int, int, int]:
 
 
 def _setup(
-    dtype: str, mixed_precision: str | None, optimizer: str, rank: int | None, targets: str, device: str
+    dtype: str, bf16: bool | None, optimizer: str, lora_r: int | None, lora_target_modules: str, device: str
 ) -> TrainingSetup:
     import torch
 
     from kvpref.profiling.prediction_model import TrainingSetup
 
     if dtype not in ("bfloat16", "float32"):
-        raise InputError(f"unknown dtype {dtype!r}; choose from: bfloat16, float32")
-    if mixed_precision not in (None, "bf16"):
-        raise InputError(f"unknown mixed precision {mixed_precision!r}; choose bf16, or leave it out")
-    if mixed_precision and dtype != "float32":
-        raise InputError("--mixed-precision bf16 keeps weights in float32; add --dtype float32")
+        raise InputError(f"unknown dtype {dtype!r}; choose from: float32, bfloat16")
+    if bf16 is None:
+        bf16 = dtype == "float32" and device == "cuda"  # as `kvpref train` on such a device
     return TrainingSetup(
         dtype=getattr(torch, dtype),
-        mixed_precision=torch.bfloat16 if mixed_precision else None,
+        mixed_precision=torch.bfloat16 if bf16 else None,
         optimizer=optimizer,
-        lora_rank=rank,
-        lora_targets=targets,
+        lora_r=lora_r,
+        lora_target_modules=lora_target_modules,
         device_type=device,
     )
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from kvpref.cli.plan_command import Subject, has_optimizer, train_command
 from kvpref.profiling.prediction_fit import VariantPlan
 from kvpref.profiling.prediction_model import TrainingSetup
 from kvpref.profiling.prediction_peak import PeakPrediction
@@ -21,10 +23,19 @@ NOT_CHECKED = (
 )
 
 
+PURE_BF16 = (
+    "--dtype bfloat16 trains weights of 8 bits of precision: a step below 1/512 of a weight is rounded away, as most "
+    "are at common learning rates; kvpref train says how many. Weights in float32 with bf16 autocast are the default"
+)
+BF16_BASE = "the frozen weights are in bfloat16, the adapter's in float32"
+FLOAT32_BASE = "--dtype bfloat16 halves the frozen weights; the adapter's stay in float32"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
     """All variants of one model and one shape of groups."""
 
+    subject: Subject
     plans: Sequence[VariantPlan]
     setup: TrainingSetup
     num_shards: int
@@ -39,8 +50,8 @@ class PlanReport:
         advice = []
         if resident >= budget:
             advice.append(f"weights, gradients and optimizer state take {gib(resident)} of {gib(budget)}")
-            if self.setup.lora_rank is None:
-                advice.append("train adapters only: --lora-rank 16")
+            if self.setup.lora_r is None:
+                advice.append("train an adapter only: --lora-r 16")
             shards = max(2, -(-resident * self.num_shards // budget))
             advice.append(f"share them among devices, more than {shards}: --num-shards {2 * shards}")
         if any(plan.variant.checkpoint != "all" for plan in self.plans):
@@ -51,19 +62,25 @@ class PlanReport:
 
     def notes(self) -> list[str]:
         """What to know about the figures."""
+        notes = []
+        if self.setup.dtype != torch.float32:
+            notes.append(PURE_BF16 if self.setup.lora_r is None else BF16_BASE)
+        elif self.setup.lora_r is not None:
+            notes.append(FLOAT32_BASE)
         if self.num_shards > 1:
-            return ["bounded is left out: it does not run sharded models", NOT_CHECKED]
-        return ["the largest N of bounded continues the line through two predictions", NOT_CHECKED]
+            return [*notes, "bounded is left out: it does not run sharded models", NOT_CHECKED]
+        return [*notes, "the largest N of bounded continues the line through two predictions", NOT_CHECKED]
 
     def show(self, title: str) -> None:
-        """Print the table, and the arguments of `kvpref train` for what fits."""
+        """Print the table, and the command that runs what fits."""
         console = Console()
         console.print(self._table(title))
         for plan in self.plans:
-            if plan.fits:
-                console.print(f"{plan.name}: kvpref train {self.train_flags(plan)}", highlight=False, soft_wrap=True)
-        if self.setup.lora_rank is not None:
-            console.print("adapters are made in Python: peft.get_peft_model, then kvpref.PreferenceTrainer")
+            command = self.command(plan)
+            if command is not None:
+                console.print(f"{plan.name}: {command}", highlight=False, markup=False, soft_wrap=True)
+        if not has_optimizer(self.setup):
+            console.print(f"{self.setup.optimizer} is for kvpref.PreferenceTrainer(optimizers=...) in Python")
         for line in self.advice():
             console.print(f"nothing fits: {line}", highlight=False, soft_wrap=True)
         for line in self.notes():
@@ -80,20 +97,17 @@ class PlanReport:
             "notes": self.notes(),
         }
 
-    def train_flags(self, plan: VariantPlan) -> str:
-        """Arguments of `kvpref train` for the largest micro-batch that fits."""
-        variant = plan.variant
-        flags = ["--mode", variant.mode, "--max-tokens", str(plan.max_tokens_per_micro_batch)]
-        if variant.schedule == "bounded":
-            flags += ["--schedule", "bounded", "--max-tokens-per-chunk", str(variant.max_tokens_per_chunk)]
-        if variant.prefix_cache != "device":
-            flags += ["--prefix-cache", variant.prefix_cache]
-        if variant.checkpoint != "none":
-            flags += ["--checkpoint", variant.checkpoint]
-        flags += ["--dtype", _plain(self.setup.dtype)]
-        if self.setup.mixed_precision is not None:
-            flags.append("--bf16")
-        return " ".join(flags)
+    def command(self, plan: VariantPlan) -> str | None:
+        """The command for the largest micro-batch that fits; None if none does, or `kvpref train` cannot do it."""
+        if not plan.fits:
+            return None
+        return train_command(
+            self.subject,
+            self.setup,
+            plan.variant,
+            max_tokens=plan.max_tokens_per_micro_batch,
+            num_shards=self.num_shards,
+        )
 
     def _table(self, title: str) -> Table:
         table = Table(title=title, title_justify="left")
@@ -123,7 +137,7 @@ class PlanReport:
             "largest_bytes": _total(plan.largest),
             "max_responses": plan.max_responses,
             "at_limit": plan.at_limit,
-            "train_flags": self.train_flags(plan) if plan.fits else None,
+            "command": self.command(plan),
         }
 
 

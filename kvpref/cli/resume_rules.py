@@ -119,5 +119,6 @@ def is_coupled(values: Mapping[str, Any]) -> bool:
 
 def may_be_longer(values: Mapping[str, Any]) -> bool:
     """Whether a run that is made longer is the run that was longer from the start."""
-    warmup = values.get("warmup_steps") or 0
-    return values.get("lr_scheduler_type") in FREE_SCHEDULES and (warmup == 0 or warmup >= 1)
+    schedule, warmup = values.get("lr_scheduler_type"), values.get("warmup_steps") or 0
+    # A warmup that is a share of all steps depends on their number.
+    return schedule in FREE_SCHEDULES and (schedule == "constant" or warmup == 0 or warmup >= 1)

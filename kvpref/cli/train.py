@@ -73,7 +73,7 @@ def train(
     ] = None,
     mode: Annotated[str | None, MODE] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Times over the data.", show_default="3", rich_help_panel=TRAINING_PANEL)
+        float | None, typer.Option(help="Times over the data.", show_default="1", rich_help_panel=TRAINING_PANEL)
     ] = None,
     max_steps: Annotated[
         int | None,
@@ -82,7 +82,8 @@ def train(
     batch_size: Annotated[int | None, BATCH_SIZE] = None,
     max_tokens: Annotated[int | None, MAX_TOKENS] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Its peak.", show_default="5e-5", rich_help_panel=TRAINING_PANEL)
+        float | None,
+        typer.Option(help="Its peak.", show_default="by loss, see kvpref losses NAME", rich_help_panel=TRAINING_PANEL),
     ] = None,
     seed: Annotated[
         int | None,

@@ -18,7 +18,7 @@ from kvpref.cli.run_config import RUN_FILE, RunConfig
 from kvpref.cli.run_record import RunRecord
 from kvpref.cli.setting_types import read_types
 from kvpref.cli.training_inputs import load_data, load_trained_model
-from kvpref.cli.training_settings import training_arguments, with_defaults
+from kvpref.cli.training_settings import training_arguments, with_chosen, with_defaults
 from kvpref.errors import InputError, RunError
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
@@ -95,7 +95,7 @@ def _make_trainer(
     )
     if args.process_index == 0:
         record.save(output)
-        run.save(output / RUN_FILE)
+        with_chosen(run, trainer.args).save(output / RUN_FILE)
     return trainer
 
 

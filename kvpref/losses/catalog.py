@@ -11,6 +11,7 @@ from typing import Any
 
 from kvpref.errors import InputError
 from kvpref.losses.interface import PreferenceLoss
+from kvpref.losses.learning_rates import UNKNOWN_RATES, LearningRates
 from kvpref.losses.user import construct_loss, settings_of
 
 VARIES = "by settings"
@@ -53,6 +54,9 @@ class LossDescription:
     reads: str
     """``tokens``: log-probs. ``ends``: rewards of a model with a scalar head."""
 
+    learning_rates: LearningRates | str
+    """What is taken where no learning rate is given, or `VARIES`."""
+
     settings: tuple[Setting, ...]
     """In the order in which the loss declares them."""
 
@@ -83,6 +87,7 @@ def describe_loss(name: str, target: Any) -> LossDescription:
         unit=_fact(facts, "unit", "groups"),
         needs_reference=_fact(facts, "needs_reference", False),
         reads=_fact(facts, "reads", "tokens"),
+        learning_rates=_fact(facts, "learning_rates", UNKNOWN_RATES),
         settings=settings,
     )
 

@@ -12,6 +12,7 @@ import torch
 from kvpref.batch import Batch, collate
 from kvpref.errors import InputError
 from kvpref.groups import Group
+from kvpref.losses.learning_rates import REWARD_RATES, UNKNOWN_RATES, UNKNOWN_REWARD_RATES, LearningRates
 from kvpref.outputs import READS, HeadOptions, ResponseLogps, ResponseRewards
 
 
@@ -68,11 +69,16 @@ class PreferenceLoss:
         unit: What the loss is a mean over. Losses with different units cannot be mixed.
         head: What the LM head computes besides log-probs.
         columns: Extra columns of the data that the loss reads.
+        learning_rates: What the trainer takes where no learning rate is given.
+        couples_groups: Whether the loss of a micro-batch is more than a mean over its groups, so that how a step is
+            cut into micro-batches changes it.
     """
 
     needs_reference: bool = False
     reads: str = "tokens"
     unit: str = "groups"
+    learning_rates: LearningRates = UNKNOWN_RATES
+    couples_groups: bool = False
 
     @property
     def head(self) -> HeadOptions:
@@ -138,6 +144,7 @@ class RewardLoss(PreferenceLoss):
     """Base of the losses of reward models: a mean over groups of a function of rewards."""
 
     reads = "ends"
+    learning_rates = REWARD_RATES
 
     def __call__(self, policy: ResponseRewards, reference: None, batch: Batch) -> LossOutput:  # type: ignore[override]
         raise NotImplementedError
@@ -165,6 +172,7 @@ class FunctionLoss(PreferenceLoss):
         self._head: HeadOptions = getattr(declared, "head", HeadOptions())
         self._columns = _column_names(getattr(declared, "columns", ()))
         _check_reads(self.reads)
+        self.learning_rates = UNKNOWN_REWARD_RATES if self.reads == "ends" else UNKNOWN_RATES
         if not isinstance(self._head, HeadOptions):
             raise InputError(f"loss {self.__name__!r}: head must be a kvpref.HeadOptions; got {self._head!r}")
 

@@ -12,6 +12,7 @@ from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_not_negative
 from kvpref.losses.interface import Groups, Idle, LossOutput, PreferenceLoss
+from kvpref.losses.learning_rates import LearningRates, lowest
 from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.user import construct_loss, find_loss
 from kvpref.outputs import HeadOptions, ResponseLogps
@@ -86,6 +87,14 @@ class WeightedSum(PreferenceLoss):
     @property
     def unit(self) -> str:  # type: ignore[override]
         return next(iter(self.parts.values())).unit
+
+    @property
+    def learning_rates(self) -> LearningRates:  # type: ignore[override]
+        return lowest((name, part.learning_rates) for name, part in self.parts.items())
+
+    @property
+    def couples_groups(self) -> bool:  # type: ignore[override]
+        return any(part.couples_groups for part in self.parts.values())
 
     @property
     def head(self) -> HeadOptions:

@@ -16,6 +16,7 @@ from kvpref.batch import Batch
 from kvpref.errors import InputError
 from kvpref.losses.checks import check_between, check_choice, check_positive
 from kvpref.losses.interface import LossOutput
+from kvpref.losses.learning_rates import PREFERENCE_RATES
 from kvpref.losses.scores import ComparesScores, RatedResponses, rated_responses
 from kvpref.outputs import ResponseLogps
 
@@ -32,6 +33,7 @@ class RankingLoss(ComparesScores):
 
     name: ClassVar[str]
     needs_reference = True
+    learning_rates = PREFERENCE_RATES
 
     def __post_init__(self) -> None:
         check_positive(self.name, beta=self.beta)

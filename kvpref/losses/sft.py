@@ -13,6 +13,7 @@ from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_positive
 from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
+from kvpref.losses.learning_rates import LIKELIHOOD_RATES
 from kvpref.losses.pairs.preferred import best_sequence
 from kvpref.losses.scores import response_scores
 from kvpref.outputs import ResponseLogps
@@ -25,6 +26,8 @@ class SFT(PreferenceLoss):
     average: str = "token"
     """``token``: the mean over all tokens of the optimizer step, as in ordinary causal language-model training.
     ``response``: the mean over responses of the mean over their tokens, so that long ones count no more."""
+
+    learning_rates = LIKELIHOOD_RATES
 
     def __post_init__(self) -> None:
         check_choice("sft", ("token", "response"), average=self.average)
@@ -74,6 +77,8 @@ class WeightedSFT(PreferenceLoss):
 
     temperature: float = 1.0
     """Scores are divided by it before the softmax; the smaller, the more the best response counts."""
+
+    learning_rates = LIKELIHOOD_RATES
 
     def __post_init__(self) -> None:
         check_positive("weighted_sft", temperature=self.temperature)

@@ -13,6 +13,7 @@ from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_not_negative, check_number, check_positive
 from kvpref.losses.interface import Groups, LossOutput, PreferenceLoss
+from kvpref.losses.learning_rates import GOOD_OR_BAD_RATES
 from kvpref.losses.mismatched import add_mismatched, mismatched_flags
 from kvpref.outputs import ResponseLogps
 
@@ -40,6 +41,7 @@ class UnpairedLoss(PreferenceLoss):
     """In groups without labels, responses that score more are desirable."""
 
     needs_reference = True
+    learning_rates = GOOD_OR_BAD_RATES
     unit = "sequences"
 
     def __post_init__(self) -> None:
@@ -127,6 +129,7 @@ class KTO(UnpairedLoss):
     """
 
     name = "kto"
+    couples_groups = True
 
     num_mismatched: int = 1
     """Mismatched responses that are made for each group."""

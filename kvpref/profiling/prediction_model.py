@@ -20,9 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kvpref.errors import InputError
 from kvpref.modeling.attach import attach
 from kvpref.modeling.support import check_config, unwrap
+from kvpref.training.adapters import ALL_LINEAR, find_targets
 
 DEVICES = ("cuda", "cpu")
-LORA_TARGETS = ("all-linear", "attention")
 
 Parameters = list[nn.Parameter]
 
@@ -60,11 +60,11 @@ class TrainingSetup:
     optimizer: str = "adamw"
     """One of `OPTIMIZERS`."""
 
-    lora_rank: int | None = None
+    lora_r: int | None = None
     """Train LoRA adapters of this rank and nothing else; None trains all parameters."""
 
-    lora_targets: str = "all-linear"
-    """Linear layers with adapters: all but the LM head, or those of attention."""
+    lora_target_modules: str = ALL_LINEAR
+    """Linear layers with adapters: all but the LM head, or names separated by commas."""
 
     device_type: str = "cuda"
     """Where the training will run; one of `DEVICES`."""
@@ -72,13 +72,12 @@ class TrainingSetup:
     def __post_init__(self) -> None:
         for name, value, valid in (
             ("optimizer", self.optimizer, tuple(OPTIMIZERS)),
-            ("LoRA targets", self.lora_targets, LORA_TARGETS),
             ("device", self.device_type, DEVICES),
         ):
             if value not in valid:
                 raise InputError(f"unknown {name} {value!r}; choose from: {', '.join(valid)}")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise InputError(f"the LoRA rank must be at least 1; got {self.lora_rank}")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise InputError(f"the LoRA rank must be at least 1; got {self.lora_r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ def build_fake_training(config: PreTrainedConfig, setup: TrainingSetup, num_laye
     # PEFT moves modules between devices, which meta tensors can do and fake ones cannot.
     with torch.device("meta"):
         model = attach(_from_config(with_num_layers(config, num_layers), setup.dtype))
-        trained: nn.Module = model if setup.lora_rank is None else _with_lora(model, setup)
+        trained: nn.Module = model if setup.lora_r is None else _with_lora(model, setup)
     trained.train()
     _switch_dropout_off(trained)
     # Index tensors of the plans are real: the engine reads some of them.
@@ -202,21 +201,8 @@ def _with_lora(model: PreTrainedModel, setup: TrainingSetup) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise InputError('predicting LoRA needs PEFT: pip install "kvpref[peft]"') from error
-    targets: str | list[str] = setup.lora_targets
-    if targets == "attention":
-        targets = _attention_projections(model)
-    assert setup.lora_rank is not None
-    lora = LoraConfig(r=setup.lora_rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    targets = find_targets(model, setup.lora_target_modules)
+    assert setup.lora_r is not None
+    lora = LoraConfig(r=setup.lora_r, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
     adapted: nn.Module = get_peft_model(model, lora)
     return adapted
-
-
-def _attention_projections(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers inside attention modules."""
-    found = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        parts = name.split(".")[:-1]
-        if any("attn" in part or "attention" in part for part in parts) and getattr(weight, "ndim", 0) == 2:
-            found.append(name)
-    return found

@@ -11,6 +11,9 @@ from torch import nn
 
 from kvpref.errors import InputError
 
+ALL_LINEAR = "all-linear"
+"""What PEFT calls every linear layer but the output."""
+
 # Weights that PEFT trains in place of the base model's, whatever the method; a method's own have its prefix.
 _COPIED = ("modules_to_save.", "trainable_tokens_delta")
 
@@ -86,3 +89,32 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: item for name, item in model.named_parameters() if item.requires_grad}
+
+
+def find_targets(model: nn.Module, names: str) -> str | list[str]:
+    """What PEFT calls the modules that get LoRA weights.
+
+    Args:
+        model: Without adapter.
+        names: `ALL_LINEAR`, or names of modules separated by commas.
+
+    Raises:
+        InputError: If the model has no such module.
+    """
+    targets = [name.strip() for name in names.split(",") if name.strip()]
+    if targets in ([], [ALL_LINEAR]):
+        return ALL_LINEAR
+    modules = dict(model.named_modules())
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            linear = {name.rpartition(".")[2] for name, item in modules.items() if _is_linear(item)}
+            raise InputError(
+                f"lora_target_modules: the model has no module {target!r}; its linear layers: "
+                f"{', '.join(sorted(linear))}"
+            )
+    return targets
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Conv1D is GPT-2's own kind of linear layer.
+    return type(module).__name__ in ("Linear", "Conv1D")

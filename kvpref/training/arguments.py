@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils.import_utils import is_torch_xla_available
 
 from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.data.budgets import DEFAULT_MAX_TOKENS
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, make_loss
 from kvpref.modeling.checkpointing import CHECKPOINTS
 from kvpref.modeling.options import PREFIX_CACHES, SCHEDULES, EngineOptions
 from kvpref.plans import MODES
 from kvpref.ranks import check_all_joined, check_start
+from kvpref.training.defaults import AUTO, check_token_budget, device_has_bf16
 
 REFERENCES = ("start", "base")
 
@@ -66,8 +68,12 @@ class PreferenceTrainingArguments(TrainingArguments):
         metadata={"help": "Schedule bounded: when memory runs out, halve the chunk and repeat the step."},
     )
     backend: str = field(default="auto", metadata={"help": "Attention backend, or auto."})
-    max_tokens_per_micro_batch: int | None = field(
-        default=None, metadata={"help": "Token budget of one forward and backward; unique tokens in mode two_pass."}
+    max_tokens_per_micro_batch: int | Literal["auto"] | None = field(
+        default=AUTO,
+        metadata={
+            "help": "Token budget of one forward and backward, unique tokens in mode two_pass; None puts no bound. "
+            f"auto is {DEFAULT_MAX_TOKENS} or what the largest group takes, and no bound for losses that couple groups."
+        },
     )
     min_shared_tokens: int = field(
         default=DEFAULT_MIN_SHARED_TOKENS,
@@ -122,6 +128,20 @@ class PreferenceTrainingArguments(TrainingArguments):
             "help": "The policy's share at a sync, in (0, 1]; 1 replaces the reference (TRL: ref_model_mixup_alpha)."
         },
     )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Peak learning rate; default: by loss and adapter, see `kvpref losses NAME`."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "How the learning rate falls after the warmup."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps in which the learning rate rises; below 1: their share of all steps."}
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "bf16 autocast; default: on GPUs that compute in bf16, unless fp16 is set."},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: kvpref collates whole groups."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a NaN loss stops the run."})
 
@@ -135,10 +155,13 @@ class PreferenceTrainingArguments(TrainingArguments):
         self.compile_layers, self.torch_compile = self.compile_layers or self.torch_compile, False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs in (None, {"use_reentrant": False}):
             self.gradient_checkpointing, self.checkpoint = False, "all"
-        self._choose_device()
+        on_cpu = self._choose_device()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not on_cpu and device_has_bf16()
         super().__post_init__()
         alone = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED)
         check_all_joined(self.world_size, is_distributed=self.parallel_mode not in alone)
+        check_token_budget(self.max_tokens_per_micro_batch)
         self._check_reference()
         options = self.engine_options()
         if self.auto_budget and (options.schedule != "bounded" or self.gradient_accumulation_steps > 1):
@@ -154,8 +177,8 @@ class PreferenceTrainingArguments(TrainingArguments):
             self._n_gpu = 1
         self.make_loss()
 
-    def _choose_device(self) -> None:
-        """Use the CPU where nothing else is there.
+    def _choose_device(self) -> bool:
+        """Use the CPU where nothing else is there; whether it is used.
 
         Without being told, accelerate starts no process group there, and each process of a torchrun trains alone.
         """
@@ -164,6 +187,7 @@ class PreferenceTrainingArguments(TrainingArguments):
             self.use_cpu = True
         on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
         check_start(0 if on_cpu else num_devices)
+        return on_cpu
 
     def _check_reference(self) -> None:
         if self.reference not in REFERENCES:
@@ -178,6 +202,11 @@ class PreferenceTrainingArguments(TrainingArguments):
             raise InputError(
                 "reference_sync_steps changes the reference during training; set precompute_reference=False"
             )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of the warmup. A share of the steps leaves at least one, in which the learning rate is not 0."""
+        num_steps = super().get_warmup_steps(num_training_steps)
+        return num_steps if self.warmup_steps >= 1 else min(num_steps, max(0, num_training_steps - 1))
 
     def engine_options(self) -> EngineOptions:
         """How forward and backward run.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from kvpref.attention import select_backend
 from kvpref.data import PreferenceDataset
@@ -18,6 +19,7 @@ from kvpref.modeling.support import unwrap
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.evaluation import check_best_metric, check_evaluation
 from kvpref.training.inputs import check_lengths
+from kvpref.training.rounding import warn_of_lost_steps
 
 
 def check_settings(
@@ -65,6 +67,7 @@ def check_run(
         InputError: For the first thing that does not fit.
     """
     check_backend(model, args, has_reference=loss.needs_reference)
+    warn_of_lost_steps(model, args.learning_rate or 0.0, OptimizerNames(args.optim).value)
     lines: list[str] = []
     for name, dataset in datasets.items():
         if dataset is not None:

@@ -20,6 +20,7 @@ from kvpref.modeling.support import unwrap
 from kvpref.plans import Reads
 from kvpref.step import Step, join_batches
 from kvpref.training.arguments import PreferenceTrainingArguments
+from kvpref.training.defaults import token_budget
 from kvpref.training.prefetch import Prefetcher
 
 
@@ -150,7 +151,7 @@ def make_planner(
     """
     options = StepOptions(
         groups_per_step=groups_per_device * args.world_size,
-        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+        max_tokens_per_micro_batch=token_budget(args, groups.lengths),
         mode=args.mode,  # type: ignore[arg-type]
         world_size=args.world_size,
         seed=args.seed if args.data_seed is None else args.data_seed,

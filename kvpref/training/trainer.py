@@ -30,6 +30,7 @@ from kvpref.training.callbacks import (
     ThroughputProgressCallback,
 )
 from kvpref.training.checks import check_data, check_learnable, check_run, check_settings
+from kvpref.training.defaults import token_budget, with_defaults
 from kvpref.training.inputs import (
     MicroBatchInputs,
     StepInputs,
@@ -63,8 +64,7 @@ class PreferenceTrainer(Trainer):
 
     Raises:
         UnsupportedModelError: If the model would not be computed exactly.
-        InputError: If the data or the model does not fit the loss, the data not the token budget, or the reference not
-            the model.
+        InputError: If model, data, loss, reference and token budget do not fit one another.
     """
 
     args: PreferenceTrainingArguments
@@ -87,6 +87,7 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         self.loss = as_loss(args.make_loss() if loss is None else loss)
         check_settings(model, args, self.loss, eval_dataset)
+        args = with_defaults(args, self.loss, model)
         attach(model)
         if args.compile_layers:
             compile_layers(model)
@@ -103,7 +104,7 @@ class PreferenceTrainer(Trainer):
         )
         settings = RunnerSettings(
             options=args.engine_options(),
-            max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+            max_tokens_per_micro_batch=token_budget(args, self.train_dataset.lengths if self.train_dataset else ()),
             shares=args.share_across_micro_batches,
             auto_budget=args.auto_budget,
             report=lambda line: print(line, file=sys.stderr),

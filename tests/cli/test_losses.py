@@ -34,6 +34,18 @@ def test_one_loss_in_full() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["needs_reference"] is True
 
 
+def test_the_learning_rate_with_its_source() -> None:
+    done = runner.invoke(app, ["losses", "sft", "--json"])
+    assert "none is given: 2e-05; 0.0002 where only an adapter is trained" in done.stdout
+    assert "Source: the SFT recipes of Zephyr 7B beta" in done.stdout
+    rates = json.loads(done.stdout.splitlines()[-1])["learning_rates"]
+    assert (rates["full"], rates["adapter"]) == (2e-5, 2e-4)
+    assert "alignment-handbook" in rates["source"]
+    done = runner.invoke(app, ["losses", "mixture", "--json"])
+    assert "none is given: by settings" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["learning_rates"] == "by settings"
+
+
 def test_a_loss_of_a_user(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text('def margin(policy, reference, batch, *, beta):\n    """A margin."""\n')
@@ -41,6 +53,7 @@ def test_a_loss_of_a_user(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "A margin." in done.stdout
     assert "  beta=?" in done.stdout
+    assert "Source: as for dpo, since the loss declares none" in done.stdout
 
 
 def test_a_broken_package_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

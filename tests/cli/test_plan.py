@@ -53,7 +53,7 @@ def one_group_bytes(plan: dict[str, Any]) -> dict[str, int]:
 @pytest.mark.slow
 def test_an_8b_model_with_adapters_fits_in_the_bounded_schedule_only() -> None:
     pytest.importorskip("peft")
-    plan = plan_of(CONFIGS / "llama_3_1_8b.json", *LENGTHS, "--lora-rank", 16, "--gpu-memory", "80GiB")
+    plan = plan_of(CONFIGS / "llama_3_1_8b.json", *LENGTHS, "--lora-r", 16, "--dtype", "bfloat16")
     needed = one_group_bytes(plan)
     assert needed["bounded"] < needed["full"] < needed["packed"] < needed["padded"]
     assert {name: variant["fits"] for name, variant in plan["by_name"].items()} == {
@@ -64,7 +64,7 @@ def test_an_8b_model_with_adapters_fits_in_the_bounded_schedule_only() -> None:
     }
     bounded = plan["by_name"]["bounded"]
     assert bounded["largest_bytes"] <= plan["budget_bytes"] == 78 * GIB
-    assert f"--max-tokens-per-chunk {bounded['max_tokens_per_chunk']}" in bounded["train_flags"]
+    assert f"--max-tokens-per-chunk {bounded['max_tokens_per_chunk']}" in bounded["command"]
     # 8.03 billion weights in 16 bits and 42 million adapter weights in 32, with gradients and two moments.
     assert bounded["one_group"]["resident_bytes"] == pytest.approx(8.03e9 * 2 + 4 * 4 * 42e6, rel=0.01)
     assert plan["by_name"]["packed"]["max_responses"] < plan["by_name"]["full"]["max_responses"] < 16
@@ -73,17 +73,17 @@ def test_an_8b_model_with_adapters_fits_in_the_bounded_schedule_only() -> None:
 
 @pytest.mark.slow
 def test_a_70b_model_needs_shards_or_adapters() -> None:
-    plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS)
+    plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS, "--dtype", "bfloat16")
     assert not any(variant["fits"] for variant in plan["variants"])
     resident = plan["by_name"]["full"]["one_group"]["resident_bytes"]
     assert resident == pytest.approx(70.55e9 * 2 * 4, rel=0.01)
-    assert any("--lora-rank" in line for line in plan["advice"])
+    assert any("--lora-r 16" in line for line in plan["advice"])
     assert any("--num-shards" in line for line in plan["advice"])
 
 
 @pytest.mark.slow
 def test_a_sharded_70b_model_is_not_advised_to_run_bounded() -> None:
-    plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS, "--num-shards", 16)
+    plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS, "--num-shards", 16, "--dtype", "bfloat16")
     assert set(plan["by_name"]) == {"full", "packed", "padded"}
     assert any("sharded" in note for note in plan["notes"])
     resident = plan["by_name"]["full"]["one_group"]["resident_bytes"]
@@ -119,12 +119,13 @@ def test_packed_grows_with_the_responses_and_bounded_hardly(tmp_path: Path) -> N
 
 def test_everything_fits_a_small_model(tmp_path: Path) -> None:
     lengths = ("--prompt-tokens", 300, "--response-tokens", 100, "--num-responses", 4)
-    plan = plan_of(small(tmp_path), *lengths, "--gpu-memory", "8GiB", "--reserve", "1GiB", "--checkpoint", "all")
+    checkpoint = ("--dtype", "bfloat16", "--checkpoint", "all")
+    plan = plan_of(small(tmp_path), *lengths, "--gpu-memory", "8GiB", "--reserve", "1GiB", *checkpoint)
     assert plan["advice"] == []
     for variant in plan["variants"]:
         assert variant["fits"]
         assert variant["mode"] in MODES
-        assert "--checkpoint all" in variant["train_flags"]
+        assert "--checkpoint all" in variant["command"]
         assert variant["largest_bytes"] <= plan["budget_bytes"] == 7 * GIB
     full, packed = plan["by_name"]["full"], plan["by_name"]["packed"]
     assert full["max_tokens_per_micro_batch"] == full["num_groups"] * 700
@@ -138,8 +139,8 @@ def test_everything_fits_a_small_model(tmp_path: Path) -> None:
         (("--prompt-tokens", 8), "give --prompt-tokens, --response-tokens and --num-responses, or --data"),
         ((*LENGTHS, "--gpu-memory", "much"), "expected a size such as 80GiB"),
         ((*LENGTHS, "--gpu-memory", "1GiB"), "leaves nothing"),
-        ((*LENGTHS, "--dtype", "int8"), "choose from: bfloat16, float32"),
-        ((*LENGTHS, "--mixed-precision", "bf16"), "add --dtype float32"),
+        ((*LENGTHS, "--dtype", "int8"), "choose from: float32, bfloat16"),
+        ((*LENGTHS, "--lora-r", 8, "--lora-target-modules", "attention"), "the model has no module 'attention'"),
         ((*LENGTHS, "--num-shards", 0), "at least 1; got 0"),
         ((*LENGTHS, "--checkpoint", "some"), "unknown checkpoint 'some'"),
     ],
@@ -152,7 +153,7 @@ def test_bad_usage_is_explained(tmp_path: Path, arguments: tuple[object, ...], m
 
 def test_lengths_come_from_data(tmp_path: Path, tokenizer_dir: Path, pairs_file: Path) -> None:
     # Little memory: the more there is, the longer the search for the largest budget that fits.
-    memory = ("--gpu-memory", "3GiB", "--reserve", "512MiB")
+    memory = ("--gpu-memory", "3GiB", "--reserve", "512MiB", "--dtype", "bfloat16")
     plan = plan_of(small(tmp_path), "--data", pairs_file, "--tokenizer", tokenizer_dir, "--num-responses", 5, *memory)
     # 18 words; two words and the end; the option given wins over the data's pairs.
     assert plan["shape"] == {"prompt_tokens": 18, "response_tokens": 3, "num_responses": 5}

@@ -85,7 +85,7 @@ def test_a_file_holds_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("learning_rate", -1.0, "expected a number of at least 0; got -1.0"),
-        ("learning_rate", [1e-3], r"expected a number; got [0.001]"),
+        ("learning_rate", [1e-3], r"expected a number or nothing (null); got [0.001]"),
         ("num_train_epochs", 0, "expected a number above 0; got 0"),
         ("max_steps", 0, "expected a number of at least 1; got 0"),
         ("per_device_train_batch_size", "8.5", "expected a whole number; got '8.5'"),
@@ -117,7 +117,7 @@ def test_minus_one_means_whole_epochs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "learning_rate=abc"], "--set learning_rate: expected a number; got 'abc'"),
+        (["--set", "learning_rate=abc"], "--set learning_rate: expected a number or nothing (null); got 'abc'"),
         (["--learning-rate", -1], "--learning-rate: expected a number of at least 0; got -1.0"),
         (["--batch-size", 0], "--batch-size: expected a number of at least 1; got 0"),
         (["--eval-steps", 5], "--eval-steps: there is no data to evaluate on; give --eval-data"),
@@ -126,7 +126,7 @@ def test_minus_one_means_whole_epochs() -> None:
         (["--set", "report_to=wandbb"], "--set report_to: expected none, all, or some of azure_ml"),
         (["--set", "report_to=[comet_ml]"], "--set report_to: the package for 'comet_ml' is not installed"),
         (["--set", "optim=adamw_bnb_8bit"], "--set optim: "),
-        (["--set", "lr_scheduler_kwargs={turns: 3}"], "--set lr_scheduler_kwargs: linear cannot be made with it"),
+        (["--set", "lr_scheduler_kwargs={turns: 3}"], "--set lr_scheduler_kwargs: cosine cannot be made with it"),
         (["--set", "dataloader_persistent_workers=true"], "--set dataloader_persistent_workers: needs data workers"),
         (["--set", "dataloader_prefetch_factor=2"], "can only be set when data is loaded in a different process"),
         (["--set", "seed=1", "--set", "seed=2"], "--set seed: given twice"),

@@ -25,7 +25,7 @@ VARIANTS = {
 }
 SETUPS = {
     "full fine-tuning": TrainingSetup(),
-    "lora": TrainingSetup(lora_rank=4),
+    "lora": TrainingSetup(lora_r=4),
     "mixed precision": TrainingSetup(dtype=torch.float32, mixed_precision=torch.bfloat16, optimizer="sgd_momentum"),
 }
 

@@ -74,8 +74,7 @@ def test_a_prefix_cache_on_the_cpu_keeps_two_layers_on_the_device() -> None:
     ("settings", "message"),
     [
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
-        ({"lora_rank": 0}, "at least 1; got 0"),
-        ({"lora_targets": "mlp"}, "unknown LoRA targets 'mlp'"),
+        ({"lora_r": 0}, "at least 1; got 0"),
         ({"device_type": "tpu"}, "unknown device 'tpu'"),
     ],
 )
@@ -88,9 +87,12 @@ def test_attention_adapters_are_fewer_than_all() -> None:
     pytest.importorskip("peft")
     config = tiny_config("gpt2")  # its projections of attention and MLP share a name
     counts = {}
-    for targets in ("attention", "all-linear"):
-        setup = TrainingSetup(lora_rank=2, lora_targets=targets)
+    attention = "attn.c_attn,attn.c_proj"
+    for targets in (attention, "all-linear"):
+        setup = TrainingSetup(lora_r=2, lora_target_modules=targets)
         counts[targets] = Predictor(config, setup).peak(Variant(), SHAPE).bytes_by_category["gradients"]
     # fp32 adapters of rank 2: per layer c_attn (32 -> 96) and c_proj (32 -> 32).
-    assert counts["attention"] == 3 * 2 * 4 * ((32 + 96) + (32 + 32))
-    assert counts["all-linear"] > counts["attention"]
+    assert counts[attention] == 3 * 2 * 4 * ((32 + 96) + (32 + 32))
+    assert counts["all-linear"] > counts[attention]
+    with pytest.raises(InputError, match="no module 'mlp_in'; its linear layers: c_attn, c_fc, c_proj, lm_head"):
+        Predictor(config, TrainingSetup(lora_r=2, lora_target_modules="mlp_in")).peak(Variant(), SHAPE)

@@ -25,6 +25,7 @@ class AOT(PairLoss):
     """
 
     name = "aot"
+    couples_groups = True
 
     label_smoothing: float = 0.0
     """Assumed share of swapped labels, in [0, 0.5)."""

@@ -12,6 +12,7 @@ from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_number, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
+from kvpref.losses.learning_rates import PREFERENCE_RATES
 from kvpref.losses.pairs.f_divergences import DIVERGENCES
 from kvpref.losses.pairs.preferred import pair_indices, pair_metrics, preferred_of_pair
 from kvpref.outputs import HeadOptions, ResponseLogps
@@ -66,6 +67,7 @@ class PairLoss(PreferenceLoss):
     al. 2024 (arXiv 2406.11827), with its weight alignment."""
 
     needs_reference = True
+    learning_rates = PREFERENCE_RATES
 
     def __post_init__(self) -> None:
         check_positive(self.name, beta=self.beta)

@@ -13,6 +13,7 @@ from kvpref.batch import Batch
 from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_not_negative, check_number, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
+from kvpref.losses.learning_rates import CPO_RATES, ORPO_RATES, SIMPO_RATES
 from kvpref.losses.pairs.dpo import smoothed_logistic
 from kvpref.losses.pairs.preferred import pair_indices, pair_metrics, preferred_of_pair
 from kvpref.outputs import ResponseLogps
@@ -69,6 +70,7 @@ class SimPO(ReferenceFreeLoss):
     """
 
     name = "simpo"
+    learning_rates = SIMPO_RATES
 
     beta: float = 2.0
     """Scale of the mean log-probs."""
@@ -126,6 +128,7 @@ class ORPO(ReferenceFreeLoss):
     """
 
     name = "orpo"
+    learning_rates = ORPO_RATES
 
     beta: float = 0.1
     """Weight of the odds ratio."""
@@ -148,6 +151,7 @@ class CPO(ReferenceFreeLoss):
     """
 
     name = "cpo"
+    learning_rates = CPO_RATES
 
     beta: float = 0.1
     """Scale of the log-probs."""

@@ -17,6 +17,7 @@ from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_not_negative, check_number
 from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
+from kvpref.losses.learning_rates import POLICY_GRADIENT_RATES
 from kvpref.losses.policy_gradient.advantages import SCALES, group_advantages, score_deviations
 from kvpref.losses.policy_gradient.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
 from kvpref.losses.scores import EQUAL_SCORES, has_preference, rated_indices, rated_responses
@@ -82,6 +83,7 @@ class PolicyGradient(PreferenceLoss):
     baseline: ClassVar[str] = "mean"
     kl_in_rewards: ClassVar[bool] = False
     unit = "sequences"
+    learning_rates = POLICY_GRADIENT_RATES
 
     def __post_init__(self) -> None:
         check_choice(self.name, SCALES, scale_rewards=self.scale_rewards)

@@ -1,0 +1,67 @@
+"""What the trainer takes for settings that nobody gave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from kvpref.data.budgets import default_budget
+from kvpref.data.lengths import GroupLengths
+from kvpref.errors import InputError
+from kvpref.training.adapters import is_peft, trains_adapter_only
+
+if TYPE_CHECKING:
+    from kvpref.losses import PreferenceLoss
+    from kvpref.training.arguments import PreferenceTrainingArguments
+
+AUTO: Literal["auto"] = "auto"
+"""The token budget that `token_budget` chooses."""
+
+
+def with_defaults(
+    args: PreferenceTrainingArguments, loss: PreferenceLoss, model: nn.Module
+) -> PreferenceTrainingArguments:
+    """The arguments with what follows from the loss and the model; those that were given stay, and so does `args`."""
+    resolved = copy(args)
+    if args.learning_rate is None:
+        resolved.learning_rate = loss.learning_rates.rate(adapter_only=trains_an_adapter(model))
+    if args.max_tokens_per_micro_batch == AUTO and loss.couples_groups:
+        # A cut would change the loss, which a default must not do.
+        resolved.max_tokens_per_micro_batch = None
+    return resolved
+
+
+def trains_an_adapter(model: nn.Module) -> bool:
+    """Whether an adapter is all that is trained."""
+    return is_peft(model) and trains_adapter_only(model)
+
+
+def check_token_budget(budget: int | str | None) -> None:
+    """Raise InputError if it is none."""
+    is_number = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+    if not is_number and budget not in (AUTO, None):
+        raise InputError(
+            f"max_tokens_per_micro_batch must be a number of at least 1, {AUTO!r}, or None for no bound; got {budget!r}"
+        )
+
+
+def token_budget(args: PreferenceTrainingArguments, lengths: Sequence[GroupLengths]) -> int | None:
+    """Most tokens of a micro-batch, counted as the mode counts them; None for no bound.
+
+    A default does not refuse data: it is at least what the largest group takes.
+
+    Args:
+        args: With the budget that was given, or `AUTO`.
+        lengths: Of the groups that are to be cut into micro-batches.
+    """
+    budget = args.max_tokens_per_micro_batch
+    return default_budget(lengths, args.mode) if isinstance(budget, str) else budget
+
+
+def device_has_bf16() -> bool:
+    """Whether the GPU computes in bf16 by itself; PyTorch also emulates it on older ones, which is slow."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
