@@ -65,9 +65,12 @@ class Group:
         id: Where the group came from, used in error messages (``file:line``, say).
         columns: Extra columns of the data, by name. A list (or tuple) with one entry per sequence is theirs; anything
             else is the group's.
+        ranks: In place of scores, where only an order is known: one number per sequence, 1 for the best, or None where
+            unranked. The scores are then the negated ranks, which losses that need more than an order refuse.
 
     Raises:
-        ValueError: If there are no sequences, or scores or labels have another length.
+        ValueError: If there are no sequences, scores, ranks or labels have another length, or both scores and ranks
+            are given.
     """
 
     sequences: tuple[Sequence, ...]
@@ -75,6 +78,7 @@ class Group:
     labels: tuple[bool, ...] | None
     id: str | None
     columns: Mapping[str, Any]
+    ranks: tuple[float | None, ...] | None
 
     def __init__(
         self,
@@ -83,15 +87,22 @@ class Group:
         labels: AbstractSequence[bool] | None = None,
         id: str | None = None,
         columns: Mapping[str, Any] | None = None,
+        ranks: AbstractSequence[float | None] | None = None,
     ) -> None:
+        if ranks is not None:
+            if scores is not None:
+                raise ValueError(f"group {id!r}: both scores and ranks are given; keep one of the two")
+            scores = [None if rank is None else -float(rank) for rank in ranks]
         object.__setattr__(self, "sequences", tuple(sequences))
         object.__setattr__(self, "scores", None if scores is None else tuple(scores))
+        object.__setattr__(self, "ranks", None if ranks is None else tuple(ranks))
         object.__setattr__(self, "labels", None if labels is None else tuple(labels))
         object.__setattr__(self, "id", id)
         object.__setattr__(self, "columns", {} if columns is None else dict(columns))
         if not self.sequences:
             raise ValueError(f"group {id!r} has no sequences")
-        for name, values in (("scores", self.scores), ("labels", self.labels)):
+        rated = "scores" if self.ranks is None else "ranks"
+        for name, values in ((rated, self.scores), ("labels", self.labels)):
             if values is not None and len(values) != len(self.sequences):
                 raise ValueError(
                     f"group {id!r}: {name} must have one entry per sequence; "
@@ -105,8 +116,9 @@ class Group:
         """The group with only these sequences, in this order, and what belongs to them."""
         return Group(
             [self.sequences[index] for index in indices],
-            scores=None if self.scores is None else [self.scores[index] for index in indices],
+            scores=None if self.scores is None or self.ranks is not None else [self.scores[index] for index in indices],
             labels=None if self.labels is None else [self.labels[index] for index in indices],
+            ranks=None if self.ranks is None else [self.ranks[index] for index in indices],
             id=self.id,
             columns={
                 name: [value[index] for index in indices] if self.is_per_sequence(value) else value

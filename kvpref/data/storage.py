@@ -27,6 +27,7 @@ class PackedGroups:
         self._sequence_ends = array("q", [0])
         self._group_ends = array("q", [0])
         self._scores: list[tuple[float | None, ...] | None] = []
+        self._ranks: dict[int, tuple[float | None, ...]] = {}  # only of groups that have any
         self._labels: list[tuple[bool, ...] | None] = []
         self._ids: list[str | None] = []
         self._columns: dict[int, dict[str, Any]] = {}  # only of groups that have any
@@ -41,6 +42,8 @@ class PackedGroups:
             self._sequence_ends.append(len(self._input_ids))
         self._group_ends.append(len(self._sequence_ends) - 1)
         self._scores.append(group.scores)
+        if group.ranks is not None:
+            self._ranks[len(self._ids)] = group.ranks
         self._labels.append(group.labels)
         if group.columns:
             self._columns[len(self._ids)] = {name: _packed(value) for name, value in group.columns.items()}
@@ -54,9 +57,11 @@ class PackedGroups:
             Sequence(self._input_ids[start:end], [flag == 1 for flag in self._scored[start:end]])
             for start, end in self._spans(index)
         ]
+        ranks = self._ranks.get(index)
         return Group(
             sequences,
-            scores=self._scores[index],
+            scores=self._scores[index] if ranks is None else None,
+            ranks=ranks,
             labels=self._labels[index],
             id=self._ids[index],
             columns=self._columns_of(index),
@@ -90,7 +95,7 @@ class PackedGroups:
         return {name: _unpacked(value) for name, value in self._columns.get(index, {}).items()}
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over token ids, scored flags, labels, scores and columns; not ids, since they hold paths."""
+        """Hex SHA-256 over token ids, scored flags, labels, scores, ranks and columns; not ids, which hold paths."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             self._add_to(digest, index)
@@ -117,14 +122,25 @@ class PackedGroups:
             digest.update(self._scored[start:end])
         labels, scores = self._labels[index], self._scores[index]
         digest.update(b"-" if labels is None else b"l" + bytes(labels))
-        digest.update(b"-" if scores is None else b"s" + b"".join(map(_score_bytes, scores)))
+        kind = b"r" if index in self._ranks else b"s"
+        digest.update(b"-" if scores is None else kind + b"".join(map(_score_bytes, scores)))
         if index in self._columns:
             # Groups made in memory may hold what JSON cannot.
-            digest.update(b"c" + json.dumps(self._columns_of(index), sort_keys=True, default=repr).encode())
+            columns = _whole_numbers(self._columns_of(index))
+            digest.update(b"c" + json.dumps(columns, sort_keys=True, default=repr).encode())
 
 
 def _score_bytes(score: float | None) -> bytes:
     return b"-" if score is None else b"=" + struct.pack("<d", score)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """Floats that are whole as integers: a column of a table has one type for all rows, a line of JSON its own."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    return [_whole_numbers(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _packed(value: Any) -> Any:

@@ -69,7 +69,8 @@ def _with_mismatched(group: Group, others: list[Group], index: int) -> Group:
     }
     return Group(
         [*group.sequences, *added],
-        scores=None if group.scores is None else [*group.scores, *fill],
+        scores=None if group.scores is None or group.ranks is not None else [*group.scores, *fill],
+        ranks=None if group.ranks is None else [*group.ranks, *fill],
         labels=None if group.labels is None else [*group.labels, *[False] * len(added)],
         id=group.id,
         columns={**columns, MISMATCHED: [False] * len(group) + [True] * len(added)},

@@ -14,10 +14,11 @@ from torch.nn.functional import softplus
 
 from kvpref.batch import Batch
 from kvpref.errors import InputError
+from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_positive
 from kvpref.losses.interface import LossOutput
 from kvpref.losses.learning_rates import PREFERENCE_RATES
-from kvpref.losses.scores import ComparesScores, RatedResponses, rated_responses
+from kvpref.losses.scores import ComparesScores, RatedResponses, check_not_ranks, rated_responses
 from kvpref.outputs import ResponseLogps
 
 
@@ -84,6 +85,16 @@ class LiPO(RankingLoss):
     """
 
     name = "lipo"
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+        for group in batch.groups:
+            check_not_ranks(group, self.name)
+        return super().__call__(policy, reference, batch)
+
+    def select(self, group: Group) -> Group:
+        """As the base; ranks are refused here, before training."""
+        check_not_ranks(group, self.name)
+        return super().select(group)
 
     def group_losses(self, rewards: torch.Tensor, rated: RatedResponses) -> torch.Tensor:
         ahead = rewards.detach().masked_fill(~rated.rated, -torch.inf)

@@ -17,6 +17,7 @@ from kvpref.losses.ranking import mean_over, pair_means, plackett_luce_losses, p
 from kvpref.losses.scores import (
     ComparesScores,
     RatedResponses,
+    check_not_ranks,
     rated_indices,
     rated_responses,
     response_scores,
@@ -140,8 +141,8 @@ class RewardRegression(RewardLoss):
         check_choice("reward_regression", REGRESSIONS, objective=self.objective)
 
     def __call__(self, policy: ResponseRewards, reference: None, batch: Batch) -> LossOutput:  # type: ignore[override]
-        if self.objective == "bce":
-            _check_probabilities(batch)
+        for group in batch.groups:
+            self._check(group)
         rated = rated_responses(batch)
         rewards = policy.rewards[rated.rows[rated.rated]]
         scores = rated.scores[rated.rated].to(rewards.dtype)
@@ -155,11 +156,14 @@ class RewardRegression(RewardLoss):
         return len(rated_indices(group))
 
     def select(self, group: Group) -> Group:
+        """The rated responses; scores that cannot be regressed to are refused here, before training."""
+        self._check(group)
         return group.take(rated_indices(group))
 
-
-def _check_probabilities(batch: Batch) -> None:
-    for group in batch.groups:
+    def _check(self, group: Group) -> None:
+        check_not_ranks(group, "reward_regression")
+        if self.objective != "bce":
+            return
         outside = [score for score in response_scores(group) if score is not None and not 0 <= score <= 1]
         if outside:
             raise InputError(

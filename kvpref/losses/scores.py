@@ -74,6 +74,20 @@ def has_preference(group: Group) -> bool:
     return len(set(response_scores(group)) - {None}) > 1
 
 
+def check_not_ranks(group: Group, loss: str) -> None:
+    """For losses that read how good a response is by itself, or that change when all scores of a group rise alike.
+
+    Raises:
+        InputError: If of the group's responses only the order is known.
+    """
+    if group.ranks is not None:
+        raise InputError(
+            f"{group.id}: {loss} reads how good each response is by itself, and ranks say only which one is better; "
+            "give `scores` in place of `ranks`, or take a loss that compares: all_pairs, plackett_luce or grpo; "
+            "bradley_terry or plackett_luce_reward for reward models"
+        )
+
+
 def rated_responses(batch: Batch) -> RatedResponses:
     """The scores of a batch as tensors on its device.
 

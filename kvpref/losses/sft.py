@@ -15,7 +15,7 @@ from kvpref.losses.checks import check_choice, check_positive
 from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import LIKELIHOOD_RATES
 from kvpref.losses.pairs.preferred import best_sequence
-from kvpref.losses.scores import response_scores
+from kvpref.losses.scores import check_not_ranks, response_scores
 from kvpref.outputs import ResponseLogps
 
 
@@ -119,6 +119,7 @@ class WeightedSFT(PreferenceLoss):
 
     def _given(self, group: Group) -> list[float]:
         if self.weights == "scores":
+            check_not_ranks(group, "weighted_sft with weights='scores'")
             weights = [0.0 if score is None else score for score in response_scores(group)]
         else:
             column: Any = group.columns.get(self.weights)

@@ -15,6 +15,7 @@ from kvpref.losses.checks import check_not_negative, check_number, check_positiv
 from kvpref.losses.interface import Groups, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import GOOD_OR_BAD_RATES
 from kvpref.losses.mismatched import add_mismatched, mismatched_flags
+from kvpref.losses.scores import check_not_ranks
 from kvpref.outputs import ResponseLogps
 
 
@@ -91,11 +92,17 @@ class UnpairedLoss(PreferenceLoss):
         """Responses, without the mismatched ones."""
         return sum(not flag for flag in mismatched_flags(group))
 
+    def select(self, group: Group) -> Group:
+        """The whole group; one that does not say which responses are desirable is refused here, before training."""
+        self._desirable(group)
+        return group
+
     def _desirable(self, group: Group) -> list[bool]:
         """One flag per sequence, False for mismatched ones."""
         flags = mismatched_flags(group)
         if group.labels is not None:
             return [label and not flag for label, flag in zip(group.labels, flags, strict=True)]
+        check_not_ranks(group, self.name)
         scores = group.scores or (None,) * len(group)
         for index, (score, flag) in enumerate(zip(scores, flags, strict=True)):
             if score is None and not flag:
@@ -142,7 +149,7 @@ class KTO(UnpairedLoss):
 
     def prepare(self, groups: Groups) -> Iterable[Group]:
         """Each group with mismatched responses; see `add_mismatched`."""
-        return add_mismatched(groups, self.num_mismatched)
+        return map(self.select, add_mismatched(groups, self.num_mismatched))
 
     def reference_point(self, ratios: torch.Tensor, mismatched: torch.Tensor) -> torch.Tensor:
         if not mismatched.numel():
