@@ -1,4 +1,4 @@
-"""Rows from JSON lines, JSON, Parquet or `datasets`, each with the place it came from.
+"""Rows from JSON lines, JSON, Parquet, Arrow, `datasets` or memory, each with the place it came from.
 
 A row that cannot be decoded comes back as a `RawRow` with an error, so that the caller decides whether to stop; a
 source that cannot be read at all raises.
@@ -7,56 +7,71 @@ source that cannot be read at all raises.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvpref.data.raw_rows import RawRow
+from kvpref.data.tables import read_arrow, read_dataset, read_loaded_dataset, read_parquet
 from kvpref.errors import InputError
 
-ROW_FIELDS = ("prompt", "chosen", "rejected", "responses", "scores")
-"""The columns that are read, besides extra ones that are asked for by name."""
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+"""A path or a name, or rows in memory: a `datasets.Dataset`, or any iterable of dicts."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One decoded row, or the reason why it could not be decoded.
-
-    Args:
-        location: ``file:line`` or ``file:row N``, counted from 1.
-        value: The decoded value, of any type.
-        error: Why there is no value, or None.
-    """
-
-    location: str
-    value: object = None
-    error: str | None = None
+def source_name(data: Source) -> str:
+    """What messages call the source."""
+    return os.fspath(data) if isinstance(data, str | os.PathLike) else "the rows given"
 
 
-def read_rows(data: str, columns: Sequence[str] = ()) -> Iterator[RawRow]:
+def read_rows(data: Source, columns: Sequence[str] = ()) -> Iterator[RawRow]:
     """Read the rows of a file or a dataset, in order.
 
     Args:
-        data: A path ending in .jsonl, .ndjson, .json (a list of objects) or .parquet; or a local dataset folder or
-            hub name, optionally followed by ``:split`` (default ``train``).
+        data: A path ending in .jsonl, .ndjson, .json (a list of objects), .parquet, .arrow or .feather; a local dataset
+            folder or hub name, optionally followed by ``:split`` (default ``train``); or rows in memory.
         columns: Extra columns to read where rows come from a table; JSON rows hold all of their fields anyway.
 
     Raises:
         InputError: If the source is missing, of an unknown kind, or cannot be read at all.
     """
-    path = Path(data)
+    if not isinstance(data, str | os.PathLike):
+        yield from _read_memory(data, columns)
+        return
+    name = os.fspath(data)
+    path = Path(name)
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir() or (reader is None and not path.exists()):
-        yield from _read_dataset(data, columns)
+        yield from read_dataset(name, columns, tuple(_READERS))
         return
     if reader is None:
-        raise InputError(f"{data}: unknown file type {path.suffix!r}; rename the file to one of {', '.join(_READERS)}")
+        raise InputError(f"{name}: unknown file type {path.suffix!r}; rename the file to one of {', '.join(_READERS)}")
     if not path.exists():
-        raise InputError(f"{data}: no such file; check the path")
+        raise InputError(f"{name}: no such file; check the path")
     try:
         yield from reader(path, columns)
     except OSError as error:
-        raise InputError(f"{data}: the file cannot be read ({error}); check the path and its permissions") from error
+        raise InputError(f"{name}: the file cannot be read ({error}); check the path and its permissions") from error
+
+
+def _read_memory(data: Any, columns: Sequence[str]) -> Iterator[RawRow]:
+    kind = type(data).__name__
+    if isinstance(data, Mapping):
+        splits = ", ".join(map(str, data)) or "none"
+        raise InputError(f"expected rows, found a {kind} of {splits}; take one of its splits, as in data['train']")
+    # Known by what they can do: importing `datasets` takes seconds.
+    if hasattr(data, "select_columns") and hasattr(data, "column_names"):
+        if not hasattr(data, "__len__"):
+            raise InputError(f"expected rows, found an {kind}, which is of no known length; load it without streaming")
+        yield from read_loaded_dataset(data, columns)
+        return
+    try:
+        rows = iter(data)
+    except TypeError:
+        raise InputError(f"expected a path, a dataset or a list of rows, found {kind}") from None
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(f"row {number}", dict(row) if isinstance(row, Mapping) else row)
 
 
 def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
@@ -105,75 +120,11 @@ def _read_json(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
         yield RawRow(f"{path}:row {number}", row)
 
 
-def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            known = _known_columns(str(path), file.schema_arrow.names, columns)
-            number = 0
-            for batch in file.iter_batches(batch_size=1000, columns=known):
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield _parquet_row(batch.slice(index, 1), f"{path}:row {number}")
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error}); write it again") from error
-
-
-def _parquet_row(batch: Any, location: str) -> RawRow:
-    # Arrow does not check strings, so invalid UTF-8 shows only when a row is turned into Python objects.
-    try:
-        return RawRow(location, batch.to_pylist()[0])
-    except UnicodeDecodeError:
-        return RawRow(location, error="invalid UTF-8 in a string column")
-
-
-def _known_columns(source: str, names: list[str], extra: Sequence[str]) -> list[str]:
-    if not any(name in ROW_FIELDS for name in names):
-        raise InputError(
-            f"{source}: no column is named {', '.join(ROW_FIELDS)}; found {', '.join(names) or 'none'}; rename them"
-        )
-    # An extra column that is missing is missing in every row, and named there.
-    return [name for name in names if name in ROW_FIELDS or name in extra]
-
-
-def _read_dataset(data: str, columns: Sequence[str]) -> Iterator[RawRow]:
-    name, split = (data, "") if Path(data).is_dir() or ":" not in data else data.rsplit(":", maxsplit=1)
-    dataset = _open_dataset(name, split)
-    dataset = dataset.select_columns(_known_columns(data, dataset.column_names, columns))
-    for number, row in enumerate(dataset, start=1):
-        yield RawRow(f"{name}:{split or 'train'}:row {number}", row)
-
-
-def _open_dataset(name: str, split: str) -> Any:
-    import datasets
-
-    folder = Path(name)
-    try:
-        if (folder / "dataset_dict.json").exists():
-            return datasets.load_from_disk(name)[split or "train"]
-        if (folder / "state.json").exists():
-            saved = datasets.load_from_disk(name)
-            if split and str(saved.split) != split:
-                raise InputError(
-                    f"{name}: holds one dataset of split {saved.split}, not {split!r}; leave ':{split}' out"
-                )
-            return saved
-        return datasets.load_dataset(name, split=split or "train")
-    except InputError:
-        raise
-    except Exception as error:  # datasets raises errors of many unrelated classes for a name it cannot serve
-        raise InputError(
-            f"{name}: neither a file ({', '.join(_READERS)}) nor a dataset with split {split or 'train'!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
-            "check the path, or the name and its ':split'"
-        ) from error
-
-
 _READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
 }

@@ -106,8 +106,8 @@ def test_parquet_with_an_invalid_string_names_its_row(tmp_path: Path):
 
 def test_parquet_without_known_columns_lists_what_there_is(tmp_path: Path):
     path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"]}), path)
-    with pytest.raises(InputError, match="found question"):
+    pyarrow.parquet.write_table(pyarrow.table({"title": ["a"]}), path)
+    with pytest.raises(InputError, match="found title"):
         list(read_rows(str(path)))
 
 
@@ -127,7 +127,7 @@ def test_missing_file(tmp_path: Path, name: str):
 def test_unknown_file_type_lists_the_known_ones(tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,chosen\n")
-    with pytest.raises(InputError, match=r"\.jsonl, \.ndjson, \.json, \.parquet"):
+    with pytest.raises(InputError, match=r"\.jsonl, \.ndjson, \.json, \.parquet, \.arrow, \.feather"):
         list(read_rows(str(path)))
 
 

@@ -113,9 +113,9 @@ def test_bad_row(value, reason):
     assert reason in str(caught.value)
 
 
-def test_ranks_are_scores_the_other_way_round() -> None:
+def test_ranks_are_no_scores() -> None:
     row = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 1, None]}
-    assert parse_row(row).scores == (-2.0, -1.0, None)
+    assert (parse_row(row).scores, parse_row(row).ranks) == (None, (2.0, 1.0, None))
     with pytest.raises(RowError, match="both `scores` and `ranks`"):
         parse_row({**row, "scores": [1, 2, 3]})
     with pytest.raises(RowError, match=r"`ranks\[1\]` must be a number or null, found string"):

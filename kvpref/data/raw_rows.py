@@ -1,0 +1,22 @@
+"""A decoded row and where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One decoded row, or the reason why it could not be decoded.
+
+    Args:
+        location: ``file:line``, ``file:row N``, or ``row N`` in memory, counted from 1.
+        value: The decoded value, of any type.
+        error: Why there is no value, or None.
+        left_out: Columns of its table that were not decoded, since nothing reads them.
+    """
+
+    location: str
+    value: object = None
+    error: str | None = None
+    left_out: tuple[str, ...] = ()
