@@ -186,6 +186,8 @@ def _print_data(console: Console, report: DataReport, statistics: DataStatistics
             "responses cut": f"{report.num_truncated_responses} responses, {report.response_tokens_cut} tokens",
         },
     )
+    for line in report.notices:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for row in report.bad_rows[:MAX_BAD_ROWS_SHOWN]:
         console.print(f"skipped {row.location}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
     if len(report.bad_rows) > MAX_BAD_ROWS_SHOWN:

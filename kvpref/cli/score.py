@@ -73,6 +73,7 @@ def score(
     from kvpref.cli.loading import load_matching_tokenizer, load_model
     from kvpref.data import DataOptions, load_preferences
     from kvpref.plans import MODES
+    from kvpref.training.inputs import check_lengths
 
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
@@ -84,6 +85,10 @@ def score(
         on_bad_row=on_bad_row,  # type: ignore[arg-type]
     )
     groups = load_preferences(data, load_matching_tokenizer(tokenizer, model, loaded), options)
+    if groups.report is not None:
+        for line in groups.report.lines():
+            print(line, file=sys.stderr)
+    check_lengths(groups, loaded)
     measure = _rewards if reward_model else _logps
     rows = sorted(_score(loaded, groups, mode, max_tokens, measure), key=lambda row: (row["group"], row["response"]))
     if all(row.get("score") is None for row in rows):

@@ -59,10 +59,8 @@ def load_data(
     groups = load_preferences(source, tokenizer, options)
     found = groups.report
     assert found is not None
-    report(
-        f"{source}: {len(groups)} groups; {len(found.bad_rows)} bad rows skipped; "
-        f"{found.num_truncated_prompts} prompts and {found.num_truncated_responses} responses cut"
-    )
+    for line in found.lines():
+        report(line)
     if found.bad_rows and args.process_index == 0:
         path = Path(args.output_dir or ".") / f"{Path(source).stem}.{BAD_ROWS_FILE}"
         path.parent.mkdir(parents=True, exist_ok=True)

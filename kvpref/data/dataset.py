@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 from kvpref.data.lengths import GroupLengths, measure_group
 from kvpref.data.messages import RowError
-from kvpref.data.reading import RawRow, read_rows
+from kvpref.data.raw_rows import RawRow
+from kvpref.data.reading import Source, read_rows, source_name
 from kvpref.data.rendering import RenderedRow, render_row
-from kvpref.data.report import BadRow, DataReport
+from kvpref.data.report import BadRow, DataReport, Notes
 from kvpref.data.rows import PreferenceRow, parse_row
 from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.storage import PackedGroups
@@ -127,12 +128,13 @@ class PreferenceDataset:
 
 
 def load_preferences(
-    data: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions | None = None
+    data: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions | None = None
 ) -> PreferenceDataset:
     """Read, check and tokenize preference data.
 
     Args:
-        data: A .jsonl, .json or .parquet file, or a dataset folder or hub name, optionally with ``:split``.
+        data: A .jsonl, .json, .parquet or .arrow file, or a dataset folder or hub name, optionally with ``:split``; or
+            rows in memory: a `datasets.Dataset`, or any iterable of dicts.
         tokenizer: A Hugging Face tokenizer. Rows of messages need its chat template.
         options: Limits, and what to do with bad rows; `DataOptions()` if None.
 
@@ -153,8 +155,8 @@ def load_preferences(
 class _Loader:
     """Turns raw rows into groups, a tokenizer call at a time, and keeps the report's counts."""
 
-    def __init__(self, data: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> None:
-        self._data = data
+    def __init__(self, data: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> None:
+        self._data = source_name(data)
         self._options = options
         self._tokenizer = SequenceTokenizer(tokenizer)
         self._pending: list[tuple[str, RenderedRow]] = []
@@ -164,9 +166,11 @@ class _Loader:
         self._bad_rows: list[BadRow] = []
         self._num_rows = 0
         self._truncation: Counter[str] = Counter()
+        self._notes = Notes()
 
     def add(self, raw: RawRow) -> None:
         self._num_rows += 1
+        self._notes.unread.update(raw.left_out)
         try:
             if raw.error is not None:
                 raise RowError(raw.error)
@@ -199,6 +203,7 @@ class _Loader:
             num_rows=self._num_rows,
             num_groups=len(self._groups),
             bad_rows=tuple(self._bad_rows),
+            notices=self._notes.lines(),
             **self._truncation,
         )
         return PreferenceDataset(self._groups, report)
@@ -213,6 +218,7 @@ class _Loader:
                 if isinstance(sequences, RowError):
                     raise sequences
                 self._groups.append(self._build_group(location, row, sequences))
+                self._notes.add(row.row)
             except RowError as error:
                 self._reject(location, str(error))
 
@@ -236,6 +242,7 @@ class _Loader:
         return Group(
             [Sequence(sequence.input_ids, sequence.scored) for sequence in truncated.sequences],
             scores=row.row.scores,
+            ranks=row.row.ranks,
             labels=row.row.labels,
             id=location,
             columns=row.row.columns,

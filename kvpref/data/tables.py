@@ -32,7 +32,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
 
 
 def read_arrow(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
-    """The rows of an Arrow file, in the format of files (Feather too) or in that of streams, which `datasets` writes."""
+    """The rows of an Arrow file: in the format of files (Feather, too), or of streams, which `datasets` writes."""
     import pyarrow
     import pyarrow.ipc
 

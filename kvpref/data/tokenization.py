@@ -145,7 +145,7 @@ class SequenceTokenizer:
                 )
             )
         if row.spans is None:
-            sequences = _share_prompt(sequences)
+            sequences = _share_prompt(sequences, {*self.leading_ids, self.bos_token_id})
         if all(sequence.num_prompt_tokens for sequence in sequences):
             return sequences
         if self.bos_token_id is None:
@@ -187,8 +187,14 @@ class SequenceTokenizer:
         return [self.eos_token_id]
 
 
-def _share_prompt(sequences: list[TokenizedSequence]) -> list[TokenizedSequence]:
+def _share_prompt(sequences: list[TokenizedSequence], leading: set[int | None]) -> list[TokenizedSequence]:
+    """Take the common tokens as the prompt; `leading` ones, which begin every text, are none."""
     num_prompt_tokens = num_shared(sequences[0].input_ids, sequences[1].input_ids)
+    if leading.issuperset(sequences[0].input_ids[:num_prompt_tokens]):
+        raise RowError(
+            "`chosen` and `rejected` have no common beginning, so there is no prompt; add a `prompt` field "
+            "(an empty one if there is none)"
+        )
     if any(num_prompt_tokens == len(sequence.input_ids) for sequence in sequences):
         raise RowError("`chosen` and `rejected` do not differ after their common beginning; add a `prompt` field")
     return [TokenizedSequence(sequence.input_ids, num_prompt_tokens) for sequence in sequences]

@@ -149,8 +149,14 @@ def test_empty_prompt_without_bos_is_a_bad_row(load, write_jsonl, build_tokenize
 def test_implicit_prompt_is_the_common_token_prefix(tokenizer, load):
     group = load(tokenizer, {"chosen": "the quick fox", "rejected": "the quick dog"})[0]
     assert [scored_text(tokenizer, sequence) for sequence in group.sequences] == [" fox</s>", " dog</s>"]
-    nothing_shared = load(tokenizer, {"chosen": "the fox", "rejected": "hello fox"})[0]
-    assert [prompt_text(tokenizer, sequence) for sequence in nothing_shared.sequences] == ["<s>", "<s>"]
+    for first, second in (("the fox", "hello fox"), ("<s>the fox", "<s>hello fox")):
+        with pytest.raises(InputError, match=r":1: .*no common beginning, so there is no prompt; add a `prompt`"):
+            load(tokenizer, {"chosen": first, "rejected": second})
+    # Letters in common are not enough: the model reads tokens.
+    with pytest.raises(InputError, match="no common beginning"):
+        load(tokenizer, {"chosen": "the", "rejected": "tfox"})
+    no_prompt = load(tokenizer, {"prompt": "", "chosen": "the fox", "rejected": "hello fox"})[0]
+    assert [prompt_text(tokenizer, sequence) for sequence in no_prompt.sequences] == ["<s>", "<s>"]
 
 
 def test_implicit_prompt_where_one_text_begins_the_other_scores_its_eos(tokenizer, load, build_tokenizer):
