@@ -15,7 +15,6 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset, StepSampler
 from kvpref.errors import InputError, RunError
-from kvpref.groups import Group
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
 from kvpref.modeling.attach import attach
 from kvpref.modeling.compilation import compile_layers
@@ -30,6 +29,7 @@ from kvpref.training.callbacks import (
     ThroughputProgressCallback,
 )
 from kvpref.training.checks import check_data, check_learnable, check_run, check_settings
+from kvpref.training.datasets import PreferenceData, prepare_data
 from kvpref.training.defaults import token_budget, with_defaults
 from kvpref.training.inputs import (
     MicroBatchInputs,
@@ -37,7 +37,6 @@ from kvpref.training.inputs import (
     make_cost_model,
     make_loader,
     make_planner,
-    select_groups,
 )
 from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
@@ -54,11 +53,12 @@ class PreferenceTrainer(Trainer):
     Args:
         model: A causal language model of a supported family, possibly a PEFT model. It is attached here.
         args: The arguments; they also name the loss, unless `loss` is given.
-        train_dataset: From `kvpref.data.load_preferences`, or a list of `kvpref.Group`.
+        train_dataset: From `kvpref.data.load_preferences`, a list of `kvpref.Group`; or rows (a `datasets.Dataset`, a
+            list of dicts, the path of a file), which `processing_class` tokenizes.
         eval_dataset: The same, for evaluation.
         loss: A loss of your own: ``loss(policy, reference, batch) -> LossOutput``.
         reference_model: A model to compare with instead of `model` as it is now. It is attached and put in eval mode.
-        processing_class: The tokenizer, saved beside the model.
+        processing_class: The tokenizer, for rows, and saved beside the model.
         callbacks: As in `transformers.Trainer`.
         **kwargs: Further arguments of `transformers.Trainer`, such as `optimizers`.
 
@@ -76,8 +76,8 @@ class PreferenceTrainer(Trainer):
         self,
         model: nn.Module,
         args: PreferenceTrainingArguments,
-        train_dataset: PreferenceDataset | list[Group] | None = None,
-        eval_dataset: PreferenceDataset | list[Group] | None = None,
+        train_dataset: PreferenceData | None = None,
+        eval_dataset: PreferenceData | None = None,
         *,
         loss: PreferenceLoss | LossFunction | None = None,
         reference_model: nn.Module | None = None,
@@ -96,8 +96,8 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=None if train_dataset is None else select_groups(train_dataset, self.loss),
-            eval_dataset=None if eval_dataset is None else select_groups(eval_dataset, self.loss),
+            train_dataset=prepare_data(train_dataset, "train_dataset", self.loss, args, processing_class),
+            eval_dataset=prepare_data(eval_dataset, "eval_dataset", self.loss, args, processing_class),
             processing_class=processing_class,
             callbacks=[MetricsFileCallback(), *(callbacks or [])],
             **kwargs,
@@ -212,7 +212,7 @@ class PreferenceTrainer(Trainer):
 
     def evaluate(  # type: ignore[override]
         self,
-        eval_dataset: PreferenceDataset | list[Group] | None = None,
+        eval_dataset: PreferenceData | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -230,7 +230,7 @@ class PreferenceTrainer(Trainer):
         is_own = eval_dataset is None or eval_dataset is self.eval_dataset
         dataset = self.eval_dataset
         if eval_dataset is not None and not is_own:
-            dataset = select_groups(eval_dataset, self.loss)
+            dataset = prepare_data(eval_dataset, "eval_dataset", self.loss, self.args, self.processing_class)
         if dataset is None:
             raise InputError("evaluation needs an eval_dataset")
         if is_own:
