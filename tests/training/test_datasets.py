@@ -108,7 +108,7 @@ def test_what_is_no_data_is_told_in_one_line(tmp_path: Path, tokenizer: Any, dat
 
 
 def test_rows_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="train_dataset holds rows, and there is no tokenizer.*processing_class"):
+    with pytest.raises(InputError, match=r"train_dataset holds rows, and there is no tokenizer.*processing_class"):
         make_trainer(tmp_path, None, ROWS)
     with pytest.raises(InputError, match="eval_dataset holds rows"):
         make_trainer(tmp_path, None, None).evaluate(ROWS)
