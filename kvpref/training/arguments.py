@@ -24,6 +24,12 @@ from kvpref.training.defaults import AUTO, check_token_budget, device_has_bf16
 REFERENCES = ("start", "base")
 
 
+def check_processes(args: TrainingArguments) -> None:
+    """Raise InputError unless all processes that were started train together."""
+    alone = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED)
+    check_all_joined(args.world_size, is_distributed=args.parallel_mode not in alone)
+
+
 @dataclass
 class PreferenceTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` for preference data.
@@ -159,8 +165,7 @@ class PreferenceTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not on_cpu and device_has_bf16()
         super().__post_init__()
-        alone = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED)
-        check_all_joined(self.world_size, is_distributed=self.parallel_mode not in alone)
+        check_processes(self)
         check_token_budget(self.max_tokens_per_micro_batch)
         self._check_reference()
         options = self.engine_options()

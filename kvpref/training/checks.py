@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 
@@ -16,7 +17,7 @@ from kvpref.losses import PreferenceLoss, loss_name, registered_name
 from kvpref.modeling.head import is_reward_model
 from kvpref.modeling.shape import model_shape
 from kvpref.modeling.support import unwrap
-from kvpref.training.arguments import PreferenceTrainingArguments
+from kvpref.training.arguments import PreferenceTrainingArguments, check_processes
 from kvpref.training.evaluation import check_best_metric, check_evaluation
 from kvpref.training.inputs import check_lengths
 from kvpref.training.rounding import warn_of_lost_steps
@@ -26,6 +27,7 @@ def check_settings(
     model: nn.Module, args: PreferenceTrainingArguments, loss: PreferenceLoss, eval_data: object
 ) -> None:
     """Raise InputError for arguments that cannot work whatever the data is."""
+    check_processes(args)
     check_model_kind(model, loss)
     check_evaluation(args, eval_data)
 
@@ -51,8 +53,8 @@ def check_run(
     args: PreferenceTrainingArguments,
     loss: PreferenceLoss,
     datasets: Mapping[str, PreferenceDataset | None],
-) -> list[str]:
-    """Check what can be told before a run starts.
+) -> None:
+    """Check what can be told before a run starts, and say on stderr what each data set has to teach.
 
     Args:
         model: Attached model, on its device.
@@ -60,22 +62,19 @@ def check_run(
         loss: The loss.
         datasets: ``train`` and ``eval``, where they are given.
 
-    Returns:
-        Lines for the user.
-
     Raises:
         InputError: For the first thing that does not fit.
     """
     check_backend(model, args, has_reference=loss.needs_reference)
     warn_of_lost_steps(model, args.learning_rate or 0.0, OptimizerNames(args.optim).value)
-    lines: list[str] = []
     for name, dataset in datasets.items():
         if dataset is not None:
             check_data(dataset, model, loss)
-            lines.append(check_learnable(dataset, loss, name))
+            line = check_learnable(dataset, loss, name)
+            if args.process_index == 0:
+                print(line, file=sys.stderr)
     if datasets["eval"] is not None:
         check_best_metric(args, datasets["eval"], loss, model_shape(model).hidden_size)
-    return lines
 
 
 def check_data(dataset: PreferenceDataset, model: nn.Module, loss: PreferenceLoss) -> None:

@@ -38,6 +38,7 @@ from kvpref.training.inputs import (
     make_loader,
     make_planner,
 )
+from kvpref.training.kinds import check_types
 from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.references import References
@@ -64,7 +65,7 @@ class PreferenceTrainer(Trainer):
 
     Raises:
         UnsupportedModelError: If the model would not be computed exactly.
-        InputError: If model, data, loss, reference and token budget do not fit one another.
+        InputError: If arguments, model, data, loss, reference and token budget do not fit one another.
     """
 
     args: PreferenceTrainingArguments
@@ -85,6 +86,7 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_types(model, args, loss, reference_model)
         self.loss = as_loss(args.make_loss() if loss is None else loss)
         check_settings(model, args, self.loss, eval_dataset)
         args = with_defaults(args, self.loss, model)
@@ -117,9 +119,7 @@ class PreferenceTrainer(Trainer):
         self._replace_progress()
         if args.reference_sync_steps is not None:
             self.add_callback(SyncReferenceCallback(self.references.sync, args.reference_sync_steps))
-        lines = check_run(self.model, args, self.loss, {"train": self.train_dataset, "eval": self.eval_dataset})
-        if args.process_index == 0:
-            print("\n".join(lines), file=sys.stderr)
+        check_run(self.model, args, self.loss, {"train": self.train_dataset, "eval": self.eval_dataset})
 
     # What feeds the loop
 

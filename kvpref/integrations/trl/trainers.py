@@ -19,6 +19,7 @@ from kvpref.integrations.trl.replacements import without_replaced
 from kvpref.integrations.trl.setup import Setup
 from kvpref.modeling.support import unwrap
 from kvpref.plans import MODES
+from kvpref.training.arguments import check_processes
 
 
 class _SharedPromptTrainer:
@@ -29,6 +30,7 @@ class _SharedPromptTrainer:
     """
 
     _trl_class: ClassVar[type]
+    args: Any
 
     def __init__(self, *args: Any, mode: str = "two_pass", **kwargs: Any) -> None:
         if mode not in MODES:
@@ -41,6 +43,7 @@ class _SharedPromptTrainer:
         self.kvpref_mode = mode
         with self._construction():
             super().__init__(*given.args, **given.kwargs)
+        check_processes(self.args)
 
     def _construction(self) -> AbstractContextManager[None]:
         """Entered while TRL builds the trainer: its policy and reference get kvpref's forward."""
