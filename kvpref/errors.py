@@ -1,7 +1,7 @@
 """The errors that kvpref raises for causes outside its own code.
 
-Both derive from standard exceptions, so library users can catch what they already catch; the CLI maps them to
-exit codes (2 for input and usage, 1 for a run that failed).
+InputError and RunError derive from standard exceptions, so library users can catch what they already catch; the CLI
+maps them to exit codes (2 for input and usage, 1 for a run that failed).
 """
 
 
@@ -15,3 +15,18 @@ class UnsupportedModelError(InputError):
 
 class RunError(RuntimeError):
     """A run failed after it started (NaN loss, full disk); the message says what is saved and how to go on."""
+
+
+class Interrupted(BaseException):
+    """A signal stopped a run of the command line; the message says what is saved and how to go on.
+
+    Like KeyboardInterrupt no Exception, so that nothing takes it for a failure and goes on.
+
+    Args:
+        message: For the user.
+        signal_number: Of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

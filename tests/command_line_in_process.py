@@ -23,16 +23,25 @@ def _arguments(*arguments: object) -> Iterator[None]:
 
 def run(*arguments: object) -> None:
     """`kvpref ARGUMENTS...`, which must succeed."""
-    with _arguments(*arguments), pytest.raises(SystemExit) as stopped:
+    with _arguments(*arguments), pytest.raises(SystemExit) as ended:
         cli_app.main()
-    assert stopped.value.code == 0
+    assert ended.value.code == 0
 
 
 def fail(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
     """`kvpref ARGUMENTS...`, which must fail with one error line; that line."""
-    with _arguments(*arguments), pytest.raises(SystemExit) as stopped:
+    with _arguments(*arguments), pytest.raises(SystemExit) as ended:
         cli_app.main()
-    assert stopped.value.code == code
+    assert ended.value.code == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def stopped(capsys: pytest.CaptureFixture[str], *arguments: object, code: int) -> str:
+    """`kvpref ARGUMENTS...`, which a signal must stop with one line; that line."""
+    with _arguments(*arguments), pytest.raises(SystemExit) as found:
+        cli_app.main()
+    assert found.value.code == code
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "stopped ")))
+    return line

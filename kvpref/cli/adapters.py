@@ -48,11 +48,35 @@ def load_adapter(folder: str, *, reads: str, dtype: str, **settings: Any) -> Pre
             model.config.pad_token_id = load_tokenizer(folder).pad_token_id
         return model
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{folder}: cannot load the adapter: {reason}; its base model, base_model_name_or_path in {ADAPTER_FILE}, "
-            "must be a folder with weights, or a hub name"
+            f"{folder}: cannot load the adapter: {_first_line(error)}; its base model, base_model_name_or_path in "
+            f"{ADAPTER_FILE}, must be a folder with weights, or a hub name"
         ) from error
+
+
+def read_adapter(folder: str) -> Any:
+    """The `peft.PeftConfig` of an adapter's folder.
+
+    Raises:
+        InputError: If peft is missing, or the file cannot be read.
+    """
+    peft = _import_peft()
+    try:
+        return peft.PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{Path(folder) / ADAPTER_FILE}: cannot read the adapter: {_first_line(error)}") from error
+
+
+def put_on(model: PreTrainedModel, adapter: Any) -> PreTrainedModel:
+    """`model` with an adapter of this configuration, whose weights are new.
+
+    Raises:
+        InputError: If it does not fit the model.
+    """
+    try:
+        return _import_peft().get_peft_model(model, adapter)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the adapter does not fit its base model: {_first_line(error)}") from error
 
 
 def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> PreTrainedModel:
@@ -86,6 +110,10 @@ def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> Pr
         target_modules=find_targets(model, run.lora_target_modules or ALL_LINEAR),
     )
     return peft.get_peft_model(model, config)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _import_peft() -> Any:

@@ -1,4 +1,7 @@
-"""The `kvpref` app and its exit codes: 0 ok, 1 a run that failed, 2 bad usage or bad input."""
+"""The `kvpref` app and its exit codes.
+
+0 ok, 1 a run that failed, 2 bad usage or bad input, 130 stopped by Ctrl-C (143 by SIGTERM), as shells count signals.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 import typer
 
 from kvpref.cli import bench, check, data, demo, doctor, losses, plan, profile, score, train
-from kvpref.errors import InputError, RunError
+from kvpref.errors import InputError, Interrupted, RunError
 from kvpref.ranks import refuse_many
 
 app = typer.Typer(
@@ -61,6 +64,9 @@ def main() -> None:
         _fail(str(error), code=2)
     except RunError as error:
         _fail(str(error), code=1)
+    except Interrupted as error:
+        print(f"stopped {error}", file=sys.stderr)
+        sys.exit(128 + error.signal_number)
     except OSError as error:
         if error.errno not in _WRITE_ERRORS:
             raise

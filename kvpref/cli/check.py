@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpref.cli.options import CONFIG, DEFAULT_DTYPE, DEFAULT_MODE, DTYPE, JSON, MODE
-from kvpref.errors import InputError, RunError
+from kvpref.errors import InputError, RunError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,33 +41,49 @@ def check(
 def _check_architecture(source: str) -> dict[str, Any]:
     import torch
     from rich.console import Console
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from kvpref.cli.adapters import is_adapter, put_on, read_adapter
     from kvpref.cli.loading import load_config
     from kvpref.modeling.attach import attach
     from kvpref.modeling.support import check_config
 
-    settings = load_config(source)
+    adapter = read_adapter(source) if is_adapter(source) else None
+    settings = load_config(source if adapter is None else adapter.base_model_name_or_path)
     check_config(settings)  # before building: a model of another family may not even build
+    is_reward = adapter is not None and adapter.task_type == "SEQ_CLS"
+    if is_reward:
+        settings.num_labels = 1
+    kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
+            model: PreTrainedModel = kind.from_config(settings)
+            attach(model if adapter is None else put_on(model, adapter))
+    except UnsupportedModelError:
+        raise
     except ValueError as error:
         raise InputError(f"{source}: {settings.model_type!r} has no causal language model: {error}") from error
-    attach(model)
-    Console().print(
-        f"{source}: supported ({settings.model_type}, {settings.num_hidden_layers} layers)", highlight=False
-    )
-    return {"model": source, "supported": True, "model_type": settings.model_type}
+    described = f"{settings.model_type}, {settings.num_hidden_layers} layers"
+    result = {"model": source, "supported": True, "model_type": settings.model_type}
+    if adapter is not None:
+        described += f", {adapter.peft_type.value} adapter on {adapter.base_model_name_or_path}"
+        result["base_model"] = adapter.base_model_name_or_path
+    Console().print(f"{source}: supported ({described})", highlight=False)
+    return result
 
 
 def _check_numeric(source: str | None, config: str | None, mode: str, dtype: str) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
+    from kvpref.cli.adapters import is_adapter, read_adapter
     from kvpref.cli.loading import load_model
     from kvpref.modeling.verification import compare_with_naive
 
+    if source is not None and is_adapter(source) and read_adapter(source).task_type == "SEQ_CLS":
+        raise InputError(
+            f"{source}: --numeric compares log-probs, and this is the adapter of a reward model; leave --numeric out"
+        )
     model = load_model(source, config, dtype=dtype)
     errors = compare_with_naive(model, mode=mode)
     table = Table(title=f"{source or config}: {mode} against each sequence alone", title_justify="left")

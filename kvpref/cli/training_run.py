@@ -11,6 +11,7 @@ from typing import Any
 from kvpref.cli.checkpoints import find_checkpoint, read_result, save_result
 from kvpref.cli.early_checks import check_early
 from kvpref.cli.given_settings import Settings
+from kvpref.cli.interrupts import Interrupts
 from kvpref.cli.padding import set_pad_token
 from kvpref.cli.resume_rules import LENGTH
 from kvpref.cli.resuming import CadenceCallback, resumed_settings
@@ -19,7 +20,7 @@ from kvpref.cli.run_record import RunRecord
 from kvpref.cli.setting_types import read_types
 from kvpref.cli.training_inputs import load_data, load_trained_model
 from kvpref.cli.training_settings import training_arguments, with_chosen, with_defaults
-from kvpref.errors import InputError, RunError
+from kvpref.errors import InputError, Interrupted, RunError
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 
@@ -52,7 +53,10 @@ def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]
     check_early(run, args, settings)
     checkpoint = find_checkpoint(output, resume=resume, report=report)
     trainer = _make_trainer(run, args, resume, report)
-    metrics = _train(trainer, checkpoint, report)
+    interrupts = Interrupts(output, is_main)
+    trainer.add_callback(interrupts.callback)
+    with interrupts.handled():
+        metrics = _train(trainer, checkpoint, interrupts, report)
     if is_main:
         save_result(output, metrics, _length(run))
     # Ranks leave together, and not while gloo's or NCCL's threads still hold a collective's tensors.
@@ -99,14 +103,17 @@ def _make_trainer(
     return trainer
 
 
-def _train(trainer: PreferenceTrainer, checkpoint: str | None, report: Callable[[str], None]) -> dict[str, Any]:
+def _train(
+    trainer: PreferenceTrainer, checkpoint: str | None, interrupts: Interrupts, report: Callable[[str], None]
+) -> dict[str, Any]:
     """Train, save and evaluate."""
     args = trainer.args
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (InputError, RunError):
+    except (InputError, RunError, Interrupted):
         report("")  # the line of the progress bar has no end yet
         raise
+    interrupts.check()
     metrics = {**result.metrics, **trainer.token_meter.rates(args.world_size)}
     trainer.save_model(args.output_dir)
     report(f"saved the model to {args.output_dir}")

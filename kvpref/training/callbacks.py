@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kvpref.atomic_files import write_text
 from kvpref.data import StepSampler
 from kvpref.training.meters import TokenMeter
+from kvpref.training.saving import saving
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -39,7 +41,7 @@ class MetricsFileCallback(TrainerCallback):
             return
         # Steps after the checkpoint that this run resumes from will be done again.
         lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
-        path.write_text("".join(f"{line}\n" for line in lines) if state.global_step else "")
+        write_text(path, "".join(f"{line}\n" for line in lines) if state.global_step else "")
 
     def on_log(
         self,
@@ -51,9 +53,10 @@ class MetricsFileCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             path = _metrics_path(args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            with saving(args.output_dir, state.global_step):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 class SyncReferenceCallback(TrainerCallback):

@@ -1,13 +1,30 @@
-"""What a failed write becomes."""
+"""What is saved is whole: checkpoints that count only once they are complete, and what a failed write becomes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
 
 from kvpref.errors import RunError
+from kvpref.modeling.support import unwrap
+from kvpref.training.generation_config import savable_generation_config
+
+if TYPE_CHECKING:
+    from kvpref.training.references import References
+
+STATE_FILE = "trainer_state.json"
+"""Written last: a checkpoint without it is incomplete."""
+
+_PARTIAL_FOLDER = "partial-model"
 
 
 @contextlib.contextmanager
@@ -22,9 +39,95 @@ def saving(output_dir: str | None, step: int) -> Iterator[None]:
         yield
     except RunError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # A full disk shows as any of the three, depending on which file was being written.
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        # A full disk shows as any of the first three, depending on which file was being written.
         raise RunError(
-            f"cannot save to {output_dir} at step {step}: {error}; earlier checkpoints are intact. Make room (or fix "
-            "permissions), then continue with --resume"
+            f"cannot save to {output_dir} at step {step}: {' '.join(str(error).split())}; earlier checkpoints are "
+            "intact. Make room (or fix permissions), then continue with --resume"
         ) from error
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class SavingTrainer(Trainer):
+    """`transformers.Trainer` whose saves leave what was there intact when they fail or are killed."""
+
+    references: References
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`; a model that was there is replaced only once the new one is written.
+
+        Raises:
+            RunError: If it cannot be written.
+        """
+        assert self.model is not None
+        with saving(self.args.output_dir, self.state.global_step), savable_generation_config(unwrap(self.model)):
+            if _internal_call or self.args.push_to_hub:
+                super().save_model(output_dir, _internal_call)
+                return
+            folder = Path(output_dir or self.args.output_dir or ".")
+            partial = folder / _PARTIAL_FOLDER
+            try:
+                if self.args.should_save:
+                    shutil.rmtree(partial, ignore_errors=True)
+                self._wait_for_ranks()
+                super().save_model(str(partial), _internal_call=True)
+                self._wait_for_ranks()
+                if self.args.should_save:
+                    _move(partial, folder)
+            finally:
+                if self.args.should_save:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            with saving(self.args.output_dir, self.state.global_step):
+                if self.args.should_save:
+                    _remove_incomplete(folder)
+                    self.references.save(folder)
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # of no use, and it may be what fills the disk
+            raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._wait_for_ranks()  # the trainer state, which says that all is there, comes next
+
+    def _wait_for_ranks(self) -> None:
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+
+
+def _remove_incomplete(folder: Path) -> None:
+    """Make room for the checkpoint `folder`: until it is whole, it must not be taken for one.
+
+    Others that were never completed go, or transformers would count them when it deletes the oldest ones.
+    """
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    for other in folder.parent.glob("checkpoint-*"):
+        if other.is_dir() and other != folder and not is_complete(other):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Put every file of a written model in the place of its predecessor."""
+    names = {path.name for path in partial.iterdir()}
+    for path in sorted(partial.iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    for pattern in ("model-*-of-*.safetensors", "model.safetensors*"):
+        for stale in folder.glob(pattern):
+            if stale.name not in names:
+                stale.unlink()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset, StepSampler
@@ -41,12 +41,13 @@ from kvpref.training.inputs import (
 from kvpref.training.kinds import check_types
 from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
+from kvpref.training.preflight import check_saving
 from kvpref.training.references import References
-from kvpref.training.saving import saving
+from kvpref.training.saving import SavingTrainer
 from kvpref.training.step_runner import RunnerSettings, StepResult, StepRunner, find_not_finite
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(SavingTrainer):
     """Train a causal language model on preference data, each shared prompt encoded once.
 
     Schedulers, logging, checkpoints, resuming, accelerate and callbacks are those of `transformers.Trainer`.
@@ -198,7 +199,15 @@ class PreferenceTrainer(Trainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; the reference is made first, with the weights as they are before training."""
+        """Train; before that saving is tried, and the reference is made with the weights as they are.
+
+        Raises:
+            InputError: If the output folder cannot be written to.
+            RunError: If something cannot be saved, or the disk is too full; or the loss is not finite.
+        """
+        if self.args.should_save:
+            for line in check_saving(self):
+                print(line, file=sys.stderr)
         for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
             self.references.prepare(name, dataset)
         self.references.release()
@@ -267,19 +276,6 @@ class PreferenceTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # Saving
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As in `transformers.Trainer`; a failed write raises RunError."""
-        with saving(self.args.output_dir, self.state.global_step):
-            super().save_model(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with saving(self.args.output_dir, self.state.global_step):
-            if self.args.should_save:
-                # Before the rest: a checkpoint counts as complete once its trainer state, written last, is there.
-                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-                self.references.save(folder)
-            super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -54,6 +54,39 @@ def test_an_adapter_is_trained_further_and_scored(adapter_dir: Path, pairs_file:
     assert sums[0] != sums[1]
 
 
+def test_check_takes_an_adapters_folder(
+    adapter_dir: Path, trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("check", adapter_dir, "--json")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == {
+        "model": str(adapter_dir),
+        "supported": True,
+        "model_type": "llama",
+        "base_model": str(trained_dir),
+    }
+    run("check", adapter_dir, "--numeric", "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["max_logp_error"] < 1e-4
+    config = json.loads((adapter_dir / "adapter_config.json").read_text())
+    for name, changes, message in (
+        ("head", {"target_modules": ["lm_head"]}, "take lm_head out of target_modules"),
+        ("other", {"target_modules": ["query"]}, "the adapter does not fit its base model"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | changes))
+        assert message in fail(capsys, "check", tmp_path / name)
+
+
+def test_check_takes_the_adapter_of_a_reward_model(
+    trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    settings.base_model_name_or_path = str(trained_dir)
+    settings.save_pretrained(tmp_path)
+    run("check", tmp_path)
+    assert "this is the adapter of a reward model" in fail(capsys, "check", tmp_path, "--numeric")
+
+
 def test_a_finished_adapter_is_not_overwritten(
     adapter_dir: Path, trained_dir: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

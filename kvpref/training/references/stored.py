@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset
 from kvpref.data.digests import describe_difference
-from kvpref.errors import InputError
+from kvpref.errors import InputError, RunError
 from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
@@ -77,8 +77,14 @@ def stored_reference(
                 "token_logps": token_logps,
                 "digests": torch.frombuffer(bytearray(groups.digests), dtype=torch.uint8),
             }
-            save_file(tensors, partial, metadata=fingerprints)
-            partial.rename(path)  # a run that is killed while writing leaves no half file under the real name
+            try:
+                save_file(tensors, partial, metadata=fingerprints)
+                partial.rename(path)  # a run that is killed while writing leaves no half file under the real name
+            except (OSError, SafetensorError) as error:
+                partial.unlink(missing_ok=True)
+                raise RunError(
+                    f"cannot write the reference log-probs to {path}: {error}; make room, then start the run again"
+                ) from error
     return StoredReference(token_logps, lengths)
 
 

@@ -1,0 +1,86 @@
+"""Ctrl-C and SIGTERM while a run trains: the step is finished and saved, and the line that resumes is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kvpref.errors import Interrupted
+from kvpref.training.saving import is_complete
+from kvpref.training.stopping import StopCallback
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_S = 2.0
+"""Signals that follow one another faster are one wish: torchrun repeats the terminal's Ctrl-C to its processes."""
+
+
+class Interrupts:
+    """The first signal lets training end after its step; the second, or one outside the training loop, stops at once.
+
+    Args:
+        output: The run's folder.
+        is_main: Whether this process speaks.
+
+    Attributes:
+        callback: For the trainer.
+    """
+
+    def __init__(self, output: Path, is_main: bool) -> None:
+        self._output, self._is_main = output, is_main
+        self._signal: int | None = None
+        self._since = 0.0
+        self.callback = StopCallback(lambda: self._signal is not None)
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """While open, signals are handled; in the main thread only, where Python delivers them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: list[tuple[signal.Signals, Any]] = [(number, signal.getsignal(number)) for number in _SIGNALS]
+        for number, _ in before:
+            signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise Interrupted if training was stopped by a signal."""
+        callback = self.callback
+        if callback.stopped_at is None:
+            return
+        number = self._signal if self._signal is not None else signal.SIGINT  # it was another rank that was asked
+        if not callback.saves:
+            raise Interrupted(
+                f"after step {callback.stopped_at}; save_strategy is no, so nothing of this run is kept", number
+            )
+        raise Interrupted(
+            f"after step {callback.stopped_at}, saved as checkpoint-{callback.stopped_at}; {self._next()}", number
+        )
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is None and self.callback.is_running:
+            self._signal, self._since = number, now
+            if self._is_main:
+                # Not print: the signal may have come in the middle of one.
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            return
+        if self._signal is not None and now - self._since < SAME_REQUEST_S:
+            return
+        raise Interrupted(f"at once; {self._next()}", number)
+
+    def _next(self) -> str:
+        if not any(is_complete(path) for path in self._output.glob("checkpoint-*")):
+            return "there is no checkpoint, so the same command starts from the beginning"
+        return f"go on with: kvpref train --output {shlex.quote(str(self._output))} --resume"
