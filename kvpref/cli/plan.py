@@ -19,6 +19,7 @@ from kvpref.cli.options import (
     LORA_R,
     LORA_TARGET_MODULES,
     PREFIX_CACHE,
+    TOKENIZER,
 )
 from kvpref.cli.sizes import parse_bytes
 from kvpref.errors import InputError
@@ -29,18 +30,21 @@ if TYPE_CHECKING:
     from kvpref.profiling.prediction_peak import Predictor
     from kvpref.profiling.prediction_step import GroupShape, Variant
 
+_OF_DATA = "that of --data"
 _LENGTHS = ("max", "p90", "p50")
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="CONFIG.json, a folder with config.json, or a hub name.")],
-    gpu_memory: Annotated[str, typer.Option(help="Memory of one device, such as 80GiB.")] = "80GiB",
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one device, such as 80GiB; without unit GiB.")] = "80GiB",
     reserve: Annotated[str, typer.Option(help="Kept free for fragmentation and the CUDA context.")] = "2GiB",
-    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
-    response_tokens: Annotated[int | None, typer.Option(help="Tokens of a response.")] = None,
-    num_responses: Annotated[int | None, typer.Option(help="Responses per prompt.")] = None,
-    data: Annotated[str | None, typer.Option(help="Take lengths not given from this data.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For --data; default: the model's own.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt.", show_default=_OF_DATA)] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Tokens of a response.", show_default=_OF_DATA)] = None,
+    num_responses: Annotated[int | None, typer.Option(help="Responses per prompt.", show_default=_OF_DATA)] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Take lengths not given from this data.", show_default="none")
+    ] = None,
+    tokenizer: Annotated[str | None, TOKENIZER] = None,
     lengths: Annotated[str, typer.Option(help="Which of the data's lengths: max, p90, p50.")] = "max",
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
     bf16: Annotated[bool | None, BF16] = None,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvpref.cli.given_settings import LOSS_ARG
+from kvpref.losses import make_loss
+
 LOGGING = frozenset(
     {
         "logging_steps",
@@ -67,7 +70,7 @@ BUDGET = frozenset(
 """Memory and speed: the results are the same to rounding."""
 
 CUT = frozenset({"max_tokens_per_micro_batch", "mode"})
-"""How a step is cut into micro-batches: the results are the same to rounding, but for `COUPLED_LOSSES`."""
+"""How a step is cut into micro-batches: the results are the same to rounding, but for losses that couple groups."""
 
 MACHINE = frozenset(
     {
@@ -86,9 +89,6 @@ MACHINE = frozenset(
         "ddp_static_graph",
     }
 )
-
-COUPLED_LOSSES = frozenset({"aot", "aot_unpaired", "kto"})
-"""Losses that couple the groups of a micro-batch, so that its cut counts."""
 
 FREE_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
 """Learning-rate schedules that do not depend on the number of steps, so that a run may be made longer."""
@@ -111,10 +111,9 @@ def may_differ(values: Mapping[str, Any]) -> frozenset[str]:
 
 
 def is_coupled(values: Mapping[str, Any]) -> bool:
-    """Whether the loss couples the groups of a micro-batch, alone or in a mixture."""
-    weights = values.get("loss_args.weights")
-    parts = set(weights) if isinstance(weights, dict) else set()
-    return bool(COUPLED_LOSSES & {values.get("loss"), *parts})
+    """Whether the loss couples the groups of a micro-batch."""
+    settings = {name.removeprefix(LOSS_ARG): value for name, value in values.items() if name.startswith(LOSS_ARG)}
+    return make_loss(values.get("loss", "dpo"), **settings).couples_groups
 
 
 def may_be_longer(values: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvpref.cli.checkpoints import find_checkpoint, read_result, save_result
+from kvpref.cli.checkpoints import RESULT_FILE, find_checkpoint, read_result, save_result
 from kvpref.cli.early_checks import check_early
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.interrupts import Interrupts
@@ -98,6 +98,7 @@ def _make_trainer(
         callbacks=[CadenceCallback()],
     )
     if args.process_index == 0:
+        (output / RESULT_FILE).unlink(missing_ok=True)  # of a run that was shorter, or whose model is gone
         record.save(output)
         with_chosen(run, trainer.args).save(output / RUN_FILE)
     return trainer

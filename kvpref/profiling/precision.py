@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from kvpref.training.defaults import device_has_bf16
+
+_UNCAST = "_original_forward"
+"""Where accelerate keeps the forward that it wraps."""
+
 
 def use_autocast(model: nn.Module, wanted: bool | None) -> None:
     """Let the model's forward run in bf16 autocast from here on.
@@ -13,16 +18,18 @@ def use_autocast(model: nn.Module, wanted: bool | None) -> None:
         model: Attached.
         wanted: None as in training: where the GPU computes in bf16 and the weights are float32.
     """
-    from accelerate import Accelerator
+    from accelerate.utils import convert_outputs_to_fp32
 
     if wanted is None:
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        wanted = has_bf16 and next(model.parameters()).dtype == torch.float32
+        wanted = device_has_bf16() and next(model.parameters()).dtype == torch.float32
     if wanted:
-        cpu = not torch.cuda.is_available()
-        Accelerator(mixed_precision="bf16", cpu=cpu).prepare_model(model, device_placement=False)
+        # What accelerate does to a model that it prepares, without its state, which a process has once.
+        autocast = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+        forward = model.forward
+        setattr(model, _UNCAST, forward)
+        model.forward = convert_outputs_to_fp32(autocast(forward))
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that linear layers compute in: that of the weights, or of autocast."""
-    return torch.bfloat16 if hasattr(model, "_original_forward") else next(model.parameters()).dtype
+    return torch.bfloat16 if hasattr(model, _UNCAST) else next(model.parameters()).dtype

@@ -41,8 +41,6 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 def options() -> Iterator[tuple[str, Any]]:
     for name, command in commands():
-        if name == "plan":
-            continue  # TODO
         for option in command.params:
             if option.param_type_name == "option" and not option.is_eager and option.name != "help":
                 yield name, option
