@@ -74,7 +74,7 @@ BATCH_SIZE = typer.Option(
 )
 MAX_TOKENS = typer.Option(
     help="Token budget of a micro-batch, counted as the mode counts.",
-    show_default="what fits on CUDA, else 8192; at least the largest prompt with its responses",
+    show_default="8192, or the largest prompt with its responses; train on CUDA: what fits",
     rich_help_panel=MEMORY_PANEL,
 )
 SCHEDULE = typer.Option(
