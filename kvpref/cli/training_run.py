@@ -18,6 +18,9 @@ from kvpref.cli.resuming import CadenceCallback, resumed_settings
 from kvpref.cli.run_config import RUN_FILE, RunConfig
 from kvpref.cli.run_record import RunRecord
 from kvpref.cli.setting_types import read_types
+from kvpref.cli.start_block import describe_start
+from kvpref.cli.time_left import TimeLeftCallback
+from kvpref.cli.token_budget import choose_budget
 from kvpref.cli.training_inputs import load_data, load_trained_model
 from kvpref.cli.training_settings import training_arguments, with_chosen, with_defaults
 from kvpref.errors import InputError, Interrupted, RunError
@@ -52,7 +55,7 @@ def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]
     args = training_arguments(run)
     check_early(run, args, settings)
     checkpoint = find_checkpoint(output, resume=resume, report=report)
-    trainer = _make_trainer(run, args, resume, report)
+    trainer = _make_trainer(run, args, settings, resume, report)
     interrupts = Interrupts(output, is_main)
     trainer.add_callback(interrupts.callback)
     with interrupts.handled():
@@ -71,7 +74,7 @@ def _length(run: RunConfig) -> dict[str, Any]:
 
 
 def _make_trainer(
-    run: RunConfig, args: PreferenceTrainingArguments, resume: bool, report: Callable[[str], None]
+    run: RunConfig, args: PreferenceTrainingArguments, given: Settings, resume: bool, report: Callable[[str], None]
 ) -> PreferenceTrainer:
     """Load everything, and write down what a resumed run needs to know."""
     output, loss = Path(args.output_dir or "."), args.make_loss()
@@ -88,6 +91,7 @@ def _make_trainer(
         record = replace(record, day=before.day)
     if loss.reads == "ends":
         set_pad_token(model, tokenizer, [groups for _, groups in data.values()], report)
+    memory = choose_budget(model, run, args, loss, data["data"][1])
     trainer = PreferenceTrainer(
         model,
         args,
@@ -101,6 +105,9 @@ def _make_trainer(
         (output / RESULT_FILE).unlink(missing_ok=True)  # of a run that was shorter, or whose model is gone
         record.save(output)
         with_chosen(run, trainer.args).save(output / RUN_FILE)
+        start = describe_start(trainer, run, given, memory)
+        report("\n".join(start.lines))
+        trainer.add_callback(TimeLeftCallback(start.step_costs, report))
     return trainer
 
 

@@ -66,10 +66,21 @@ class _TargetKernels(TorchDispatchMode):
                 return cascade(*args, **(kwargs or {}))
         hidden = self._hidden_bytes.get(func)
         buffer = None if hidden is None else torch.empty(hidden(*args), dtype=torch.uint8)
-        result = func(*args, **(kwargs or {}))
+        result = _SHAPES.get(func, func)(*args, **(kwargs or {}))
         self._after_operator(func.name())
         del buffer
         return result
+
+
+def _efficient_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: object, **settings: object
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv and no gradient of a bias; in fp32 the kernel adds up in place."""
+    return (*(torch.empty(item.shape, dtype=item.dtype) for item in (q, k, v)), torch.empty(0, dtype=q.dtype))
+
+
+_SHAPES: dict[Any, Callable[..., Any]] = {_ATEN._efficient_attention_backward.default: _efficient_backward}
+"""In place of PyTorch's own rules for fake tensors; that for this operator lacks an argument in PyTorch 2.13."""
 
 
 def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments

@@ -96,3 +96,14 @@ def test_attention_adapters_are_fewer_than_all() -> None:
     assert counts["all-linear"] > counts[attention]
     with pytest.raises(InputError, match="no module 'mlp_in'; its linear layers: c_attn, c_fc, c_proj, lm_head"):
         Predictor(config, TrainingSetup(lora_r=2, lora_target_modules="mlp_in")).peak(Variant(), SHAPE)
+
+
+def test_float32_weights_without_autocast_are_predicted_for_cuda() -> None:
+    # Attention takes another kernel there than in 16 bits.
+    config = tiny_config("llama")
+    narrow, wide = (
+        Predictor(config, TrainingSetup(dtype=dtype)).peak(Variant(), SHAPE)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert wide.resident_bytes > 1.9 * narrow.resident_bytes
+    assert wide.total_bytes > wide.resident_bytes

@@ -1,0 +1,164 @@
+"""The token budget that fits into a GPU's free memory, by the predictions of `kvpref plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+
+from kvpref.cli.run_config import RunConfig
+from kvpref.data import DataStatistics, PreferenceDataset, summarize_dataset
+from kvpref.data.costs import COUNTS
+from kvpref.errors import InputError
+from kvpref.losses import PreferenceLoss
+from kvpref.modeling.support import unwrap
+from kvpref.profiling.prediction_fit import largest_fitting, num_tokens
+from kvpref.profiling.prediction_model import TrainingSetup
+from kvpref.profiling.prediction_peak import Predictor
+from kvpref.profiling.prediction_step import GroupShape, Variant
+from kvpref.training import PreferenceTrainingArguments
+from kvpref.training.adapters import ALL_LINEAR, is_peft
+from kvpref.training.defaults import AUTO
+
+USED_SHARE = 0.85
+"""Of the free memory: the rest is for fragmentation, and for what predictions were not compared with."""
+
+RESERVE_BYTES = 2**30
+"""For kernels' workspaces and communication."""
+
+_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
+"""transformers' name -> the plan's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittingBudget:
+    """What fits."""
+
+    max_tokens: int | None
+    """The budget; None to leave the default."""
+
+    note: str
+    """What is predicted, in words."""
+
+
+def choose_budget(
+    model: PreTrainedModel,
+    run: RunConfig,
+    args: PreferenceTrainingArguments,
+    loss: PreferenceLoss,
+    groups: PreferenceDataset,
+) -> str | None:
+    """Set the budget in `args` to what fits, where none was given and the device is a GPU.
+
+    Returns:
+        What is predicted of the peak; None where nothing was looked into.
+    """
+    if args.device.type != "cuda" or args.max_tokens_per_micro_batch != AUTO or loss.couples_groups:
+        return None
+    # Every rank must cut alike, so the one with the least decides.
+    free: Any = gather_object([torch.cuda.mem_get_info(args.device)[0]])
+    found = fitting_budget(model, run, args, loss, groups, min(free))
+    if found.max_tokens is not None:
+        args.max_tokens_per_micro_batch = found.max_tokens
+    return found.note
+
+
+def fitting_budget(
+    model: PreTrainedModel,
+    run: RunConfig,
+    args: PreferenceTrainingArguments,
+    loss: PreferenceLoss,
+    groups: PreferenceDataset,
+    free_bytes: int,
+) -> FittingBudget:
+    """The largest budget whose micro-batches fit, up to a whole step of the data's longest groups.
+
+    Args:
+        model: Not yet on the device.
+        run: Its adapter.
+        args: Of the run, with the default budget.
+        loss: What is trained.
+        groups: The training data.
+        free_bytes: Of the device, the same number on every rank.
+    """
+    reason = _unpredictable(model, run, args, loss)
+    if reason is not None:
+        return FittingBudget(max_tokens=None, note=f"peak not predicted: {reason}")
+    usable = int(USED_SHARE * free_bytes) - RESERVE_BYTES
+    if args.world_size > 1:
+        # DistributedDataParallel sends copies of the gradients.
+        usable -= sum(item.nbytes for item in model.parameters() if item.requires_grad)
+    shape = _longest(summarize_dataset(groups))
+    variant = Variant(mode=args.mode, checkpoint=args.checkpoint)
+    try:
+        predictor = Predictor(unwrap(model).config, _setup(model, run, args))
+        peak_of = _peaks(predictor, variant, shape)
+        resident = predictor.peak(variant, shape).resident_bytes
+        limit = args.per_device_train_batch_size
+        largest = largest_fitting(peak_of, usable, resident_bytes=resident, first=limit, limit=limit).number
+    except InputError as error:
+        return FittingBudget(max_tokens=None, note=f"peak not predicted: {error}")
+    least = max(COUNTS[args.mode](lengths)[0] for lengths in groups.lengths)
+    if not largest:
+        return FittingBudget(
+            max_tokens=least,
+            note=f"predicted peak {_gib(peak_of(1))} of {_gib(free_bytes)} free for the longest group alone; if "
+            "memory runs out: --checkpoint all, --schedule bounded, or --lora-r 16",
+        )
+    return FittingBudget(
+        max_tokens=max(least, largest * num_tokens(args.mode, shape)),
+        note=f"predicted peak {_gib(peak_of(largest))} of {_gib(free_bytes)} free",
+    )
+
+
+def _unpredictable(
+    model: PreTrainedModel, run: RunConfig, args: PreferenceTrainingArguments, loss: PreferenceLoss
+) -> str | None:
+    """Why the peak is not known, if it is not."""
+    reasons = {
+        "in the bounded schedule a chunk bounds memory": args.schedule != "full",
+        "reward models are not predicted": loss.reads == "ends",
+        "value heads are not predicted": loss.head.values,
+        f"the state of {args.optim} is not known": _optimizer(args) not in _OPTIMIZERS,
+        "the adapter was not made here": is_peft(model) and run.lora_r is None,
+        "a second model is in memory": loss.needs_reference and not args.precompute_reference,
+        "shares of sharded models are not known": bool(args.fsdp or args.deepspeed),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _optimizer(args: PreferenceTrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _setup(model: PreTrainedModel, run: RunConfig, args: PreferenceTrainingArguments) -> TrainingSetup:
+    weights: Any = unwrap(model)
+    return TrainingSetup(
+        dtype=weights.dtype,
+        mixed_precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        optimizer=_OPTIMIZERS[_optimizer(args)],
+        lora_r=run.lora_r,
+        lora_target_modules=run.lora_target_modules or ALL_LINEAR,
+        device_type="cuda",
+    )
+
+
+def _longest(found: DataStatistics) -> GroupShape:
+    """A group that no other exceeds in anything."""
+    return GroupShape(
+        prompt_tokens=max(1, found.prompt_tokens.max),
+        response_tokens=max(1, found.response_tokens.max),
+        num_responses=found.sequences_per_group.max,
+    )
+
+
+def _peaks(predictor: Predictor, variant: Variant, shape: GroupShape) -> Callable[[int], int]:
+    return lambda num_groups: predictor.peak(variant, shape, num_groups).total_bytes
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"
