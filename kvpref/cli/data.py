@@ -78,7 +78,7 @@ def inspect(
         Path | None, typer.Option(help="Write bad rows to this file, one JSON object each.", show_default="none")
     ] = None,
 ) -> None:
-    """Print lengths, the ideal saving of shared prompts, bad rows, truncation, and the batches of a budget."""
+    """Print lengths, what shared prompts save, bad rows, truncation, and the batches of a budget."""
     from rich.console import Console
 
     from kvpref.data import DataOptions, StepOptions, load_preferences, load_tokenizer, summarize_dataset
@@ -173,14 +173,16 @@ def _measure(model: str, precision: tuple[str, bool | None], options: StepOption
 
 
 def _print_data(console: Console, report: DataReport, statistics: DataStatistics) -> None:
+    from kvpref.data.statistics import DATA_SAVING
+
     console.print(_lengths_table(report.source, statistics))
     _print_facts(
         console,
         {
             "groups": f"{statistics.num_groups} of {report.num_rows} rows, {statistics.num_sequences} sequences",
             "prompt share": f"{statistics.prompt_share:.1%} of {statistics.total_tokens} tokens",
-            "ideal saving": f"{statistics.prompt_saving:.2f}x, each prompt encoded once "
-            f"({statistics.prefix_saving:.2f}x with what all responses of a group begin with)",
+            "data saving": f"{statistics.prefix_saving:.2f}x, {DATA_SAVING} "
+            f"({statistics.prompt_saving:.2f}x were it prompts only)",
             "bad rows": f"{len(report.bad_rows)} skipped",
             "prompts cut": f"{report.num_truncated_prompts} groups, {report.prompt_tokens_cut} tokens",
             "responses cut": f"{report.num_truncated_responses} responses, {report.response_tokens_cut} tokens",
@@ -196,6 +198,8 @@ def _print_data(console: Console, report: DataReport, statistics: DataStatistics
 
 
 def _print_batches(console: Console, batches: BatchStatistics) -> None:
+    from kvpref.data.statistics import TOKEN_SAVING
+
     fill = "" if batches.budget_fill is None else f", budget filled to {batches.budget_fill:.1%}"
     padding = f", {batches.padding_share:.1%} padding" if batches.mode == "padded" else ""
     tokens = batches.tokens_per_micro_batch
@@ -205,6 +209,7 @@ def _print_batches(console: Console, batches: BatchStatistics) -> None:
             "steps": f"{batches.num_steps} per epoch, {batches.micro_batches_per_step:.2f} micro-batches each",
             "micro-batches": f"{tokens.mean:.0f} tokens on average, at most {tokens.max}, in mode {batches.mode}"
             f"{fill}{padding}",
+            "token saving": f"{batches.token_saving:.2f}x, {TOKEN_SAVING}",
             "shared prompts": f"{batches.num_sharing_groups} groups begin like others beyond what is common; "
             f"largest cluster: {batches.largest_cluster}",
             "ranks": f"{batches.world_size}, the busiest {batches.imbalance:.1%} above the mean in {batches.cost_unit}",

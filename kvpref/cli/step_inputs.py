@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import kvpref
@@ -37,7 +38,10 @@ def load_model_and_groups(
     reads = "tokens" if loss is None else loss.reads
     loaded = kvpref.attach(load_model(folder, config, dtype=dtype, reads=reads, may_add_head=reads == "ends"))
     options = DataOptions(columns=() if loss is None else loss.columns)
-    return loaded, load_preferences(data, load_matching_tokenizer(tokenizer, folder, loaded), options)
+    groups = load_preferences(data, load_matching_tokenizer(tokenizer, folder, loaded), options)
+    for line in () if groups.report is None else groups.report.notices:
+        print(line, file=sys.stderr)
+    return loaded, groups
 
 
 def load_model_and_sample(

@@ -1,10 +1,11 @@
-"""Whether a chat template wrote all that a response says."""
+"""Whether a chat template wrote all that a row says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
+from typing import Any
 
 from kvpref.data.messages import REASONING_FIELDS, Message, RowError
 
@@ -35,6 +36,36 @@ def check_nothing_lost(
                     f"the chat template does not write {part} of turn {number} of {name} ({_quote(value)}); "
                     "remove it from the data, or use a template that writes it"
                 )
+
+
+def check_prompt_written(
+    prompt: AbstractSequence[Message], tools: AbstractSequence[Mapping[str, Any]], text: str
+) -> None:
+    """Refuse a template that leaves out what the prompt says, or tools. Earlier assistant turns may be shortened.
+
+    Args:
+        prompt: Its turns.
+        tools: What may be called.
+        text: What the template wrote.
+
+    Raises:
+        RowError: Naming what is left out.
+    """
+    for number, turn in enumerate(prompt, start=1):
+        content = turn["content"]
+        if turn["role"] != "assistant" and content not in text and not _is_written(content, "", text):
+            raise RowError(
+                f"the chat template does not write turn {number} of the prompt, of role {turn['role']!r} "
+                f"({_quote(content)}); remove it from the data, or use a template that writes it"
+            )
+    for tool in tools:
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in text:
+            raise RowError(
+                f"the chat template does not write the tool {name!r} of `tools`; remove the column from the data, or "
+                "use a template that writes tools"
+            )
 
 
 def _is_written(value: str, before: str, written: str) -> bool:

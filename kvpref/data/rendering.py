@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvpref.data.lost_parts import check_nothing_lost
+from kvpref.data.lost_parts import check_nothing_lost, check_prompt_written
 from kvpref.data.messages import Message, RowError
 from kvpref.data.response_spans import ChatTemplate, Messages, Span, find_spans
 from kvpref.data.rows import PreferenceRow
@@ -38,8 +38,8 @@ def render_row(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> Render
     """Write out the texts of one row.
 
     Raises:
-        RowError: If the chat template refuses the messages, leaves out what a response says, or writes it so that its
-            beginning cannot be told; if a response does not begin with an assistant turn.
+        RowError: If the chat template refuses the messages, leaves out what prompt, tools or response say, or writes
+            a response so that its beginning cannot be told; if a response does not begin with an assistant turn.
         InputError: If the row holds messages and the tokenizer has no chat template.
     """
     if isinstance(row.prompt, tuple):
@@ -69,6 +69,7 @@ def _render_chat(row: PreferenceRow, prompt: Messages, tokenizer: PreTrainedToke
     for form in _forms((prompt, *responses)):
         try:
             texts, spans = find_spans(template, form[0], form[1:], names)
+            check_prompt_written(prompt, row.template_settings.get("tools", ()), texts[0])
             for response, text, own, name in zip(responses, texts, spans, names, strict=True):
                 check_nothing_lost(response, text, own, name)
         except RowError as error:

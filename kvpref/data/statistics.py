@@ -10,8 +10,17 @@ from statistics import fmean
 from kvpref.data.costs import CostModel, Mode
 from kvpref.data.cutting import GroupCosts
 from kvpref.data.dataset import PreferenceDataset
-from kvpref.data.planning import StepPlanner
+from kvpref.data.planning import MicroBatch, StepPlanner
 from kvpref.groups import Group
+
+DATA_SAVING = "tokens of all sequences per unique token: what the sequences of a group begin with counts once"
+"""What is meant by the saving of some data, whatever the steps."""
+
+TOKEN_SAVING = (
+    "tokens of all sequences per token that runs in the steps: what groups of one step begin with counts once too, "
+    "padding counts"
+)
+"""What is meant by the saving of steps; the trainer's `token_saving`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +69,10 @@ class DataStatistics:
     """Tokens when the beginning that all sequences of a group share is encoded once."""
 
     prompt_saving: float
-    """sum N(P+R) / sum(P + sum R): ideal saving from encoding each prompt once."""
+    """sum N(P+R) / sum(P + sum R): the saving of the data, were only prompts counted once."""
 
     prefix_saving: float
-    """total_tokens / unique_tokens: the same, when response starts that all sequences share count too."""
+    """total_tokens / unique_tokens, see `DATA_SAVING`: response starts that all sequences share count once too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,9 @@ class BatchStatistics:
 
     padding_share: float
     """Padding tokens / processed tokens, from 0 to 1; 0 in the modes that do not pad."""
+
+    token_saving: float
+    """See `TOKEN_SAVING`; fillers left out."""
 
     cost_unit: str
     """What the costs below are counted in: tokens, FLOPs or seconds."""
@@ -182,11 +194,16 @@ def summarize_batches(planner: StepPlanner, cost_model: CostModel | None = None)
         tokens_per_micro_batch=summarize(tokens),
         budget_fill=None if budget is None else sum(tokens) / len(tokens) / budget,
         padding_share=padding / sum(tokens),
+        token_saving=_total_tokens(planner, real) / sum(tokens),
         cost_unit=model.unit,
         imbalance=fmean(max(ranks) * len(ranks) / sum(ranks) - 1 for ranks in by_rank),
         costliest_rank_per_step=fmean(map(max, by_rank)),
         costliest_micro_batches_per_step=fmean(sum(map(max, zip(*step, strict=True))) for step in costs),
     )
+
+
+def _total_tokens(planner: StepPlanner, micro_batches: Sequence[MicroBatch]) -> int:
+    return sum(planner.lengths[index].total_tokens for item in micro_batches for index in item.group_indices)
 
 
 def summarize(values: Sequence[int]) -> LengthSummary:

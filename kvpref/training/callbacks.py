@@ -12,6 +12,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from kvpref.atomic_files import write_text
 from kvpref.data import StepSampler
+from kvpref.data.statistics import TOKEN_SAVING
 from kvpref.training.meters import TokenMeter
 from kvpref.training.saving import saving
 
@@ -87,6 +88,13 @@ class ThroughputProgressCallback(ProgressCallback):
                 f"{rates['unique_tokens_per_second']:.0f} unique tokens/s, {rates['token_saving']:.2f}x token saving",
                 refresh=False,
             )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        if state.is_world_process_zero and self.meter.num_groups:
+            print(f"{self.meter.token_saving:.2f}x token saving: {TOKEN_SAVING}", file=sys.stderr)
 
     def on_log(
         self,

@@ -75,7 +75,7 @@ class TokenMeter:
 
     @property
     def token_saving(self) -> float:
-        """Tokens of all sequences per token that ran; below 1 where padding ran too."""
+        """See `kvpref.data.statistics.TOKEN_SAVING`; below 1 where padding outweighs what is shared."""
         return self.num_total_tokens / max(1, self.num_forward_tokens)
 
     def rates(self, world_size: int) -> dict[str, float]:

@@ -240,3 +240,18 @@ def test_rows_of_ranks_make_groups_of_ranks(tokenizer) -> None:
     assert (group.ranks, group.scores, group.id) == ((1.0, 2.0), (-1.0, -2.0), "row 1")
     scores = {"prompt": "hello", "responses": [" world", " fox"], "scores": [-1, -2]}
     assert load(tokenizer, [ranks]).fingerprint != load(tokenizer, [scores]).fingerprint
+
+
+# What a template leaves out
+
+
+def test_a_template_without_tools_or_system_is_refused(chat_tokenizer, build_tokenizer) -> None:
+    with pytest.raises(InputError, match="row 1: the chat template does not write the tool 'weather' of `tools`"):
+        load(chat_tokenizer, [CHAT | {"tools": [TOOL]}])
+    deaf = build_tokenizer(
+        chat_template="{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    load(deaf, [CHAT])
+    with pytest.raises(InputError, match=r"row 1: the chat template does not write turn 1 .*'system' \('be kind'\)"):
+        load(deaf, [CHAT | {"system": "be kind"}])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kvpref.cli import data as data_command
 from kvpref.data import CostModel, PreferenceDataset, StepOptions, StepPlanner, summarize_batches, summarize_dataset
-from kvpref.data.statistics import LengthSummary, summarize
+from kvpref.data.statistics import DATA_SAVING, TOKEN_SAVING, LengthSummary, summarize
 from kvpref.errors import InputError
 from kvpref.groups import Group, Sequence
 
@@ -135,6 +135,7 @@ def test_inspect_prints_figures_and_json_on_the_last_line(app, tokenizer_folder,
     assert last["data"]["num_groups"] == 5
     assert last["data"]["response_tokens"]["max"] == 2
     assert last["data"]["prefix_saving"] == pytest.approx(6 / 5)
+    assert last["batches"]["token_saving"] == pytest.approx(1.0), "whole sequences of one length, each padded to it"
     assert last["report"]["num_rows"] == 6
     assert last["report"]["num_truncated_responses"] == 5
     assert last["report"]["bad_rows"][0]["location"] == f"{path}:6"
@@ -142,10 +143,12 @@ def test_inspect_prints_figures_and_json_on_the_last_line(app, tokenizer_folder,
     assert last["batches"]["tokens_per_micro_batch"]["max"] == 12
     assert len(last["fingerprint"]) == 64
     assert json.loads(bad.read_text())["location"] == f"{path}:6"
-    for shown in ("ideal saving", "1.20x", "1 skipped", "padding", "budget filled to 83.3%"):
+    for shown in ("data saving", "token saving", "1.20x", "1 skipped", "padding", "budget filled to 83.3%"):
         assert shown in " ".join(result.stdout.split())
     assert f"skipped {path}:6: missing field" in result.stdout
     assert "reading" not in result.stdout
+    for words in (DATA_SAVING, TOKEN_SAVING):
+        assert f"x, {words}" in " ".join(result.stdout.split())
 
 
 def test_inspect_plans_for_several_ranks(app, tokenizer_folder, write_jsonl):
@@ -155,6 +158,7 @@ def test_inspect_plans_for_several_ranks(app, tokenizer_folder, write_jsonl):
     last = json.loads(result.stdout.splitlines()[-1])
     # Five equal groups on two ranks: three and two.
     assert last["batches"]["world_size"] == 2
+    assert last["batches"]["token_saving"] == pytest.approx(7 / 6)
     assert last["batches"]["imbalance"] == pytest.approx(3 / 2.5 - 1)
     assert "prediction" not in last
     assert "2, the busiest 20.0% above the mean in tokens" in " ".join(result.stdout.split())
