@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvpref.atomic_files import check_writable
 from kvpref.cli.checkpoints import RESULT_FILE, find_checkpoint, read_result, save_result
 from kvpref.cli.early_checks import check_early
 from kvpref.cli.given_settings import Settings
@@ -55,6 +56,8 @@ def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]
     args = training_arguments(run)
     check_early(run, args, settings)
     checkpoint = find_checkpoint(output, resume=resume, report=report)
+    if is_main:
+        check_writable(output / RUN_FILE)
     trainer = _make_trainer(run, args, settings, resume, report)
     interrupts = Interrupts(output, is_main)
     trainer.add_callback(interrupts.callback)

@@ -103,6 +103,13 @@ class SavingTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self._wait_for_ranks()  # the trainer state, which says that all is there, comes next
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last step's checkpoint, in the middle of an epoch: transformers would make one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _wait_for_ranks(self) -> None:
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()

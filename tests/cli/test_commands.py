@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -68,32 +66,6 @@ def test_train_repeats_from_the_saved_run_file(trained_dir: Path, tmp_path: Path
     again, first = load_file(tmp_path / "again" / "model.safetensors"), load_file(trained_dir / "model.safetensors")
     assert all(torch.equal(again[name], first[name]) for name in first)
     assert math.isfinite(json.loads(done.stdout.splitlines()[-1])["train_loss"])
-
-
-def test_killed_run_resumes_to_the_same_end(
-    tmp_path: Path, kvpref_command: Run, trained_dir: Path, pairs_file: Path
-) -> None:
-    def arguments(output: Path) -> list[object]:
-        return [
-            *("train", trained_dir, pairs_file, "--output", output, "--batch-size", 4, "--max-steps", 40),
-            *("--save-steps", 3, "--logging-steps", 1, "--learning-rate", 1e-2, "--set", "use_cpu=true"),
-        ]
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert kvpref_command(*arguments(whole)).returncode == 0
-    process = subprocess.Popen(command_line(*arguments(parts)), env=environment(), stderr=subprocess.DEVNULL)
-    wait_for(parts / "checkpoint-6" / "trainer_state.json", process)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (parts / "model.safetensors").exists(), "killed too late to prove anything"
-
-    assert kvpref_command(*arguments(parts)).returncode == 2, "without --resume nothing is overwritten"
-    done = kvpref_command(*arguments(parts), "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "resuming from checkpoint-" in done.stderr
-    final, expected = load_file(parts / "model.safetensors"), load_file(whole / "model.safetensors")
-    assert all(torch.equal(final[name], expected[name]) for name in expected)
-    assert losses(parts) == losses(whole)
 
 
 def test_full_disk_keeps_what_was_saved(
@@ -187,16 +159,3 @@ def test_check_numeric_compares_with_the_naive_forward(kvpref_command: Run, trai
     result = json.loads(done.stdout.splitlines()[-1])
     assert 0 < result["max_logp_error"] < 1e-4
     assert 0 < result["max_gradient_error"] < 1e-3
-
-
-def losses(output: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        assert process.poll() is None, "the run ended before its checkpoint"
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.02)

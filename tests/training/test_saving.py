@@ -178,6 +178,16 @@ def _disk_full(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, **SAVES, max_steps=1)  # an epoch has two steps
+    trainer.train()
+    again = make_trainer(tmp_path, **SAVES, max_steps=1)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 1
+    for name, item in trainer.model.named_parameters():
+        assert torch.equal(item, again.model.get_parameter(name))
+
+
 def test_after_a_loss_that_is_not_finite_the_run_resumes(tmp_path: Path) -> None:
     class Poison(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
