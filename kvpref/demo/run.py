@@ -118,6 +118,7 @@ class _Demo:
             loss=loss,
             loss_args=loss_args,
             per_device_train_batch_size=config.groups_per_step,
+            max_tokens_per_micro_batch=None,  # a step is small
             max_steps=num_steps,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
