@@ -67,6 +67,13 @@ def test_what_was_given_is_told_from_what_was_chosen(
     assert said["work"].endswith("an adapter takes about two thirds")
 
 
+def test_bf16_works_without_a_gpu_and_without_more_words(
+    trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", trained_dir, pairs_file, "--output", tmp_path / "out", "--bf16", "--max-steps", "1")
+    assert block(capsys.readouterr().err)["precision"] == "float32 weights, bf16 autocast"
+
+
 def test_a_resumed_run_keeps_what_was_chosen(
     trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
