@@ -17,9 +17,10 @@ from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, make_loss
 from kvpref.modeling.checkpointing import CHECKPOINTS
 from kvpref.modeling.options import PREFIX_CACHES, SCHEDULES, EngineOptions
+from kvpref.modeling.precision import device_has_bf16
 from kvpref.plans import MODES
 from kvpref.ranks import check_all_joined, check_start
-from kvpref.training.defaults import AUTO, check_token_budget, device_has_bf16
+from kvpref.training.defaults import AUTO, check_token_budget
 
 REFERENCES = ("start", "base")
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import nn
 
 from kvpref.data.budgets import default_budget
@@ -60,8 +59,3 @@ def token_budget(args: PreferenceTrainingArguments, lengths: Sequence[GroupLengt
     """
     budget = args.max_tokens_per_micro_batch
     return default_budget(lengths, args.mode) if isinstance(budget, str) else budget
-
-
-def device_has_bf16() -> bool:
-    """Whether the GPU computes in bf16 by itself; PyTorch also emulates it on older ones, which is slow."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

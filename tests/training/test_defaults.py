@@ -17,7 +17,8 @@ from tiny_models import tiny_reward_model
 import kvpref
 from kvpref.data import budgets
 from kvpref.losses import LOSSES
-from kvpref.training.defaults import device_has_bf16, token_budget
+from kvpref.modeling.precision import device_has_bf16
+from kvpref.training.defaults import token_budget
 
 SETTINGS: dict[str, dict[str, Any]] = {"mixture": {"weights": {"sft": 1.0, "dpo": 1.0}, "settings": {}}}
 FULL_AND_ADAPTER = {
