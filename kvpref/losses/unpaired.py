@@ -149,7 +149,9 @@ class KTO(UnpairedLoss):
 
     def prepare(self, groups: Groups) -> Iterable[Group]:
         """Each group with mismatched responses; see `add_mismatched`."""
-        return map(self.select, add_mismatched(groups, self.num_mismatched))
+        for group in groups:
+            self.select(group)
+        return add_mismatched(groups, self.num_mismatched)
 
     def reference_point(self, ratios: torch.Tensor, mismatched: torch.Tensor) -> torch.Tensor:
         if not mismatched.numel():

@@ -14,6 +14,7 @@ ROWS = [
     {"question": "one two", "chosen": " three", "rejected": " four", "source": "a"},
     {"question": "two three", "chosen": " four", "rejected": " five", "source": "b"},
 ]
+WORDS = ("one", "two", "three")
 NOTICES = (
     "`question` is taken as the prompt, since there is no `prompt` (2 rows)",
     "columns that nothing reads, at least in some rows: `source`",
@@ -80,3 +81,29 @@ def test_score_refuses_what_is_longer_than_the_models_positions(
     assert not output.exists()
     run("score", models[family], data, "--output", output, "--max-response-tokens", "5")
     assert len(output.read_text().splitlines()) == 6
+
+
+REFUSED = {
+    "ranks": (
+        [{"prompt": f"{WORDS[n]}:", "responses": [" one", " two"], "ranks": [1, 2]} for n in range(3)],
+        "kto",
+        "rows.jsonl:1: kto reads how good each response is by itself, and ranks say only which one is better",
+    ),
+    "no prompt": (
+        [*ROWS, {"chosen": "one three", "rejected": "two"}],
+        "dpo",
+        "rows.jsonl:3: `chosen` and `rejected` have no common beginning, so there is no prompt",
+    ),
+    "images": ([{**ROWS[0], "images": ["a.png"]}], "dpo", "rows.jsonl:1: `images` is not empty"),
+}
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_train_refuses_what_would_be_lost(
+    kind: str, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, loss, message = REFUSED[kind]
+    data = write(tmp_path / "rows.jsonl", rows)
+    error = fail(capsys, "train", models["llama"], data, "--output", tmp_path / "out", "--loss", loss)
+    assert message in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
