@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 import typer
@@ -65,7 +66,8 @@ def main() -> None:
     except RunError as error:
         _fail(str(error), code=1)
     except Interrupted as error:
-        print(f"stopped {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+            print(f"stopped {error}", file=sys.stderr)
         sys.exit(128 + error.signal_number)
     except OSError as error:
         if error.errno not in _WRITE_ERRORS:
