@@ -8,6 +8,7 @@ from math import ceil
 from torch import nn
 
 from kvpref.cli.given_settings import Settings
+from kvpref.cli.predicted_run import PredictedRun
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import PreferenceDataset, StepPlanner, summarize_batches, summarize_dataset
 from kvpref.data.budgets import DEFAULT_MAX_TOKENS
@@ -52,6 +53,8 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
     )
     costs = _step_costs(planner, args.gradient_accumulation_steps)
     num_steps = args.max_steps if args.max_steps > 0 else ceil(len(costs) * args.num_train_epochs)
+    predicted = PredictedRun(trainer, run, _per_run(costs, num_steps))
+    memory = memory or predicted.peak()
     facts = {
         "model": _model(trainer.model, run),
         "precision": f"{_dtypes(trainer.model)} weights, {_autocast(args)}",
@@ -61,8 +64,7 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
         "steps": _steps(args, num_steps, len(costs)),
         **_batches(planner, given, args),
         "memory": ", ".join(filter(None, [_resident(trainer.model, args), memory])),
-        "work": f"{_per_run(costs, num_steps):.2g} FLOPs per device, forward and backward"
-        + (" of a whole model; an adapter takes about two thirds" if trains_an_adapter(trainer.model) else ""),
+        "work": predicted.work(),
     }
     width = max(map(len, facts)) + 2
     lines = tuple(f"{name:<{width}}{value}" for name, value in facts.items())

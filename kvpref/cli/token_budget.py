@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.cli.run_config import RunConfig
@@ -115,8 +116,40 @@ def fitting_budget(
     )
 
 
+def predict_peak(
+    model: nn.Module,
+    run: RunConfig,
+    args: PreferenceTrainingArguments,
+    loss: PreferenceLoss,
+    groups: PreferenceDataset,
+    budget: int | None,
+) -> str:
+    """The peak of a micro-batch that a budget filled with groups like the data's longest, in words.
+
+    Args:
+        model: What is trained.
+        run: Its adapter.
+        args: Of the run.
+        loss: What is trained.
+        groups: The training data.
+        budget: Tokens of a micro-batch; None for a whole step.
+    """
+    reason = _unpredictable(model, run, args, loss)
+    if reason is not None:
+        return f"peak not predicted: {reason}"
+    shape, count = _longest(summarize_dataset(groups)), args.per_device_train_batch_size
+    if budget is not None:
+        count = min(count, max(1, budget // num_tokens(args.mode, shape)))
+    try:
+        predictor = Predictor(unwrap(model).config, _setup(model, run, args))
+        peak_bytes = predictor.peak(Variant(mode=args.mode, checkpoint=args.checkpoint), shape, count).total_bytes
+    except InputError as error:
+        return f"peak not predicted: {error}"
+    return f"predicted peak {_gib(peak_bytes)}"
+
+
 def _unpredictable(
-    model: PreTrainedModel, run: RunConfig, args: PreferenceTrainingArguments, loss: PreferenceLoss
+    model: nn.Module, run: RunConfig, args: PreferenceTrainingArguments, loss: PreferenceLoss
 ) -> str | None:
     """Why the peak is not known, if it is not."""
     reasons = {
@@ -135,7 +168,7 @@ def _optimizer(args: PreferenceTrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _setup(model: PreTrainedModel, run: RunConfig, args: PreferenceTrainingArguments) -> TrainingSetup:
+def _setup(model: nn.Module, run: RunConfig, args: PreferenceTrainingArguments) -> TrainingSetup:
     weights: Any = unwrap(model)
     return TrainingSetup(
         dtype=weights.dtype,
@@ -143,7 +176,7 @@ def _setup(model: PreTrainedModel, run: RunConfig, args: PreferenceTrainingArgum
         optimizer=_OPTIMIZERS[_optimizer(args)],
         lora_r=run.lora_r,
         lora_target_modules=run.lora_target_modules or ALL_LINEAR,
-        device_type="cuda",
+        device_type="cpu" if args.device.type == "cpu" else "cuda",
     )
 
 

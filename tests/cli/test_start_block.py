@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from command_line_in_process import run
 from preference_runs import make_groups
 from transformers import AutoModelForCausalLM
 
-from kvpref.cli import token_budget
+from kvpref.cli import predicted_run, token_budget
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import PreferenceDataset
 from kvpref.losses import make_loss
@@ -49,6 +50,8 @@ def test_everything_is_said_and_written_down(
     assert float(said["saving"].split("x")[0]) > 1.3
     assert f"{16 * model.num_parameters() / 2**20:.3g} MiB of weights, gradients and optimizer state" in said["memory"]
     assert float(said["work"].split()[0]) > 0
+    assert "FLOP/s of matrix products measured here" in said["work"]
+    assert "peak" not in said["memory"]  # a short run is not held up by predicting it
     saved = yaml.safe_load((output / "run.yaml").read_text())["training"]
     assert (saved["learning_rate"], saved["num_train_epochs"], saved["warmup_steps"]) == (5e-7, 1.0, 0.1)
     assert (saved["bf16"], saved["max_tokens_per_micro_batch"]) == (False, "auto")
@@ -64,7 +67,29 @@ def test_what_was_given_is_told_from_what_was_chosen(
     assert said["loss"] == "sft, no reference"
     assert said["learning rate"].startswith("0.001 (--learning-rate), warmup steps: 1, then")
     assert said["micro-batches"].endswith("of at most 64 tokens (--max-tokens)")
-    assert said["work"].endswith("an adapter takes about two thirds")
+
+
+@pytest.mark.parametrize(("adapter", "share"), [((), 1), (("--lora-r", "2"), 2 / 3)], ids=["weights", "adapter"])
+def test_a_long_run_is_told_its_least_time_and_its_peak(
+    adapter: tuple[str, ...],
+    share: float,
+    trained_dir: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(predicted_run, "measure_matrix_rate", lambda device, dtype: 1e3)  # slow enough
+    steps = ("--loss", "sft", "--max-steps", "1", *adapter)
+    run("train", trained_dir, pairs_file, "--output", tmp_path / "out", *steps, *ON_CPU)
+    said = block(capsys.readouterr().err)
+    flops = float(said["work"].split()[0])
+    # 4 chosen answers of 18 + 3 tokens, 6 FLOPs for each weight that multiplies: less than half of them are embeddings.
+    num_weights = AutoModelForCausalLM.from_pretrained(trained_dir).num_parameters()
+    assert 0.5 < flops / (6 * 4 * 21 * num_weights * share) < 1.5
+    assert 3600 < flops / 1e3 < 7200
+    assert re.search(r"at least 1 h \d+ min at the 1e-06 GFLOP/s", said["work"]), said["work"]
+    assert re.search(r"optimizer state, predicted peak [\d.]+ GiB$", said["memory"]), said["memory"]
 
 
 def test_bf16_works_without_a_gpu_and_without_more_words(
