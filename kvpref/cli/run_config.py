@@ -17,6 +17,10 @@ SOURCES = frozenset({"model", "config", "tokenizer", "data", "eval_data", "outpu
 """The settings that name files or folders of this machine, or things on a hub."""
 
 
+SECRETS = frozenset({"hub_token"})
+"""What is not written to a file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that `kvpref train` needs to repeat a run; saved as ``run.yaml`` beside the model."""
@@ -95,7 +99,9 @@ class RunConfig:
         return RunConfig.of(self.flat() | found)
 
     def save(self, path: Path) -> None:
-        """Write it as YAML; a run that is killed meanwhile leaves what was there."""
+        """Write it as YAML, without secrets; a run that is killed meanwhile leaves what was there."""
         import yaml
 
-        write_text(path, yaml.safe_dump(asdict(self.with_absolute_paths()), sort_keys=False))
+        values = asdict(self.with_absolute_paths())
+        values["training"] = {name: value for name, value in values["training"].items() if name not in SECRETS}
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
