@@ -121,18 +121,19 @@ def _inspect_batches(
     from kvpref.data import CostModel, StepPlanner, summarize_batches
     from kvpref.data.budgets import default_budget
 
+    lengths = dataset.planned_lengths(DEFAULT_MIN_SHARED_TOKENS)
     if options.max_tokens_per_micro_batch is None:
-        options = replace(options, max_tokens_per_micro_batch=default_budget(dataset.lengths, options.mode))
+        options = replace(options, max_tokens_per_micro_batch=default_budget(lengths, options.mode))
     clusters = dataset.clusters(options.groups_per_step, DEFAULT_MIN_SHARED_TOKENS)
     # Before a model is loaded: planning refuses a budget that is too small.
-    planner = StepPlanner(dataset.lengths, options, dataset.group_ids, clusters=clusters)
+    planner = StepPlanner(lengths, options, dataset.group_ids, clusters=clusters)
     if model is None:
         batches = summarize_batches(planner)
         _print_batches(console, batches)
         return {"batches": asdict(batches)}
     shape, calibration = _measure(model, precision, options)
     # Steps are planned as training plans them, by FLOPs; seconds only say what they take on this device.
-    planner = StepPlanner(dataset.lengths, options, dataset.group_ids, CostModel.from_shape(shape), clusters)
+    planner = StepPlanner(lengths, options, dataset.group_ids, CostModel.from_shape(shape), clusters)
     batches = summarize_batches(planner, calibration.cost_model)
     prediction = {
         "device": calibration.device,
@@ -209,7 +210,7 @@ def _print_batches(console: Console, batches: BatchStatistics) -> None:
             "steps": f"{batches.num_steps} per epoch, {batches.micro_batches_per_step:.2f} micro-batches each",
             "micro-batches": f"{tokens.mean:.0f} tokens on average, at most {tokens.max}, in mode {batches.mode}"
             f"{fill}{padding}",
-            "token saving": f"{batches.token_saving:.2f}x, {TOKEN_SAVING}",
+            "token saving": f"at least {batches.token_saving:.2f}x, {TOKEN_SAVING}",
             "shared prompts": f"{batches.num_sharing_groups} groups begin like others beyond what is common; "
             f"largest cluster: {batches.largest_cluster}",
             "ranks": f"{batches.world_size}, the busiest {batches.imbalance:.1%} above the mean in {batches.cost_unit}",

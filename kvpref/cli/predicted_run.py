@@ -50,7 +50,7 @@ class PredictedRun:
             return None
         trainer = self._trainer
         assert trainer.train_dataset is not None
-        budget = token_budget(trainer.args, trainer.train_dataset.lengths)
+        budget = token_budget(trainer.args, trainer.train_dataset)
         return predict_peak(trainer.model, self._run, trainer.args, trainer.loss, trainer.train_dataset, budget)
 
     def _dtype(self) -> torch.dtype:

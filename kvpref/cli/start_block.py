@@ -146,7 +146,7 @@ def _batches(planner: StepPlanner, given: Settings, args: PreferenceTrainingArgu
     repeated = sum(lengths.total_tokens for lengths in planner.lengths)
     return {
         "micro-batches": f"{found.micro_batches_per_step:.3g} per step, {bound} ({why})",
-        "saving": f"{repeated / run:.2f}x fewer tokens run in mode {found.mode} than with every prompt repeated",
+        "saving": f"at least {repeated / run:.2f}x fewer tokens run in mode {found.mode} than with prompts repeated",
     }
 
 

@@ -75,12 +75,13 @@ def cut_micro_batches(dataset: PreferenceDataset, mode: str, max_tokens: int | N
     Raises:
         InputError: If a group alone exceeds the budget.
     """
+    lengths = dataset.planned_lengths(DEFAULT_MIN_SHARED_TOKENS)
     options = StepOptions(
         groups_per_step=len(dataset),
-        max_tokens_per_micro_batch=default_budget(dataset.lengths, mode) if max_tokens is None else max_tokens,
+        max_tokens_per_micro_batch=default_budget(lengths, mode) if max_tokens is None else max_tokens,
         mode=mode,  # type: ignore[arg-type]
         shuffle=False,
     )
     clusters = dataset.clusters(len(dataset), DEFAULT_MIN_SHARED_TOKENS)
-    (step,) = StepPlanner(dataset.lengths, options, dataset.group_ids, clusters=clusters).steps()
+    (step,) = StepPlanner(lengths, options, dataset.group_ids, clusters=clusters).steps()
     return [[dataset[index] for index in micro_batch.group_indices] for micro_batch in step[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as AbstractSequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from kvpref.data.lengths import GroupLengths, measure_group
+from kvpref.data.lengths import GroupLengths, measure_group, repeat_short_beginning
 from kvpref.data.messages import RowError
 from kvpref.data.raw_rows import RawRow
 from kvpref.data.reading import Source, read_rows, source_name
@@ -106,6 +107,16 @@ class PreferenceDataset:
     def token_ids(self) -> set[int]:
         """Every token id that occurs in a group."""
         return self._groups.token_ids()
+
+    def planned_lengths(self, min_shared_tokens: int, max_depth: int | None = None) -> list[GroupLengths]:
+        """`lengths` as prefix trees under these limits come to: what is too short to be shared is repeated.
+
+        Args:
+            min_shared_tokens: As `kvpref.collate` takes it.
+            max_depth: Likewise; 0 shares nothing.
+        """
+        least = sys.maxsize if max_depth == 0 else min_shared_tokens
+        return [repeat_short_beginning(lengths, least) for lengths in self.lengths]
 
     @property
     def group_ids(self) -> list[str | None]:

@@ -65,6 +65,16 @@ def measure_group(group: Group) -> GroupLengths:
     )
 
 
+def repeat_short_beginning(lengths: GroupLengths, min_shared_tokens: int) -> GroupLengths:
+    """The counts of a group whose beginning is repeated in each sequence where it is shorter than may be shared."""
+    repeats = lengths.num_sequences - 1
+    if not repeats or (lengths.total_tokens - lengths.unique_tokens) // repeats >= min_shared_tokens:
+        return lengths
+    return lengths._replace(
+        unique_tokens=lengths.total_tokens, unique_pairs=lengths.total_pairs, unique_scored=lengths.total_scored
+    )
+
+
 def combine(lengths: Iterable[GroupLengths]) -> GroupLengths:
     """The counts of several groups (at least one) together."""
     columns = GroupLengths(*zip(*lengths, strict=True))  # type: ignore[arg-type]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from kvpref.data.budgets import default_budget
-from kvpref.data.lengths import GroupLengths
 from kvpref.errors import InputError
 from kvpref.training.adapters import is_peft, trains_adapter_only
 
 if TYPE_CHECKING:
+    from kvpref.data import PreferenceDataset
     from kvpref.losses import PreferenceLoss
     from kvpref.training.arguments import PreferenceTrainingArguments
 
@@ -48,14 +47,17 @@ def check_token_budget(budget: int | str | None) -> None:
         )
 
 
-def token_budget(args: PreferenceTrainingArguments, lengths: Sequence[GroupLengths]) -> int | None:
+def token_budget(args: PreferenceTrainingArguments, groups: PreferenceDataset | None) -> int | None:
     """Most tokens of a micro-batch, counted as the mode counts them; None for no bound.
 
     A default does not refuse data: it is at least what the largest group takes.
 
     Args:
         args: With the budget that was given, or `AUTO`.
-        lengths: Of the groups that are to be cut into micro-batches.
+        groups: Those that are to be cut into micro-batches.
     """
     budget = args.max_tokens_per_micro_batch
-    return default_budget(lengths, args.mode) if isinstance(budget, str) else budget
+    if not isinstance(budget, str):
+        return budget
+    lengths = groups.planned_lengths(args.min_shared_tokens, args.max_prefix_depth) if groups is not None else ()
+    return default_budget(lengths, args.mode)

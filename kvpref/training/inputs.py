@@ -149,9 +149,10 @@ def make_planner(
         shuffle: Whether the order is random.
         cost_model: What ranks are balanced by, the same on every rank; see `make_cost_model`. Tokens if None.
     """
+    lengths = groups.planned_lengths(args.min_shared_tokens, args.max_prefix_depth)
     options = StepOptions(
         groups_per_step=groups_per_device * args.world_size,
-        max_tokens_per_micro_batch=token_budget(args, groups.lengths),
+        max_tokens_per_micro_batch=token_budget(args, groups),
         mode=args.mode,  # type: ignore[arg-type]
         world_size=args.world_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
@@ -162,7 +163,7 @@ def make_planner(
     # Prompts that share a beginning take one depth more than responses that share a prompt.
     if args.max_prefix_depth is None or args.max_prefix_depth > 1:
         clusters = groups.clusters(options.groups_per_step, args.min_shared_tokens)
-    return StepPlanner(groups.lengths, options, groups.group_ids, cost_model, clusters)
+    return StepPlanner(lengths, options, groups.group_ids, cost_model, clusters)
 
 
 def make_cost_model(model: nn.Module) -> CostModel:

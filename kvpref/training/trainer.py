@@ -107,7 +107,7 @@ class PreferenceTrainer(SavingTrainer):
         )
         settings = RunnerSettings(
             options=args.engine_options(),
-            max_tokens_per_micro_batch=token_budget(args, self.train_dataset.lengths if self.train_dataset else ()),
+            max_tokens_per_micro_batch=token_budget(args, self.train_dataset),
             shares=args.share_across_micro_batches,
             auto_budget=args.auto_budget,
             report=lambda line: print(line, file=sys.stderr),

@@ -253,6 +253,7 @@ def test_real_data_gives_the_published_figures(shared_dir: Path, name: str):
         assert sequence.scored[-1]
 
 
+@pytest.mark.full
 def test_real_few_shot_prompts_share_what_was_measured(shared_dir: Path):
     tokenizer = load_tokenizer(str(shared_dir / "tokenizers" / "gpt_neox_20b"))
     dataset = load_preferences(str(shared_dir / "data" / "game24_groups.jsonl"), tokenizer)

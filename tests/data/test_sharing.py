@@ -154,6 +154,7 @@ def test_scored_tokens_and_what_a_group_itself_does_not_share_do_not_count():
     assert PreferenceDataset([group, merged, other, other]).clusters(2, 16).shared_tokens == (17, 17, 0, 0)
 
 
+@pytest.mark.full
 def test_real_stories_are_found_and_one_few_shot_prompt_is_not(shared_dir):
     tokenizer = load_tokenizer(str(shared_dir / "tokenizers" / "gpt_neox_20b"))
 

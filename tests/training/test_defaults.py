@@ -119,10 +119,11 @@ def test_what_was_chosen_survives_copies_and_json(tmp_path: Path) -> None:
 
 def test_the_budget_is_at_least_the_largest_group(tmp_path: Path) -> None:
     groups = make_groups(5)
-    lengths = kvpref.data.PreferenceDataset(groups).lengths
     args = default_args(tmp_path)
-    assert token_budget(args, lengths) == 8192
-    long = [lengths[0]._replace(unique_tokens=9000, total_tokens=17000, max_sequence_tokens=8600), lengths[1]]
+    assert token_budget(args, kvpref.data.PreferenceDataset(groups)) == 8192
+    responses = ([1] * 400, [2] * 600)
+    largest = kvpref.Group([kvpref.Sequence.from_prompt_and_response([3] * 8000, answer) for answer in responses])
+    long = kvpref.data.PreferenceDataset([*groups, largest])
     for mode, tokens in {"two_pass": 9000, "one_pass": 9000, "packed": 17000, "padded": 17200}.items():
         assert token_budget(default_args(tmp_path, mode=mode), long) == tokens
     assert token_budget(default_args(tmp_path, max_tokens_per_micro_batch=100), long) == 100
