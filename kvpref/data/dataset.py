@@ -19,6 +19,7 @@ from kvpref.data.report import BadRow, DataReport, Notes
 from kvpref.data.rows import PreferenceRow, parse_row
 from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.storage import PackedGroups
+from kvpref.data.template_probes import TemplateProbes
 from kvpref.data.tokenization import SequenceTokenizer, TokenizedSequence
 from kvpref.data.truncation import truncate_row
 from kvpref.errors import InputError
@@ -170,6 +171,7 @@ class _Loader:
         self._data = source_name(data)
         self._options = options
         self._tokenizer = SequenceTokenizer(tokenizer)
+        self._probes = TemplateProbes()
         self._pending: list[tuple[str, RenderedRow]] = []
         self._pending_texts = 0
         self._pending_chars = 0
@@ -185,7 +187,8 @@ class _Loader:
         try:
             if raw.error is not None:
                 raise RowError(raw.error)
-            rendered = render_row(parse_row(raw.value, self._options.columns), self._tokenizer.tokenizer)
+            row = parse_row(raw.value, self._options.columns)
+            rendered = render_row(row, self._tokenizer.tokenizer, self._probes)
         except RowError as error:
             # Rows before this one may turn out bad when they are tokenized, and the first bad row is to be named.
             self._flush()

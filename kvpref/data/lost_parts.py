@@ -32,16 +32,15 @@ def check_nothing_lost(
         start, end = next(remaining) if turn["role"] == "assistant" else (spans[0][0], len(text))
         for part, value in parts_of(turn):
             if value not in text[start:end] and not _is_written(value, text[:start], text[start:end]):
-                raise RowError(
-                    f"the chat template does not write {part} of turn {number} of {name} ({_quote(value)}); "
-                    "remove it from the data, or use a template that writes it"
-                )
+                raise lost_part(part, number, name, value)
 
 
 def check_prompt_written(
     prompt: AbstractSequence[Message], tools: AbstractSequence[Mapping[str, Any]], text: str
 ) -> None:
-    """Refuse a template that leaves out what the prompt says, or tools. Earlier assistant turns may be shortened.
+    """Refuse a template that leaves out what the prompt says, or tools.
+
+    Of earlier assistant turns only tool calls are looked for; what they say may be shortened.
 
     Args:
         prompt: Its turns.
@@ -54,18 +53,39 @@ def check_prompt_written(
     for number, turn in enumerate(prompt, start=1):
         content = turn["content"]
         if turn["role"] != "assistant" and content not in text and not _is_written(content, "", text):
-            raise RowError(
-                f"the chat template does not write turn {number} of the prompt, of role {turn['role']!r} "
-                f"({_quote(content)}); remove it from the data, or use a template that writes it"
-            )
+            raise lost_turn(number, turn)
+        for part, value in _parts_of_calls(turn):
+            if value not in text and not _is_written(value, "", text):
+                raise lost_part(part, number, "the prompt", value)
     for tool in tools:
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, Mapping) else None
+        function = function_of(tool)
+        name = function.get("name") if function is not None else None
         if isinstance(name, str) and name not in text:
-            raise RowError(
-                f"the chat template does not write the tool {name!r} of `tools`; remove the column from the data, or "
-                "use a template that writes tools"
-            )
+            raise lost_tool(repr(name))
+
+
+def lost_turn(number: int, turn: Message) -> RowError:
+    """The error for a turn of the prompt."""
+    return RowError(
+        f"the chat template does not write turn {number} of the prompt, of role {turn['role']!r} "
+        f"({_quote(turn['content'])}); remove it from the data, or use a template that writes it"
+    )
+
+
+def lost_part(part: str, number: int, name: str, value: str) -> RowError:
+    """The error for a part of a turn of the prompt or of a response."""
+    return RowError(
+        f"the chat template does not write {part} of turn {number} of {name} ({_quote(value)}); "
+        "remove it from the data, or use a template that writes it"
+    )
+
+
+def lost_tool(tool: str) -> RowError:
+    """The error for something of `tools`."""
+    return RowError(
+        f"the chat template does not write the tool {tool} of `tools`; remove the column from the data, or "
+        "use a template that writes tools"
+    )
 
 
 def _is_written(value: str, before: str, written: str) -> bool:
@@ -83,15 +103,31 @@ def parts_of(turn: Message) -> Iterator[tuple[str, str]]:
     for key in ("content", *REASONING_FIELDS):
         if isinstance(turn.get(key), str):
             yield f"`{key}`", turn[key]
-    for index, call in enumerate(turn.get("tool_calls") or ()):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            continue
+    yield from _parts_of_calls(turn)
+
+
+def _parts_of_calls(turn: Message) -> Iterator[tuple[str, str]]:
+    for (_, index, *_), function in calls_of(turn):
         if isinstance(function.get("name"), str):
             yield f"`tool_calls[{index}]`", function["name"]
         if isinstance(function.get("arguments"), dict):
             for key in function["arguments"]:
                 yield f"argument {key!r} of `tool_calls[{index}]`", str(key)
+
+
+def calls_of(turn: Message) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
+    """The functions that a turn calls, each with where it stands in the turn."""
+    calls = turn.get("tool_calls")
+    for index, call in enumerate(calls if isinstance(calls, list) else ()):
+        function = function_of(call)
+        if function is not None:
+            yield ("tool_calls", index, "function") if "function" in call else ("tool_calls", index), function
+
+
+def function_of(value: object) -> Mapping[str, Any] | None:
+    """The function of a tool or a call, which may stand in it or be it; None if it is neither."""
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    return function if isinstance(function, Mapping) else None
 
 
 def _without_spaces(text: str) -> str:

@@ -10,6 +10,7 @@ from kvpref.data.lost_parts import check_nothing_lost, check_prompt_written
 from kvpref.data.messages import Message, RowError
 from kvpref.data.response_spans import ChatTemplate, Messages, Span, find_spans
 from kvpref.data.rows import PreferenceRow
+from kvpref.data.template_probes import TemplateProbes
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,23 +35,33 @@ class RenderedRow:
     is_chat: bool
 
 
-def render_row(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
+def render_row(
+    row: PreferenceRow, tokenizer: PreTrainedTokenizerBase, probes: TemplateProbes | None = None
+) -> RenderedRow:
     """Write out the texts of one row.
 
+    Args:
+        row: The row.
+        tokenizer: Has the chat template.
+        probes: What is known of this tokenizer's template from other rows.
+
     Raises:
-        RowError: If the chat template refuses the messages, leaves out what prompt, tools or response say, or writes
-            a response so that its beginning cannot be told; if a response does not begin with an assistant turn.
+        RowError: If the chat template refuses the messages, leaves out what prompt, tools or response say, does not
+            know a setting, or writes a response so that its beginning cannot be told; if a response does not begin
+            with an assistant turn.
         InputError: If the row holds messages and the tokenizer has no chat template.
     """
     if isinstance(row.prompt, tuple):
-        return _render_chat(row, row.prompt, tokenizer)
+        return _render_chat(row, row.prompt, tokenizer, probes or TemplateProbes())
     texts = tuple(f"{row.prompt or ''}{response}" for response in row.responses)
     if row.prompt is None:
         return RenderedRow(row, texts, None, is_chat=False)
     return RenderedRow(row, texts, tuple(((len(row.prompt), len(text)),) for text in texts), is_chat=False)
 
 
-def _render_chat(row: PreferenceRow, prompt: Messages, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
+def _render_chat(
+    row: PreferenceRow, prompt: Messages, tokenizer: PreTrainedTokenizerBase, probes: TemplateProbes
+) -> RenderedRow:
     if not tokenizer.chat_template:
         raise InputError(
             "the row holds chat messages, and the tokenizer has no chat template; use the tokenizer of a chat model, "
@@ -65,13 +76,15 @@ def _render_chat(row: PreferenceRow, prompt: Messages, tokenizer: PreTrainedToke
                 "role 'assistant'; correct the role, or move the turns before the answer to the prompt"
             )
     template = ChatTemplate(tokenizer, dict(row.template_settings))
+    probes.check_settings(template)
     first_error: RowError | None = None
     for form in _forms((prompt, *responses)):
         try:
             texts, spans = find_spans(template, form[0], form[1:], names)
             check_prompt_written(prompt, row.template_settings.get("tools", ()), texts[0])
-            for response, text, own, name in zip(responses, texts, spans, names, strict=True):
+            for response, text, own, name in zip(form[1:], texts, spans, names, strict=True):
                 check_nothing_lost(response, text, own, name)
+                probes.check_written(template, form[0], response, name)
         except RowError as error:
             first_error = first_error or error
         else:

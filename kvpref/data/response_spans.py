@@ -54,6 +54,11 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses the messages ({error})") from error
         return str(text)
 
+    def sources(self) -> tuple[str, ...]:
+        """The program itself; several where the tokenizer has several templates."""
+        template = self.tokenizer.chat_template
+        return tuple(map(str, template.values() if isinstance(template, dict) else (template,)))
+
     def special_tokens(self) -> set[str]:
         """The tokens that end turns, among others."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
