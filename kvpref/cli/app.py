@@ -12,6 +12,7 @@ import sys
 import typer
 
 from kvpref.cli import bench, check, data, demo, doctor, losses, plan, profile, score, train
+from kvpref.cli.ctrl_c import ctrl_c_says
 from kvpref.errors import InputError, Interrupted, RunError
 from kvpref.ranks import refuse_many
 
@@ -60,7 +61,8 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 def main() -> None:
     """Run the app; turn kvpref's own errors into one line on stderr and an exit code."""
     try:
-        app()
+        with ctrl_c_says("by Ctrl-C"):
+            app()
     except InputError as error:
         _fail(str(error), code=2)
     except RunError as error:

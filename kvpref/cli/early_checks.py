@@ -44,12 +44,17 @@ def check_early(run: RunConfig, args: PreferenceTrainingArguments, given: Settin
         raise InputError(
             f"{_where(given, 'dataloader_persistent_workers')}: needs data workers; set dataloader_num_workers"
         )
-    _check_optimizer(args, _where(given, "optim"))
+    _check_optimizer(args, _where_any(given, "optim_args", "optim"))
     _check_schedule(args, _where(given, "lr_scheduler_kwargs"))
 
 
 def _where(given: Settings, name: str) -> str:
     return given[name].where if name in given else option_name(name)
+
+
+def _where_any(given: Settings, *names: str) -> str:
+    """Of the first that is given, or of the last."""
+    return _where(given, next((name for name in names if name in given), names[-1]))
 
 
 def _check_reports(args: PreferenceTrainingArguments, where: str) -> None:
@@ -66,9 +71,13 @@ def _check_reports(args: PreferenceTrainingArguments, where: str) -> None:
 def _check_optimizer(args: PreferenceTrainingArguments, where: str) -> None:
     if any(part in str(args.optim) for part in _READ_THE_MODEL):
         return
+    weights = [torch.nn.Parameter(torch.zeros(1))]
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        if settings.get("lr", 0.0) is None:  # chosen with the loss and the model
+            settings = {**settings, "lr": 0.0}
+        kind(weights, **settings)
+    except (ImportError, ValueError, TypeError) as error:
         raise InputError(f"{where}: {' '.join(str(error).split())}") from error
 
 

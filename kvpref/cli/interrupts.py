@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from kvpref.cli.ctrl_c import NOTHING_SAVED
 from kvpref.errors import Interrupted
 from kvpref.training.saving import is_complete
 from kvpref.training.stopping import StopCallback
@@ -30,11 +31,12 @@ class Interrupts:
         is_main: Whether this process speaks.
 
     Attributes:
+        is_main: As given.
         callback: For the trainer.
     """
 
     def __init__(self, output: Path, is_main: bool) -> None:
-        self._output, self._is_main = output, is_main
+        self._output, self.is_main = output, is_main
         self._signal: int | None = None
         self._since = 0.0
         self.callback = StopCallback(lambda: self._signal is not None)
@@ -72,15 +74,20 @@ class Interrupts:
         now = time.monotonic()
         if self._signal is None and self.callback.is_running:
             self._signal, self._since = number, now
-            if self._is_main:
+            if self.is_main:
                 # Not print: the signal may have come in the middle of one.
                 os.write(2, b"\nstopping after this step; once more to stop at once\n")
             return
         if self._signal is not None and now - self._since < SAME_REQUEST_S:
             return
-        raise Interrupted(f"at once; {self._next()}", number)
+        if self.callback.has_begun:
+            raise Interrupted(f"at once; {self._next()}", number)
+        raise Interrupted(f"before training began; {self._next()}" if self._has_checkpoint() else NOTHING_SAVED, number)
+
+    def _has_checkpoint(self) -> bool:
+        return any(is_complete(path) for path in self._output.glob("checkpoint-*"))
 
     def _next(self) -> str:
-        if not any(is_complete(path) for path in self._output.glob("checkpoint-*")):
+        if not self._has_checkpoint():
             return "there is no checkpoint, so the same command starts from the beginning"
         return f"go on with: kvpref train --output {shlex.quote(str(self._output))} --resume"

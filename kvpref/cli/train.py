@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kvpref.cli.ctrl_c import NOTHING_SAVED, ctrl_c_says
 from kvpref.cli.given_settings import from_assignments, from_file, from_options, merge
 from kvpref.cli.options import (
     BATCH_SIZE,
@@ -196,7 +197,8 @@ def train(
     for name in ("output",) if resume else ("data", "output"):
         if name not in given:
             raise InputError(f"{name} is missing; give it on the command line or in --config-file")
-    from kvpref.cli.training_run import run_training
+    with ctrl_c_says(NOTHING_SAVED):
+        from kvpref.cli.training_run import run_training
 
     result = run_training(given, resume=resume, report=lambda line: print(line, file=sys.stderr))
     if json_ and result:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvpref.atomic_files import check_writable
 from kvpref.cli.checkpoints import RESULT_FILE, find_checkpoint, read_result, save_result
+from kvpref.cli.ctrl_c import no_empty_folder
 from kvpref.cli.early_checks import check_early
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.interrupts import Interrupts
@@ -45,24 +46,29 @@ def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]
     """
     is_main = os.environ.get("RANK", "0") == "0"  # as launchers say; the arguments know only once they are made
     report = report if is_main else _silent
-    given = read_types(given)
+    output = Path(str(given["output"].value))
+    interrupts = Interrupts(output, is_main)
+    with interrupts.handled(), no_empty_folder(output):
+        return _run(read_types(given), interrupts, resume, report)
+
+
+def _run(given: Settings, interrupts: Interrupts, resume: bool, report: Callable[[str], None]) -> dict[str, Any]:
     settings = resumed_settings(given, report) if resume else given
     run = with_defaults(RunConfig.of({name: item.value for name, item in settings.items()}))
     run.require("data", "output")
     output = Path(run.output or ".")
     if resume and (metrics := read_result(output, _length(run))) is not None:
         report(f"the run in {output} has reached its end; nothing is changed")
-        return metrics if is_main else {}
+        return metrics if interrupts.is_main else {}
     args = training_arguments(run)
     check_early(run, args, settings)
     checkpoint = find_checkpoint(output, resume=resume, report=report)
+    is_main = interrupts.is_main
     if is_main:
         check_writable(output / RUN_FILE)
     trainer = _make_trainer(run, args, settings, resume, report)
-    interrupts = Interrupts(output, is_main)
     trainer.add_callback(interrupts.callback)
-    with interrupts.handled():
-        metrics = _train(trainer, checkpoint, interrupts, report)
+    metrics = _train(trainer, checkpoint, interrupts, report)
     if is_main:
         save_result(output, metrics, _length(run))
     # Ranks leave together, and not while gloo's or NCCL's threads still hold a collective's tensors.

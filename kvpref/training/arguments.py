@@ -20,6 +20,7 @@ from kvpref.modeling.options import PREFIX_CACHES, SCHEDULES, EngineOptions
 from kvpref.modeling.precision import device_has_bf16
 from kvpref.plans import MODES
 from kvpref.ranks import check_all_joined, check_start
+from kvpref.training.argument_checks import check_arguments, check_sharding
 from kvpref.training.defaults import AUTO, check_token_budget
 
 REFERENCES = ("start", "base")
@@ -153,6 +154,7 @@ class PreferenceTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a NaN loss stops the run."})
 
     def __post_init__(self) -> None:
+        check_arguments(self)
         if self.torch_compile_backend or self.torch_compile_mode:
             raise InputError(
                 "torch_compile_backend and torch_compile_mode are not used: call "
@@ -167,6 +169,7 @@ class PreferenceTrainingArguments(TrainingArguments):
             self.bf16 = not self.fp16 and not on_cpu and device_has_bf16()
         super().__post_init__()
         check_processes(self)
+        check_sharding(self)
         check_token_budget(self.max_tokens_per_micro_batch)
         self._check_reference()
         options = self.engine_options()

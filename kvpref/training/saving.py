@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
 
 from kvpref.errors import RunError
 from kvpref.modeling.support import unwrap
+from kvpref.training.constructors import ConstructedTrainer
 from kvpref.training.generation_config import savable_generation_config
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(ConstructedTrainer):
     """`transformers.Trainer` whose saves leave what was there intact when they fail or are killed."""
 
     references: References

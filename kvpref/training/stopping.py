@@ -14,6 +14,7 @@ class StopCallback(TrainerCallback):
     """Stops after the step in which `is_asked` turns true on any rank; all ranks stop and save together.
 
     Attributes:
+        has_begun: Whether the training loop was reached.
         is_running: Whether the training loop is running, so that a step's end will come.
         stopped_at: The step after which training was stopped, or None.
         saves: Whether that step's checkpoint is saved.
@@ -21,14 +22,14 @@ class StopCallback(TrainerCallback):
 
     def __init__(self, is_asked: Callable[[], bool]) -> None:
         self._is_asked = is_asked
-        self.is_running = False
+        self.has_begun = self.is_running = False
         self.stopped_at: int | None = None
         self.saves = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.is_running = True
+        self.has_begun = self.is_running = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not _on_any_rank(self._is_asked(), args):

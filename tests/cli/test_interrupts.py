@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import kvpref
-from kvpref.cli import interrupts, training_run
+from kvpref.cli import interrupts, loading, training_run
 from kvpref.training import PreferenceTrainer
 
 STEPS = ["--max-steps", 8, "--batch-size", 4, "--learning-rate", 1e-2, "--logging-steps", 1, "--set", "use_cpu=true"]
@@ -122,7 +123,7 @@ def test_before_the_first_step_there_is_nothing_to_finish(
 ) -> None:
     monkeypatch.setattr(kvpref.training.references.References, "prepare", lambda *a: send(signal.SIGINT)())
     line = stopped(capsys, "train", trained_dir, pairs_file, "--output", tmp_path, *STEPS, code=130)
-    assert line == "stopped at once; there is no checkpoint, so the same command starts from the beginning"
+    assert line == "stopped before training began; nothing was saved"
 
 
 def test_an_interrupt_at_the_end_of_an_epoch_saves_once(
@@ -141,3 +142,38 @@ def test_an_interrupt_at_the_end_of_an_epoch_saves_once(
         arguments = ["train", trained_dir, pairs_file, "--output", tmp_path, *STEPS, "--set", "save_strategy=epoch"]
         stopped(capsys, *arguments, code=130)
     assert saves == [6]
+
+
+@pytest.mark.parametrize("where", ["load_trained_model", "load_data", "check_early"])
+def test_before_training_begins_one_line_is_said_and_no_folder_is_left(
+    trained_dir: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str
+) -> None:
+    monkeypatch.setattr(training_run, where, lambda *args: send(signal.SIGINT)())
+    output = tmp_path / "out"
+    line = stopped(capsys, "train", trained_dir, pairs_file, "--output", output, *STEPS, code=130)
+    assert line == "stopped before training began; nothing was saved"
+    assert not output.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_while_the_libraries_are_imported(
+    trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    class Interrupting:
+        def find_spec(self, name: str, *args: Any) -> None:
+            if name == training_run.__name__:
+                send(signal.SIGINT)()
+
+    monkeypatch.delitem(sys.modules, training_run.__name__)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    line = stopped(capsys, "train", trained_dir, "data.jsonl", "--output", tmp_path / "out", code=130)
+    assert line == "stopped before training began; nothing was saved"
+
+
+def test_other_commands_say_that_they_were_stopped(
+    trained_dir: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(loading, "load_config", lambda *args: send(signal.SIGINT)())
+    lengths = ["--prompt-tokens", 8, "--response-tokens", 8, "--num-responses", 2]
+    line = stopped(capsys, "plan", trained_dir, "--gpu-memory", "8GiB", *lengths, code=130)
+    assert line == "stopped by Ctrl-C"
