@@ -128,6 +128,7 @@ def test_minus_one_means_whole_epochs() -> None:
         (["--set", "adam_beta1=1.5"], "adam_beta1 must be at least 0 and below 1; got 1.5"),
         (["--set", "adam_beta2=1.0"], "adam_beta2 must be at least 0 and below 1; got 1.0"),
         (["--set", "fsdp=full_shard"], "fsdp needs several processes: start the run with torchrun"),
+        (["--set", "optim=rmsprop", "--set", "optim_args=momentum=-1"], "--set optim_args: Invalid momentum value"),
         (["--set", "parallelism_config=abc"], "parallelism_config must be an accelerate.ParallelismConfig"),
         (["--set", "report_to=wandbb"], "--set report_to: expected none, all, or some of azure_ml"),
         (["--set", "report_to=[comet_ml]"], "--set report_to: the package for 'comet_ml' is not installed"),
