@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,22 @@ def read_adapter(folder: str) -> Any:
         return peft.PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{Path(folder) / ADAPTER_FILE}: cannot read the adapter: {_first_line(error)}") from error
+
+
+def refuse_to_plan(folder: str) -> None:
+    """Raise InputError if a folder holds an adapter, with what to plan in its place. Reads the file without peft."""
+    if not is_adapter(folder):
+        return
+    try:
+        found = json.loads((Path(folder) / ADAPTER_FILE).read_text())
+    except (OSError, ValueError):
+        found = {}
+    rank, modules = found.get("r"), found.get("target_modules")
+    lora = "" if rank is None else f" --lora-r {rank}"
+    if lora and isinstance(modules, list) and modules:
+        lora += f" --lora-target-modules {','.join(sorted(modules))}"
+    base = found.get("base_model_name_or_path") or "BASE_MODEL"
+    raise InputError(f"{folder}: holds an adapter; name its base model in its place: kvpref plan {base}{lora} ...")
 
 
 def put_on(model: PreTrainedModel, adapter: Any) -> PreTrainedModel:

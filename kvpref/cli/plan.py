@@ -64,10 +64,12 @@ def plan(
 
     Example: kvpref plan ./llama --gpu-memory 80GiB --prompt-tokens 4096 --response-tokens 512 --num-responses 16
     """
+    from kvpref.cli.adapters import refuse_to_plan
     from kvpref.cli.plan_command import Subject
     from kvpref.cli.plan_report import PlanReport, describe
     from kvpref.training.adapters import ALL_LINEAR
 
+    refuse_to_plan(model)
     memory_bytes, reserve_bytes = parse_bytes(gpu_memory, "--gpu-memory"), parse_bytes(reserve, "--reserve")
     if reserve_bytes >= memory_bytes:
         raise InputError(f"--reserve {reserve} leaves nothing of --gpu-memory {gpu_memory}")

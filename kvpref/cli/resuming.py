@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kvpref.cli.checkpoints import holds_run
+from kvpref.cli.checkpoints import RESULT_FILE, holds_run
 from kvpref.cli.given_settings import LOSS_ARG, Given, Settings, from_file
 from kvpref.cli.resume_rules import LENGTH, is_coupled, may_be_longer, may_differ
 from kvpref.cli.run_config import RUN_FILE, SOURCES, RunConfig
@@ -78,9 +78,10 @@ def _refuse_changes(saved: Settings, given: Settings, output: Path) -> None:
     texts = [f"{given[name].where} is {given[name].value!r}, was {effective(values, name)!r}" for name in changes]
     remedy = "leave it out to go on with that run, or choose another --output for a new one"
     if set(changes) <= set(LENGTH):
+        first = "" if (output / RESULT_FILE).exists() else "first let this run finish (leave it out), then "
         remedy = (
-            f"the learning rate was planned for the run's length; to train longer, start a new run from its model: "
-            f"kvpref train {output} DATA --output NEW"
+            f"the learning rate was planned for the run's length; to train longer, {first}start a new run from its "
+            f"model: kvpref train {output} DATA --output NEW"
         )
     raise InputError(f"{'; '.join(texts)} in {output / RUN_FILE}, which changes the results of the run; {remedy}")
 

@@ -111,7 +111,9 @@ def _learning_rate(trainer: PreferenceTrainer, given: Settings, num_steps: int) 
     name, what = registered_name(trainer.loss), "an adapter" if trains_an_adapter(trainer.model) else "all weights"
     why = given["learning_rate"].where if "learning_rate" in given else f"default for {name} and {what}"
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    return f"{args.learning_rate:g} ({why}), warmup steps: {args.get_warmup_steps(num_steps)}, then {schedule}"
+    num_warmup = args.get_warmup_steps(num_steps)
+    after = "more than the run has: it never reaches its peak" if num_warmup > num_steps else f"then {schedule}"
+    return f"{args.learning_rate:g} ({why}), warmup steps: {num_warmup}, {after}"
 
 
 def _data(dataset: PreferenceDataset) -> str:

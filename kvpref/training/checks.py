@@ -118,7 +118,7 @@ def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str)
     idle = Counter(item for item in found if item is not None)
     num_idle, reasons = idle.total(), " or ".join(item.reason for item in idle)
     if num_idle == num_groups:
-        remedies = "; ".join(item.remedy for item in idle)
+        remedies = "; ".join(dict.fromkeys(item.remedy for item in idle))
         raise InputError(
             f"the {name} data has nothing to learn for the loss {registered_name(loss)}: in all {num_groups} groups "
             f"{reasons}; {remedies}"

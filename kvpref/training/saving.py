@@ -40,11 +40,19 @@ def saving(output_dir: str | None, step: int) -> Iterator[None]:
     except RunError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        what, go_on = what_is_left(output_dir)
         # A full disk shows as any of the first three, depending on which file was being written.
         raise RunError(
-            f"cannot save to {output_dir} at step {step}: {' '.join(str(error).split())}; earlier checkpoints are "
-            "intact. Make room (or fix permissions), then continue with --resume"
+            f"cannot save to {output_dir} at step {step}: {' '.join(str(error).split())}; {what}. Make room (or fix "
+            f"permissions), then {go_on}"
         ) from error
+
+
+def what_is_left(output_dir: str | None) -> tuple[str, str]:
+    """What there is to go on from after a failure, and how; for messages."""
+    if any(is_complete(path) for path in Path(output_dir or ".").glob("checkpoint-*")):
+        return "earlier checkpoints are intact", "continue with --resume"
+    return "there is no earlier checkpoint", "start again"
 
 
 def is_complete(checkpoint: Path) -> bool:

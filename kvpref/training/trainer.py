@@ -43,7 +43,7 @@ from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.preflight import check_saving
 from kvpref.training.references import References
-from kvpref.training.saving import SavingTrainer
+from kvpref.training.saving import SavingTrainer, what_is_left
 from kvpref.training.step_runner import RunnerSettings, StepResult, StepRunner, find_not_finite
 
 
@@ -192,10 +192,11 @@ class PreferenceTrainer(SavingTrainer):
         found = next(find_not_finite(result, losses, inputs), None)
         if found is not None:
             value, where = found
+            what, go_on = what_is_left(self.args.output_dir)
             raise RunError(
                 f"loss {loss_name(self.loss)!r}: the loss is {value} at optimizer step {self.state.global_step + 1}: "
-                f"{where}; the weights were not changed by this step and earlier checkpoints are intact. Lower the "
-                "learning rate or look at those rows, then continue with --resume"
+                f"{where}; the weights were not changed by this step and {what}. Lower the learning rate or look at "
+                f"those rows, then {go_on}"
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

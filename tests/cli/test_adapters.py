@@ -149,3 +149,12 @@ def test_without_peft_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "peft", None)
     error = fail(capsys, "train", trained_dir, pairs_file, "--output", tmp_path / "out", "--lora-r", 4)
     assert 'pip install "kvpref[peft]"' in error
+
+
+def test_plan_names_the_adapters_base_model(
+    adapter_dir: Path, trained_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"kvpref plan {trained_dir} --lora-r 4 --lora-target-modules q_proj,v_proj ..."
+    assert fail(capsys, "plan", adapter_dir) == (
+        f"error: {adapter_dir}: holds an adapter; name its base model in its place: {command}"
+    )

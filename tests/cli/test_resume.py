@@ -106,7 +106,10 @@ def test_paths_may_be_written_otherwise_and_what_does_not_count_is_taken(
         (["--lora-r", 4], "--lora-r is 4, was None"),
         (["--set", "weight_decay=0.1"], "--set weight_decay is 0.1, was 0.0"),
         (["--set", "gradient_accumulation_steps=2"], "--set gradient_accumulation_steps is 2, was 1"),
-        (["--max-steps", 8], "to train longer, start a new run from its model: kvpref train "),
+        (
+            ["--max-steps", 8],
+            "to train longer, first let this run finish (leave it out), then start a new run from its model: ",
+        ),
         (["--epochs", 9], "--epochs is 9.0, was "),
     ],
 )
@@ -118,6 +121,11 @@ def test_what_changes_results_is_refused_by_name(
     assert message in error
     assert f"in {parts / 'run.yaml'}" in error
     assert contents(parts) == before
+
+
+def test_of_a_finished_run_a_longer_one_is_made_from_its_model(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = fail(capsys, "train", "--output", whole, "--resume", "--max-steps", 8)
+    assert f"to train longer, start a new run from its model: kvpref train {whole} DATA --output NEW" in error
 
 
 def test_another_model_data_or_file_of_settings_is_refused(

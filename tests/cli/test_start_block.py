@@ -162,3 +162,12 @@ def test_where_the_peak_is_not_known_the_default_stays(
     found, _ = fitting(trained_dir, tmp_path, 2**33, **settings)
     assert found.max_tokens is None
     assert reason in found.note
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_told(
+    trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = ("--max-steps", "2", "--set", "warmup_steps=5000")
+    run("train", trained_dir, pairs_file, "--output", tmp_path / "out", *long, *ON_CPU)
+    said = block(capsys.readouterr().err)["learning rate"]
+    assert said.endswith("warmup steps: 5000, more than the run has: it never reaches its peak")

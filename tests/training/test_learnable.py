@@ -26,6 +26,9 @@ def data(*scores: list[float | None], columns: dict[str, Any] | None = None) -> 
     ]
 
 
+ALONE = Group(make_groups(1)[0].sequences[:1], scores=[1.0], id="alone")
+
+
 def make_trainer(path: Path, train: Any, loss: str, eval_dataset: Any = None, **settings: Any) -> Any:
     model = tiny_reward_model("llama") if loss in REWARD_LOSSES else make_model()
     args = make_args(str(path), loss=loss, loss_args=settings)
@@ -38,7 +41,9 @@ IDLE = {
 }
 OTHERS = [
     ("dapo", {"dynamic_sampling": True, "beta": 0.1}, data(TIE, TIE), "all scores are equal"),
-    ("all_pairs", {}, data([None, 1.0], [2.0, None]), "all scores are equal"),
+    ("all_pairs", {}, data([None, 1.0], [2.0, None]), "groups only one response is rated; give each prompt"),
+    ("grpo", {}, [ALONE], "groups there is only one response; give each prompt"),
+    ("plackett_luce", {}, [ALONE, *data([None, 1.0])], "only one response or only one response is rated; give[^;]*$"),
     ("grpo", {"advantages": "gain"}, data(GOOD, GOOD, columns={"gain": [0, 0.0]}), "all advantages are 0"),
     ("weighted_sft", {}, data([0.0, 0.0]), "all weights are 0; give at least one response a weight above 0"),
     ("mixture", {"weights": {"all_pairs": 1.0, "plackett_luce": 1.0}}, data(TIE), "all scores are equal"),

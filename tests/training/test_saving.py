@@ -188,6 +188,13 @@ def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path: Path
         assert torch.equal(item, again.model.get_parameter(name))
 
 
+def test_with_no_checkpoint_none_is_called_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, **SAVES, max_steps=3)
+    monkeypatch.setattr(transformers.trainer_callback.TrainerState, "save_to_json", _disk_full)
+    with pytest.raises(kvpref.RunError, match=r"at step 1: .*; there is no earlier checkpoint\. .*then start again$"):
+        trainer.train()
+
+
 def test_after_a_loss_that_is_not_finite_the_run_resumes(tmp_path: Path) -> None:
     class Poison(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
