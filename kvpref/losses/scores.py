@@ -14,10 +14,11 @@ from kvpref.losses.interface import Idle, PreferenceLoss
 
 T = TypeVar("T")
 
-_DIFFERENT_SCORES = "give each prompt at least two responses with different scores"
-_EQUAL_SCORES = Idle("all scores are equal", _DIFFERENT_SCORES)
-_ONE_RATED = Idle("only one response is rated", _DIFFERENT_SCORES)
-_ONE_RESPONSE = Idle("there is only one response", _DIFFERENT_SCORES)
+EQUAL_SCORES = Idle(
+    # True also of a prompt with one response, or one that is rated: `select` may have left out the others by now.
+    "no two responses have different scores",
+    "give each prompt at least two responses with different scores",
+)
 
 
 class RatedResponses(NamedTuple):
@@ -77,15 +78,6 @@ def has_preference(group: Group) -> bool:
     return len(set(response_scores(group)) - {None}) > 1
 
 
-def without_preference(group: Group) -> Idle | None:
-    """Why no two responses of a group have different scores; None where two have."""
-    if has_preference(group):
-        return None
-    if len(group) == 1:
-        return _ONE_RESPONSE
-    return _EQUAL_SCORES if len(rated_indices(group)) > 1 else _ONE_RATED
-
-
 def check_not_ranks(group: Group, loss: str) -> None:
     """For losses that read how good a response is by itself, or that change when all scores of a group rise alike.
 
@@ -131,7 +123,7 @@ class ComparesScores(PreferenceLoss):
         return int(has_preference(group))
 
     def idle(self, group: Group) -> Idle | None:
-        return without_preference(group)
+        return None if has_preference(group) else EQUAL_SCORES
 
     def select(self, group: Group) -> Group:
         """The rated responses; one of them where all have the same score, for then there is nothing to learn."""

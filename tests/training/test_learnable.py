@@ -40,15 +40,22 @@ IDLE = {
     **{name: ({}, data(TIE, TIE)) for name in ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo")},
 }
 OTHERS = [
-    ("dapo", {"dynamic_sampling": True, "beta": 0.1}, data(TIE, TIE), "all scores are equal"),
-    ("all_pairs", {}, data([None, 1.0], [2.0, None]), "groups only one response is rated; give each prompt"),
-    ("grpo", {}, [ALONE], "groups there is only one response; give each prompt"),
-    ("plackett_luce", {}, [ALONE, *data([None, 1.0])], "only one response or only one response is rated; give[^;]*$"),
+    ("dapo", {"dynamic_sampling": True, "beta": 0.1}, data(TIE, TIE), "no two responses have different scores"),
+    ("all_pairs", {}, data([None, 1.0], [2.0, None]), "no two responses have different scores"),
+    ("grpo", {}, [ALONE], "in all 1 groups no two responses have different scores; give each prompt"),
     ("grpo", {"advantages": "gain"}, data(GOOD, GOOD, columns={"gain": [0, 0.0]}), "all advantages are 0"),
     ("weighted_sft", {}, data([0.0, 0.0]), "all weights are 0; give at least one response a weight above 0"),
-    ("mixture", {"weights": {"all_pairs": 1.0, "plackett_luce": 1.0}}, data(TIE), "all scores are equal"),
+    (
+        "mixture",
+        {"weights": {"all_pairs": 1.0, "plackett_luce": 1.0}},
+        data(TIE),
+        "no two responses have different scores",
+    ),
 ]
-CASES = [*((name, *case, "all scores are equal; give each prompt") for name, case in IDLE.items()), *OTHERS]
+CASES = [
+    *((name, *case, "no two responses have different scores; give each prompt") for name, case in IDLE.items()),
+    *OTHERS,
+]
 
 
 @pytest.mark.parametrize(("loss", "settings", "groups", "message"), CASES, ids=[str(case[:2]) for case in CASES])
@@ -83,7 +90,12 @@ def test_the_same_for_eval_data(tmp_path: Path) -> None:
     ("loss", "settings", "groups", "line"),
     [
         ("bradley_terry", {}, data(GOOD, TIE, GOOD), "2 of 3 groups count for the loss bradley_terry; in the others"),
-        ("grpo", {}, data(GOOD, TIE, TIE), "1 of 3 groups count for the loss grpo; in the others all scores are equal"),
+        (
+            "grpo",
+            {},
+            data(GOOD, TIE, TIE),
+            "1 of 3 groups count for the loss grpo; in the others no two responses have different scores",
+        ),
         ("grpo", {"beta": 0.1}, data(TIE, TIE), "2 of 2 groups count for the loss grpo"),  # the KL term
         ("grpo", {"entropy_coef": 0.1}, data(TIE, TIE), "2 of 2 groups count for the loss grpo"),
         ("weighted_sft", {}, data([0.0, 0.0], GOOD), "1 of 2 groups count for the loss weighted_sft"),

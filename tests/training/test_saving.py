@@ -12,7 +12,7 @@ import pytest
 import torch
 from preference_runs import make_args, make_groups, make_model
 from safetensors.torch import load_file
-from transformers import GenerationConfig, TrainerCallback
+from transformers import GenerationConfig, TrainerCallback, TrainerState
 
 import kvpref
 from kvpref.training import preflight
@@ -190,7 +190,7 @@ def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path: Path
 
 def test_with_no_checkpoint_none_is_called_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, **SAVES, max_steps=3)
-    monkeypatch.setattr(transformers.trainer_callback.TrainerState, "save_to_json", _disk_full)
+    monkeypatch.setattr(TrainerState, "save_to_json", _disk_full)
     with pytest.raises(kvpref.RunError, match=r"at step 1: .*; there is no earlier checkpoint\. .*then start again$"):
         trainer.train()
 

@@ -20,7 +20,7 @@ from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import POLICY_GRADIENT_RATES
 from kvpref.losses.policy_gradient.advantages import SCALES, group_advantages, score_deviations
 from kvpref.losses.policy_gradient.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
-from kvpref.losses.scores import rated_indices, rated_responses, without_preference
+from kvpref.losses.scores import EQUAL_SCORES, has_preference, rated_indices, rated_responses
 from kvpref.outputs import HeadOptions, ResponseLogps
 
 ZERO_ADVANTAGES = Idle("all advantages are 0", "give responses whose advantages differ from 0")
@@ -154,7 +154,7 @@ class PolicyGradient(PreferenceLoss):
     def idle(self, group: Group) -> Idle | None:
         """Where all advantages are 0 only the KL term and the entropy are left to learn from."""
         if self.advantages == "scores":
-            found = without_preference(group)
+            found = None if has_preference(group) else EQUAL_SCORES
         else:
             given: Any = group.columns.get(self.advantages)
             found = None if any(given if group.is_per_sequence(given) else [given]) else ZERO_ADVANTAGES
