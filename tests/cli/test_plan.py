@@ -114,6 +114,7 @@ def test_packed_grows_with_the_responses_and_bounded_hardly(tmp_path: Path) -> N
     assert added(bounded, 16) < 1.02 * added(bounded, 8)
 
 
+@pytest.mark.full
 def test_everything_fits_a_small_model(tmp_path: Path) -> None:
     lengths = ("--prompt-tokens", 300, "--response-tokens", 100, "--num-responses", 4)
     checkpoint = ("--dtype", "bfloat16", "--checkpoint", "all")

@@ -80,6 +80,7 @@ def test_families_and_modes(variant: str, mode: str) -> None:
     oracle.assert_same(oracle.shared(model, batch, mode=mode), truth, FP64_TOLERANCE)
 
 
+@pytest.mark.full
 def test_with_an_adapter() -> None:
     peft = pytest.importorskip("peft", reason="needs the peft extra")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -39,11 +39,13 @@ SETUPS = {
         *(
             pytest.param(variant, setup, marks=pytest.mark.full)
             for variant, setup in (
-                *((variant, "full fine-tuning") for variant in ("full", "checkpoint all", "bounded, checkpoint all")),
+                *(
+                    (variant, "full fine-tuning")
+                    for variant in ("full", "checkpoint all", "bounded, checkpoint all", "bounded")
+                ),
                 *(("full", "lora"), ("bounded", "lora"), ("bounded", "mixed precision")),
             )
         ),
-        ("bounded", "full fine-tuning"),
     ],
 )
 def test_extended_peak_is_that_of_a_whole_run(variant: str, setup: str) -> None:
