@@ -1,4 +1,4 @@
-"""Memory sizes as users write them."""
+"""Memory sizes as users write and read them."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def parse_bytes(text: str, option: str) -> int:
     if match is None or unit not in _UNITS:
         raise InputError(f"{option}: expected a size such as 80GiB (or 80), 24GB or 512MiB; got {text!r}")
     return int(float(match[1]) * _UNITS[unit])
+
+
+def size_in_words(num_bytes: float) -> str:
+    """``1.5 GiB``, ``24.8 MiB``."""
+    return f"{num_bytes / 2**30:.3g} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.3g} MiB"

@@ -10,6 +10,7 @@ from torch import nn
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.predicted_run import PredictedRun
 from kvpref.cli.run_config import RunConfig
+from kvpref.cli.sizes import size_in_words
 from kvpref.data import PreferenceDataset, StepPlanner, summarize_batches, summarize_dataset
 from kvpref.data.budgets import DEFAULT_MAX_TOKENS
 from kvpref.losses import PreferenceLoss, registered_name
@@ -161,8 +162,8 @@ def _resident(model: nn.Module, args: PreferenceTrainingArguments) -> str:
     if name == "adamw_torch_fused":
         states = 2
     if states is None:
-        return f"{_gib(weights + trained)} of weights and gradients, and what {name} keeps"
-    return f"{_gib(weights + trained * (1 + states))} of weights, gradients and optimizer state"
+        return f"{size_in_words(weights + trained)} of weights and gradients, and what {name} keeps"
+    return f"{size_in_words(weights + trained * (1 + states))} of weights, gradients and optimizer state"
 
 
 def _step_costs(planner: StepPlanner, accumulation: int) -> list[float]:
@@ -173,7 +174,3 @@ def _step_costs(planner: StepPlanner, accumulation: int) -> list[float]:
 
 def _per_run(costs: list[float], num_steps: int) -> float:
     return sum(costs) * num_steps / max(1, len(costs))
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.3g} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.3g} MiB"

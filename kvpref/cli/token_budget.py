@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.cli.run_config import RunConfig
+from kvpref.cli.sizes import size_in_words
 from kvpref.data import DataStatistics, PreferenceDataset, summarize_dataset
 from kvpref.data.costs import COUNTS
 from kvpref.errors import InputError
@@ -108,12 +109,12 @@ def fitting_budget(
     if not largest:
         return FittingBudget(
             max_tokens=least,
-            note=f"predicted peak {_gib(peak_of(1))} of {_gib(free_bytes)} free for the longest group alone; if "
-            "memory runs out: --checkpoint all, --schedule bounded, or --lora-r 16",
+            note=f"predicted peak {size_in_words(peak_of(1))} of {size_in_words(free_bytes)} free for the longest group "
+            "alone; if memory runs out: --checkpoint all, --schedule bounded, or --lora-r 16",
         )
     return FittingBudget(
         max_tokens=max(least, largest * num_tokens(args.mode, shape)),
-        note=f"predicted peak {_gib(peak_of(largest))} of {_gib(free_bytes)} free",
+        note=f"predicted peak {size_in_words(peak_of(largest))} of {size_in_words(free_bytes)} free",
     )
 
 
@@ -146,7 +147,7 @@ def predict_peak(
         peak_bytes = predictor.peak(Variant(mode=args.mode, checkpoint=args.checkpoint), shape, count).total_bytes
     except InputError as error:
         return f"peak not predicted: {error}"
-    return f"predicted peak {_gib(peak_bytes)}"
+    return f"predicted peak {size_in_words(peak_bytes)}"
 
 
 def _unpredictable(
@@ -192,7 +193,3 @@ def _longest(found: DataStatistics) -> GroupShape:
 
 def _peaks(predictor: Predictor, variant: Variant, shape: GroupShape) -> Callable[[int], int]:
     return lambda num_groups: predictor.peak(variant, shape, num_groups).total_bytes
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.3g} GiB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvpref.cli.sizes import parse_bytes
+from kvpref.cli.sizes import parse_bytes, size_in_words
 from kvpref.errors import InputError
 
 GIB = 2**30
@@ -30,3 +30,8 @@ def test_a_bare_number_is_gib(text: str, expected: int) -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(InputError, match="--x: expected a size"):
         parse_bytes(text, "--x")
+
+
+@pytest.mark.parametrize(("num_bytes", "words"), [(3 * 2**29, "1.5 GiB"), (2**29, "0.5 GiB"), (2**20, "1 MiB")])
+def test_sizes_in_words(num_bytes: int, words: str) -> None:
+    assert size_in_words(num_bytes) == words

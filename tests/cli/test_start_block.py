@@ -89,7 +89,7 @@ def test_a_long_run_is_told_its_least_time_and_its_peak(
     assert 0.5 < flops / (6 * 4 * 21 * num_weights * share) < 1.5
     assert 3600 < flops / 1e3 < 7200
     assert re.search(r"at least 1 h \d+ min at the 1e-06 GFLOP/s", said["work"]), said["work"]
-    assert re.search(r"optimizer state, predicted peak [\d.]+ GiB$", said["memory"]), said["memory"]
+    assert re.search(r"optimizer state, predicted peak [\d.]+ MiB$", said["memory"]), said["memory"]
 
 
 def test_bf16_works_without_a_gpu_and_without_more_words(
