@@ -109,8 +109,8 @@ def fitting_budget(
     if not largest:
         return FittingBudget(
             max_tokens=least,
-            note=f"predicted peak {size_in_words(peak_of(1))} of {size_in_words(free_bytes)} free for the longest group "
-            "alone; if memory runs out: --checkpoint all, --schedule bounded, or --lora-r 16",
+            note=f"predicted peak {size_in_words(peak_of(1))} of {size_in_words(free_bytes)} free for the longest "
+            "group alone; if memory runs out: --checkpoint all, --schedule bounded, or --lora-r 16",
         )
     return FittingBudget(
         max_tokens=max(least, largest * num_tokens(args.mode, shape)),
