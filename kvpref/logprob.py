@@ -146,12 +146,15 @@ class _TokenStatistics(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiles.token_ranges():
                 parts.append(_Moments(target_logits[rows], tiles.params))
+                row_hidden = tiles.operand(hidden[rows])
                 for columns in tiles.vocab_ranges():
-                    logits = tiles.logits(hidden[rows], weight, bias, columns, buffer)
+                    tile_bias = None if bias is None else bias[columns]
+                    logits = tiles.logits(row_hidden, tiles.operand(weight[columns]), tile_bias, buffer)
                     inside, index = tiles.locate(targets[rows], columns)
                     found = logits.gather(1, index.unsqueeze(1)).squeeze(1)
                     target_logits[rows] = torch.where(inside, found, target_logits[rows])
                     parts[-1].add(logits)
+                    del logits  # or the next tile would stand beside this one
         lse = _joined([part.lse for part in parts], target_logits)
         entropy = _joined([part.entropy() for part in parts], target_logits) if tiles.params.entropy else None
         collision = _joined([part.collision() for part in parts], target_logits) if tiles.params.collision else None
@@ -185,8 +188,11 @@ class _TokenStatistics(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiles.token_ranges():
                 row_grad = grad[rows].to(tiles.sum_dtype) * tiles.scale
+                row_hidden = tiles.operand(hidden[rows])
                 for columns in tiles.vocab_ranges():
-                    logits = tiles.logits(hidden[rows], weight, bias, columns, buffer)
+                    tile_weight = tiles.operand(weight[columns])
+                    tile_bias = None if bias is None else bias[columns]
+                    logits = tiles.logits(row_hidden, tile_weight, tile_bias, buffer)
                     probs = logits.sub_(lse[rows].unsqueeze(1)).exp_()
                     if entropy_grad is None:
                         dlogits = probs.mul_(row_grad.neg().unsqueeze(1))
@@ -196,13 +202,16 @@ class _TokenStatistics(torch.autograd.Function):
                     # d logp / d logits = scale * (onehot - softmax)
                     inside, index = tiles.locate(targets[rows], columns)
                     dlogits.scatter_add_(1, index.unsqueeze(1), torch.where(inside, row_grad, 0.0).unsqueeze(1))
-                    if grad_hidden is not None:
-                        tiles.add_product(grad_hidden[rows], dlogits, weight[columns], first=columns.start == 0)
-                    if grad_weight is not None:
-                        first = given is None and rows.start == 0
-                        tiles.add_product(grad_weight[columns], dlogits.T, hidden[rows], first=first)
                     if grad_bias is not None:
                         grad_bias[columns] += dlogits.sum(0)
+                    operand = tiles.operand(dlogits)
+                    del logits, probs, dlogits  # one tile, of which at most a narrow copy is left
+                    if grad_hidden is not None:
+                        tiles.add_product(grad_hidden[rows], operand, tile_weight, first=columns.start == 0)
+                    if grad_weight is not None:
+                        first = given is None and rows.start == 0
+                        tiles.add_product(grad_weight[columns], operand.T, row_hidden, first=first)
+                    del operand
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None or given is not None else grad_weight.to(weight.dtype),

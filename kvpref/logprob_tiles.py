@@ -77,17 +77,19 @@ class Tiles:
         for start in range(0, self.vocab_size, self.vocab_per_tile):
             yield slice(start, min(start + self.vocab_per_tile, self.vocab_size))
 
+    def operand(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as the products take it; cast once, however many products read it."""
+        return tensor.to(self.gemm_dtype)
+
     def product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """``left @ right`` in the wider dtype; in `out` where the products are computed in that dtype too."""
-        left, right = left.to(self.gemm_dtype), right.to(self.gemm_dtype)
+        """``left @ right`` of two operands in the wider dtype; in `out` where they have that dtype too."""
         if self.gemm_dtype == self.sum_dtype:
             return torch.mm(left, right, out=out)
         return torch.mm(left, right, out_dtype=self.sum_dtype)
 
     def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, first: bool) -> None:
-        """``total += left @ right`` in place; with `first`, what `total` held is overwritten."""
+        """``total += left @ right`` of two operands, in place; with `first`, what `total` held is overwritten."""
         if total.dtype == self.gemm_dtype:
-            left, right = left.to(self.gemm_dtype), right.to(self.gemm_dtype)
             torch.addmm(total, left, right, beta=0 if first else 1, out=total)
         elif first:
             total.copy_(self.product(left, right))
@@ -95,19 +97,21 @@ class Tiles:
             total += self.product(left, right)
 
     def logits(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        columns: slice,
-        buffer: torch.Tensor | None,
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor | None
     ) -> torch.Tensor:
-        """One tile, in `buffer` if it can be: memory that is used again stays in the cache and costs no page faults."""
-        shape = (hidden.shape[0], columns.stop - columns.start)
+        """One tile, in `buffer` if it can be: memory that is used again stays in the cache and costs no page faults.
+
+        Args:
+            hidden: (rows, K), an operand.
+            weight: (columns, K), an operand.
+            bias: (columns,), of the same columns.
+            buffer: From `buffer`.
+        """
+        shape = (hidden.shape[0], weight.shape[0])
         tile = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
-        logits = self.product(hidden, weight[columns].T, out=tile)
+        logits = self.product(hidden, weight.T, out=tile)
         if bias is not None:
-            logits += bias[columns]
+            logits += bias
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
 
     def buffer(self, hidden: torch.Tensor) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvpref.logprob import HeadParams, naive_token_logprobs, token_logprobs
+from kvpref.logprob_tiles import tiles_for
 
 # The tiles never have fewer columns than this, so a vocabulary must be larger to be cut at all.
 TILE = 256
@@ -243,3 +245,55 @@ def test_weight_gradient_is_added_in_place() -> None:
         token_logprobs(hidden.to(dtype), given, targets, weight_grad=total).sum().backward()
         assert given.grad is None
         torch.testing.assert_close(total - before, plain.grad, rtol=tolerance, atol=tolerance)
+
+
+class Casts(TorchDispatchMode):
+    """Notes the shape of every tensor that is copied to another dtype, and the most tiles that are held at once.
+
+    Products of 16-bit numbers with fp32 results, which the CPU does not have, are computed in fp32: exactly the same
+    factors, so that casting elsewhere would change the numbers.
+    """
+
+    def __init__(self, tile: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+        self._tile, self._storages = set(tile), WeakSet()
+        self.most_tiles = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.dtype:
+            left, right, dtype = args
+            assert left.dtype == right.dtype == torch.bfloat16
+            result = torch.mm(left.to(dtype), right.to(dtype))
+        else:
+            result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(result.shape))
+        if isinstance(result, torch.Tensor) and set(result.shape) == self._tile:
+            self._storages.add(result.untyped_storage())
+            self.most_tiles = max(self.most_tiles, len(self._storages))
+        return result
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_on_cuda_each_tile_is_cast_once(weights: torch.dtype) -> None:
+    """Of the backward pass: dlogits once, under autocast each tile of the weight and the hidden states once."""
+    num_tokens, hidden_size, num_tiles = 9, 8, 3
+    case = make_case(num_tokens, num_tiles * TILE, weights, bias=False, hidden_size=hidden_size)
+    casts = Casts((num_tokens, TILE))
+    with torch.autocast("cpu", torch.bfloat16), tiles_for("cuda"), casts:
+        logps = token_logprobs(
+            case.hidden, case.weight, case.targets, params=HeadParams(max_tile_bytes=num_tokens * TILE * 4)
+        )
+        forward = casts.shapes
+        casts.shapes = []
+        logps.sum().backward()
+    narrow = weights == torch.bfloat16
+    assert casts.shapes.count((num_tokens, TILE)) + casts.shapes.count((TILE, num_tokens)) == num_tiles
+    for shapes in (forward, casts.shapes):
+        assert shapes.count((TILE, hidden_size)) == (0 if narrow else num_tiles)
+    assert forward.count((num_tokens, hidden_size)) == (0 if narrow else 1)
+    # Besides, the gradient is given in the dtype of the hidden states.
+    assert casts.shapes.count((num_tokens, hidden_size)) == 1
+    # The wide tile and its narrow copy.
+    assert casts.most_tiles == 2
