@@ -7,6 +7,7 @@ memory as the allocator gave it. So an argument in the wrong place, a layout or 
 
 from __future__ import annotations
 
+import types
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,15 @@ from kvpref.attention import AttentionParams, VarlenBlock, get_backend
 
 Tensor = torch.Tensor
 NAN, INF = float("nan"), float("inf")
+
+
+def module_like(kernels: object) -> types.ModuleType:
+    """An importable module with the functions of a stand-in."""
+    module = types.ModuleType("stand_in")
+    for name in dir(kernels):
+        if not name.startswith("__"):
+            setattr(module, name, getattr(kernels, name))
+    return module
 
 
 def block_of(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -> VarlenBlock:

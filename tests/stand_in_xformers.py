@@ -32,6 +32,8 @@ class BlockDiagonalCausalMask(BlockDiagonalMask):
 
 
 class _FlashOp:
+    NAME = "fa2@2.5.7-pt"  # PyTorch's own kernels, as where flash-attn is not installed
+
     @classmethod
     def is_available(cls) -> bool:
         return True

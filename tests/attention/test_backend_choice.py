@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpref.attention import available_backends, get_backend, select_backend
+from kvpref.attention import available_backends, backends, get_backend, select_backend
 from kvpref.attention.backends import backend_names, optional_package
 from kvpref.attention.backends.optional_package import OptionalPackage
+from kvpref.attention.backends.packaged import PackagedBackend
 
 PACKAGED = ("flash_attn", "flash_attn_3", "flash_attn_4", "xformers")
 
@@ -37,22 +38,32 @@ def on_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> N
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
+@pytest.fixture(autouse=True)
+def fresh_selections() -> None:
+    """What was selected for a device that a test has invented."""
+    backends._selected.clear()
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every package, with kernels that run."""
     monkeypatch.setattr(OptionalPackage, "missing_reason", lambda self: None)
+    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, query: None)
 
 
 @pytest.mark.parametrize(
     ("dtype", "capability", "expected"),
     [
         (torch.bfloat16, (8, 0), "cuda_flash"),
-        (torch.float16, (9, 0), "cuda_flash"),
+        (torch.float16, (8, 9), "cuda_flash"),
+        (torch.bfloat16, (10, 0), "cuda_flash"),
         (torch.float32, (8, 0), "efficient"),
+        (torch.float32, (9, 0), "efficient"),
         (torch.float16, (7, 5), "efficient"),
         (torch.float64, (9, 0), "reference"),
     ],
     ids=str,
 )
-def test_auto_on_cuda(
+def test_auto_on_cuda_without_an_import(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], expected: str
 ) -> None:
     on_device(monkeypatch, capability)

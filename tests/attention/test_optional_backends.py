@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from dense_attention import Inputs, dense_attention, make_inputs, make_plan, random_tree
 from stand_in_flash_attn import FlashAttention2, FlashAttention4, FlashAttention4WithExtras
 from stand_in_flash_attn_3 import FlashAttention3, FlashAttention3Of2025
+from stand_in_kernels import module_like
 from stand_in_xformers import Xformers
 
 from kvpref.attention import AttentionParams, VarlenBlock, cascade_attention, get_backend
@@ -23,14 +23,6 @@ from kvpref.layout import VarlenLayout
 PARAMS = AttentionParams(scale=0.37)
 # float64 sums of at most a hundred terms.
 TOLERANCE = 1e-12
-
-
-def module_like(kernels: object) -> types.ModuleType:
-    module = types.ModuleType("stand_in")
-    for name in dir(kernels):
-        if not name.startswith("__"):
-            setattr(module, name, getattr(kernels, name))
-    return module
 
 
 INSTALLED: dict[str, tuple[str, str, Callable[[], object]]] = {
@@ -124,27 +116,6 @@ def test_trees_equal_dense_attention(depth: int, heads: tuple[int, int], backend
         true_grads = torch.autograd.grad(truth, plain.leaves(), weights, retain_graph=True)
         for grad, true_grad in zip(found, true_grads, strict=True):
             torch.testing.assert_close(grad, true_grad, rtol=0, atol=10 * TOLERANCE)
-
-
-@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_3", "flash_attn_4"])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_deterministic_algorithms_reach_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, deterministic: bool, name: str
-) -> None:
-    _, module, kernels = INSTALLED[name]
-    stand_in = kernels()
-    optional_package._load.cache_clear()
-    monkeypatch.setitem(sys.modules, module, module_like(stand_in))
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=(0, 2), cu_seqlens_k=(0, 2), causal=True))
-    q = random(2, 1, 8)
-    out, lse = get_backend(name).forward(q, q, q, block, PARAMS)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        get_backend(name).backward(q, q, q, q, out, lse, block, PARAMS)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        optional_package._load.cache_clear()
-    assert stand_in.deterministic == [deterministic]  # type: ignore[attr-defined]
 
 
 def schema_of(operator: Any) -> list[tuple[str, bool]]:

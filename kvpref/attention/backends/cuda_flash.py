@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpref.attention.backends import flash_kernels
+from kvpref.attention.backends import flash_kernels, torch_flash
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
 
@@ -13,13 +13,17 @@ class CudaFlash(Backend):
     """fp16 and bf16 on compute capability 8.0 and later, native GQA, no extra package.
 
     The kernel's causal mask is aligned to the bottom right, which equals the usual one here because causal blocks
-    have equal query and key ranges.
+    have equal query and key ranges. Determinism is the kernel's own rule, which all backends follow. Refused while
+    other kernels stand in for the operator, because results would be those of another package under this name.
     """
 
     name = "cuda_flash"
 
+    def provider(self) -> str:
+        return f"FlashAttention-2 of {super().provider()}"
+
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        return flash_kernels.refusal(query)
+        return flash_kernels.refusal(query) or torch_flash.replaced_reason()
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams

@@ -17,9 +17,13 @@ class Efficient(Backend):
 
     No GQA: keys and values are copied per query head, unless all query heads share one. The backward kernel is
     called by name, because the autograd formula of the forward one does not take an outside output and log-sum-exp.
+    Determinism is the kernel's own rule, which all backends follow: it then does not split keys.
     """
 
     name = "efficient"
+    cost = (
+        "grouped keys and values are copied per query head, forward and backward: 2 x keys x heads x head dim numbers"
+    )
 
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
         if query.device.type != "cuda":

@@ -11,22 +11,19 @@ from typing import ClassVar
 
 import torch
 
-from kvpref.attention.backends import flash_kernels
-from kvpref.attention.backends.interface import Backend
+from kvpref.attention.backends import determinism, flash_kernels
 from kvpref.attention.backends.optional_package import OptionalPackage
+from kvpref.attention.backends.packaged import PackagedBackend
 from kvpref.attention.block import AttentionParams, VarlenBlock
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _FlashAttention(Backend):
+class _FlashAttention(PackagedBackend):
     """What the generations share: dtypes, native GQA, varlen log-sum-exp (H, T), causal masks aligned to the bottom
     right (the usual ones here, because causal blocks have equal query and key ranges).
-
-    `torch.use_deterministic_algorithms` selects their deterministic backward.
     """
 
-    package: ClassVar[OptionalPackage]
     max_head_dim: ClassVar[int] = 256
     min_capability: ClassVar[tuple[int, int]] = flash_kernels.AMPERE
     below_capability: ClassVar[tuple[int, int] | None] = None
@@ -39,7 +36,14 @@ class _FlashAttention(Backend):
         if bound is not None and capability >= bound:
             found, limit = flash_kernels.dotted(capability), flash_kernels.dotted(bound)
             return f"it needs compute capability below {limit}, got {found}"
-        return self.package.missing_reason()
+        missing = self.package.missing_reason()
+        if missing is None and determinism.is_required():
+            missing = self._nondeterministic_reason(query)
+        return missing or self.probe_failure(query)
+
+    def _nondeterministic_reason(self, query: torch.Tensor) -> str | None:
+        """Why its sources have no deterministic backward for this query, or None when they have."""
+        return None
 
 
 class FlashAttn(_FlashAttention):
@@ -106,7 +110,7 @@ class FlashAttn(_FlashAttention):
             window_size_right=-1,
             softcap=0.0,
             alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            deterministic=determinism.chosen_for(self.name),
         )
         return dq, dk, dv
 
@@ -115,7 +119,8 @@ class FlashAttn3(_FlashAttention):
     """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), as built from ``hopper/`` since April 2025.
 
     Arguments go by position up to `causal`, as in the package's own calls: between releases names changed
-    (``out`` to ``out_``, ``causal`` to ``is_causal``) and defaults came and went, positions did not.
+    (``out`` to ``out_``, ``causal`` to ``is_causal``) and defaults came and went, positions did not. Keys are not split
+    in the forward pass (``num_splits`` is 1 by default), so it is deterministic.
     """
 
     name = "flash_attn_3"
@@ -125,6 +130,11 @@ class FlashAttn3(_FlashAttention):
         distribution="flash-attn-3",
         install="build it from the folder hopper of github.com/Dao-AILab/flash-attention",
     )
+
+    def _nondeterministic_reason(self, query: torch.Tensor) -> str | None:
+        # hopper/flash_api.cpp rounds the head dim up to 64, 96, 128, 192 or 256 and refuses 256.
+        head_dim = query.shape[-1]
+        return f"it has no deterministic backward for head dims above 192, got {head_dim}" if head_dim > 192 else None
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
@@ -178,7 +188,7 @@ class FlashAttn3(_FlashAttention):
             dv,
             params.scale,
             block.causal,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            deterministic=determinism.chosen_for(self.name),
         )
         return dq, dk, dv
 
@@ -197,6 +207,11 @@ class FlashAttn4(_FlashAttention):
     package = OptionalPackage(
         module="flash_attn.cute.interface", distribution="flash-attn-4", install="pip install --pre flash-attn-4"
     )
+
+    def _nondeterministic_reason(self, query: torch.Tensor) -> str | None:
+        # flash_attn/cute/interface.py asserts this; betas 0 to 4 refuse Hopper too, which the tiny call finds.
+        major, minor = torch.cuda.get_device_capability(query.device)
+        return f"it has no deterministic backward on compute capability {major}.{minor}" if major == 12 else None
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
@@ -240,7 +255,7 @@ class FlashAttn4(_FlashAttention):
             cu_seqlens_k=block.cu_seqlens_k,
             max_seqlen_q=block.max_seqlen_q,
             max_seqlen_k=block.max_seqlen_k,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            deterministic=determinism.chosen_for(self.name),
             dq=dq,
             dk=dk,
             dv=dv,

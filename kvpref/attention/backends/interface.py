@@ -17,6 +17,12 @@ class Backend(ABC):
     """Kernels for one varlen block; stateless."""
 
     name: ClassVar[str]
+    cost: ClassVar[str | None] = None
+    """What a user pays for in this backend and not in others, if anything; `kvpref doctor` says it."""
+
+    def provider(self) -> str:
+        """Whose kernels these are, with the version."""
+        return f"torch {torch.__version__}"
 
     @abstractmethod
     def unsupported_reason(self, query: torch.Tensor) -> str | None:

@@ -39,6 +39,10 @@ class OptionalPackage:
         message = (str(loaded).splitlines() or [""])[0]
         return f"importing {self.module} failed ({type(loaded).__name__}: {message}); reinstall it: {self.install}"
 
+    def name_and_version(self) -> str:
+        """Such as ``flash-attn 2.8.3``; the name alone where the package carries no version."""
+        return " ".join(filter(None, (self.distribution, _installed_version(self.distribution))))
+
     def load(self) -> ModuleType:
         """The imported module.
 

@@ -6,21 +6,25 @@ from typing import Any
 
 import torch
 
-from kvpref.attention.backends import flash_kernels
-from kvpref.attention.backends.interface import Backend
+from kvpref.attention.backends import determinism, flash_kernels, torch_flash
 from kvpref.attention.backends.optional_package import OptionalPackage
+from kvpref.attention.backends.packaged import PackagedBackend
 from kvpref.attention.block import AttentionParams, VarlenBlock
 
 
-class Xformers(Backend):
+class Xformers(PackagedBackend):
     """fp16 and bf16 on compute capability 8.0 and later, package xformers 0.0.33 and later.
 
     The operators are named, not left to xFormers' own choice: others cannot run partial attention or keep the
-    log-sum-exp in another layout. The forward pass has native GQA; the backward operator has not, so keys and values
-    are copied per query head there.
+    log-sum-exp in another layout. The forward pass has native GQA; the backward operator has not (``SUPPORTS_BMGHK`` is
+    False in 0.0.33 to 0.0.35 and in MSLK, to which its operators move), so keys and values are copied per query head.
+
+    The operators run PyTorch's own kernels, by PyTorch's rule of determinism, unless flash-attn is installed: then they
+    run that package's, and always its non-deterministic backward.
     """
 
     name = "xformers"
+    cost = "with grouped keys its backward copies keys and values per query head: 2 x keys x heads x head dim numbers"
     package = OptionalPackage(
         module="xformers.ops.fmha",
         distribution="xformers",
@@ -30,11 +34,23 @@ class Xformers(Backend):
 
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
         reason = flash_kernels.refusal(query) or self.package.missing_reason()
-        if reason is None and not self.package.load().flash.FwOp.is_available():
+        if reason is not None:
+            return reason
+        if not self.package.load().flash.FwOp.is_available():
             return (
                 f"this xformers was built without FlashAttention for this torch; reinstall it: {self.package.install}"
             )
-        return reason
+        if self._runs_torch_kernels():
+            reason = torch_flash.replaced_reason()
+        elif determinism.is_required():
+            reason = (
+                "over the package flash-attn it has no deterministic backward; choose cuda_flash or flash_attn, or "
+                "uninstall flash-attn, so that it runs PyTorch's kernels"
+            )
+        return reason or self.probe_failure(query)
+
+    def _runs_torch_kernels(self) -> bool:
+        return str(self.package.load().flash.FwOp.NAME).endswith("-pt")
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
@@ -65,6 +81,8 @@ class Xformers(Backend):
         block: VarlenBlock,
         params: AttentionParams,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if not self._runs_torch_kernels():
+            determinism.chosen_for(self.name)  # for its warning: there is no other kernel
         fmha, num_kv_heads = self.package.load(), k.shape[1]
         group_size = q.shape[1] // num_kv_heads
         key, value = (rows.repeat_interleave(group_size, dim=1) if group_size > 1 else rows for rows in (k, v))

@@ -1,0 +1,38 @@
+"""Which kernels PyTorch's flash attention operator runs: its own FlashAttention-2, or what a user has activated.
+
+`torch.nn.attention.activate_flash_attention_impl` replaces `aten::_flash_attention_forward` and `_backward` for a whole
+process. The replacements are not used here, whoever activated them: they allocate gradients without setting them to
+zero, decide determinism by another rule (warn-only counts as on) and split keys of the forward pass unless it is on,
+and FA4's takes two values from a function that returns four. kvpref's own backends call the same packages directly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_BACKEND_OF = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}
+"""Name of an activated implementation -> kvpref's backend for the same kernels."""
+
+
+def activated() -> str | None:
+    """The name of what was activated, such as ``FA3``; None for PyTorch's own FlashAttention-2."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # since PyTorch 2.10
+    return None if current is None else current()
+
+
+def backend_of_activated() -> str | None:
+    """kvpref's backend for the kernels that were activated, if any were and it has one."""
+    return _BACKEND_OF.get(activated() or "")
+
+
+def replaced_reason() -> str | None:
+    """Why the operator is not FlashAttention-2 here and what to do; None when it is."""
+    found = activated()
+    if found is None:
+        return None
+    backend = backend_of_activated()
+    instead = f"choose backend {backend!r}, or " if backend else ""
+    return (
+        f"PyTorch's flash attention operator runs {found} in this process (activate_flash_attention_impl), not "
+        f"FlashAttention-2; {instead}call torch.nn.attention.restore_flash_attention_impl()"
+    )
