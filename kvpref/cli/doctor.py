@@ -19,8 +19,8 @@ def doctor(
 ) -> None:
     """Say which attention backends work on this machine, why the others do not, and what to install.
 
-    Each that says it can runs a tiny forward and backward against the reference. Lists versions and devices too, and
-    warns of common problems. Exit code 1 if no fast backend works.
+    Each that says it can runs a tiny forward and backward against the reference. Says what `auto` takes on each device,
+    lists versions and devices, and warns of common problems. Exit code 1 if no fast backend works.
 
     Example: kvpref doctor
     """
@@ -50,8 +50,9 @@ def _backends_table(backends: tuple[BackendProbe, ...]) -> Table:
         table.add_column(column)
     for backend in backends:
         errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in backend.errors.items())
+        cost = backend.cost if backend.works else None
         works = f"yes, on {backend.device}" if backend.works else "no"
-        table.add_row(backend.name, works, escape("; ".join(filter(None, (errors, backend.reason)))))
+        table.add_row(backend.name, works, escape("; ".join(filter(None, (errors, cost, backend.reason)))))
     return table
 
 
@@ -73,6 +74,7 @@ def _lines(environment: Environment) -> list[str]:
     lines = [
         f"versions: Python {environment.python}, {', '.join(versions)}",
         f"not installed: {', '.join(missing) or 'none of the optional packages is missing'}",
+        *(f"auto on {choice.device} in {', '.join(choice.dtypes)}: {choice.takes}" for choice in environment.automatic),
         f"threads: {environment.num_threads} per operation, {environment.num_cpus} processors",
         *(f"warning: {warning}" for warning in environment.warnings),
     ]

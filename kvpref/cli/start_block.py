@@ -7,6 +7,8 @@ from math import ceil
 
 from torch import nn
 
+from kvpref.attention import select_backend
+from kvpref.attention.backends import choose_automatically
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.predicted_run import PredictedRun
 from kvpref.cli.run_config import RunConfig
@@ -15,6 +17,7 @@ from kvpref.data import PreferenceDataset, StepPlanner, summarize_batches, summa
 from kvpref.data.budgets import DEFAULT_MAX_TOKENS
 from kvpref.losses import PreferenceLoss, registered_name
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
+from kvpref.training.checks import sample_query
 from kvpref.training.defaults import AUTO, trains_an_adapter
 from kvpref.training.inputs import make_cost_model, make_planner
 
@@ -59,6 +62,7 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
     facts = {
         "model": _model(trainer.model, run),
         "precision": f"{_dtypes(trainer.model)} weights, {_autocast(args)}",
+        "attention": _attention(trainer.model, args),
         "loss": _loss(loss, args),
         "learning rate": _learning_rate(trainer, given, num_steps),
         "data": _data(dataset),
@@ -93,6 +97,16 @@ def _dtypes(model: nn.Module) -> str:
 
 def _autocast(args: PreferenceTrainingArguments) -> str:
     return "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+
+
+def _attention(model: nn.Module, args: PreferenceTrainingArguments) -> str:
+    if args.mode == "padded":
+        return "transformers' sdpa (mode padded)"
+    query = sample_query(model, args, args.device)
+    if args.backend == "auto":
+        return f"auto takes {choose_automatically(query)}"
+    backend = select_backend(args.backend, query)
+    return f"{backend.name} ({backend.provider()})"
 
 
 def _loss(loss: PreferenceLoss, args: PreferenceTrainingArguments) -> str:

@@ -35,6 +35,9 @@ class BackendProbe:
     reason: str | None
     """Why it does not work, and what would help; None when it does."""
 
+    cost: str | None = None
+    """What a user pays for in this backend and not in others, if anything."""
+
     @property
     def works(self) -> bool:
         """Whether it ran in some dtype, and right in every dtype that it says it takes."""
@@ -90,7 +93,7 @@ def _run_probes(name: str, device: str, dtypes: list[torch.dtype]) -> BackendPro
             errors[label] = error
         else:
             reason = f"it is wrong in {label}: relative error {error:.1e}, rounding explains {tolerance:.0e}"
-    return BackendProbe(name=name, device=device, errors=errors, reason=reason)
+    return BackendProbe(name=name, device=device, errors=errors, reason=reason, cost=get_backend(name).cost)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

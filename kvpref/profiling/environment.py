@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from kvpref.profiling.automatic import DeviceChoice, automatic_choices
 from kvpref.profiling.backend_probe import BackendProbe, probe_backends
+from kvpref.profiling.flash_activation import activation_warnings
 from kvpref.profiling.provenance import Provenance
 
 PACKAGES = (
@@ -73,6 +75,9 @@ class Environment:
     backends: tuple[BackendProbe, ...]
     """Every attention backend, tried."""
 
+    automatic: tuple[DeviceChoice, ...]
+    """What the backend `auto` takes on each device."""
+
     warnings: tuple[str, ...]
     """Common problems, each with what to do."""
 
@@ -95,6 +100,7 @@ def inspect_environment() -> Environment:
         *version_warnings(packages),
         *gpu_warnings(has_gpu=_nvidia_gpu_present()),
         *thread_warnings(os.environ, provenance.num_cpus),
+        *activation_warnings(),
     ]
     return Environment(
         python=provenance.python_version,
@@ -103,6 +109,7 @@ def inspect_environment() -> Environment:
         num_cpus=provenance.num_cpus,
         num_threads=provenance.num_threads,
         backends=tuple(probe_backends()),
+        automatic=tuple(automatic_choices()),
         warnings=tuple(warnings),
     )
 

@@ -131,12 +131,16 @@ def check_backend(model: nn.Module, args: PreferenceTrainingArguments, *, has_re
     """Raise InputError if a backend that was named cannot run where the model is, or where its reference is."""
     if args.backend == "auto":
         return
-    weights = (weight.dtype for weight in model.parameters() if weight.dtype.is_floating_point)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else next(weights, torch.float32)
-    head_dim = model_shape(model).head_dim
-    select_backend(args.backend, torch.empty(1, 1, head_dim, dtype=dtype, device=args.device))
+    select_backend(args.backend, sample_query(model, args, args.device))
     if has_reference and args.reference_device is not None:
         try:
-            select_backend(args.backend, torch.empty(1, 1, head_dim, dtype=dtype, device=args.reference_device))
+            select_backend(args.backend, sample_query(model, args, args.reference_device))
         except InputError as error:
             raise InputError(f"reference_device {args.reference_device}: {error}; backend auto serves both") from error
+
+
+def sample_query(model: nn.Module, args: PreferenceTrainingArguments, device: torch.device | str) -> torch.Tensor:
+    """(1, 1, D): a query of the dtype and head dim that the run's attention has, for the choice of a backend."""
+    weights = (weight.dtype for weight in model.parameters() if weight.dtype.is_floating_point)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else next(weights, torch.float32)
+    return torch.empty(1, 1, model_shape(model).head_dim, dtype=dtype, device=device)

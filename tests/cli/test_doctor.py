@@ -11,9 +11,11 @@ import torch
 from command_line import Run
 from typer.testing import CliRunner
 
+from kvpref.attention import get_backend
 from kvpref.attention.backends.cpu_flash import CpuFlash
 from kvpref.cli.app import app
-from kvpref.profiling import environment
+from kvpref.profiling import automatic, environment
+from kvpref.profiling.automatic import DeviceChoice
 from kvpref.profiling.backend_probe import BackendProbe, probe_backends
 
 REFERENCE = BackendProbe(name="reference", device="cpu", errors={"float32": 1e-7}, reason=None)
@@ -39,7 +41,9 @@ def test_this_machine(kvpref_command: Run) -> None:
     assert found["has_fast_backend"]
     assert {device["kind"] for device in found["devices"]} >= {"cpu"}
     assert all(device["memory_bytes"] > 2**30 for device in found["devices"])
-    for line in ("cpu_flash", "yes, on cpu", "versions: Python", "threads: 1 per operation"):
+    assert found["automatic"][-1]["device"] == "cpu"
+    takes = f"auto on cpu in bfloat16, float16, float32: cpu_flash (torch {torch.__version__})"
+    for line in ("cpu_flash", "yes, on cpu", "versions: Python", "threads: 1 per operation", takes):
         assert line in done.stdout
 
 
@@ -93,6 +97,51 @@ def test_without_a_fast_backend_the_exit_code_is_1(monkeypatch: pytest.MonkeyPat
     found = json.loads(output.splitlines()[-1])
     assert not found["has_fast_backend"]
     assert [backend["works"] for backend in found["backends"]] == [False, True]
+
+
+def test_what_auto_takes_on_hopper_and_why_not_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = [
+        DeviceChoice(device="NVIDIA H100", dtypes=("bfloat16", "float16"), takes="cuda_flash, not flash_attn_3: why"),
+        DeviceChoice(device="NVIDIA H100", dtypes=("float32",), takes="efficient (torch 2.13.0)"),
+    ]
+    monkeypatch.setattr(environment, "automatic_choices", lambda: pair)
+    _, output = run_doctor("--json")
+    assert "auto on NVIDIA H100 in bfloat16, float16: cuda_flash, not flash_attn_3: why\n" in output
+    assert "auto on NVIDIA H100 in float32: efficient (torch 2.13.0)\n" in output
+    assert json.loads(output.splitlines()[-1])["automatic"][0]["dtypes"] == ["bfloat16", "float16"]
+
+
+def test_choices_are_told_for_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two equal GPUs, on which kernels for 16 bits take a package's place."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: (dtype, device))
+
+    def choose(query: tuple[torch.dtype, torch.device]) -> str:
+        dtype, device = query
+        return "cpu_flash" if device.type == "cpu" else "efficient" if dtype == torch.float32 else "flash_attn_3"
+
+    monkeypatch.setattr(automatic, "choose_automatically", choose)
+    assert [(choice.device, choice.dtypes, choice.takes) for choice in automatic.automatic_choices()] == [
+        ("NVIDIA H100", ("bfloat16", "float16"), "flash_attn_3"),
+        ("NVIDIA H100", ("float32",), "efficient"),
+        ("cpu", ("bfloat16", "float16", "float32"), "cpu_flash"),
+    ]
+
+
+def test_costs_are_told_of_backends_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    works = BackendProbe(name="xformers", device="cuda", errors={"bfloat16": 1e-3}, reason=None, cost="copies keys")
+    broken = BackendProbe(name="efficient", device="cuda", errors={}, reason="it failed", cost="copies values")
+    monkeypatch.setattr(environment, "probe_backends", lambda: [works, broken])
+    _, output = run_doctor()
+    assert "bfloat16 1.0e-03; copies keys" in output
+    assert "copies values" not in output
+
+
+@pytest.mark.parametrize("name", ["xformers", "efficient"])
+def test_copies_per_query_head_are_a_cost(name: str) -> None:
+    assert "2 x keys x heads x head dim numbers" in str(get_backend(name).cost)
 
 
 def test_warnings_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from command_line_in_process import run
 from preference_runs import make_groups
@@ -25,7 +26,7 @@ def block(text: str) -> dict[str, str]:
     """The block by label."""
     lines = text.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("model  "))
-    found = (line.split("  ", 1) for line in lines[start : start + 10])
+    found = (line.split("  ", 1) for line in lines[start : start + 11])
     return {label.strip(): value.strip() for label, value in found}
 
 
@@ -40,6 +41,7 @@ def test_everything_is_said_and_written_down(
     model = AutoModelForCausalLM.from_pretrained(trained_dir)
     assert said["model"] == f"{trained_dir}, {model.num_parameters():,} parameters, all trained"
     assert said["precision"] == "float32 weights, no autocast"
+    assert said["attention"] == f"auto takes cpu_flash (torch {torch.__version__})"
     assert said["loss"].startswith("dpo; reference: the model before training, log-probs stored")
     num_steps = -(-num_groups // 4)
     num_warmup = -(-num_steps // 10)
@@ -55,6 +57,20 @@ def test_everything_is_said_and_written_down(
     saved = yaml.safe_load((output / "run.yaml").read_text())["training"]
     assert (saved["learning_rate"], saved["num_train_epochs"], saved["warmup_steps"]) == (5e-7, 1.0, 0.1)
     assert (saved["bf16"], saved["max_tokens_per_micro_batch"]) == (False, "auto")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("backend=reference", f"reference (torch {torch.__version__})"),
+        ("mode=padded", "transformers' sdpa (mode padded)"),
+    ],
+)
+def test_what_attention_runs_on_is_said(
+    setting: str, expected: str, trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", trained_dir, pairs_file, "--output", tmp_path / "out", "--max-steps", "1", "--set", setting, *ON_CPU)
+    assert block(capsys.readouterr().err)["attention"] == expected
 
 
 def test_what_was_given_is_told_from_what_was_chosen(

@@ -1,0 +1,39 @@
+"""What the attention backend `auto` takes on the devices of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvpref.attention.backends import choose_automatically
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HEAD_DIM = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceChoice:
+    """One answer, for all devices of one name."""
+
+    device: str
+    """Name of the GPU, or ``cpu``."""
+
+    dtypes: tuple[str, ...]
+    """Dtypes of queries with this answer."""
+
+    takes: str
+    """The backend with its package, and why not what `auto` prefers."""
+
+
+def automatic_choices() -> list[DeviceChoice]:
+    """Ask for every device, in each dtype that models are trained in, with a head dim of 128."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", index) for index in range(num_gpus)]
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for device in [*devices, torch.device("cpu")]:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        for dtype in _DTYPES:
+            takes = str(choose_automatically(torch.empty(1, 1, _HEAD_DIM, dtype=dtype, device=device)))
+            found.setdefault((name, takes), {})[str(dtype).removeprefix("torch.")] = None
+    return [DeviceChoice(device=name, dtypes=tuple(dtypes), takes=takes) for (name, takes), dtypes in found.items()]
