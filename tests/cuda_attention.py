@@ -101,6 +101,29 @@ def check_rows_without_keys(name: str, dtype: torch.dtype) -> None:
     assert dq[:2].count_nonzero() == 0
 
 
+def check_determinism(name: str, dtype: torch.dtype, head_dim: int = 64) -> None:
+    """The same bits again where sums go over several key blocks: kernels work on 64 to 128 keys at a time."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        skip_unless_it_runs(name, dtype, head_dim)
+        for cu_q, cu_k, causal in (
+            ((0, 700, 1500), (0, 700, 1500), True),
+            ((0, 900, 900, 1500), (0, 1300, 1310, 2600), False),
+        ):
+            query, dout = (random(cu_q[-1], 8, head_dim, dtype=dtype, seed=seed) for seed in (0, 1))
+            key, value = (random(cu_k[-1], 2, head_dim, dtype=dtype, seed=seed) for seed in (2, 3))
+            block, kernels = block_of(cu_q, cu_k, causal), get_backend(name)
+            out, lse = kernels.forward(query, key, value, block, PARAMS)
+            first = kernels.backward(dout, query, key, value, out, lse, block, PARAMS)
+            for _ in range(5):
+                again = kernels.forward(query, key, value, block, PARAMS)
+                assert all(torch.equal(one, other) for one, other in zip((out, lse), again, strict=True))
+                grads = kernels.backward(dout, query, key, value, out, lse, block, PARAMS)
+                assert all(torch.equal(one, other) for one, other in zip(first, grads, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check_tree(name: str, depth: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
     """The cascade, through autograd; dense attention in the same dtype on the CPU sets the scale of rounding."""
     skip_unless_it_runs(name, dtype, head_dim)

@@ -10,7 +10,7 @@ from sample_groups import five_levels, pairs
 from tiny_models import tiny_model
 
 import kvpref
-from kvpref.attention import select_backend
+from kvpref.attention import get_backend, select_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +46,11 @@ def test_trees_are_no_worse_than_naive_16_bit(depth: int, head_dim: int, heads: 
 
 
 def test_auto_selects_it_for_16_bit_only() -> None:
-    assert select_backend("auto", torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")).name == "cuda_flash"
+    """Or FlashAttention-3, on a Hopper device that has it."""
+    query = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    has_newer = is_hopper and get_backend("flash_attn_3").unsupported_reason(query) is None
+    assert select_backend("auto", query).name == ("flash_attn_3" if has_newer else "cuda_flash")
     assert select_backend("auto", torch.empty(1, 1, 64, device="cuda")).name == "efficient"
     with pytest.raises(ValueError, match=r"float16 or bfloat16.*these can: efficient, reference"):
         select_backend("cuda_flash", torch.empty(1, 1, 64, device="cuda"))
