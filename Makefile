@@ -11,7 +11,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make test-all    the tests with the full matrices of settings"
 	@echo "make bench   speed-ups beside their ideals on the CPU; BENCH_ARGS=--quick for a few minutes"
-	@echo "make bench-gpu   GPU tests and sweeps with the Python at hand, under eight minutes; DRY_RUN=1 on any machine"
+	@echo "make bench-gpu   kernels, models, steps, speed on a GPU with the Python at hand, under eight minutes; DRY_RUN=1 on any machine"
 	@echo "make lint    format check, lint, types, import layers"
 
 # torch first and pinned: an open range would pull the CUDA build on a machine without GPU.
@@ -36,8 +36,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sweeps.py $(BENCH_ARGS)
 
 # The Python at hand: a GPU machine brings its own torch, and may reach no package index.
-bench-gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
+bench-gpu: $(if $(DRY_RUN),$(READY))
+	$(if $(DRY_RUN),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -108,4 +108,5 @@ class _PassTensors:
             self_block=level.self_block,
             cross_blocks=level.cross_blocks,
             params=AttentionParams(scale=sizes.head_dim**-0.5),
+            backend=options.backend,
         )

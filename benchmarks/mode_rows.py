@@ -38,6 +38,7 @@ def measure_modes(
         workload.cuts,
         loss(workload),
         optimizer=optimizer,
+        backend=options.backend,
         options=options.timing,
         with_memory=options.with_memory,
     )

@@ -35,6 +35,9 @@ class SweepOptions:
     shared: Path | None = None
     """Folder with `data` and `tokenizers`; None looks for the environment's KVPREF_SHARED, then beside the checkout."""
 
+    backend: str = "auto"
+    """Attention backend of all cases."""
+
     clock: str = "wall"
     """Which of `kvpref.profiling.timing.CLOCKS` measures on a CPU."""
 

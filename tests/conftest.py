@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 # Tiny tensors: a thread pool costs more than it saves, and tests run side by side.
 torch.set_num_threads(1)
@@ -27,6 +26,8 @@ def shared_dir() -> Path:
 @pytest.fixture
 def own_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests that train in mixed precision, which accelerate and transformers keep for the rest of the process."""
+    from accelerate.state import AcceleratorState  # a GPU machine may lack it
+
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # restored afterwards: transformers sets it
     AcceleratorState._reset_state()
     yield

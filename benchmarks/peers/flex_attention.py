@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from one_row import OneRow
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from kvpref.flops import Work
 from kvpref.groups import Group
 from kvpref.modeling.shape import model_shape
 from peers.interface import FirstBatch, Peer, Runner, StepWork
-from peers.loop import TrainingLoop, plain_head_logps, split_pair
+from peers.loop import TrainingLoop, plain_head_logps
 from peers.ours import KvprefLoop
 from peers.task import Task
 
 ATTENTION_NAME = "peer_flex_attention"
-PROMPT = 0
 
 
 class FlexAttentionPeer(Peer):
@@ -82,7 +82,7 @@ class FlexAttentionLoop(TrainingLoop):
     def sequence_logps(self, groups: Sequence[Group]) -> torch.Tensor:
         """As in `TrainingLoop`."""
         device = self.task.device
-        row = _Row(groups, device)
+        row = OneRow(groups, device)
         hidden = self.model.base_model(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
@@ -98,7 +98,7 @@ class FlexAttentionLoop(TrainingLoop):
         return [self._work_of(step) for step in range(len(self.task.batches))]
 
     def _work_of(self, step: int) -> StepWork:
-        row = _Row(self.task.step_groups(step), self.task.device)
+        row = OneRow(self.task.step_groups(step), self.task.device)
         mask = row.block_mask()
         num_blocks = mask.kv_num_blocks.sum() + (
             0 if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks.sum()
@@ -111,56 +111,6 @@ class FlexAttentionLoop(TrainingLoop):
         flops = model_shape(self.model).flops(work)
         flops = flops._replace(head=flops.head * 3 // 4)  # the plain head keeps its logits for backward
         return StepWork(num_tokens=work.num_tokens, num_head_rows=work.num_scored, flops=flops)
-
-
-class _Row:
-    """The pairs of a batch in one row of T tokens, S of them scored.
-
-    Attributes:
-        input_ids, position_ids: (1, T) int64; positions of a response go on from its prompt.
-        document, part: (T,) int64, the pair of each token, and whether it is the prompt's (0) or which response's.
-        predictors, targets: (S,) int64, rows that predict scored tokens, and those tokens.
-        response_lengths: (num_responses,) int64.
-    """
-
-    def __init__(self, groups: Sequence[Group], device: str) -> None:
-        ids: list[int] = []
-        positions: list[int] = []
-        documents: list[int] = []
-        parts: list[int] = []
-        predictors: list[int] = []
-        targets: list[int] = []
-        lengths: list[int] = []
-        for document, (prompt, responses) in enumerate(map(split_pair, groups)):
-            last_of_prompt = len(ids) + len(prompt) - 1
-            for part, tokens in enumerate((prompt, *responses)):
-                if part != PROMPT:
-                    predictors += [last_of_prompt, *range(len(ids), len(ids) + len(tokens) - 1)]
-                    targets += tokens
-                    lengths.append(len(tokens))
-                first = 0 if part == PROMPT else len(prompt)
-                positions += range(first, first + len(tokens))
-                documents += [document] * len(tokens)
-                parts += [part] * len(tokens)
-                ids += tokens
-        self.input_ids = torch.tensor([ids], device=device)
-        self.position_ids = torch.tensor([positions], device=device)
-        self.document = torch.tensor(documents, device=device)
-        self.part = torch.tensor(parts, device=device)
-        self.predictors = torch.tensor(predictors, device=device)
-        self.targets = torch.tensor(targets, device=device)
-        self.response_lengths = torch.tensor(lengths, device=device)
-
-    def block_mask(self) -> BlockMask:
-        """A token sees its own part and its prompt, up to itself."""
-
-        def visible(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            same_document = self.document[query] == self.document[key]
-            same_part = self.part[query] == self.part[key]
-            return (query >= key) & same_document & (same_part | (self.part[key] == PROMPT))
-
-        num_tokens = self.input_ids.numel()
-        return create_block_mask(visible, None, None, num_tokens, num_tokens, device=self.input_ids.device.type)
 
 
 def _attention(

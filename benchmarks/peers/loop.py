@@ -79,11 +79,3 @@ def plain_head_logps(model: Any, hidden: torch.Tensor, targets: torch.Tensor) ->
     """Log-probs of `targets` (S,) from the hidden states (S, hidden_size) that predict them, with torch's own
     functions: (S, vocab_size) logits exist, for scored tokens only."""
     return -cross_entropy(model.get_output_embeddings()(hidden).float(), targets, reduction="none")
-
-
-def split_pair(group: Group) -> tuple[list[int], list[list[int]]]:
-    """Prompt tokens and each response's tokens of a group whose sequences share the prompt."""
-    first = group.sequences[0]
-    num_prompt = first.scored.index(True)
-    prompt = list(first.input_ids[:num_prompt])
-    return prompt, [list(sequence.input_ids[num_prompt:]) for sequence in group.sequences]

@@ -29,17 +29,37 @@ MODEL_SETTINGS: dict[str, Any] = {
 }
 
 
-def made_up_task(work_dir: Path, *, num_pairs: int = 24, seed: int = 0) -> Task:
-    """Pairs of random words, prompts of 20 to 40 tokens and responses of 3 to 12, for a model of two layers."""
+def made_up_task(
+    work_dir: Path,
+    *,
+    num_pairs: int = 24,
+    seed: int = 0,
+    longer: int = 1,
+    model_settings: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Task:
+    """Pairs of random words, for a model of two layers unless another is given.
+
+    Args:
+        work_dir: Where files go.
+        num_pairs: How many.
+        seed: Of the words.
+        longer: Factor on the lengths: prompts of 20 to 40 tokens and responses of 3 to 12.
+        model_settings: As in `Task`.
+        device: Where everything runs.
+    """
     generator = random.Random(seed)
 
     def words(fewest: int, most: int) -> str:
-        return "".join(f" w{generator.randrange(NUM_WORDS)}" for _ in range(generator.randint(fewest, most)))
+        return "".join(
+            f" w{generator.randrange(NUM_WORDS)}" for _ in range(generator.randint(fewest * longer, most * longer))
+        )
 
     rows = [{"prompt": words(20, 40), "chosen": words(3, 12), "rejected": words(3, 12)} for _ in range(num_pairs)]
     data = work_dir / "made_up.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_task(data, _word_tokenizer(), MODEL_SETTINGS, work_dir=work_dir)
+    settings = MODEL_SETTINGS | (model_settings or {})
+    return make_task(data, _word_tokenizer(), settings, work_dir=work_dir, device=device)
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from one_row import split_pair
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvpref.flops import Work
 from kvpref.groups import Group
 from kvpref.modeling.shape import model_shape
 from peers.interface import Peer, Runner, StepWork
-from peers.loop import TrainingLoop, plain_head_logps, split_pair
+from peers.loop import TrainingLoop, plain_head_logps
 from peers.ours import KvprefLoop
 from peers.task import Task
 

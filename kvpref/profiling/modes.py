@@ -46,6 +46,7 @@ def compare_modes(
     loss: PreferenceLoss | LossFunction,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    backend: str = "auto",
     options: TimingOptions | None = None,
     with_memory: bool = True,
     on_start: Callable[[str], None] = lambda mode: None,
@@ -57,6 +58,7 @@ def compare_modes(
         cuts: Mode -> the step's groups as it cuts them into micro-batches; the same groups in every mode.
         loss: As for `kvpref.forward_backward`.
         optimizer: Part of the step, if given.
+        backend: Attention backend, or ``auto``.
         options: Rounds and warm-up.
         with_memory: As in `compare`.
         on_start: Told the mode whose results are computed next.
@@ -72,7 +74,7 @@ def compare_modes(
     for mode, cut in cuts.items():
         on_start(mode)
         micro_batches = make_micro_batches(model, cut, loss, mode=mode, device=parameter.device)
-        steps[mode] = TrainStep(model, loss, micro_batches, mode, optimizer)
+        steps[mode] = TrainStep(model, loss, micro_batches, mode, optimizer, backend)
         outcomes[mode] = steps[mode].check()
     tolerance = _TOLERANCE.get(compute_dtype(model), _TOLERANCE_16_BIT)
     different = find_differences(outcomes, tolerance)

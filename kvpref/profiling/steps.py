@@ -55,6 +55,7 @@ class TrainStep:
         micro_batches: What the step runs, one after another.
         mode: As in `kvpref.response_logps`.
         optimizer: Stepped at the end of each run; None leaves the weights as they are.
+        backend: Attention backend, or ``auto``.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class TrainStep:
         micro_batches: Sequence[StepMicroBatch],
         mode: str,
         optimizer: torch.optim.Optimizer | None = None,
+        backend: str = "auto",
     ) -> None:
         self.model, self.loss, self.mode, self.optimizer = model, as_loss(loss), mode, optimizer
-        self.micro_batches = tuple(micro_batches)
+        self.backend, self.micro_batches = backend, tuple(micro_batches)
 
     def run(self) -> torch.Tensor:
         """Zero the gradients, run every micro-batch, step the optimizer; the step's loss, detached, on the device."""
@@ -104,6 +106,7 @@ class TrainStep:
             loss,
             reference=item.reference,
             mode=self.mode,
+            backend=self.backend,
             backward=lambda value: (value * item.weight).backward(),  # type: ignore[no-untyped-call]
         )
 

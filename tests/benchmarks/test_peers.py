@@ -21,10 +21,10 @@ from kvpref.flops import Flops, count_work
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # benchmarks are scripts, not part of the package
 
+from one_row import split_pair  # noqa: E402
 from peers import PEERS  # noqa: E402
 from peers.comparison import Side, Timing, compare  # noqa: E402
 from peers.interface import DisagreementError, Peer, Runner, StepWork  # noqa: E402
-from peers.loop import split_pair  # noqa: E402
 from peers.made_up import MODEL_SETTINGS, made_up_task  # noqa: E402
 from peers.ours import KvprefLoop  # noqa: E402
 from peers.task import Task, make_task  # noqa: E402

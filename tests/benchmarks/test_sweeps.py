@@ -124,34 +124,6 @@ def test_a_missing_gpu_is_said(tmp_path: Path) -> None:
     assert "needs a CUDA device" in done.stderr
 
 
-def test_the_gpu_driver_runs_dry_on_a_cpu(tmp_path: Path) -> None:
-    """Every part of `make bench-gpu`, tiny; the GPU tests skip without a device."""
-    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--output", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-    assert [part["exit_code"] for part in parts] == [0] * 5
-    for sweep in ("attention", "forward_backward", "train_step", "logprob"):
-        assert read(tmp_path / f"{sweep}_cuda.json")
-
-
-def test_the_gpu_driver_stops_in_time_and_keeps_what_it_has(tmp_path: Path) -> None:
-    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--budget", 0.5, "--output", tmp_path)
-    assert done.returncode == 1
-    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-    assert [part["name"] for part in parts] == ["tests", "attention", "forward_backward", "train_step", "logprob"]
-    assert all(part["exit_code"] is None for part in parts)
-    assert parts[0]["note"] == "stopped: too slow"
-    assert parts[-1]["note"] == "skipped: the time is spent"
-
-
-def test_the_shares_of_the_gpu_driver_fit_in_eight_minutes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu as driver
-
-    parts = driver.make_parts(tmp_path, dry_run=False)
-    assert sum(part.budget_s + driver.GRACE_S for part in parts) <= driver.TOTAL_S < 8 * 60
-
-
 def test_any_beginning_of_the_order_is_spread_evenly(modules: dict[str, ModuleType]) -> None:
     order = modules["real_data"].spread_order(1000)
     assert sorted(order) == list(range(1000))

@@ -1,0 +1,65 @@
+"""What a row of the GPU run found; standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Status = Literal["passed", "failed", "measured", "skipped"]
+
+
+class Figure(NamedTuple):
+    """A number and what it counts."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """How one row ended."""
+
+    status: Status
+    """``passed`` and ``failed`` by the row's bar; ``measured`` has none; ``skipped`` has not run, see `reason`."""
+
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    """Name -> number with its unit."""
+
+    bar: str | None = None
+    """What the row is held to, in words."""
+
+    reason: str | None = None
+    """Why it failed or did not run, or what the figures leave out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        figures = {name: {"value": figure.value, "unit": figure.unit} for name, figure in self.figures.items()}
+        return {"status": self.status, "figures": figures, "bar": self.bar, "reason": self.reason}
+
+
+Rows = dict[str, Callable[[], Finding]]
+"""Name -> what finds out; in the order in which they run."""
+
+
+def skipped(reason: str) -> Finding:
+    """A row that cannot run here."""
+    return Finding(status="skipped", reason=reason)
+
+
+def failed(reason: str) -> Finding:
+    """A row that broke."""
+    return Finding(status="failed", reason=reason)
+
+
+def measured(figures: Mapping[str, Figure], *, bar: str | None = None, reason: str | None = None) -> Finding:
+    """Figures that nothing depends on."""
+    return Finding(status="measured", figures=figures, bar=bar, reason=reason)
+
+
+def judged(*, met: bool, bar: str, figures: Mapping[str, Figure], reason: str | None = None) -> Finding:
+    """Figures that are held to a bar."""
+    return Finding(status="passed" if met else "failed", figures=figures, bar=bar, reason=reason)

@@ -1,0 +1,25 @@
+"""Which attention backends can run here."""
+
+from __future__ import annotations
+
+import torch
+from options import SweepOptions
+
+from kvpref.attention import get_backend
+from kvpref.attention.backends import backend_names
+
+REFERENCE = "reference"
+NEWER_GENERATIONS = ("flash_attn_3", "flash_attn_4")
+FLASH_ATTENTION_2 = ("cuda_flash", "flash_attn", "xformers")
+"""Those whose backward computes an offset in 32 bits in some release."""
+
+
+def refusal(name: str, options: SweepOptions, head_dim: int = 128) -> str | None:
+    """Why a backend cannot serve here, or None."""
+    query = torch.empty(1, 1, head_dim, dtype=options.dtype, device=options.device)
+    return get_backend(name).unsupported_reason(query)
+
+
+def fast_backends(options: SweepOptions) -> list[str]:
+    """All that serve here but the slow reference."""
+    return [name for name in backend_names() if name != REFERENCE and refusal(name, options) is None]
