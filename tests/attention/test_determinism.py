@@ -85,7 +85,8 @@ def test_packages_with_both_kinds_of_kernels(monkeypatch: pytest.MonkeyPatch, pa
 def test_xformers_follows_whose_kernels_it_runs(monkeypatch: pytest.MonkeyPatch, operator: str, mode: str) -> None:
     """Over flash-attn its operator asks for the non-deterministic backward; over PyTorch the kernels decide."""
     kernels = Xformers()
-    monkeypatch.setattr(kernels.flash.FwOp, "NAME", operator)
+    for direction in (kernels.flash.FwOp, kernels.flash.BwOp):
+        monkeypatch.setattr(direction, "NAME", operator)
     monkeypatch.setattr(OptionalPackage, "load", lambda self: kernels)
     serve(monkeypatch, (9, 0))
     torch.use_deterministic_algorithms(**MODES[mode])
@@ -93,7 +94,7 @@ def test_xformers_follows_whose_kernels_it_runs(monkeypatch: pytest.MonkeyPatch,
     over_flash_attn = operator == "fa2@2.8.3"
     if mode == "on" and over_flash_attn:
         assert reason is not None
-        assert "no deterministic backward" in reason
+        assert "operator fa2@2.8.3 has no deterministic backward" in reason
     else:
         assert reason is None
         assert len(run_backward("xformers")) == (mode == "warn only" and over_flash_attn)

@@ -19,8 +19,8 @@ class Xformers(PackagedBackend):
     log-sum-exp in another layout. The forward pass has native GQA; the backward operator has not (``SUPPORTS_BMGHK`` is
     False in 0.0.33 to 0.0.35 and in MSLK, to which its operators move), so keys and values are copied per query head.
 
-    The operators run PyTorch's own kernels, by PyTorch's rule of determinism, unless flash-attn is installed: then they
-    run that package's, and always its non-deterministic backward.
+    The operators run PyTorch's own kernels (their names end in ``-pt``), by PyTorch's rule of determinism, unless
+    flash-attn is installed: then they run that package's, and always its non-deterministic backward.
     """
 
     name = "xformers"
@@ -43,10 +43,8 @@ class Xformers(PackagedBackend):
         if self._runs_torch_kernels():
             reason = torch_flash.replaced_reason()
         elif determinism.is_required():
-            reason = (
-                "over the package flash-attn it has no deterministic backward; choose cuda_flash or flash_attn, or "
-                "uninstall flash-attn, so that it runs PyTorch's kernels"
-            )
+            operator = self.package.load().flash.BwOp.NAME
+            reason = f"its operator {operator} has no deterministic backward; choose cuda_flash or flash_attn"
         return reason or self.probe_failure(query)
 
     def _runs_torch_kernels(self) -> bool:
