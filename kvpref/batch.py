@@ -13,7 +13,8 @@ import torch
 
 from kvpref.errors import InputError
 from kvpref.groups import Group, Sequence
-from kvpref.plans import ModePlan, Reads, build_plan, map_tensors, tensors_to
+from kvpref.plans import ModePlan, Reads, build_plan
+from kvpref.tensor_fields import map_tensors, tensors_to
 from kvpref.tree import PrefixTree, TokenIds, build_tree
 
 DEFAULT_MIN_SHARED_TOKENS = 16

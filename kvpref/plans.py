@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 
@@ -18,8 +17,6 @@ from kvpref.groups import Sequence
 from kvpref.layout import Level, LevelLayout, build_layout
 from kvpref.outputs import READS
 from kvpref.tree import PrefixTree, build_unshared_tree
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,27 +115,6 @@ def build_plan(
     if mode not in _BUILDERS:
         raise ValueError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
     return _BUILDERS[mode](mode, sequences, tree, (reads or Reads()).flags(sequences))
-
-
-def tensors_to(plan: T, device: torch.device | str) -> T:
-    """A copy of a plan dataclass with every tensor on `device`; from pinned memory the copies do not wait."""
-    return map_tensors(plan, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def map_tensors(plan: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
-    """A copy of a plan dataclass with ``function(tensor)`` in place of every tensor."""
-    if not is_dataclass(plan) or isinstance(plan, type):
-        raise TypeError(f"expected a dataclass instance, got {type(plan).__name__}")
-    mapped = {field.name: _map(getattr(plan, field.name), function) for field in fields(plan)}
-    return replace(plan, **mapped)
-
-
-def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(_map(item, function) for item in value)
-    return map_tensors(value, function) if is_dataclass(value) else value
 
 
 def int64(values: AbstractSequence[int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from kvpref.batch import Batch
 from kvpref.chunk_plans import StepChunks, build_step_chunks
-from kvpref.plans import map_tensors, tensors_to
+from kvpref.tensor_fields import map_tensors, tensors_to
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,6 +8,7 @@ memory as the allocator gave it. So an argument in the wrong place, a layout or 
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -33,15 +34,8 @@ def block_of(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -
     assert max_q >= cu_q.diff().max()
     assert max_k >= cu_k.diff().max()
     assert isinstance(causal, bool | int)
-    return VarlenBlock(
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        num_queries=int(cu_q[-1]),
-        num_keys=int(cu_k[-1]),
-        causal=bool(causal),
-    )
+    block = VarlenBlock.from_offsets(torch.stack([cu_q, cu_k]), (cu_q, cu_k), causal=bool(causal))
+    return replace(block, max_seqlen_q=max_q, max_seqlen_k=max_k)
 
 
 def compute_forward(q: Tensor, k: Tensor, v: Tensor, block: VarlenBlock, scale: float) -> tuple[Tensor, Tensor]:

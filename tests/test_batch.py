@@ -8,7 +8,7 @@ from sample_groups import SCENARIOS, pairs, tokens
 
 import kvpref
 from kvpref import Batch, Group, ResponseLogps, Sequence
-from kvpref.plans import map_tensors
+from kvpref.tensor_fields import map_tensors
 
 
 def test_counts() -> None:

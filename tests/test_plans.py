@@ -10,7 +10,8 @@ from hypothesis import given
 from token_lists import scored_token_lists
 
 from kvpref.groups import Sequence
-from kvpref.plans import MODES, ModePlan, build_plan, tensors_to
+from kvpref.plans import MODES, ModePlan, build_plan
+from kvpref.tensor_fields import tensors_to
 from kvpref.tree import build_tree
 
 Scored = tuple[list[tuple[int, ...]], list[tuple[bool, ...]]]
@@ -86,7 +87,8 @@ def all_tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in all_tensors(item)]
     if dataclasses.is_dataclass(value):
-        return [tensor for field in dataclasses.fields(value) for tensor in all_tensors(getattr(value, field.name))]
+        moving = [field for field in dataclasses.fields(value) if field.name != "host_offsets"]
+        return [tensor for field in moving for tensor in all_tensors(getattr(value, field.name))]
     return []
 
 
@@ -99,6 +101,10 @@ def test_moving_a_plan_moves_every_tensor(mode: str) -> None:
     assert {tensor.device.type for tensor in all_tensors(moved)} == {"meta"}
     assert [t.shape for t in all_tensors(moved)] == [t.shape for t in all_tensors(plan)]
     assert {tensor.device.type for tensor in all_tensors(plan)} == {"cpu"}
+    blocks = [
+        block for item in moved.passes for level in item.levels for block in (level.self_block, *level.cross_blocks)
+    ]
+    assert all(block.host_offsets.device.type == "cpu" for block in blocks), "read on the host, wherever the others are"
 
 
 def test_only_dataclasses_are_moved() -> None:

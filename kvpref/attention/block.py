@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvpref.layout import VarlenLayout
+from kvpref.tensor_fields import STAYS_ON_THE_HOST
 
 Pair = tuple[int, int, int, int]
 
@@ -36,6 +40,8 @@ class VarlenBlock:
         num_queries: Rows of the query, over all pairs.
         num_keys: Rows of keys and values, over all pairs.
         causal: Query j of a pair sees its keys up to and including j; both ranges are then equal.
+        host_offsets: (2, num_pairs + 1) int32, both offsets in host memory wherever the others are, so that calls can
+            be planned without waiting for the device.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -45,35 +51,64 @@ class VarlenBlock:
     num_queries: int
     num_keys: int
     causal: bool
+    host_offsets: torch.Tensor = field(metadata=STAYS_ON_THE_HOST)
+
+    @property
+    def offsets_key(self) -> bytes:
+        """All offsets as one key, for what is computed from them once for all layers; see `read_offsets`."""
+        return self.host_offsets.numpy().tobytes()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """The non-empty pairs as (q_start, q_end, k_start, k_end). Reads the offsets, so on CUDA it synchronises."""
-        return _non_empty_pairs(tuple(self.cu_seqlens_q.tolist()), tuple(self.cu_seqlens_k.tolist()))
+        """The non-empty pairs as (q_start, q_end, k_start, k_end)."""
+        return _non_empty_pairs(self.offsets_key)
 
     @property
     def num_attended_pairs(self) -> int:
-        """Query-key pairs that attend to each other, per head. Reads the offsets, so on CUDA it synchronises."""
+        """Query-key pairs that attend to each other, per head."""
         if self.causal:
             return sum((q1 - q0) * (q1 - q0 + 1) // 2 for q0, q1, _, _ in self.pairs)
         return sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in self.pairs)
 
     @classmethod
     def from_layout(cls, layout: VarlenLayout, device: torch.device | str = "cpu") -> VarlenBlock:
-        spans_q, spans_k = tuple(pairwise(layout.cu_seqlens_q)), tuple(pairwise(layout.cu_seqlens_k))
+        host_offsets = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32)
+        return cls.from_offsets(host_offsets, host_offsets.to(device, non_blocking=True), causal=layout.causal)
+
+    @classmethod
+    def from_offsets(
+        cls, host_offsets: torch.Tensor, cu_seqlens: Iterable[torch.Tensor], *, causal: bool
+    ) -> VarlenBlock:
+        """The block of some offsets, (2, num_pairs + 1) int32: in host memory, and row by row on the device."""
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens
+        (longest_q, num_queries), (longest_k, num_keys) = _longest_and_total(host_offsets.numpy().tobytes())
         return cls(
-            cu_seqlens_q=torch.tensor(layout.cu_seqlens_q, dtype=torch.int32, device=device),
-            cu_seqlens_k=torch.tensor(layout.cu_seqlens_k, dtype=torch.int32, device=device),
-            max_seqlen_q=max(end - start for start, end in spans_q),
-            max_seqlen_k=max(end - start for start, end in spans_k),
-            num_queries=layout.cu_seqlens_q[-1],
-            num_keys=layout.cu_seqlens_k[-1],
-            causal=layout.causal,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            causal=causal,
+            host_offsets=host_offsets,
         )
 
 
-@lru_cache(maxsize=64)  # every layer of a pass asks for the same few blocks
-def _non_empty_pairs(cu_seqlens_q: tuple[int, ...], cu_seqlens_k: tuple[int, ...]) -> tuple[Pair, ...]:
+def read_offsets(offsets_key: bytes) -> NDArray[np.int32]:
+    """(2, num_pairs + 1) offsets of queries and keys, from `VarlenBlock.offsets_key`."""
+    return np.frombuffer(offsets_key, dtype=np.int32).reshape(2, -1)
+
+
+# Every layer of a pass asks for the same few blocks.
+@lru_cache(maxsize=256)
+def _longest_and_total(offsets_key: bytes) -> list[tuple[int, int]]:
+    """Of queries and keys: the longest range, and all rows."""
+    return [(int(np.diff(row).max()), int(row[-1])) for row in read_offsets(offsets_key)]
+
+
+@lru_cache(maxsize=64)
+def _non_empty_pairs(offsets_key: bytes) -> tuple[Pair, ...]:
+    offsets_q, offsets_k = read_offsets(offsets_key).tolist()
     # A zero-length query or key range kills the process inside PyTorch's CPU flash kernel.
-    spans = zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
+    spans = zip(pairwise(offsets_q), pairwise(offsets_k), strict=True)
     return tuple((*q, *k) for q, k in spans if q[1] > q[0] and k[1] > k[0])

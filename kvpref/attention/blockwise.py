@@ -13,10 +13,12 @@ from torch.autograd import profiler
 
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
-from kvpref.attention.merge import Partial, accumulate, merge_partials
+from kvpref.attention.calls import backward_block, forward_block
+from kvpref.attention.device import on_device_of
+from kvpref.attention.merge import Partial, add_gradient, merge_partials
 from kvpref.regions import PREFIX
 
-Merge = Callable[[Sequence[Partial], torch.dtype], Partial]
+Merge = Callable[[Partial, Partial, torch.dtype], Partial]
 
 
 def forward_blocks(
@@ -33,15 +35,19 @@ def forward_blocks(
     Returns:
         out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
     """
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    merged: Partial | None = None
     # Autocast would lower the backends' own fp32 arithmetic.
-    with torch.autocast(query.device.type, enabled=False):
-        partials = []
-        for key, value, block in zip(keys, values, blocks, strict=True):
+    with torch.autocast(query.device.type, enabled=False), on_device_of(query):
+        for index, (key, value, block) in enumerate(zip(keys, values, blocks, strict=True), start=1):
             with _range_of(block):
-                partials.append(backend.forward(query, key, value, block, params))
-        with _range("merge"):
-            out, lse = merge(partials, query.dtype)
-            return out.contiguous(), lse.contiguous()
+                partial = forward_block(backend, query, key, value, block, params)
+            # Merged as they come: two results are held at a time, however deep the tree.
+            with _range("merge"):
+                dtype = query.dtype if index == len(blocks) else wide  # rounded once
+                merged = partial if merged is None else merge(merged, partial, dtype)
+        assert merged is not None
+        return merged[0].to(query.dtype).contiguous(), merged[1].contiguous()
 
 
 def backward_blocks(
@@ -59,37 +65,25 @@ def backward_blocks(
     Returns:
         dq (T, H, D), and per block dk and dv (P_i, G, D), in the dtypes of query, keys and values.
     """
-    dqs, dks, dvs = [], [], []
-    with torch.autocast(query.device.type, enabled=False):
-        for key, value, block in zip(keys, values, blocks, strict=True):
+    dq: torch.Tensor | None = None
+    dks, dvs = [], []
+    with torch.autocast(query.device.type, enabled=False), on_device_of(query):
+        for index, (key, value, block) in enumerate(zip(keys, values, blocks, strict=True), start=1):
             with _range_of(block):
-                dq, dk, dv = backend.backward(dout, query, key, value, *merged, block, params)
-                dqs.append(dq)
+                part, dk, dv = backward_block(backend, dout, query, key, value, merged, block, params)
                 dks.append(dk.to(key.dtype).contiguous())
                 dvs.append(dv.to(value.dtype).contiguous())
-        with _range("merge"):
-            return accumulate(dqs, query.dtype).contiguous(), dks, dvs
+            with _range("merge"):
+                dq = add_gradient(dq, part, is_last=index == len(blocks))
+        assert dq is not None
+        return dq.to(query.dtype).contiguous(), dks, dvs
 
 
-def unflatten_blocks(
-    query: torch.Tensor,
-    keys: Sequence[torch.Tensor],
-    cu_seqlens: Sequence[torch.Tensor],
-    max_seqlens: Sequence[int],
-    block_type: type[VarlenBlock] = VarlenBlock,
-) -> list[VarlenBlock]:
-    """Blocks from an operator's arguments: per block its query and key offsets, and the longest range of each."""
+def unflatten_blocks(cu_seqlens: Sequence[torch.Tensor], host_offsets: Sequence[torch.Tensor]) -> list[VarlenBlock]:
+    """Blocks from an operator's arguments: per block its query and key offsets on the device, and both on the host."""
     return [
-        block_type(
-            cu_seqlens_q=cu_seqlens[2 * index],
-            cu_seqlens_k=cu_seqlens[2 * index + 1],
-            max_seqlen_q=max_seqlens[2 * index],
-            max_seqlen_k=max_seqlens[2 * index + 1],
-            num_queries=query.shape[0],
-            num_keys=key.shape[0],
-            causal=index == 0,
-        )
-        for index, key in enumerate(keys)
+        VarlenBlock.from_offsets(offsets, cu_seqlens[2 * index : 2 * index + 2], causal=index == 0)
+        for index, offsets in enumerate(host_offsets)
     ]
 
 

@@ -76,7 +76,7 @@ def cascade_attention(
         [key for key, _ in pairs],
         [value for _, value in pairs],
         [offsets for block in blocks for offsets in (block.cu_seqlens_q, block.cu_seqlens_k)],
-        [longest for block in blocks for longest in (block.max_seqlen_q, block.max_seqlen_k)],
+        [block.host_offsets for block in blocks],
         plan.params.scale,
         plan.backend,
     )

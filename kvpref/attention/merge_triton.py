@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvpref.attention.device import on_device_of
+
 _ROWS_PER_PROGRAM = 32
 
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -23,11 +25,13 @@ def _merge_kernel(  # noqa: PLR0913 - a kernel takes pointers and sizes one by o
     out_ptr,
     lse_ptr,
     num_rows,
-    num_heads,
-    head_dim,
+    NUM_HEADS: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
+    # Sizes of heads are constants: loads are wide only where the compiler sees that rows are aligned, and of a number
+    # that it does not know it sees no more than whether 16 divides it.
     head = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
@@ -35,6 +39,9 @@ def _merge_kernel(  # noqa: PLR0913 - a kernel takes pointers and sizes one by o
     lse_offsets = head.to(tl.int64) * num_rows + rows
     first_lse = tl.load(first_lse_ptr + lse_offsets, mask=row_mask, other=0.0)
     second_lse = tl.load(second_lse_ptr + lse_offsets, mask=row_mask, other=0.0)
+    # A row without keys: -inf, or +inf as FlashAttention-2 reports it.
+    first_lse = tl.where(first_lse == float("inf"), float("-inf"), first_lse)
+    second_lse = tl.where(second_lse == float("inf"), float("-inf"), second_lse)
     largest = tl.maximum(first_lse, second_lse)
     first_weight = tl.exp(first_lse - largest)
     second_weight = tl.exp(second_lse - largest)
@@ -42,8 +49,8 @@ def _merge_kernel(  # noqa: PLR0913 - a kernel takes pointers and sizes one by o
     tl.store(lse_ptr + lse_offsets, largest + tl.log(total), mask=row_mask)
 
     columns = tl.arange(0, COLUMNS)
-    offsets = (rows.to(tl.int64)[:, None] * num_heads + head) * head_dim + columns[None, :]
-    mask = row_mask[:, None] & (columns < head_dim)[None, :]
+    offsets = (rows.to(tl.int64)[:, None] * NUM_HEADS + head) * HEAD_DIM + columns[None, :]
+    mask = row_mask[:, None] & (columns < HEAD_DIM)[None, :]
     first = tl.load(first_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(second_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     merged = first * (first_weight / total)[:, None] + second * (second_weight / total)[:, None]
@@ -54,8 +61,8 @@ def merge_two(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
     """Two partial results as one; arithmetic in fp32.
 
     Args:
-        first: out (T, H, D), float, and lse (H, T), float32; a row that saw no key has lse = -inf. No row may be
-            without keys in both.
+        first: out (T, H, D), float, and lse (H, T), float32; a row that saw no key has lse = -inf or +inf. No row may
+            be without keys in both.
         second: The same over other keys.
         dtype: Of the merged out.
 
@@ -68,17 +75,18 @@ def merge_two(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
     out = first_out if first_out.dtype == dtype else torch.empty_like(first_out, dtype=dtype)
     num_rows, num_heads, head_dim = out.shape
     grid = (triton.cdiv(num_rows, _ROWS_PER_PROGRAM), num_heads)
-    _merge_kernel[grid](
-        first_out,
-        first_lse,
-        second_out,
-        second_lse,
-        out,
-        first_lse,
-        num_rows,
-        num_heads,
-        head_dim,
-        ROWS=_ROWS_PER_PROGRAM,
-        COLUMNS=triton.next_power_of_2(head_dim),
-    )
+    with on_device_of(out):
+        _merge_kernel[grid](
+            first_out,
+            first_lse,
+            second_out,
+            second_lse,
+            out,
+            first_lse,
+            num_rows,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            ROWS=_ROWS_PER_PROGRAM,
+            COLUMNS=triton.next_power_of_2(head_dim),
+        )
     return out, first_lse

@@ -18,7 +18,7 @@ from kvpref.attention.backends import select_backend
 from kvpref.attention.block import AttentionParams
 from kvpref.attention.blockwise import backward_blocks, forward_blocks, unflatten_blocks
 
-_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, SymInt[] max_seqlens, float scale, str backend"
+_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, Tensor[] host_offsets, float scale, str backend"
 
 
 @library.custom_op(
@@ -31,7 +31,7 @@ def cascade_forward(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     cu_seqlens: Sequence[torch.Tensor],
-    max_seqlens: Sequence[int],
+    host_offsets: Sequence[torch.Tensor],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,14 +41,14 @@ def cascade_forward(
         query: (T, H, D).
         keys: Per block (P_i, G, D). values: the same.
         cu_seqlens: Per block its query offsets and its key offsets, int32.
-        max_seqlens: Per block its longest query range and its longest key range, in tokens.
+        host_offsets: Per block both offsets in host memory, (2, num_pairs + 1) int32.
         scale: Factor on the dot products.
         backend: Name of the backend, or ``auto``.
 
     Returns:
         out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
     """
-    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens)
+    blocks = unflatten_blocks(cu_seqlens, host_offsets)
     return forward_blocks(select_backend(backend, query), AttentionParams(scale=scale), blocks, query, keys, values)
 
 
@@ -68,7 +68,7 @@ def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one b
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: Sequence[torch.Tensor],
-    max_seqlens: Sequence[int],
+    host_offsets: Sequence[torch.Tensor],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
@@ -78,7 +78,7 @@ def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one b
         dq (T, H, D), and per block dk and dv (P_i, G, D), in the dtypes of query, keys and values.
     """
     kernels, params = select_backend(backend, query), AttentionParams(scale=scale)
-    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens)
+    blocks = unflatten_blocks(cu_seqlens, host_offsets)
     return backward_blocks(kernels, params, blocks, dout, query, keys, values, (out, lse))
 
 
@@ -100,10 +100,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, keys, values, cu_seqlens, ctx.max_seqlens, ctx.scale, ctx.backend = inputs
+    query, keys, values, cu_seqlens, host_offsets, ctx.scale, ctx.backend = inputs
     ctx.num_blocks = len(keys)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, *output, *keys, *values, *cu_seqlens)
+    ctx.save_for_backward(query, *output, *keys, *values, *host_offsets, *cu_seqlens)
 
 
 def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
@@ -111,31 +111,33 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     assert dlse is None
     query, out, lse, *rest = ctx.saved_tensors
     count = ctx.num_blocks
-    keys, values, cu_seqlens = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    keys, values, host_offsets = (rest[index * count : (index + 1) * count] for index in range(3))
+    cu_seqlens = rest[3 * count :]
+    none = [None] * count
     no_offsets = [None] * len(cu_seqlens)
     if dout is None:
-        return None, [None] * count, [None] * count, no_offsets, None, None, None
+        return None, none, none, no_offsets, none, None, None
     dq, dks, dvs = cascade_backward(
-        dout, query, keys, values, out, lse, cu_seqlens, ctx.max_seqlens, ctx.scale, ctx.backend
+        dout, query, keys, values, out, lse, cu_seqlens, host_offsets, ctx.scale, ctx.backend
     )
-    return dq, dks, dvs, no_offsets, None, None, None
+    return dq, dks, dvs, no_offsets, none, None, None
 
 
 cascade_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _count_products(
-    query: torch.Tensor, keys: Sequence[torch.Tensor], cu_seqlens: Sequence[torch.Tensor], max_seqlens: Sequence[int]
-) -> int:
+def _count_products(query: torch.Tensor, host_offsets: Sequence[torch.Tensor]) -> int:
     """Query-key pairs over all blocks times heads times head dim."""
-    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens)
+    blocks = unflatten_blocks([offsets for both in host_offsets for offsets in both], host_offsets)
     return sum(block.num_attended_pairs for block in blocks) * query.shape[1] * query.shape[2]
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_forward, get_raw=True)
-def _(query: torch.Tensor, keys: Any, values: Any, cu_seqlens: Any, max_seqlens: Any, *args: Any, **kwargs: Any) -> int:
+def _(
+    query: torch.Tensor, keys: Any, values: Any, cu_seqlens: Any, host_offsets: Any, *args: Any, **kwargs: Any
+) -> int:
     """Two products per attended pair: scores and output. The masked half of causal blocks is not counted."""
-    return 2 * 2 * _count_products(query, keys, cu_seqlens, max_seqlens)
+    return 2 * 2 * _count_products(query, host_offsets)
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_backward, get_raw=True)
@@ -147,9 +149,9 @@ def _(
     out: Any,
     lse: Any,
     cu_seqlens: Any,
-    max_seqlens: Any,
+    host_offsets: Any,
     *args: Any,
     **kwargs: Any,
 ) -> int:
     """Five products per attended pair: scores again, dV, dP, dQ and dK."""
-    return 5 * 2 * _count_products(query, keys, cu_seqlens, max_seqlens)
+    return 5 * 2 * _count_products(query, host_offsets)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kvpref.attention.backends import cpu_flash
+from kvpref.attention.backends import cpu_flash, efficient, flash_kernels
 from kvpref.attention.backends.cuda_flash import CudaFlash
 from kvpref.attention.backends.efficient import Efficient
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.reference import Reference
-from kvpref.attention.block import AttentionParams, Pair, VarlenBlock
+from kvpref.attention.block import AttentionParams, VarlenBlock
 from kvpref.attention.blockwise import Merge, backward_blocks, forward_blocks, unflatten_blocks
 from kvpref.attention.merge import Partial, merge_partials
 from kvpref.logprob_tiles import tiles_for
@@ -90,12 +90,12 @@ def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     cu_seqlens: Sequence[torch.Tensor],
-    max_seqlens: Sequence[int],
+    host_offsets: Sequence[torch.Tensor],
     scale: float,
     backend: str,
 ) -> Partial:
     """What `kvpref::cascade_forward` does, with a backend that its fake tensors would not be given."""
-    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens, _ReadableBlock)
+    blocks = unflatten_blocks(cu_seqlens, host_offsets)
     return forward_blocks(choose(query), AttentionParams(scale=scale), blocks, query, keys, values, merge)
 
 
@@ -108,23 +108,14 @@ def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: Sequence[torch.Tensor],
-    max_seqlens: Sequence[int],
+    host_offsets: Sequence[torch.Tensor],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """What `kvpref::cascade_backward` does, likewise."""
-    blocks = unflatten_blocks(query, keys, cu_seqlens, max_seqlens, _ReadableBlock)
+    blocks = unflatten_blocks(cu_seqlens, host_offsets)
     params = AttentionParams(scale=scale)
     return backward_blocks(choose(query), params, blocks, dout, query, keys, values, (out, lse))
-
-
-class _ReadableBlock(VarlenBlock):
-    """Its offsets are real; modes that make fake tensors of them must not see them read."""
-
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        with _disable_current_modes():
-            return super().pairs
 
 
 class _CpuFlash(cpu_flash.CpuFlash):
@@ -144,13 +135,10 @@ def _cuda_backend(query: torch.Tensor) -> Backend:
     return Efficient() if head_dim % (16 // query.dtype.itemsize) == 0 else Reference()
 
 
-def _merge_in_place(partials: Sequence[Partial], dtype: torch.dtype) -> Partial:
+def _merge_in_place(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
     """What the fused merge on CUDA allocates: it works in the first result's memory where the dtype allows."""
-    out, lse = partials[0]
-    for index in range(2, len(partials) + 1):
-        wanted = dtype if index == len(partials) else torch.float32
-        out = out if out.dtype == wanted else torch.empty_like(out, dtype=wanted)
-    return out.to(dtype), lse
+    out, lse = first
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype), lse
 
 
 _BACKENDS: dict[str, tuple[Choose, Merge]] = {
@@ -195,20 +183,20 @@ def _flash_backward_bytes(
     num_rows = query.shape[0] + 128 * (len(cu_seqlens_q) - 1)
     num_heads, head_dim = query.shape[1:]
     expanded = 0 if key.shape[1] == num_heads else 2 * key.shape[0] * num_heads * head_dim * key.itemsize
-    return num_rows * num_heads * (_rounded(head_dim) + 1) * 4 + expanded
+    return num_rows * num_heads * (flash_kernels.rounded_head_dim(head_dim) + 1) * 4 + expanded
 
 
 def _sdpa_backward_bytes(dout: torch.Tensor, query: torch.Tensor, *_: Any) -> int:
     """`scaled_dot_product_attention`, (B, H, M, D): a row sum per query, in 16 bits an fp32 accumulator of dq."""
     num_rows, num_heads, length, head_dim = query.shape
-    columns = 1 if query.dtype == torch.float32 else _rounded(head_dim) + 1
+    columns = 1 if query.dtype == torch.float32 else flash_kernels.rounded_head_dim(head_dim) + 1
     return num_rows * num_heads * -(-length // 128) * 128 * columns * 4
 
 
-def _rounded(head_dim: int) -> int:
-    """The head dim as FlashAttention-2's buffers have it."""
-    multiple = 32 if head_dim <= 128 else 64
-    return -(-head_dim // multiple) * multiple
+def _efficient_backward_bytes(dout: torch.Tensor, query: torch.Tensor, *others: Any) -> int:
+    """PyTorch's memory-efficient attention: query (1, T, H, D)."""
+    cu_seqlens_q, _, longest_query = others[4:7]  # behind key, value, bias and out
+    return efficient.workspace_bytes(len(cu_seqlens_q) - 1, query.shape[2], longest_query, query.shape[3])
 
 
 _SDPA = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
@@ -219,6 +207,7 @@ _HIDDEN_BYTES: dict[str, dict[Any, Callable[..., int]]] = {
     "cpu": {_SDPA: _cpu_forward_bytes, _SDPA_BACKWARD: _cpu_backward_bytes},
     "cuda": {
         _ATEN._flash_attention_backward.default: _flash_backward_bytes,
+        _ATEN._efficient_attention_backward.default: _efficient_backward_bytes,
         _SDPA_BACKWARD: _sdpa_backward_bytes,
     },
 }

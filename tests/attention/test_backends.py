@@ -147,7 +147,7 @@ def test_cuda_flash_calls_the_kernels_with_the_block(monkeypatch: pytest.MonkeyP
     block = block_of((0, 2, 2, 5), (0, 2, 2, 5), causal) if causal else block_of((0, 2, 2, 5), (0, 3, 7, 8))
     q, k, v = (torch.ones(n, 1, 8, dtype=torch.bfloat16) for n in (5, 8, 8))
     out, merged = CudaFlash().forward(q, k, v, block, PARAMS)
-    assert merged.tolist() == [[0.5, float("-inf"), -1.0, 2.0, 1.0]], "a row without keys must be -inf"
+    assert merged is lse, "the merge takes +inf for a row without keys, so nothing is copied"
     assert lse.isinf().sum() == 1, "the kernel's own tensor is left alone"
     call = arguments_by_name(forward, *fake.calls[0])
     assert call["query"] is q

@@ -7,6 +7,7 @@ import torch
 from kvpref.attention.backends import flash_kernels, torch_flash
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.splitting import CallLimits
 
 
 class CudaFlash(Backend):
@@ -25,6 +26,9 @@ class CudaFlash(Backend):
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
         return flash_kernels.refusal(query) or torch_flash.replaced_reason()
 
+    def call_limits(self, query: torch.Tensor) -> CallLimits:
+        return flash_kernels.call_limits(query)
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +45,7 @@ class CudaFlash(Backend):
             False,
             scale=params.scale,
         )
-        return out, flash_kernels.minus_infinity_without_keys(lse)
+        return out, lse
 
     def backward(
         self,

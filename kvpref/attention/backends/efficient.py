@@ -6,10 +6,15 @@ import torch
 
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.splitting import CallLimits
 
 _ALIGNMENT_BYTES = 16
 _LSE_ALIGNMENT = 32
 """The kernels keep the log-sum-exp as (pairs, H, longest query rounded up to this many rows)."""
+_COUNTERS = 4
+"""Words before each tile of the workspace."""
+_TILES = {64: (64, 64), 96: (128, 64), 128: (128, 128)}
+"""Largest head dim -> rows and columns of the tiles that the backward kernel adds up dq in; compute capability 8.0."""
 
 
 class Efficient(Backend):
@@ -37,6 +42,10 @@ class Efficient(Backend):
             return "it needs compute capability 8.0 or later (Ampere) for bfloat16"
         return None
 
+    def call_limits(self, query: torch.Tensor) -> CallLimits:
+        num_heads = query.shape[1]
+        return CallLimits(num_heads=num_heads, row_bytes=workspace_bytes(1, num_heads, 128, query.shape[2]) // 128)
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +63,10 @@ class Efficient(Backend):
             True,  # compute the log-sum-exp
             scale=params.scale,
         )
-        keyless = _rows_without_partner(block.cu_seqlens_q, block.cu_seqlens_k, q.shape[0])
         lse = _pack_lse(padded_lse, block.cu_seqlens_q, q.shape[0])
+        if block.causal:  # every row sees at least itself
+            return out[0], lse
+        keyless = _rows_without_partner(block.cu_seqlens_q, block.cu_seqlens_k, q.shape[0])
         # A row without keys divides zero by zero in the kernel.
         return _zero_rows(out[0], keyless), lse.masked_fill(keyless, float("-inf"))
 
@@ -92,10 +103,22 @@ class Efficient(Backend):
             scale=params.scale,
         )
         dk, dv = (grad[0].unflatten(1, (num_kv_heads, -1)).sum(dim=2) for grad in (dk, dv))
+        if block.causal:
+            return dq[0], dk, dv
         # The kernel starts no work for an empty range, so the rows of the other side stay as the allocator left them.
         keyless = _rows_without_partner(block.cu_seqlens_q, block.cu_seqlens_k, q.shape[0])
         unread = _rows_without_partner(block.cu_seqlens_k, block.cu_seqlens_q, k.shape[0])
         return _zero_rows(dq[0], keyless), _zero_rows(dk, unread), _zero_rows(dv, unread)
+
+
+def workspace_bytes(num_pairs: int, num_heads: int, longest_query: int, head_dim: int) -> int:
+    """What the backward kernel takes for itself to add up dq in: fp32 tiles, as many for each pair as for the longest.
+
+    Read from PyTorch's sources (``mem_eff_attention/kernel_backward.h``).
+    """
+    rows, columns = next((tile for largest, tile in _TILES.items() if head_dim <= largest), (64, 64))
+    tiles = -(-longest_query // rows) * -(-head_dim // columns)
+    return num_pairs * num_heads * tiles * (rows * columns + _COUNTERS) * 4
 
 
 def _expand_heads(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

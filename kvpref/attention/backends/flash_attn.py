@@ -15,6 +15,7 @@ from kvpref.attention.backends import determinism, flash_kernels
 from kvpref.attention.backends.optional_package import OptionalPackage
 from kvpref.attention.backends.packaged import PackagedBackend
 from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.splitting import CallLimits
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -44,6 +45,9 @@ class _FlashAttention(PackagedBackend):
     def _nondeterministic_reason(self, query: torch.Tensor) -> str | None:
         """Why its sources have no deterministic backward for this query, or None when they have."""
         return None
+
+    def call_limits(self, query: torch.Tensor) -> CallLimits:
+        return flash_kernels.call_limits(query)
 
 
 class FlashAttn(_FlashAttention):
@@ -75,7 +79,7 @@ class FlashAttn(_FlashAttention):
             softmax_scale=params.scale,
             causal=block.causal,
         )
-        return out, flash_kernels.minus_infinity_without_keys(lse)
+        return out, lse
 
     def backward(
         self,
@@ -156,7 +160,7 @@ class FlashAttn3(_FlashAttention):
             params.scale,
             block.causal,
         )
-        return out, flash_kernels.minus_infinity_without_keys(lse)
+        return out, lse
 
     def backward(
         self,
@@ -229,7 +233,7 @@ class FlashAttn4(_FlashAttention):
                 causal=block.causal,
                 return_lse=True,
             )
-        return result[0], flash_kernels.minus_infinity_without_keys(result[1])
+        return result[0], result[1]
 
     def backward(
         self,

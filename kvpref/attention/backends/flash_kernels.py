@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpref.attention.block import VarlenBlock
+from kvpref.attention.splitting import CallLimits
 
 AMPERE = (8, 0)
 
@@ -37,6 +38,22 @@ def longest_query(block: VarlenBlock) -> int:
     return max(block.max_seqlen_q, 2)
 
 
-def minus_infinity_without_keys(lse: torch.Tensor) -> torch.Tensor:
-    """FlashAttention-2 reports +inf for a row that saw no key, the later ones -inf."""
-    return lse.masked_fill(lse == float("inf"), float("-inf"))
+def call_limits(query: torch.Tensor) -> CallLimits:
+    """Of FlashAttention-2's backward: an fp32 accumulator of dq and a row sum, each pair padded by a tile of 128 rows.
+
+    Where a pair starts in the accumulator is computed in 32 bits (PyTorch 2.11, flash-attn 2.8.3; later ones in some of
+    the kernels), so a pair that starts further back would be written outside.
+    """
+    num_heads, columns = query.shape[1], rounded_head_dim(query.shape[2])
+    return CallLimits(
+        num_heads=num_heads,
+        row_bytes=num_heads * (columns + 1) * 4,
+        pair_rows=128,
+        max_start_row=2**31 // (num_heads * columns),
+    )
+
+
+def rounded_head_dim(head_dim: int) -> int:
+    """The head dim as FlashAttention-2's buffers have it."""
+    multiple = 32 if head_dim <= 128 else 64
+    return -(-head_dim // multiple) * multiple

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.splitting import CallLimits
 
 
 class Backend(ABC):
@@ -28,6 +29,10 @@ class Backend(ABC):
     def unsupported_reason(self, query: torch.Tensor) -> str | None:
         """Why a query like this (device, dtype, head dim) cannot be served, or None when it can."""
 
+    def call_limits(self, query: torch.Tensor) -> CallLimits | None:
+        """What one launch over many pairs costs for a query (T, H, D); None where it is never worth splitting."""
+        return None
+
     @abstractmethod
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
@@ -43,7 +48,7 @@ class Backend(ABC):
 
         Returns:
             out (T, H, D) in the kernel's dtype (at least that of q), and lse (H, T): natural log, fp32 or wider. A
-            row that belongs to no pair has out 0 and lse -inf.
+            row that belongs to no pair, or to one without keys, has out 0 and lse -inf or +inf.
         """
 
     @abstractmethod

@@ -10,6 +10,7 @@ from kvpref.attention.backends import determinism, flash_kernels, torch_flash
 from kvpref.attention.backends.optional_package import OptionalPackage
 from kvpref.attention.backends.packaged import PackagedBackend
 from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.splitting import CallLimits
 
 
 class Xformers(PackagedBackend):
@@ -50,6 +51,9 @@ class Xformers(PackagedBackend):
     def _runs_torch_kernels(self) -> bool:
         return str(self.package.load().flash.FwOp.NAME).endswith("-pt")
 
+    def call_limits(self, query: torch.Tensor) -> CallLimits:
+        return flash_kernels.call_limits(query)
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +70,7 @@ class Xformers(PackagedBackend):
             op=fmha.flash.FwOp,
         )
         lse = lse[0].flatten(0, 1)  # (1, G, H/G, T) -> (H, T)
-        return out[0].flatten(1, 2), flash_kernels.minus_infinity_without_keys(lse)
+        return out[0].flatten(1, 2), lse
 
     def backward(
         self,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.errors import InputError
 from kvpref.modeling.shared_prefix.padded_rows import PaddedRows, SharedRows, UnservedError, share_rows
-from kvpref.plans import tensors_to
+from kvpref.tensor_fields import tensors_to
 
 # Each depth reads every depth above it with a block of its own.
 _MAX_DEPTH = 4

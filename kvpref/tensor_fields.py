@@ -1,0 +1,35 @@
+"""Dataclasses of tensors as wholes: moved to a device, pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+STAYS_ON_THE_HOST: Mapping[str, str] = {"place": "host"}
+"""Metadata of a field whose tensor is read in host memory, wherever the others go."""
+
+
+def tensors_to(plan: T, device: torch.device | str) -> T:
+    """A copy of a plan dataclass with every tensor on `device`; from pinned memory the copies do not wait."""
+    return map_tensors(plan, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(plan: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
+    """A copy of a plan dataclass with ``function(tensor)`` in place of every tensor; `STAYS_ON_THE_HOST` stays."""
+    if not is_dataclass(plan) or isinstance(plan, type):
+        raise TypeError(f"expected a dataclass instance, got {type(plan).__name__}")
+    moving = [field.name for field in fields(plan) if field.metadata != STAYS_ON_THE_HOST]
+    return replace(plan, **{name: _map(getattr(plan, name), function) for name in moving})
+
+
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map(item, function) for item in value)
+    return map_tensors(value, function) if is_dataclass(value) else value
