@@ -34,7 +34,7 @@ def block_of(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -
     assert max_q >= cu_q.diff().max()
     assert max_k >= cu_k.diff().max()
     assert isinstance(causal, bool | int)
-    block = VarlenBlock.from_offsets(torch.stack([cu_q, cu_k]), (cu_q, cu_k), causal=bool(causal))
+    block = VarlenBlock.from_offsets(torch.stack([cu_q, cu_k]).numpy().tobytes(), (cu_q, cu_k), causal=bool(causal))
     return replace(block, max_seqlen_q=max_q, max_seqlen_k=max_k)
 
 

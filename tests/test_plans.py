@@ -104,7 +104,9 @@ def test_moving_a_plan_moves_every_tensor(mode: str) -> None:
     blocks = [
         block for item in moved.passes for level in item.levels for block in (level.self_block, *level.cross_blocks)
     ]
-    assert all(block.host_offsets.device.type == "cpu" for block in blocks), "read on the host, wherever the others are"
+    assert all(str(getattr(block.host_offsets, "device", "")) == "cpu" for block in blocks), (
+        "read on the host, wherever the others are"
+    )
 
 
 def test_only_dataclasses_are_moved() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -40,8 +40,10 @@ class VarlenBlock:
         num_queries: Rows of the query, over all pairs.
         num_keys: Rows of keys and values, over all pairs.
         causal: Query j of a pair sees its keys up to and including j; both ranges are then equal.
-        host_offsets: (2, num_pairs + 1) int32, both offsets in host memory wherever the others are, so that calls can
-            be planned without waiting for the device.
+        offsets_key: Both offsets on the host, as one key for what is computed from them once for all layers, without
+            waiting for the device; see `read_offsets`.
+        host_offsets: (2, num_pairs + 1) int32, the same as a tensor, which stays in host memory: what operators take.
+            None for a block that no operator is given.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -51,12 +53,8 @@ class VarlenBlock:
     num_queries: int
     num_keys: int
     causal: bool
-    host_offsets: torch.Tensor = field(metadata=STAYS_ON_THE_HOST)
-
-    @property
-    def offsets_key(self) -> bytes:
-        """All offsets as one key, for what is computed from them once for all layers; see `read_offsets`."""
-        return self.host_offsets.numpy().tobytes()
+    offsets_key: bytes = field(repr=False)
+    host_offsets: torch.Tensor | None = field(default=None, metadata=STAYS_ON_THE_HOST)
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -73,15 +71,16 @@ class VarlenBlock:
     @classmethod
     def from_layout(cls, layout: VarlenLayout, device: torch.device | str = "cpu") -> VarlenBlock:
         host_offsets = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32)
-        return cls.from_offsets(host_offsets, host_offsets.to(device, non_blocking=True), causal=layout.causal)
+        block = cls.from_offsets(
+            host_offsets.numpy().tobytes(), host_offsets.to(device, non_blocking=True), causal=layout.causal
+        )
+        return replace(block, host_offsets=host_offsets)
 
     @classmethod
-    def from_offsets(
-        cls, host_offsets: torch.Tensor, cu_seqlens: Iterable[torch.Tensor], *, causal: bool
-    ) -> VarlenBlock:
-        """The block of some offsets, (2, num_pairs + 1) int32: in host memory, and row by row on the device."""
+    def from_offsets(cls, offsets_key: bytes, cu_seqlens: Iterable[torch.Tensor], *, causal: bool) -> VarlenBlock:
+        """The block of some offsets: of queries and keys on the host, and both as tensors on the device."""
         cu_seqlens_q, cu_seqlens_k = cu_seqlens
-        (longest_q, num_queries), (longest_k, num_keys) = _longest_and_total(host_offsets.numpy().tobytes())
+        (longest_q, num_queries), (longest_k, num_keys) = _longest_and_total(offsets_key)
         return cls(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
@@ -90,7 +89,7 @@ class VarlenBlock:
             num_queries=num_queries,
             num_keys=num_keys,
             causal=causal,
-            host_offsets=host_offsets,
+            offsets_key=offsets_key,
         )
 
 

@@ -42,10 +42,12 @@ def forward_blocks(
         for index, (key, value, block) in enumerate(zip(keys, values, blocks, strict=True), start=1):
             with _range_of(block):
                 partial = forward_block(backend, query, key, value, block, params)
+            if merged is None:
+                merged = partial
+                continue
             # Merged as they come: two results are held at a time, however deep the tree.
             with _range("merge"):
-                dtype = query.dtype if index == len(blocks) else wide  # rounded once
-                merged = partial if merged is None else merge(merged, partial, dtype)
+                merged = merge(merged, partial, query.dtype if index == len(blocks) else wide)  # rounded once
         assert merged is not None
         return merged[0].to(query.dtype).contiguous(), merged[1].contiguous()
 
@@ -73,6 +75,9 @@ def backward_blocks(
                 part, dk, dv = backward_block(backend, dout, query, key, value, merged, block, params)
                 dks.append(dk.to(key.dtype).contiguous())
                 dvs.append(dv.to(value.dtype).contiguous())
+            if dq is None:
+                dq = part
+                continue
             with _range("merge"):
                 dq = add_gradient(dq, part, is_last=index == len(blocks))
         assert dq is not None
@@ -82,7 +87,7 @@ def backward_blocks(
 def unflatten_blocks(cu_seqlens: Sequence[torch.Tensor], host_offsets: Sequence[torch.Tensor]) -> list[VarlenBlock]:
     """Blocks from an operator's arguments: per block its query and key offsets on the device, and both on the host."""
     return [
-        VarlenBlock.from_offsets(offsets, cu_seqlens[2 * index : 2 * index + 2], causal=index == 0)
+        VarlenBlock.from_offsets(offsets.numpy().tobytes(), cu_seqlens[2 * index : 2 * index + 2], causal=index == 0)
         for index, offsets in enumerate(host_offsets)
     ]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from kvpref.attention.backends.interface import Backend
-from kvpref.attention.block import AttentionParams, VarlenBlock
+from kvpref.attention.block import AttentionParams, VarlenBlock, read_offsets
 from kvpref.attention.splitting import split_pairs
 from kvpref.attention.spreading import spread_backward
 
@@ -100,10 +100,10 @@ def _whole(block: VarlenBlock) -> _Call:
 
 def _cut(block: VarlenBlock, ranges: tuple[tuple[int, int], ...]) -> Iterator[_Call]:
     for start, stop in ranges:
-        offsets = block.host_offsets.numpy()[:, start : stop + 1]
+        offsets = read_offsets(block.offsets_key)[:, start : stop + 1]
         (q_start, q_stop), (k_start, k_stop) = offsets[:, [0, -1]].tolist()
         part = VarlenBlock.from_offsets(
-            torch.from_numpy(offsets - offsets[:, :1]),
+            (offsets - offsets[:, :1]).tobytes(),
             # On the device, without a copy from the host.
             (block.cu_seqlens_q[start : stop + 1] - q_start, block.cu_seqlens_k[start : stop + 1] - k_start),
             causal=block.causal,

@@ -67,6 +67,9 @@ def cascade_attention(
     blocks = (plan.self_block, *plan.cross_blocks)
     if len(pairs) != len(blocks):
         raise ValueError(f"the plan has {len(blocks) - 1} ancestor depths; got {len(prefixes)} prefixes")
+    host_offsets = [block.host_offsets for block in blocks if block.host_offsets is not None]
+    if len(host_offsets) != len(blocks):
+        raise ValueError("a plan's blocks need their offsets in host memory; make them with VarlenBlock.from_layout")
     for index, (pair, block) in enumerate(zip(pairs, blocks, strict=True)):
         names = ("key", "value") if index == 0 else (f"prefix {index - 1}",) * 2
         for name, tensor in zip(names, pair, strict=True):
@@ -76,7 +79,7 @@ def cascade_attention(
         [key for key, _ in pairs],
         [value for _, value in pairs],
         [offsets for block in blocks for offsets in (block.cu_seqlens_q, block.cu_seqlens_k)],
-        [block.host_offsets for block in blocks],
+        host_offsets,
         plan.params.scale,
         plan.backend,
     )

@@ -40,14 +40,12 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def add_gradient(total: torch.Tensor | None, grad: torch.Tensor, *, is_last: bool) -> torch.Tensor:
+def add_gradient(total: torch.Tensor, grad: torch.Tensor, *, is_last: bool) -> torch.Tensor:
     """One more term of a sum of gradients of one shape, kept in fp32 (fp64 for fp64) between the first and the last.
 
     Returns:
         The sum, in the memory of `total` where it can be.
     """
-    if total is None:
-        return grad
     if is_last:
         # One addition rounds its exact result once, so two 16-bit terms need no wider copy.
         return total + grad

@@ -129,9 +129,10 @@ def plan_spread(offsets_key: bytes, num_heads: int, wanted_blocks: int, device: 
             sources.append(np.arange(k0, k1))
             new_k.append(new_k[-1] + k1 - k0)
             new_q.append(q0 + (q1 - q0) * (number + 1) // count)
-    new_offsets = torch.tensor([new_q, new_k], dtype=torch.int32)
+    offsets = np.array([new_q, new_k], dtype=np.int32)
+    cu_seqlens = torch.from_numpy(offsets).to(device, non_blocking=True)
     return Spread(
-        block=VarlenBlock.from_offsets(new_offsets, new_offsets.to(device, non_blocking=True), causal=False),
+        block=VarlenBlock.from_offsets(offsets.tobytes(), cu_seqlens, causal=False),
         sources=torch.from_numpy(np.concatenate(sources)).to(device, non_blocking=True),
         copies=torch.from_numpy(copies).to(device, non_blocking=True),
     )

@@ -95,7 +95,7 @@ def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments
     backend: str,
 ) -> Partial:
     """What `kvpref::cascade_forward` does, with a backend that its fake tensors would not be given."""
-    blocks = unflatten_blocks(cu_seqlens, host_offsets)
+    blocks = _blocks(cu_seqlens, host_offsets)
     return forward_blocks(choose(query), AttentionParams(scale=scale), blocks, query, keys, values, merge)
 
 
@@ -113,9 +113,15 @@ def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """What `kvpref::cascade_backward` does, likewise."""
-    blocks = unflatten_blocks(cu_seqlens, host_offsets)
+    blocks = _blocks(cu_seqlens, host_offsets)
     params = AttentionParams(scale=scale)
     return backward_blocks(choose(query), params, blocks, dout, query, keys, values, (out, lse))
+
+
+def _blocks(cu_seqlens: Sequence[torch.Tensor], host_offsets: Sequence[torch.Tensor]) -> list[VarlenBlock]:
+    """Their offsets are real; modes that make fake tensors of them must not see them read."""
+    with _disable_current_modes():
+        return unflatten_blocks(cu_seqlens, host_offsets)
 
 
 class _CpuFlash(cpu_flash.CpuFlash):

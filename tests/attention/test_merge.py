@@ -85,10 +85,9 @@ def test_16_bit_parts_are_merged_in_fp32() -> None:
 
 
 def add_all(terms: list[torch.Tensor]) -> torch.Tensor:
-    total = None
-    for number, term in enumerate(terms, start=1):
-        total = add_gradient(total, term.clone(), is_last=number == len(terms))
-    assert total is not None
+    total, *others = (term.clone() for term in terms)
+    for number, term in enumerate(others, start=1):
+        total = add_gradient(total, term, is_last=number == len(others))
     return total
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
+from torch._subclasses import FakeTensorMode
 
+from kvpref.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention, splitting
+from kvpref.attention.backends import efficient
 from kvpref.errors import InputError
+from kvpref.layout import VarlenLayout
+from kvpref.profiling.prediction_kernels import running_on
 from kvpref.profiling.prediction_model import OPTIMIZERS, TrainingSetup
 from kvpref.profiling.prediction_peak import GATHERED, Predictor
 from kvpref.profiling.prediction_step import GroupShape, Variant
@@ -107,3 +112,41 @@ def test_float32_weights_without_autocast_are_predicted_for_cuda() -> None:
     )
     assert wide.resident_bytes > 1.9 * narrow.resident_bytes
     assert wide.total_bytes > wide.resident_bytes
+
+
+def test_the_workspace_of_the_memory_efficient_backward_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows with pairs x longest; the layers of a step take it one after another."""
+    asked: list[tuple[int, ...]] = []
+
+    def workspace_bytes(*sizes: int) -> int:
+        asked.append(sizes)
+        return 10**9
+
+    config, setup = tiny_config("llama"), TrainingSetup(dtype=torch.float32)
+    without = Predictor(config, setup).peak(Variant(), SHAPE).total_bytes
+    monkeypatch.setattr(efficient, "workspace_bytes", workspace_bytes)
+    with_it = Predictor(config, setup).peak(Variant(), SHAPE).total_bytes
+    assert 10**9 < with_it < 10**9 + without
+    heads, head_dim = config.num_attention_heads, config.head_dim
+    # Prompt over itself; responses over themselves and the prompt, whose queries are those of all responses.
+    assert {(1, heads, 64, head_dim), (4, heads, 32, head_dim), (1, heads, 128, head_dim)} <= set(asked)
+
+
+def test_a_block_that_is_split_takes_less_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One response of 300 tokens among 400 of 2: padded to the longest, all together would take 200 times as much."""
+    lengths = [300, *[2] * 400]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True))
+    monkeypatch.setattr(splitting, "MAX_WASTED_BYTES", 2**20)
+    asked: list[int] = []
+
+    def workspace_bytes(num_pairs: int, num_heads: int, longest: int, head_dim: int) -> int:
+        asked.append(num_pairs * longest)
+        return 8 * num_pairs * num_heads * longest * head_dim
+
+    monkeypatch.setattr(efficient, "workspace_bytes", workspace_bytes)
+    with FakeTensorMode(allow_non_fake_inputs=True), running_on("cuda", lambda operator: None):
+        tensors = [torch.empty(offsets[-1], 8, 64).requires_grad_() for _ in range(3)]
+        plan = CascadePlan(self_block=block, cross_blocks=(), params=AttentionParams(scale=1.0))
+        cascade_attention(*tensors, [], plan).sum().backward()
+    assert sum(asked[-2:]) == 300 + 400 * 2
