@@ -12,7 +12,7 @@ import torch
 from dense_attention import Inputs
 
 from kvpref.attention import CascadePlan
-from kvpref.plans import tensors_to
+from kvpref.tensor_fields import tensors_to
 
 Attention = Callable[[Inputs], torch.Tensor]
 

@@ -14,7 +14,6 @@ from torch.autograd import profiler
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.block import AttentionParams, VarlenBlock
 from kvpref.attention.calls import backward_block, forward_block
-from kvpref.attention.device import on_device_of
 from kvpref.attention.merge import Partial, add_gradient, merge_partials
 from kvpref.regions import PREFIX
 
@@ -38,7 +37,7 @@ def forward_blocks(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     merged: Partial | None = None
     # Autocast would lower the backends' own fp32 arithmetic.
-    with torch.autocast(query.device.type, enabled=False), on_device_of(query):
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         for index, (key, value, block) in enumerate(zip(keys, values, blocks, strict=True), start=1):
             with _range_of(block):
                 partial = forward_block(backend, query, key, value, block, params)
@@ -69,7 +68,7 @@ def backward_blocks(
     """
     dq: torch.Tensor | None = None
     dks, dvs = [], []
-    with torch.autocast(query.device.type, enabled=False), on_device_of(query):
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         for index, (key, value, block) in enumerate(zip(keys, values, blocks, strict=True), start=1):
             with _range_of(block):
                 part, dk, dv = backward_block(backend, dout, query, key, value, merged, block, params)

@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpref.attention.device import on_device_of
-
 _ROWS_PER_PROGRAM = 32
 
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -75,7 +73,8 @@ def merge_two(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
     out = first_out if first_out.dtype == dtype else torch.empty_like(first_out, dtype=dtype)
     num_rows, num_heads, head_dim = out.shape
     grid = (triton.cdiv(num_rows, _ROWS_PER_PROGRAM), num_heads)
-    with on_device_of(out):
+    # Triton starts kernels on the current device, wherever their tensors are.
+    with torch.cuda.device_of(out):
         _merge_kernel[grid](
             first_out,
             first_lse,

@@ -70,7 +70,7 @@ def test_kernels_start_on_the_tensors_device(merge_triton: ModuleType, monkeypat
     launched_inside: list[bool] = []
 
     @contextmanager
-    def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
         entered.append(tensor)
         yield
         entered.pop()
@@ -79,7 +79,7 @@ def test_kernels_start_on_the_tensors_device(merge_triton: ModuleType, monkeypat
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **kwargs: launched_inside.append(entered == [args[4]])
 
-    monkeypatch.setattr(merge_triton, "on_device_of", on_device_of)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(merge_triton, "_merge_kernel", Kernel())
     merge_triton.merge_two(*make_partials(2, (7, 2, 16), torch.float32), torch.float32)
     assert launched_inside == [True]

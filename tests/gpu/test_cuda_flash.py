@@ -34,7 +34,7 @@ def test_keys_without_queries_get_zero_gradients(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_without_keys_have_lse_minus_infinity(dtype: torch.dtype) -> None:
+def test_rows_without_keys_have_an_infinite_lse(dtype: torch.dtype) -> None:
     cuda_attention.check_rows_without_keys(NAME, dtype)
 
 
