@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -119,39 +118,6 @@ def test_trees_equal_dense_attention(depth: int, heads: tuple[int, int], backend
         true_grads = torch.autograd.grad(truth, plain.leaves(), weights, retain_graph=True)
         for grad, true_grad in zip(found, true_grads, strict=True):
             torch.testing.assert_close(grad, true_grad, rtol=0, atol=10 * TOLERANCE)
-
-
-def test_flash_attention_4_compiles_for_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asks for the current device, which need not be theirs: a reference model on a second GPU."""
-    asked: list[torch.Tensor] = []
-
-    class DeviceOf(contextlib.nullcontext[None]):
-        def __init__(self, tensor: torch.Tensor) -> None:
-            asked.append(tensor)
-
-        def __enter__(self) -> None:
-            asked.append(asked[-1])
-
-        def __exit__(self, *error: object) -> None:
-            asked.clear()
-
-    class Kernels(FlashAttention4):
-        def _flash_attn_fwd(self, q: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            assert [tensor is q for tensor in asked] == [True, True]
-            return super()._flash_attn_fwd(q, *args, **kwargs)
-
-        def _flash_attn_bwd(self, q: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            assert [tensor is q for tensor in asked] == [True, True]
-            return super()._flash_attn_bwd(q, *args, **kwargs)
-
-    optional_package._load.cache_clear()
-    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", module_like(Kernels()))
-    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=(0, 2), cu_seqlens_k=(0, 2), causal=True))
-    q, backend = random(2, 1, 8), get_backend("flash_attn_4")
-    out, lse = backend.forward(q, q, q, block, PARAMS)
-    backend.backward(q, q, q, q, out, lse, block, PARAMS)
-    optional_package._load.cache_clear()
 
 
 def schema_of(operator: Any) -> list[tuple[str, bool]]:

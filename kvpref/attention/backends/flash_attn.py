@@ -201,7 +201,7 @@ class FlashAttn4(_FlashAttention):
     """FlashAttention-4 in CuTe DSL, package flash-attn-4 (4.0.0 betas); Hopper and Blackwell, head dims up to 128.
 
     Its forward returns two tensors or four, depending on the release; the first two are the output and the
-    log-sum-exp in all of them. It compiles for the current device, so that is set to the tensors' own.
+    log-sum-exp in all of them.
     """
 
     name = "flash_attn_4"
@@ -220,19 +220,18 @@ class FlashAttn4(_FlashAttention):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.cuda.device_of(q):
-            result = self.package.load()._flash_attn_fwd(
-                q,
-                k,
-                v,
-                cu_seqlens_q=block.cu_seqlens_q,
-                cu_seqlens_k=block.cu_seqlens_k,
-                max_seqlen_q=block.max_seqlen_q,
-                max_seqlen_k=block.max_seqlen_k,
-                softmax_scale=params.scale,
-                causal=block.causal,
-                return_lse=True,
-            )
+        result = self.package.load()._flash_attn_fwd(
+            q,
+            k,
+            v,
+            cu_seqlens_q=block.cu_seqlens_q,
+            cu_seqlens_k=block.cu_seqlens_k,
+            max_seqlen_q=block.max_seqlen_q,
+            max_seqlen_k=block.max_seqlen_k,
+            softmax_scale=params.scale,
+            causal=block.causal,
+            return_lse=True,
+        )
         return result[0], result[1]
 
     def backward(
@@ -247,25 +246,24 @@ class FlashAttn4(_FlashAttention):
         params: AttentionParams,
     ) -> Gradients:
         dq, dk, dv = _zeros(q, k, v)
-        with torch.cuda.device_of(q):
-            self.package.load()._flash_attn_bwd(
-                q,
-                k,
-                v,
-                out,
-                dout.contiguous(),
-                lse.contiguous(),
-                softmax_scale=params.scale,
-                causal=block.causal,
-                cu_seqlens_q=block.cu_seqlens_q,
-                cu_seqlens_k=block.cu_seqlens_k,
-                max_seqlen_q=block.max_seqlen_q,
-                max_seqlen_k=block.max_seqlen_k,
-                deterministic=determinism.chosen_for(self.name),
-                dq=dq,
-                dk=dk,
-                dv=dv,
-            )
+        self.package.load()._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            dout.contiguous(),
+            lse.contiguous(),
+            softmax_scale=params.scale,
+            causal=block.causal,
+            cu_seqlens_q=block.cu_seqlens_q,
+            cu_seqlens_k=block.cu_seqlens_k,
+            max_seqlen_q=block.max_seqlen_q,
+            max_seqlen_k=block.max_seqlen_k,
+            deterministic=determinism.chosen_for(self.name),
+            dq=dq,
+            dk=dk,
+            dv=dv,
+        )
         return dq, dk, dv
 
 

@@ -7,7 +7,6 @@ PyTorch's, without a backward pass, for another architecture, or without the hea
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -71,20 +70,12 @@ def _run(backend: PackagedBackend, device: torch.device, dtype: torch.dtype, hea
         for layout in _LAYOUTS:
             query = torch.ones(layout.cu_seqlens_q[-1], _NUM_HEADS, head_dim, device=device, dtype=dtype)
             key = torch.ones(layout.cu_seqlens_k[-1], _NUM_KV_HEADS, head_dim, device=device, dtype=dtype)
-            block, params = _moved(VarlenBlock.from_layout(layout), device), AttentionParams(scale=head_dim**-0.5)
-            out, lse = backend.forward(query, key, key, block, params)
-            backend.backward(query, query, key, key, out, lse, block, params)
+            block, params = VarlenBlock.from_layout(layout, device), AttentionParams(scale=head_dim**-0.5)
+            with torch.cuda.device_of(query):
+                out, lse = backend.forward(query, key, key, block, params)
+                backend.backward(query, query, key, key, out, lse, block, params)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # kernels fail when they run, not when they are started
-
-
-def _moved(block: VarlenBlock, device: torch.device) -> VarlenBlock:
-    """Without waiting for the device, which `torch.cuda.set_sync_debug_mode` may forbid."""
-    return replace(
-        block,
-        cu_seqlens_q=block.cu_seqlens_q.to(device, non_blocking=True),
-        cu_seqlens_k=block.cu_seqlens_k.to(device, non_blocking=True),
-    )
 
 
 def _shortened(message: str) -> str:
