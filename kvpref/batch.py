@@ -7,15 +7,18 @@ from collections.abc import Sequence as AbstractSequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from kvpref.errors import InputError
+from kvpref.batch_columns import column_values, sequence_numbers, token_numbers
 from kvpref.groups import Group, Sequence
 from kvpref.plans import ModePlan, Reads, build_plan
 from kvpref.tensor_fields import map_tensors, tensors_to
+from kvpref.transfers import to_device
 from kvpref.tree import PrefixTree, TokenIds, build_tree
+
+T = TypeVar("T")
 
 DEFAULT_MIN_SHARED_TOKENS = 16
 
@@ -64,10 +67,12 @@ class Batch:
         self.sharing = Sharing() if sharing is None else sharing
         self.device = torch.device(device)
         sizes = [len(group) for group in self.groups]
-        self.group_index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.device)
+        group_index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         num_scored = [sum(sequence.scored) for sequence in self.sequences]
-        self.cu_seqlens = torch.tensor([0, *accumulate(num_scored)]).to(self.device)
+        cu_seqlens = torch.tensor([0, *accumulate(num_scored)])
+        self.group_index, self.cu_seqlens = to_device(group_index, self.device), to_device(cu_seqlens, self.device)
         self._plans: dict[str, ModePlan] = {}
+        self._made: list[tuple[tuple[Any, ...], Any]] = []
         self._other: Batch | None = None
 
     @property
@@ -93,17 +98,35 @@ class Batch:
         """Scored tokens of all sequences, shared ones counted once per sequence."""
         return sum(sum(sequence.scored) for sequence in self.sequences)
 
+    def tensors(self, build: Callable[..., T], *args: Any) -> T:
+        """What ``build(groups, *args)`` makes, on `device`; built once for the same function and equal arguments.
+
+        This is how a loss gets at what it reads of a batch besides log-probs: asked for while the batch is collated
+        (`PreferenceLoss.prepare_batch`), it is on the device when the loss asks again.
+
+        Args:
+            build: A function of a module, because batches travel between processes, that reads nothing but its
+                arguments and returns a tensor, or a tuple or dataclass of tensors, on the CPU.
+            *args: Further arguments.
+
+        Raises:
+            As `build`.
+        """
+        asked = (build, *args)
+        for known, made in self._made:
+            if known == asked:
+                return made  # type: ignore[no-any-return]
+        made = tensors_to(build(self.groups, *args), self.device)
+        self._made.append((asked, made))
+        return made
+
     def column(self, name: str) -> list[Any]:
         """An extra column of the data: the value of each group.
 
         Raises:
             InputError: If a group has no such column; the message names it.
         """
-        for group in self.groups:
-            if name not in group.columns:
-                has = ", ".join(group.columns) or "none"
-                raise InputError(f"{group.id}: no column {name!r}; this group's extra columns: {has}")
-        return [group.columns[name] for group in self.groups]
+        return column_values(self.groups, name)
 
     def sequence_column(self, name: str) -> torch.Tensor:
         """An extra column of numbers, (num_sequences,) float32 on `device`; a group's single number is each sequence's.
@@ -111,15 +134,8 @@ class Batch:
         Raises:
             InputError: If a group has no such column, or it holds something else than one number per sequence.
         """
-        numbers: list[float] = []
-        for group, value in zip(self.groups, self.column(name), strict=True):
-            values = value if group.is_per_sequence(value) else [value] * len(group)
-            if not all(isinstance(item, int | float) for item in values):
-                raise InputError(
-                    f"{group.id}: column {name!r} must hold a number, or one per response; found {value!s:.60}"
-                )
-            numbers.extend(map(float, values))
-        return torch.tensor(numbers, device=self.device)
+        # A copy: a user's loss may change it in place.
+        return self.tensors(sequence_numbers, name).clone()
 
     def token_column(self, name: str) -> torch.Tensor:
         """An extra column of one number per scored token, (num_scored_tokens,) float32 on `device`.
@@ -127,19 +143,7 @@ class Batch:
         Raises:
             InputError: If a group has no such column, or a response's list has another length than its scored tokens.
         """
-        numbers: list[float] = []
-        for group, value in zip(self.groups, self.column(name), strict=True):
-            rows = value if group.is_per_sequence(value) else [value] * len(group)
-            for index, (row, sequence) in enumerate(zip(rows, group.sequences, strict=True)):
-                num_scored = sum(sequence.scored)
-                if not isinstance(row, list | tuple) or len(row) != num_scored:
-                    found = f"{len(row)}" if isinstance(row, list | tuple) else f"{row!s:.60}"
-                    raise InputError(
-                        f"{group.id}: column {name!r} must hold one number per scored token of response {index} "
-                        f"({num_scored}); found {found}"
-                    )
-                numbers.extend(map(float, row))
-        return torch.tensor(numbers, device=self.device)
+        return self.tensors(token_numbers, name).clone()
 
     def plan(self, mode: str) -> ModePlan:
         """The passes of `mode` over this batch, on `device`; built once.
@@ -158,16 +162,18 @@ class Batch:
             return self
         if self._other is None or self._other.reads != reads:
             self._other = Batch(self.groups, self.tree, self.device, self.sharing, reads)
+            self._other._made = self._made
         return self._other
 
     def to(self, device: torch.device | str) -> Batch:
-        """This batch with the tensors of all plans built so far on `device`."""
+        """This batch with all tensors built so far, of plans and for losses, on `device`."""
         if torch.device(device) == self.device:
             return self
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True), torch.device(device))
+        target = torch.device(device)
+        return self._mapped(lambda tensor: to_device(tensor, target), target)
 
     def pin_memory(self) -> Batch:
-        """This batch with all tensors in page-locked memory, from which `to` copies to CUDA without waiting."""
+        """This batch with all tensors in page-locked memory, from which `to` copies to CUDA without a copy before."""
         return self._mapped(torch.Tensor.pin_memory, self.device)
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Batch:
@@ -175,6 +181,7 @@ class Batch:
         mapped.device, mapped._other = device, None
         mapped.group_index, mapped.cu_seqlens = function(self.group_index), function(self.cu_seqlens)
         mapped._plans = {mode: map_tensors(plan, function) for mode, plan in self._plans.items()}
+        mapped._made = [(asked, map_tensors(made, function)) for asked, made in self._made]
         return mapped
 
 

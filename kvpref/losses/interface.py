@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -138,6 +139,21 @@ class PreferenceLoss:
             InputError: If the data lacks what the loss needs; the message names the group.
         """
         return map(self.select, groups)
+
+    def prepare_batch(self, batch: Batch) -> None:
+        """Have the batch make what the loss reads of it besides log-probs, with `Batch.tensors` or a column as numbers.
+
+        Called where batches are collated, ahead of use; then the loss waits neither for lists to become tensors nor for
+        copies of them to the device. A loss that does not do so is right all the same.
+
+        Raises:
+            InputError: If the batch lacks what the loss needs; the loss must raise the same when it is called.
+        """
+        for name in self.columns:
+            for as_numbers in (batch.sequence_column, batch.token_column):
+                with contextlib.suppress(InputError):  # what else a column holds, the loss knows
+                    as_numbers(name)
+                    break
 
 
 class RewardLoss(PreferenceLoss):

@@ -146,6 +146,10 @@ class WeightedSum(PreferenceLoss):
         parts = list(self.parts.values())
         return parts[0].prepare(groups) if len(parts) == 1 else super().prepare(groups)
 
+    def prepare_batch(self, batch: Batch) -> None:
+        for part in self.parts.values():
+            part.prepare_batch(batch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(WeightedSum):

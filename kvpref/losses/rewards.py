@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, mse_loss
 
 from kvpref.batch import Batch
+from kvpref.batch_columns import column_values
 from kvpref.errors import InputError
 from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_not_negative
@@ -79,6 +80,11 @@ class BradleyTerry(RankingRewardLoss):
     def columns(self) -> tuple[str, ...]:
         return () if self.margin_column is None else (self.margin_column,)
 
+    def prepare_batch(self, batch: Batch) -> None:
+        super().prepare_batch(batch)
+        if self.margin_column is not None:
+            batch.tensors(_are_own, self.margin_column)
+
     def group_losses(self, rewards: torch.Tensor, rated: RatedResponses, batch: Batch) -> torch.Tensor:
         gaps = rewards[:, :, None] - rewards[:, None, :]
         if self.margin_column is not None:
@@ -91,10 +97,15 @@ class BradleyTerry(RankingRewardLoss):
     def _margins(rated: RatedResponses, batch: Batch, name: str) -> torch.Tensor:
         """(num_groups, N, N) margin by which response i should lead response j."""
         values = rated.of(batch.sequence_column(name))
-        is_own = [group.is_per_sequence(value) for group, value in zip(batch.groups, batch.column(name), strict=True)]
         differences = values[:, :, None] - values[:, None, :]
         same = values[:, :1, None]
-        return torch.where(torch.tensor(is_own, device=values.device)[:, None, None], differences, same)
+        return torch.where(batch.tensors(_are_own, name)[:, None, None], differences, same)
+
+
+def _are_own(groups: Sequence[Group], name: str) -> torch.Tensor:
+    """Whether the responses of each group have numbers of their own in a column, (num_groups,) bool."""
+    values = column_values(groups, name)
+    return torch.tensor([group.is_per_sequence(value) for group, value in zip(groups, values, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +152,9 @@ class RewardRegression(RewardLoss):
         check_choice("reward_regression", REGRESSIONS, objective=self.objective)
 
     def __call__(self, policy: ResponseRewards, reference: None, batch: Batch) -> LossOutput:  # type: ignore[override]
-        for group in batch.groups:
-            self._check(group)
-        rated = rated_responses(batch)
-        rewards = policy.rewards[rated.rows[rated.rated]]
-        scores = rated.scores[rated.rated].to(rewards.dtype)
+        places, scores = batch.tensors(_regressed, self)
+        rewards = policy.rewards[places]
+        scores = scores.to(rewards.dtype)
         with torch.no_grad():
             predicted = rewards.sigmoid() if self.objective == "bce" else rewards
             metrics = {"mean_reward": rewards.mean(), "mean_error": (predicted - scores).abs().mean()}
@@ -160,6 +169,9 @@ class RewardRegression(RewardLoss):
         self._check(group)
         return group.take(rated_indices(group))
 
+    def prepare_batch(self, batch: Batch) -> None:
+        batch.tensors(_regressed, self)
+
     def _check(self, group: Group) -> None:
         check_not_ranks(group, "reward_regression")
         if self.objective != "bce":
@@ -169,3 +181,12 @@ class RewardRegression(RewardLoss):
             raise InputError(
                 f"{group.id}: reward_regression with objective 'bce' needs scores in [0, 1]; found {outside[0]}"
             )
+
+
+def _regressed(groups: Sequence[Group], loss: RewardRegression) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the rated responses stand among a batch's sequences, (n,) int64, and their scores, (n,) float64."""
+    for group in groups:
+        loss._check(group)
+    scores = [score for group in groups for score in response_scores(group)]
+    rated = [(place, score) for place, score in enumerate(scores) if score is not None]
+    return torch.tensor([place for place, _ in rated]), torch.tensor([score for _, score in rated], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
@@ -28,11 +29,13 @@ class RatedResponses(NamedTuple):
         rows: (num_groups, N) int64, the place of each response among the batch's sequences; 0 where there is none.
         rated: (num_groups, N) bool, whether the response exists and has a score.
         scores: (num_groups, N) float64, so that no two different scores become equal; 0 where not rated.
+        places: (num_sequences,) int64, where each of the batch's sequences stands in the rows, one after another.
     """
 
     rows: torch.Tensor
     rated: torch.Tensor
     scores: torch.Tensor
+    places: torch.Tensor
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """(num_sequences,) values in the rows of their groups, (num_groups, N); those not rated are arbitrary."""
@@ -43,10 +46,9 @@ class RatedResponses(NamedTuple):
         both = self.rated[:, :, None] & self.rated[:, None, :]
         return both & (self.scores[:, :, None] > self.scores[:, None, :])
 
-    def to_sequences(self, values: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    def to_sequences(self, values: torch.Tensor) -> torch.Tensor:
         """(num_groups, N) values back in the batch's order, (num_sequences,); 0 where not rated."""
-        flat = torch.zeros(num_sequences, dtype=values.dtype, device=values.device)
-        return flat.index_put((self.rows[self.rated],), values[self.rated])
+        return values.where(self.rated, 0).flatten()[self.places]
 
 
 def response_scores(group: Group) -> tuple[float | None, ...]:
@@ -98,20 +100,25 @@ def rated_responses(batch: Batch) -> RatedResponses:
     Raises:
         InputError: If a group has no rated response.
     """
-    scores = [response_scores(group) for group in batch.groups]
-    starts = [0, *accumulate(len(group) for group in batch.groups)]
+    return batch.tensors(_rated_responses)
+
+
+def _rated_responses(groups: Sequence[Group]) -> RatedResponses:
+    scores = [response_scores(group) for group in groups]
+    starts = [0, *accumulate(map(len, groups))]
     rows = [list(range(start, stop)) for start, stop in pairwise(starts)]
     rated = [[score is not None for score in row] for row in scores]
     numbers = [[score or 0.0 for score in row] for row in scores]
+    width = max(map(len, groups))
     return RatedResponses(
-        rows=torch.tensor(_padded(rows, 0), device=batch.device),
-        rated=torch.tensor(_padded(rated, False), device=batch.device),
-        scores=torch.tensor(_padded(numbers, 0.0), dtype=torch.float64, device=batch.device),
+        rows=torch.tensor(_padded(rows, width, 0)),
+        rated=torch.tensor(_padded(rated, width, False)),
+        scores=torch.tensor(_padded(numbers, width, 0.0), dtype=torch.float64),
+        places=torch.tensor([width * row + column for row, group in enumerate(groups) for column in range(len(group))]),
     )
 
 
-def _padded(rows: list[list[T]], filler: T) -> list[list[T]]:
-    width = max(len(row) for row in rows)
+def _padded(rows: list[list[T]], width: int, filler: T) -> list[list[T]]:
     return [[*row, *[filler] * (width - len(row))] for row in rows]
 
 
@@ -129,3 +136,7 @@ class ComparesScores(PreferenceLoss):
         """The rated responses; one of them where all have the same score, for then there is nothing to learn."""
         rated = rated_indices(group)
         return group.take(rated if has_preference(group) else rated[:1])
+
+    def prepare_batch(self, batch: Batch) -> None:
+        super().prepare_batch(batch)
+        rated_responses(batch)

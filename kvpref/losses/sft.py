@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ class SFT(PreferenceLoss):
         return "tokens" if self.average == "token" else "groups"
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
-        best = torch.tensor(_best_indices(batch), device=batch.device)
+        best = batch.tensors(_best_indices)
         if self.average == "response":
             loss = -policy.mean()[best].mean()
         else:
@@ -52,14 +54,14 @@ class SFT(PreferenceLoss):
     def select(self, group: Group) -> Group:
         return group.take([best_sequence(group)])
 
+    def prepare_batch(self, batch: Batch) -> None:
+        batch.tensors(_best_indices)
 
-def _best_indices(batch: Batch) -> list[int]:
-    indices: list[int] = []
-    start = 0
-    for group in batch.groups:
-        indices.append(start + best_sequence(group))
-        start += len(group)
-    return indices
+
+def _best_indices(groups: Sequence[Group]) -> torch.Tensor:
+    """Where each group's best sequence stands among all, (num_groups,) int64."""
+    starts = accumulate(map(len, groups), initial=0)
+    return torch.tensor([start + best_sequence(group) for start, group in zip(starts, groups, strict=False)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +92,8 @@ class WeightedSFT(PreferenceLoss):
         return () if self.weights in ("scores", "softmax") else (self.weights,)
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
-        shares = [share for group in batch.groups for share in self._shares(group)]
         nll = -policy.mean()
-        total = (torch.tensor(shares, dtype=nll.dtype, device=nll.device) * nll).sum()
+        total = (batch.tensors(_shares, self).to(nll.dtype) * nll).sum()
         loss = total / max(1, self.num_units(batch))
         return LossOutput(loss=loss, metrics={"nll_per_token": loss.detach()})
 
@@ -108,6 +109,9 @@ class WeightedSFT(PreferenceLoss):
     def select(self, group: Group) -> Group:
         """The responses whose weight is above 0; one response where there is none."""
         return group.take([index for index, share in enumerate(self._shares(group)) if share > 0] or [0])
+
+    def prepare_batch(self, batch: Batch) -> None:
+        batch.tensors(_shares, self)
 
     def _shares(self, group: Group) -> list[float]:
         """What each response counts in its group's mean: they sum to 1, or all are 0. Unrated responses count 0."""
@@ -135,6 +139,11 @@ class WeightedSFT(PreferenceLoss):
                 f"{group.id}: the weights of weighted_sft must not be negative; found {min(weights)}{hint}"
             )
         return weights
+
+
+def _shares(groups: Sequence[Group], loss: WeightedSFT) -> torch.Tensor:
+    """(num_sequences,) float64."""
+    return torch.tensor([share for group in groups for share in loss._shares(group)], dtype=torch.float64)
 
 
 def _softmax(scores: tuple[float | None, ...], temperature: float) -> list[float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -17,6 +17,20 @@ from kvpref.losses.learning_rates import GOOD_OR_BAD_RATES
 from kvpref.losses.mismatched import add_mismatched, mismatched_flags
 from kvpref.losses.scores import check_not_ranks
 from kvpref.outputs import ResponseLogps
+
+
+class Places(NamedTuple):
+    """Where the responses of each kind stand among a batch's sequences; each (n,) int64.
+
+    Attributes:
+        chosen: Desirable ones.
+        rejected: Undesirable ones.
+        mismatched: Those of other groups.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    mismatched: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +80,11 @@ class UnpairedLoss(PreferenceLoss):
             raise InputError(
                 f"{self.name} needs reference log-probs; pass `reference`, or train with PreferenceTrainer"
             )
-        flags = [flag for group in batch.groups for flag in mismatched_flags(group)]
-        desirable = [flag for group in batch.groups for flag in self._desirable(group)]
-        # Places counted on the host: a mask on the device would make it wait to learn how many there are.
-        kinds = {
-            "mismatched": flags,
-            "chosen": desirable,
-            "rejected": [not (flag or good) for flag, good in zip(flags, desirable, strict=True)],
-        }
-        places = {kind: _places(members, batch.device) for kind, members in kinds.items()}
+        places = batch.tensors(_places, self)
         sums = policy.sum()
         ratios = sums - reference.sum()
-        point = self.reference_point(ratios.detach(), places["mismatched"])
-        good, bad = (ratios[places[kind]] - point for kind in ("chosen", "rejected"))
+        point = self.reference_point(ratios.detach(), places.mismatched)
+        good, bad = ratios[places.chosen] - point, ratios[places.rejected] - point
         losses = torch.cat(
             [
                 self.desirable_weight * (-self.beta * good).sigmoid(),
@@ -97,6 +103,10 @@ class UnpairedLoss(PreferenceLoss):
         self._desirable(group)
         return group
 
+    def prepare_batch(self, batch: Batch) -> None:
+        super().prepare_batch(batch)
+        batch.tensors(_places, self)
+
     def _desirable(self, group: Group) -> list[bool]:
         """One flag per sequence, False for mismatched ones."""
         flags = mismatched_flags(group)
@@ -111,12 +121,9 @@ class UnpairedLoss(PreferenceLoss):
                 )
         return [score is not None and score > self.score_threshold for score in scores]
 
-    def _metrics(
-        self, ratios: torch.Tensor, sums: torch.Tensor, places: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _metrics(self, ratios: torch.Tensor, sums: torch.Tensor, places: Places) -> dict[str, torch.Tensor]:
         metrics: dict[str, torch.Tensor] = {}
-        for kind in ("chosen", "rejected"):
-            members = places[kind]
+        for kind, members in (("chosen", places.chosen), ("rejected", places.rejected)):
             if members.numel():
                 metrics[f"rewards/{kind}"] = self.beta * ratios[members].mean()
                 metrics[f"logps/{kind}"] = sums[members].mean()
@@ -173,6 +180,13 @@ class APOZeroUnpaired(UnpairedLoss):
         return torch.zeros((), dtype=ratios.dtype, device=ratios.device)
 
 
-def _places(members: list[bool], device: torch.device) -> torch.Tensor:
+def _places(groups: Sequence[Group], loss: UnpairedLoss) -> Places:
+    mismatched = [flag for group in groups for flag in mismatched_flags(group)]
+    desirable = [flag for group in groups for flag in loss._desirable(group)]
+    others = [not (flag or good) for flag, good in zip(mismatched, desirable, strict=True)]
+    return Places(_indices(desirable), _indices(others), _indices(mismatched))
+
+
+def _indices(flags: list[bool]) -> torch.Tensor:
     """Where the flags are set, (n,) int64."""
-    return torch.tensor([place for place, flag in enumerate(members) if flag], dtype=torch.int64, device=device)
+    return torch.tensor([index for index, flag in enumerate(flags) if flag], dtype=torch.int64)

@@ -16,6 +16,7 @@ from kvpref.modeling.families import FAMILIES
 from kvpref.modeling.value_head import trained_copy, value_head
 from kvpref.modeling.vocabulary_grads import grad_in_place
 from kvpref.outputs import HeadOptions
+from kvpref.transfers import to_device
 
 _NUM_PROBES = 3
 # Two evaluations of one linear layer, in the model's own dtype, differ by rounding only.
@@ -103,7 +104,7 @@ def _logits_of_ids(head: nn.Linear, hidden: torch.Tensor, ids: tuple[int, ...]) 
     vocab_size = head.weight.shape[0]
     if not all(0 <= index < vocab_size for index in ids):
         raise InputError(f"logit_ids must lie in [0, {vocab_size}), the vocabulary; got {ids}")
-    rows = torch.tensor(ids, device=hidden.device)
+    rows = to_device(torch.tensor(ids), hidden.device)
     bias = None if head.bias is None else head.bias[rows].to(hidden.dtype)
     return nn.functional.linear(hidden, head.weight[rows].to(hidden.dtype), bias)
 

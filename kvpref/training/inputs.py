@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,6 +77,7 @@ class StepDataset(Dataset[MicroBatchInputs]):
         args: Mode and sharing.
         ahead: Collate the next steps in a thread while the current one trains.
         reads: Which hidden states the loss reads; those for log-probs if None.
+        loss: What it reads of batches besides is made along with them; nothing if None.
     """
 
     def __init__(
@@ -84,9 +87,11 @@ class StepDataset(Dataset[MicroBatchInputs]):
         *,
         ahead: bool = False,
         reads: Reads | None = None,
+        loss: PreferenceLoss | None = None,
     ) -> None:
         self.groups = groups
         self.reads = reads
+        self.loss = loss
         self.options = args.engine_options()
         self.shares = args.share_across_micro_batches
         self.min_shared_tokens = args.min_shared_tokens
@@ -107,6 +112,9 @@ class StepDataset(Dataset[MicroBatchInputs]):
             max_depth=self.max_prefix_depth,
             reads=self.reads,
         )
+        if self.loss is not None:
+            with contextlib.suppress(InputError):  # the loss will say it again, where the user is told
+                self.loss.prepare_batch(batch)
         return MicroBatchInputs(batch=batch, group_indices=micro_batch.group_indices, is_filler=micro_batch.is_filler)
 
     def __getitems__(self, step: PlannedStep) -> StepInputs:
@@ -176,7 +184,12 @@ def make_cost_model(model: nn.Module) -> CostModel:
 
 
 def make_loader(
-    groups: PreferenceDataset, planner: StepPlanner, args: PreferenceTrainingArguments, *, reads: Reads | None = None
+    groups: PreferenceDataset,
+    planner: StepPlanner,
+    args: PreferenceTrainingArguments,
+    *,
+    reads: Reads | None = None,
+    loss: PreferenceLoss | None = None,
 ) -> DataLoader[Any]:
     """A loader whose items are one optimizer step's micro-batches for this rank.
 
@@ -185,9 +198,12 @@ def make_loader(
         planner: Of its steps.
         args: Mode, sharing and workers.
         reads: As in `StepDataset`; for a loss's, see `kvpref.modeling.passes.reads_of`.
+        loss: As in `StepDataset`.
     """
+    # Other processes than forks of this one may not find the module of a user's loss.
+    is_known = args.dataloader_num_workers == 0 or multiprocessing.get_start_method() == "fork"
     return DataLoader(
-        StepDataset(groups, args, ahead=collates_ahead(args), reads=reads),
+        StepDataset(groups, args, ahead=collates_ahead(args), reads=reads, loss=loss if is_known else None),
         batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
         collate_fn=_keep,  # type: ignore[arg-type]
         # In a data worker there is no device; without workers the thread that collates pins.

@@ -26,7 +26,8 @@ class MetricMeter:
 
     def pop(self, world_size: int) -> dict[str, float]:
         """The means over all ranks since the last call; none of a metric that nothing counted for."""
-        own = {name: (value.item(), self._weights[name]) for name, value in self._sums.items()}
+        values = _read(self._sums)
+        own = {name: (values[name], self._weights[name]) for name in self._sums}
         self._sums, self._weights = {}, {}
         ranks = [own]
         if world_size > 1:
@@ -37,6 +38,15 @@ class MetricMeter:
             name: [sum(column) for column in zip(*(r[name] for r in ranks if name in r), strict=True)] for name in names
         }
         return {name: total / weight for name, (total, weight) in totals.items() if weight}
+
+
+def _read(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The values of () tensors, in one copy from each device."""
+    values: dict[str, float] = {}
+    for device in {value.device for value in sums.values()}:
+        names = [name for name, value in sums.items() if value.device == device]
+        values.update(zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True))
+    return values
 
 
 class TokenMeter:

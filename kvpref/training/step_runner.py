@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -174,19 +174,3 @@ class StepRunner:
 def _sequence_values(policy: ResponseLogps | ResponseRewards) -> torch.Tensor:
     """The log-prob or reward of each response, (num_sequences,), detached."""
     return (policy.rewards if isinstance(policy, ResponseRewards) else policy.sum()).detach()
-
-
-def find_not_finite(result: StepResult, losses: list[float], inputs: StepInputs) -> Iterator[tuple[float, str]]:
-    """The losses that are NaN or infinite, and which groups are to blame."""
-    for value, sums, item in zip(losses, result.sequence_values, inputs, strict=True):
-        if value - value == 0:
-            continue
-        batch = item.batch
-        what = "rewards" if batch.reads.kind == "ends" else "log-probs"
-        bad = {int(batch.group_index[i]) for i in torch.nonzero(~torch.isfinite(sums.cpu())).flatten().tolist()}
-        if bad:
-            ids = ", ".join(str(batch.groups[index].id) for index in sorted(bad)[:5])
-            yield value, f"the {what} of {ids} are not finite"
-        else:
-            ids = ", ".join(str(group.id) for group in batch.groups[:3])
-            yield value, f"all {what} are finite in this micro-batch, which starts with {ids}"

@@ -31,6 +31,7 @@ from kvpref.training.callbacks import (
 from kvpref.training.checks import check_data, check_learnable, check_run, check_settings
 from kvpref.training.datasets import PreferenceData, prepare_data
 from kvpref.training.defaults import token_budget, with_defaults
+from kvpref.training.finite import LossCheck
 from kvpref.training.inputs import (
     MicroBatchInputs,
     StepInputs,
@@ -44,7 +45,7 @@ from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.preflight import check_saving
 from kvpref.training.references import References
 from kvpref.training.saving import SavingTrainer, what_is_left
-from kvpref.training.step_runner import RunnerSettings, StepResult, StepRunner, find_not_finite
+from kvpref.training.step_runner import RunnerSettings, StepRunner
 
 
 class PreferenceTrainer(SavingTrainer):
@@ -95,7 +96,7 @@ class PreferenceTrainer(SavingTrainer):
         if args.compile_layers:
             compile_layers(model)
         self._cost_model = make_cost_model(model)
-        self._metric_meter, self.token_meter = MetricMeter(), TokenMeter()
+        self._metric_meter, self.token_meter, self._loss_check = MetricMeter(), TokenMeter(), LossCheck()
         super().__init__(
             model=model,
             args=args,
@@ -138,7 +139,7 @@ class PreferenceTrainer(SavingTrainer):
         planner = make_planner(
             dataset, self.args, groups_per_device=groups_per_device, shuffle=shuffle, cost_model=self._cost_model
         )
-        return make_loader(dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads))
+        return make_loader(dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads), loss=self.loss)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepInputs], num_batches: int, device: torch.device
@@ -177,8 +178,9 @@ class PreferenceTrainer(SavingTrainer):
         weights = [count * self.args.world_size / max(1, int(num_items_in_batch or 0)) for count in units]
         with self._memory_meter.watching():
             result = self._step_runner.run(model, inputs, weights, self._train_reference)
-        losses = torch.stack([output.loss.float() for output in result.outputs])
-        self._check_finite(losses.tolist(), result, inputs)
+        self._loss_check.add(result, inputs)
+        if self.accelerator.sync_gradients:  # the weights change next
+            self._check_finite()
         for item, output, count, num_tokens in zip(
             inputs, result.outputs, units, result.num_forward_tokens, strict=True
         ):
@@ -186,10 +188,11 @@ class PreferenceTrainer(SavingTrainer):
                 self._metric_meter.add(output.metrics, count)
                 self.token_meter.add(item.batch, num_tokens)
         self.token_meter.stop()
-        return (losses * torch.tensor(weights, device=losses.device)).sum()
+        weighted = [output.loss.float() * weight for output, weight in zip(result.outputs, weights, strict=True)]
+        return torch.stack(weighted).sum()
 
-    def _check_finite(self, losses: list[float], result: StepResult, inputs: StepInputs) -> None:
-        found = next(find_not_finite(result, losses, inputs), None)
+    def _check_finite(self) -> None:
+        found = self._loss_check.find_not_finite()
         if found is not None:
             value, where = found
             what, go_on = what_is_left(self.args.output_dir)

@@ -103,6 +103,10 @@ class PairLoss(PreferenceLoss):
         preferred_of_pair(group)
         return group
 
+    def prepare_batch(self, batch: Batch) -> None:
+        super().prepare_batch(batch)
+        pair_indices(batch)
+
     def _pair_logps(
         self, policy: ResponseLogps, reference: ResponseLogps, chosen: torch.Tensor, rejected: torch.Tensor
     ) -> PairLogps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvpref.batch import Batch
@@ -15,15 +17,13 @@ def pair_indices(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         InputError: If a group is not a pair with one preferred sequence.
     """
-    chosen: list[int] = []
-    rejected: list[int] = []
-    start = 0
-    for group in batch.groups:
-        best = preferred_of_pair(group)
-        chosen.append(start + best)
-        rejected.append(start + 1 - best)
-        start += len(group)
-    return torch.tensor(chosen, device=batch.device), torch.tensor(rejected, device=batch.device)
+    return batch.tensors(_pair_indices)
+
+
+def _pair_indices(groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+    best = torch.tensor([preferred_of_pair(group) for group in groups])
+    starts = 2 * torch.arange(len(groups))
+    return starts + best, starts + 1 - best
 
 
 def pair_metrics(

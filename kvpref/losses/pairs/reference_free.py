@@ -61,6 +61,10 @@ class ReferenceFreeLoss(PreferenceLoss):
         preferred_of_pair(group)
         return group
 
+    def prepare_batch(self, batch: Batch) -> None:
+        super().prepare_batch(batch)
+        pair_indices(batch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SimPO(ReferenceFreeLoss):

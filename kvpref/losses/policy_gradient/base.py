@@ -6,7 +6,7 @@ the KL estimate of a token, and t runs over the T scored tokens of a response.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -123,7 +123,7 @@ class PolicyGradient(PreferenceLoss):
             metrics["kl"] = kl
             losses = losses if self.kl_in_rewards else losses + self.beta * kl
 
-        counted = self._counted(policy, batch)
+        counted = batch.tensors(_counted, self).to(policy.token_logps)
         num_units = max(1, self.num_units(batch))
         loss = (losses * self.token_shares(policy, counted)).sum() / num_units
         shares = self._mean_shares(policy, counted) / num_units
@@ -165,6 +165,12 @@ class PolicyGradient(PreferenceLoss):
         """The responses that count; a single one where none does."""
         return group.take(self.counted_indices(group) or [0])
 
+    def prepare_batch(self, batch: Batch) -> None:
+        super().prepare_batch(batch)
+        batch.tensors(_counted, self)
+        if self.advantages == "scores":
+            rated_responses(batch)
+
     def counted_indices(self, group: Group) -> list[int]:
         """The responses of a group that the mean runs over."""
         return rated_indices(group) if self.advantages == "scores" else list(range(len(group)))
@@ -204,22 +210,16 @@ class PolicyGradient(PreferenceLoss):
             "reward_std": deviations,
             "frac_reward_zero_std": (~rated.better().any(dim=(1, 2)))[:, None].expand_as(rated.scores),
         }
-        metrics = {
-            name: policy.per_token(rated.to_sequences(value, batch.num_sequences).to(logps))
-            for name, value in values.items()
-        }
+        metrics = {name: policy.per_token(rated.to_sequences(value).to(logps)) for name, value in values.items()}
         return metrics["advantage"], metrics
-
-    def _counted(self, policy: ResponseLogps, batch: Batch) -> torch.Tensor:
-        """(num_sequences,) 1 where a response counts, else 0."""
-        flags = [0.0] * batch.num_sequences
-        start = 0
-        for group in batch.groups:
-            for index in self.counted_indices(group):
-                flags[start + index] = 1.0
-            start += len(group)
-        return torch.tensor(flags).to(policy.token_logps)
 
     def _mean_shares(self, policy: ResponseLogps, counted: torch.Tensor) -> torch.Tensor:
         """Shares that make the sum over tokens, divided by `num_units`, a mean over units."""
         return policy.per_token(counted if self.unit == "tokens" else counted / policy.lengths().clamp(min=1))
+
+
+def _counted(groups: Sequence[Group], loss: PolicyGradient) -> torch.Tensor:
+    """(num_sequences,) float32, 1 where a response counts, else 0."""
+    counted = [set(loss.counted_indices(group)) for group in groups]
+    flags = [index in own for group, own in zip(groups, counted, strict=True) for index in range(len(group))]
+    return torch.tensor(flags, dtype=torch.float32)

@@ -21,6 +21,7 @@ from kvpref.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
 from kvpref.training.references.models import ModelReference
+from kvpref.transfers import to_device
 
 
 class StoredReference:
@@ -44,7 +45,7 @@ class StoredReference:
         """As in `ReferenceSource`."""
         parts = [self.token_logps[slice(*self._spans[index])] for index in inputs.group_indices]
         return ResponseLogps(
-            token_logps=torch.cat(parts).to(batch.device),
+            token_logps=to_device(torch.cat(parts), batch.device),
             cu_seqlens=batch.cu_seqlens,
             group_index=batch.group_index,
         )
