@@ -19,10 +19,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "custom_losses.md"
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the page's Python defines, from a file: its docstrings are read from source."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     path = tmp_path_factory.mktemp("page") / "page.py"
     path.write_text("\n".join(blocks))
-    return {name: kvpref.losses.user.find_loss(f"{path}:{name}", ()) for name in ("weighted_dpo", "TokenEntropyBonus")}
+    found = ("weighted_dpo", "LongPromptsCountLess", "TokenEntropyBonus")
+    return {name: kvpref.losses.user.find_loss(f"{path}:{name}", ()) for name in found}
 
 
 def train(loss: Any, groups: list[kvpref.Group], folder: Path, **overrides: Any) -> kvpref.PreferenceTrainer:
@@ -47,6 +48,17 @@ def test_the_function_trains(names: dict[str, Any], tmp_path: Path) -> None:
 def test_a_group_made_in_memory_without_the_column_is_named(names: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(kvpref.InputError, match=r"made:1: .*column 'weight'"):
         train(names["weighted_dpo"], runs.make_groups(), tmp_path)
+
+
+def test_the_class_that_prepares_batches_trains(names: dict[str, Any], tmp_path: Path) -> None:
+    made = []
+    loss = names["LongPromptsCountLess"]()
+    original = type(loss).__call__
+    type(loss).__call__ = lambda self, policy, reference, batch: (
+        made.append(len(batch._made)) or original(self, policy, reference, batch)
+    )
+    train(loss, runs.make_groups(), tmp_path)
+    assert set(made) == {1}, "what it reads is there when it is called"
 
 
 def test_the_class_counts_tokens_so_cutting_a_step_changes_nothing(names: dict[str, Any], tmp_path: Path) -> None:
