@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvpref.outputs import ResponseRewards
-from kvpref.plans import map_tensors
+from kvpref.tensor_fields import map_tensors
 from kvpref.transfers import to_device
 
 
