@@ -45,6 +45,35 @@ def test_trees_are_no_worse_than_naive_16_bit(depth: int, head_dim: int, heads: 
     cuda_attention.check_tree(NAME, depth, heads, head_dim, torch.bfloat16)
 
 
+def test_launches_over_some_pairs_equal_one_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair by itself: rows are sliced, offsets are computed on the device."""
+    block = cuda_attention.block_of((0, 130, 130, 400, 401), (0, 5, 9, 300, 440))
+    query, dout = (cuda_attention.random(401, 8, 64, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    key, value = (cuda_attention.random(440, 2, 64, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    given, backend = (query, key, value, block, cuda_attention.PARAMS), get_backend(NAME)
+    whole = calls.forward_block(backend, *given)
+    grads = calls.backward_block(backend, dout, *given[:3], whole, *given[3:])
+    monkeypatch.setattr(calls, "split_pairs", lambda offsets_key, limits: ((0, 1), (1, 3), (3, 4)))
+    split = calls.forward_block(backend, *given)
+    torch.testing.assert_close(split, whole, rtol=0, atol=0)
+    for found, expected in zip(calls.backward_block(backend, dout, *given[:3], whole, *given[3:]), grads, strict=True):
+        assert cuda_attention.relative(found, expected) <= torch.finfo(torch.bfloat16).eps  # dq adds up in any order
+
+
+def test_copied_keys_have_the_gradients_of_the_keys() -> None:
+    block = cuda_attention.block_of((0, 3000, 3000, 6000), (0, 200, 210, 300))
+    query, dout = (cuda_attention.random(6000, 8, 64, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    key, value = (cuda_attention.random(300, 2, 64, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    given, backend = (query, key, value, block, cuda_attention.PARAMS), get_backend(NAME)
+    whole = calls.forward_block(backend, *given)
+    plain = calls.backward_block(backend, dout, *given[:3], whole, *given[3:])
+    with spread_keys_below(201):
+        spread = calls.backward_block(backend, dout, *given[:3], whole, *given[3:])
+    assert spread[1].dtype == torch.float32, "the copies' gradients are added up in fp32"
+    for found, expected in zip(spread, plain, strict=True):
+        assert cuda_attention.relative(found, expected) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
 def test_auto_selects_it_for_16_bit_only() -> None:
     """Or FlashAttention-3, on a Hopper device that has it."""
     query = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
