@@ -94,10 +94,15 @@ class StepChunks:
     max_sequence_tokens: int
 
     @property
+    def all(self) -> tuple[ChunkPlan, ...]:
+        """The chunks of all micro-batches, and those that they share."""
+        own = (chunk for micro_batch in self.micro_batches for chunk in micro_batch.chunks)
+        return (*self.shared, *own)
+
+    @property
     def max_chunk_tokens(self) -> int:
         """Tokens of the largest chunk."""
-        own = (chunk for micro_batch in self.micro_batches for chunk in micro_batch.chunks)
-        return max(chunk.num_tokens for chunk in (*self.shared, *own))
+        return max(chunk.num_tokens for chunk in self.all)
 
     def num_tokens_by_micro_batch(self) -> list[int]:
         """Tokens of each micro-batch's chunks; what they share is the first one's."""

@@ -10,8 +10,8 @@ trees. The last chunks of a forward pass keep their graphs, as many as the bound
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from kvpref.modeling.compilation import is_compiled
 from kvpref.modeling.head import head_outputs
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.passes import responses, run_level_pass
-from kvpref.modeling.slabs import ChunkKeyValues, SlabStore
+from kvpref.modeling.slabs import ChunkKeyValues, Incoming, SlabStore
 from kvpref.modeling.support import check_training_state, unwrap
 from kvpref.modeling.vocabulary_grads import embed
 from kvpref.outputs import WITHOUT_GRAD, HeadOptions
@@ -67,8 +67,8 @@ class _ChunkGraph:
     outputs: dict[str, torch.Tensor]
     """What the head makes of its P predictor rows, by name; empty if there are none."""
 
-    edges: list[tuple[GradientEdge | None, GradientEdge | None]] = field(default_factory=list)
-    """Per layer, where the gradients of its keys and values enter the graph; not the tensors, which would stay."""
+    incoming: Incoming = tuple
+    """The gradients of its keys and values, and where they enter the graph; not the tensors, which would stay."""
 
 
 class _ChunkRunner:
@@ -83,7 +83,7 @@ class _ChunkRunner:
                 "prefix_cache='cpu' would compile each layer anew, because each is brought keys and values of its own; "
                 "use prefix_cache='device', or leave out compile_layers"
             )
-        self._store = SlabStore(step.chunks.slab_rows, on_host=on_host, prompts_get_grad=options.prefix_grad)
+        self._store = SlabStore(step.chunks, self._device, on_host=on_host, prompts_get_grad=options.prefix_grad)
         self._graphs: dict[ChunkPlan, _ChunkGraph] = {}
         # What the head made of every unique row, and the loss's gradient with respect to it.
         self._outputs: dict[str, torch.Tensor] = {}
@@ -95,19 +95,21 @@ class _ChunkRunner:
     def run(self, evaluate: Evaluate) -> None:
         check_training_state(unwrap(self._model))
         chunks = self._step.chunks
-        self._forward(chunks.shared, keep_graphs=False)
-        for index, micro_batch in enumerate(chunks.micro_batches):
-            self._forward(micro_batch.chunks, keep_graphs=True)
-            self._weigh(index, evaluate)
-            self._backward(micro_batch.chunks)
-            self._store.drop(index)
-        self._backward(chunks.shared)
-        self._store.drop(SHARED)
+        with closing(self._store):
+            self._forward(chunks.shared, keep_graphs=False)
+            for index, micro_batch in enumerate(chunks.micro_batches):
+                self._forward(micro_batch.chunks, keep_graphs=True)
+                self._weigh(index, evaluate)
+                self._backward(micro_batch.chunks)
+                self._store.drop(index)
+            self._backward(chunks.shared)
+            self._store.drop(SHARED)
 
     def score(self) -> Any:
         check_training_state(unwrap(self._model))
         (micro_batch,) = self._step.chunks.micro_batches
-        self._forward(micro_batch.chunks, keep_graphs=False)
+        with closing(self._store):
+            self._forward(micro_batch.chunks, keep_graphs=False)
         return self._responses(0, self._outputs)
 
     def _forward(self, chunks: Sequence[ChunkPlan], *, keep_graphs: bool) -> None:
@@ -158,7 +160,7 @@ class _ChunkRunner:
         return self._options.prefix_grad or not chunk.is_prompt
 
     def _run(self, chunk: ChunkPlan, *, writes: bool) -> _ChunkGraph:
-        key_values = ChunkKeyValues(self._store, chunk, self._device)
+        key_values = self._store.key_values(chunk)
         program = partial(
             _run_chunk,
             chunk=chunk,
@@ -172,7 +174,7 @@ class _ChunkRunner:
             if writes:
                 self._store.write(chunk.writes, key_values.own)
             if torch.is_grad_enabled():
-                graph.edges = [(_edge(key), _edge(value)) for key, value in key_values.own]
+                graph.incoming = key_values.incoming()
         return graph
 
     def _backward_of(self, chunk: ChunkPlan, graph: _ChunkGraph) -> None:
@@ -182,13 +184,9 @@ class _ChunkRunner:
             if values.requires_grad:
                 roots.append(get_gradient_edge(values))
                 grads.append(self._weights[name][chunk.logp_index])
-        if chunk.writes is not None:
-            for edges, layer_grads in zip(graph.edges, self._store.grads(chunk.writes), strict=True):
-                for edge, grad in zip(edges, layer_grads, strict=True):
-                    # An adapter on the queries alone leaves keys and values of the first layer without a graph.
-                    if edge is not None and grad is not None:
-                        roots.append(edge)
-                        grads.append(grad.to(self._device))  # it may wait in host memory
+        for edge, grad in graph.incoming():
+            roots.append(edge)
+            grads.append(grad)
         if roots:
             torch.autograd.backward(roots, grads)
 
@@ -235,10 +233,6 @@ def _without_cast_cache(device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False):
         yield
-
-
-def _edge(tensor: torch.Tensor) -> GradientEdge | None:
-    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def _num_before_last(chunks: Sequence[ChunkPlan], max_tokens: int | None) -> int:

@@ -39,6 +39,10 @@ class LayerSlot:
         """Keys and values of the passes before, (rows, num_kv_heads, head_dim) each, one pair per cross block."""
         return self._prefixes
 
+    def leave(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take the keys and values of this pass, before its own attention reads them."""
+        self.own = (key, value)
+
 
 class KeyValues(Protocol):
     """Where a running pass finds the keys and values that it reads, and leaves its own."""

@@ -1,97 +1,97 @@
-"""Keys and values in host memory: brought to the device layer by layer, just before each layer reads them."""
+"""Keys and values in host memory: brought to the device layer by layer, just before each layer reads them.
+
+Copies run beside the computation, through a few buffers that are the same ones for all layers and chunks of a step. The
+host waits for none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from kvpref.modeling.cache import KeyValue, LayerSlot
+from kvpref.modeling.device_buffers import Buffer, carve
+from kvpref.modeling.host_slabs import HostLayer
+from kvpref.modeling.host_sums import HostSums
+from kvpref.modeling.transfers import Transfers
 
-Leaves = tuple[torch.Tensor, ...]
-
-
-class _Copies(NamedTuple):
-    """Copies of one layer's keys and values on the device, and what to wait for before they are there."""
-
-    tensors: Leaves
-    ready: torch.cuda.Event | None
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all chunks and steps: the allocator keeps freed memory for the stream that it was made on."""
-    return torch.cuda.Stream(device)
+Tensors = tuple[torch.Tensor, ...]
 
 
 class HostPrefixes:
-    """The keys and values that one chunk reads, in host memory.
+    """The keys and values that one chunk reads, in host memory, and the gradients of those that it leaves there.
 
-    While a layer computes, the next one's are copied on a stream of their own. The graph keeps no copy: what autograd
-    would save of them (`pack`) is a note to bring them again (`unpack`), so the device holds those of two layers.
+    While a layer computes, the next one's are copied. The graph keeps no copy: what autograd would save of them
+    (`pack`) is a note to bring them again (`unpack`).
 
     Args:
-        prefixes: Per layer, pairs of leaves in host memory, page-locked for CUDA.
-        device: Where the model is.
+        transfers: Of the step.
+        reads: Per layer, the rows that it reads; empty if the chunk reads nothing.
+        own: As in `HostSums`.
     """
 
-    def __init__(self, prefixes: Sequence[tuple[KeyValue, ...]], device: torch.device) -> None:
-        self._leaves: list[Leaves] = [tuple(tensor for pair in pairs for tensor in pair) for pairs in prefixes]
-        self._device = device
-        self._stream = _copy_stream(device) if device.type == "cuda" else None
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # what earlier chunks wrote to the host
-        self._begun: dict[int, _Copies] = {}
+    def __init__(
+        self, transfers: Transfers, reads: Sequence[HostLayer], own: Callable[[], Sequence[HostLayer]] | None
+    ) -> None:
+        self.sums = HostSums(transfers, reads, own)
+        self._transfers, self._reads = transfers, reads
+        self._token = object()  # names the chunk in the buffers, and keeps nothing alive
         self._last_layer = -1
-        # The copies that the current layer reads. They are held until the next layer reads its own, so that no other
-        # tensor takes their memory and is mistaken for them.
-        self._in_use: Leaves = ()
-        self._in_use_layer = -1
-        self._again: tuple[int, Leaves] = (-1, ())
+        needs_grad = torch.is_grad_enabled() and any(rows.needs_grad for layer in reads for rows in layer)
+        # In place of leaves, of which autograd would collect the gradients.
+        self._anchor = torch.empty(0, device=transfers.device, requires_grad=needs_grad)
 
-    def slots(self) -> list[LayerSlot]:
-        """The slots of the layers, chained."""
+    def slots(self, num_layers: int) -> list[LayerSlot]:
+        """The slots of the layers, chained; what the first one reads is begun."""
+        if self._reads:
+            self._begin(0)
         chain = [LayerSlot((), None)]
-        for layer in reversed(range(len(self._leaves))):
-            chain.append(_HostSlot(self, layer, chain[-1]))
+        for layer in reversed(range(num_layers)):
+            chain.append(HostSlot(self, layer, chain[-1]))
         return chain[:0:-1]
 
     def read(self, layer: int) -> tuple[KeyValue, ...]:
-        """Keys and values of a layer on the device, in the graph of their leaves."""
-        tensors = _Bring.apply(self, layer, *self._leaves[layer])
-        self._in_use, self._in_use_layer = tuple(tensor.detach() for tensor in tensors), layer
+        """Keys and values of a layer on the device, in the graph."""
+        if not self._reads:
+            return ()
+        tensors = _Bring.apply(self, layer, self._anchor)
         return tuple(zip(tensors[::2], tensors[1::2], strict=True))
 
-    def copies(self, layer: int) -> Leaves:
-        """A layer's keys and values on the device; those of the layer that comes next are begun."""
-        step = 1 if layer >= self._last_layer else -1  # forward through the layers, and back in the backward pass
-        self._last_layer = layer
-        current = self._begun.pop(layer, None) or self._copy(layer)
-        self._begun = {}
-        if self._stream is not None and 0 <= layer + step < len(self._leaves):
-            self._begun[layer + step] = self._copy(layer + step)
-        if current.ready is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(current.ready)
-            for tensor in current.tensors:
-                tensor.record_stream(stream)
-        return current.tensors
+    def copies(self, layer: int) -> Tensors:
+        """A layer's keys and values on the device; they may be used until those of another layer are asked for."""
+        return tuple(self._carve(layer, self.bring(layer).memory))
 
-    def _copy(self, layer: int) -> _Copies:
-        if self._stream is None:
-            return _Copies(tuple(leaf.detach().to(self._device, copy=True) for leaf in self._leaves[layer]), None)
-        with torch.cuda.stream(self._stream):
-            tensors = tuple(leaf.detach().to(self._device, non_blocking=True) for leaf in self._leaves[layer])
-            return _Copies(tensors, self._stream.record_event())
+    def bring(self, layer: int) -> Buffer:
+        """The buffer that holds what a layer reads; that of the layer that comes next is begun."""
+        # Forward through the layers, and back in the backward pass, which begins with the last one.
+        following = layer + 1 if layer > self._last_layer else layer - 1
+        self._last_layer = layer
+        buffers = self._transfers.key_values(self._reads)
+        buffer = buffers.read((self._token, layer), partial(self._fill, layer))
+        if 0 <= following < len(self._reads):
+            self._begin(following)
+        return buffer
+
+    def _begin(self, layer: int) -> None:
+        self._transfers.key_values(self._reads).begin((self._token, layer), partial(self._fill, layer))
+
+    def constants(self, layer: int) -> list[bool]:
+        """Which of a layer's keys and values get no gradient."""
+        return [not rows.needs_grad for rows in self._reads[layer]]
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """What autograd keeps of a tensor that it saves: a note, if it is one of the copies in use."""
-        for place, copy in enumerate(self._in_use):
-            if tensor.data_ptr() == copy.data_ptr() and tensor.shape == copy.shape:
-                return _Note(self, self._in_use_layer, place)
-        return tensor
+        """What autograd keeps of a tensor that it saves: a note, if its memory is a buffer's."""
+        buffer = self._transfers.key_values(self._reads).around(tensor)
+        return tensor if buffer is None else _Note(self, buffer, tensor)
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """While layers run: keeps autograd from holding what it would save of the copies."""
+        return saved_tensors_hooks(self.pack, self.unpack) if self._reads else nullcontext()
 
     @staticmethod
     def unpack(packed: Any) -> torch.Tensor:
@@ -99,43 +99,79 @@ class HostPrefixes:
         tensor: torch.Tensor = packed.bring() if isinstance(packed, _Note) else packed
         return tensor
 
-    def again(self, layer: int, place: int) -> torch.Tensor:
-        """One of a layer's copies for the backward pass; they are brought together and handed out one by one."""
-        if self._again[0] != layer:
-            self._in_use = ()  # the forward pass is over
-            self._again = (layer, self.copies(layer))
-        return self._again[1][place]
+    def _fill(self, layer: int, memory: torch.Tensor) -> None:
+        for rows, part in zip(self._reads[layer], self._carve(layer, memory), strict=True):
+            part.copy_(rows.data, non_blocking=True)
+
+    def _carve(self, layer: int, memory: torch.Tensor) -> list[torch.Tensor]:
+        return carve(memory, [(rows.shape, rows.slab.data.dtype) for rows in self._reads[layer]])
 
 
 class _Note:
-    """Stands for a copy in autograd's graph."""
+    """Stands for a tensor in a buffer's memory, whole or a view, in autograd's graph."""
 
-    def __init__(self, source: HostPrefixes, layer: int, place: int) -> None:
-        self._source, self._layer, self._place = source, layer, place
+    def __init__(self, source: HostPrefixes, buffer: Buffer, tensor: torch.Tensor) -> None:
+        _, self._layer = buffer.key
+        self._source, self._dtype = source, tensor.dtype
+        self._size, self._stride, self._offset = tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def bring(self) -> torch.Tensor:
-        return self._source.again(self._layer, self._place)
+        memory = self._source.bring(self._layer).memory.view(self._dtype)
+        return memory.as_strided(self._size, self._stride, self._offset).data
 
 
-class _HostSlot(LayerSlot):
+class HostSlot(LayerSlot):
     """A layer's slot whose keys and values are in host memory."""
 
     def __init__(self, source: HostPrefixes, layer: int, following: LayerSlot) -> None:
         super().__init__((), following)
         self._source, self._layer = source, layer
+        self._edge: GradientEdge | None = None
 
     def read(self) -> tuple[KeyValue, ...]:
         return self._source.read(self._layer)
 
+    def leave(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().leave(key, value)
+        if key.requires_grad or value.requires_grad:
+            # Here, and not after the pass: autograd runs first what was made last, and so takes up each layer's
+            # gradients when it comes by.
+            self._edge = get_gradient_edge(_TakeUp.apply(self._source.sums, self._layer, key, value))
+
+    def take_edge(self) -> GradientEdge | None:
+        """Where the gradients of the layer's own keys and values enter the graph; None if they have none."""
+        edge, self._edge = self._edge, None
+        return edge
+
 
 class _Bring(torch.autograd.Function):
-    """Copies of leaves on the device; their gradients go back to the host."""
+    """A layer's keys and values on the device; their gradients are added up in host memory."""
 
     @staticmethod
-    def forward(ctx: Any, source: HostPrefixes, layer: int, *leaves: torch.Tensor) -> Leaves:
-        ctx.host = leaves[0].device
-        return source.copies(layer)
+    def forward(ctx: Any, source: HostPrefixes, layer: int, anchor: torch.Tensor) -> Tensors:
+        ctx.sums, ctx.layer = source.sums, layer
+        tensors = source.copies(layer)
+        ctx.set_materialize_grads(False)
+        constants = source.constants(layer)
+        ctx.mark_non_differentiable(
+            *(item for item, is_constant in zip(tensors, constants, strict=True) if is_constant)
+        )
+        return tensors
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *(None if grad is None else grad.to(ctx.host) for grad in grads)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None, None]:
+        ctx.sums.add(ctx.layer, grads)
+        return None, None, None
+
+
+class _TakeUp(torch.autograd.Function):
+    """An end of the graph, where the gradients of a layer's own keys and values come in from host memory."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: HostSums, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.sums, ctx.layer = sums, layer
+        return key.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *ctx.sums.take_up(ctx.layer)

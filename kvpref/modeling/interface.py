@@ -122,7 +122,7 @@ class RunningPass:
         self._next_slot = slot.following
         slot.module = module
         if self.keep:
-            slot.own = (key, value)
+            slot.leave(key, value)
         return slot
 
 

@@ -6,19 +6,25 @@ its backward pass leaves there is added up, in fp32 or wider, until the chunk th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kvpref.chunk_plans import ChunkPlan, SlabSlice
+from kvpref.chunk_plans import ChunkPlan, SlabSlice, StepChunks
 from kvpref.chunks import SlabKey
 from kvpref.modeling.cache import KeyValue, LayerSlot, chain_slots
-from kvpref.modeling.host_cache import HostPrefixes
+from kvpref.modeling.host_cache import HostPrefixes, HostSlot
+from kvpref.modeling.host_slabs import HostLayer, HostRows, HostSlab
+from kvpref.modeling.transfers import Transfers
 from kvpref.regions import mark
+
+Incoming = Callable[[], Iterable[tuple[GradientEdge, torch.Tensor]]]
+"""Called for the backward pass of a chunk: where gradients enter its graph, and what to hand in there."""
 
 
 class Slab:
@@ -26,16 +32,11 @@ class Slab:
 
     Args:
         num_rows: Rows.
-        like: (any, num_kv_heads, head_dim), what it will hold: its dtype and, unless `on_host`, its device.
-        on_host: Keep it in host memory, page-locked where the model is on CUDA.
+        like: (any, num_kv_heads, head_dim), what it will hold.
     """
 
-    def __init__(self, num_rows: int, like: torch.Tensor, *, on_host: bool) -> None:
-        shape = (num_rows, *like.shape[1:])
-        if on_host:
-            self.data = torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
-        else:
-            self.data = torch.empty(shape, dtype=like.dtype, device=like.device)
+    def __init__(self, num_rows: int, like: torch.Tensor) -> None:
+        self.data = torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype, device=like.device)
         self.grad: torch.Tensor | None = None
         mark("prefix K/V", self.data)
 
@@ -65,33 +66,41 @@ class Slab:
 class SlabStore:
     """All slabs of one optimizer step.
 
+    Attributes:
+        modules: The attention modules, in the order in which they run, once it is known.
+
     Args:
-        slab_rows: Rows of each slab.
+        chunks: What will run.
+        device: Where the model is.
         on_host: Keep keys and values in host memory.
         prompts_get_grad: Whether slabs of prompts collect gradients.
     """
 
-    def __init__(self, slab_rows: Mapping[SlabKey, int], *, on_host: bool, prompts_get_grad: bool) -> None:
-        self.on_host = on_host
+    def __init__(self, chunks: StepChunks, device: torch.device, *, on_host: bool, prompts_get_grad: bool) -> None:
+        self._transfers = Transfers(device, chunks.all) if on_host else None
         self.modules: list[nn.Module | None] | None = None
-        self._slab_rows, self._prompts_get_grad = slab_rows, prompts_get_grad
-        self._slabs: dict[SlabKey, list[tuple[Slab, Slab]]] = {}
+        self._slab_rows, self._prompts_get_grad = chunks.slab_rows, prompts_get_grad
+        self._make: type[Slab] | type[HostSlab] = HostSlab if on_host else Slab
+        self._slabs: dict[SlabKey, list[tuple[Any, Any]]] = {}
+
+    def key_values(self, chunk: ChunkPlan) -> ChunkKeyValues:
+        """What a chunk reads here, and leaves."""
+        if self._transfers is None:
+            return ChunkKeyValues(self, chunk)
+        return HostChunkKeyValues(self, chunk, self._transfers)
 
     def write(self, place: SlabSlice, own: Sequence[KeyValue]) -> None:
         """Copy a chunk's keys and values, one pair per layer, to their rows."""
         if place.slab not in self._slabs:
             num_rows = self._slab_rows[place.slab]
-            self._slabs[place.slab] = [
-                (Slab(num_rows, key, on_host=self.on_host), Slab(num_rows, value, on_host=self.on_host))
-                for key, value in own
-            ]
+            self._slabs[place.slab] = [(self._make(num_rows, key), self._make(num_rows, value)) for key, value in own]
         for slabs, pair in zip(self._slabs[place.slab], own, strict=True):
             for slab, tensor in zip(slabs, pair, strict=True):
                 slab.data[place.start : place.stop].copy_(tensor.detach(), non_blocking=True)
 
     def leaves(self, place: SlabSlice) -> list[KeyValue]:
         """Per layer, views of rows whose gradients are collected here."""
-        needs_grad = torch.is_grad_enabled() and (self._prompts_get_grad or not place.slab.is_prompt)
+        needs_grad = torch.is_grad_enabled() and self._collects(place)
         return [
             (
                 key.leaf(place.start, place.stop, requires_grad=needs_grad),
@@ -107,33 +116,44 @@ class SlabStore:
             for pair in self._slabs[place.slab]
         ]
 
+    def host_rows(self, place: SlabSlice) -> list[HostLayer]:
+        """Per layer, rows of slabs in host memory."""
+        needs_grad = self._collects(place)
+        return [
+            tuple(HostRows(slab, place.start, place.stop, needs_grad) for slab in pair)
+            for pair in self._slabs[place.slab]
+        ]
+
+    def _collects(self, place: SlabSlice) -> bool:
+        return self._prompts_get_grad or not place.slab.is_prompt
+
     def drop(self, owner: int) -> None:
         """Free the slabs of an owner."""
         for key in [key for key in self._slabs if key.owner == owner]:
             del self._slabs[key]
 
+    def close(self) -> None:
+        """Free what is on the device to bring slabs there."""
+        if self._transfers is not None:
+            self._transfers.close()
+
 
 class ChunkKeyValues:
-    """What one chunk reads and leaves, for `RunningPass`.
+    """What one chunk reads and leaves, for `RunningPass`; keys and values stay on the device.
 
     Attributes:
         own: After the pass, the keys and values of the chunk, one pair per layer.
-        host: What brings keys and values from host memory, if they are there.
     """
 
-    def __init__(self, store: SlabStore, chunk: ChunkPlan, device: torch.device) -> None:
+    def __init__(self, store: SlabStore, chunk: ChunkPlan) -> None:
         self.own: list[KeyValue] = []
-        self.host: HostPrefixes | None = None
-        self._store = store
-        reads = [store.leaves(place) for place in chunk.reads]
-        self._prefixes: list[tuple[KeyValue, ...]] = list(zip(*reads, strict=True))
-        if store.on_host and reads:
-            self.host = HostPrefixes(self._prefixes, device)
+        self._store, self._writes = store, chunk.writes
+        self._prefixes: list[tuple[KeyValue, ...]] = list(
+            zip(*(store.leaves(place) for place in chunk.reads), strict=True)
+        )
 
     def slots(self, num_layers: int) -> list[LayerSlot]:
         """The slots of the chunk's layers, chained."""
-        if self.host is not None:
-            return self.host.slots()
         return chain_slots(self._prefixes or [()] * num_layers)
 
     def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
@@ -143,8 +163,8 @@ class ChunkKeyValues:
         return modules == self._store.modules
 
     def saving(self) -> AbstractContextManager[Any]:
-        """While layers run: keeps autograd from holding what can be brought from host memory again."""
-        return nullcontext() if self.host is None else saved_tensors_hooks(self.host.pack, self.host.unpack)
+        """While layers run: what becomes of the tensors that autograd saves."""
+        return nullcontext()
 
     def record(self, slots: Sequence[LayerSlot]) -> None:
         """Take the keys and values out of the slots, which recomputation may keep alive."""
@@ -152,3 +172,54 @@ class ChunkKeyValues:
             assert slot.own is not None
             self.own.append(slot.own)
             slot.own = None
+
+    def incoming(self) -> Incoming:
+        """What gives the gradients that others will have left for the chunk's own keys and values; forgets those.
+
+        It is all that may know their places in the graph: the graph may hold this object, to recompute layers.
+        """
+        edges = [(_edge(key), _edge(value)) for key, value in self.own]
+        self.own = []
+        assert self._writes is not None
+        return partial(_incoming, self._store, self._writes, edges)
+
+
+class HostChunkKeyValues(ChunkKeyValues):
+    """The same where keys and values are in host memory."""
+
+    def __init__(self, store: SlabStore, chunk: ChunkPlan, transfers: Transfers) -> None:
+        self.own = []
+        self._store = store
+        layers = zip(*(store.host_rows(place) for place in chunk.reads), strict=True)
+        reads = [tuple(rows for pair in pairs for rows in pair) for pairs in layers]
+        own = None if chunk.writes is None else partial(store.host_rows, chunk.writes)
+        self._host = HostPrefixes(transfers, reads, own)
+        self._edges: list[GradientEdge | None] = []
+
+    def slots(self, num_layers: int) -> list[LayerSlot]:
+        return list(self._host.slots(num_layers))
+
+    def saving(self) -> AbstractContextManager[Any]:
+        return self._host.saving()
+
+    def record(self, slots: Sequence[LayerSlot]) -> None:
+        super().record(slots)
+        self._edges = [slot.take_edge() for slot in slots if isinstance(slot, HostSlot)]
+
+    def incoming(self) -> Incoming:
+        edges, self._edges, self.own = self._edges, [], []
+        return partial(self._host.sums.incoming, edges)
+
+
+def _incoming(
+    store: SlabStore, place: SlabSlice, edges: Sequence[tuple[GradientEdge | None, GradientEdge | None]]
+) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
+    for pair, grads in zip(edges, store.grads(place), strict=True):
+        for edge, grad in zip(pair, grads, strict=True):
+            # An adapter on the queries alone leaves keys and values of the first layer without a graph.
+            if edge is not None and grad is not None:
+                yield edge, grad
+
+
+def _edge(tensor: torch.Tensor) -> GradientEdge | None:
+    return get_gradient_edge(tensor) if tensor.requires_grad else None

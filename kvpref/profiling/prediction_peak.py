@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from kvpref.errors import InputError
+from kvpref.modeling.device_buffers import NUM_BUFFERS
 from kvpref.profiling.memory_tracker import GRADIENTS, OPTIMIZER, PARAMETERS
 from kvpref.profiling.prediction_depth import SHALLOW, extend
 from kvpref.profiling.prediction_model import (
@@ -53,7 +54,8 @@ class Predictor:
     at once are two decoder layers (one computes, the next one arrives), the gradients of one, and all that is outside
     the decoder layers (embeddings, LM head) with its gradients.
 
-    With the prefix cache on the CPU, keys and values of prefixes and their gradients count for two layers.
+    With the prefix cache on the CPU, keys and values of prefixes and their gradients count for the buffers that they
+    pass through, which hold those of two layers.
 
     Args:
         config: Of a supported family.
@@ -147,9 +149,9 @@ class Predictor:
 
 
 def _without_host(moment: Moment, num_layers: int) -> Moment:
-    """With the prefix cache in host memory, but for two layers: one that is read and the next one, on its way."""
+    """With the prefix cache in host memory: buffers for what a layer reads, and for what it adds to, remain."""
     moved = {
-        name: num_bytes - num_bytes * min(2, num_layers) // num_layers
+        name: num_bytes - num_bytes * NUM_BUFFERS // num_layers
         for name in _KEY_VALUES
         if (num_bytes := moment.bytes_by_category.get(name, 0))
     }

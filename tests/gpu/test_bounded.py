@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -13,6 +14,10 @@ from tiny_models import tiny_model
 
 import kvpref
 from kvpref import Group, Sequence
+from kvpref.modeling import transfers
+from kvpref.modeling.device_buffers import NUM_BUFFERS
+from kvpref.modeling.host_cache import HostPrefixes
+from kvpref.modeling.lanes import Lane, lanes_of
 from kvpref.modeling.options import EngineOptions
 from kvpref.modeling.schedules import forward_backward_step
 from kvpref.step import join_batches
@@ -23,6 +28,7 @@ pytestmark = [
 ]
 
 NUM_LAYERS = 6
+SLEEP_CYCLES = 4_000_000  # some 2 ms
 
 
 def one_long_prompt() -> list[Group]:
@@ -75,6 +81,48 @@ def test_copies_never_race(max_tokens: int | None) -> None:
         assert torch.equal(run(GROUPS["long"], prefix_cache="cpu", **options).token_logps, expected)
 
 
+class SlowLane:
+    """A lane that idles for some milliseconds before each copy."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane, self.record, self.wait = lane, lane.record, lane.wait
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._lane.running():
+            torch.cuda._sleep(SLEEP_CYCLES)
+            yield
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "all"])
+@pytest.mark.parametrize("max_tokens", [64, None])
+@pytest.mark.parametrize("slow", ["up", "down", "compute"])
+def test_a_slow_lane_changes_nothing(
+    slow: str, max_tokens: int | None, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not wait for a copy reads another layer's numbers; what a copy does not wait for is overwritten."""
+    options: dict[str, Any] = {"schedule": "bounded", "max_tokens_per_chunk": max_tokens, "checkpoint": checkpoint}
+    expected = run(GROUPS["long"], **options)
+    if slow == "compute":
+        original = HostPrefixes.bring
+
+        def bring(source: HostPrefixes, layer: int) -> Any:
+            buffer = original(source, layer)  # the next layer's copies are begun
+            torch.cuda._sleep(SLEEP_CYCLES)
+            return buffer
+
+        monkeypatch.setattr(HostPrefixes, "bring", bring)
+    else:
+        lanes = lanes_of(torch.device("cuda", torch.cuda.current_device()))
+        slowed = lanes._replace(**{slow: SlowLane(getattr(lanes, slow))})
+        monkeypatch.setattr(transfers, "lanes_of", lambda device: slowed)
+    found = run(GROUPS["long"], prefix_cache="cpu", **options)
+    assert torch.equal(found.token_logps, expected.token_logps)
+    for name, grad in expected.grads.items():
+        # Atomic additions in the kernels round differently from run to run; another layer's numbers are all wrong.
+        assert oracle.relative_error(found.grads[name], grad) <= 2e-2, name
+
+
 def test_host_memory_relieves_the_device() -> None:
     """A prompt's keys and values of all layers stay on the device, or those of a few."""
     model = kvpref.attach(make_model())
@@ -85,7 +133,8 @@ def test_host_memory_relieves_the_device() -> None:
     def peak_bytes(place: str) -> int:
         options = EngineOptions(schedule="bounded", max_tokens_per_chunk=64, prefix_cache=place)
         step = join_batches([batch], max_tokens_per_chunk=64)
-        for _ in range(2):  # the first one allocates gradients and workspaces
+        reserved = []
+        for _ in range(4):  # the first one allocates gradients and workspaces
             torch.cuda.reset_peak_memory_stats()
             forward_backward_step(
                 model,
@@ -95,13 +144,16 @@ def test_host_memory_relieves_the_device() -> None:
                 references=[None],
                 backward=lambda loss, _: loss.backward(),
             )
+            torch.cuda.synchronize()
+            reserved.append(torch.cuda.memory_reserved())
+        assert reserved[-1] == reserved[-2]  # blocks do not pile up
         return torch.cuda.max_memory_allocated()
 
     config = model.config
     layer_bytes = 2 * config.num_key_value_heads * config.head_dim * 6000 * 2
-    # Of K/V in bf16 and their gradients in fp32, at most three layers' K/V and two layers' gradients are left.
+    # Of K/V in bf16 and their gradients in fp32, buffers for two layers are left.
     saved = peak_bytes("device") - peak_bytes("cpu")
-    assert saved > ((NUM_LAYERS - 3) + 2 * (NUM_LAYERS - 3)) * layer_bytes
+    assert saved > (3 * (NUM_LAYERS - NUM_BUFFERS) - 1) * layer_bytes
 
 
 @pytest.fixture
@@ -110,10 +162,11 @@ def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("prefix_cache", ["device", "cpu"])
 @pytest.mark.parametrize("max_tokens", [64, None])
-def test_a_step_never_waits_for_the_device(max_tokens: int | None, no_synchronisation: None) -> None:
+def test_a_step_never_waits_for_the_device(max_tokens: int | None, prefix_cache: str, no_synchronisation: None) -> None:
     model = kvpref.attach(make_model())
-    options = EngineOptions(schedule="bounded", max_tokens_per_chunk=max_tokens)
+    options = EngineOptions(schedule="bounded", max_tokens_per_chunk=max_tokens, prefix_cache=prefix_cache)
     batches = [kvpref.collate([group], min_shared_tokens=1) for group in GROUPS["deep"]]
     step = join_batches(batches, max_tokens_per_chunk=options.chunk_tokens).to("cuda")
 

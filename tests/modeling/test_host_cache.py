@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from sample_groups import SCENARIOS, pairs, tokens
+from lane_races import LaneRaces
+from sample_groups import SCENARIOS, five_levels, pairs, tokens
 from tiny_models import tiny_model
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import kvpref
-from kvpref import Batch, Group, LossOutput, ResponseLogps, Sequence
-from kvpref.modeling import bounded
+from kvpref import Batch, Group, Sequence
+from kvpref.chunk_plans import SlabSlice
+from kvpref.chunks import SlabKey
+from kvpref.modeling import bounded, transfers
 from kvpref.modeling.checkpointing import CHECKPOINTS
+from kvpref.modeling.device_buffers import NUM_BUFFERS, room
 from kvpref.modeling.host_cache import HostPrefixes
+from kvpref.modeling.host_slabs import HostRows, HostSlab
+from kvpref.modeling.host_sums import HostSums
+from kvpref.modeling.options import EngineOptions
+from kvpref.modeling.schedules import score
+from kvpref.regions import observe_marks
 
 # The same numbers are read from another place.
 FP64_TOLERANCE = 1e-10
-NUM_LAYERS = 5
+NUM_LAYERS = 4
 
 
 @pytest.fixture
@@ -31,32 +41,31 @@ def moving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "moves_to_host", lambda device: True)
 
 
-class Copies:
-    """Every storage that was brought from the host, by layer; weakly, to see which are still there."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[tuple[int, StorageWeakRef]] = []
-        self.most_layers = 0
-        original = HostPrefixes._copy
-
-        def copy(source: HostPrefixes, layer: int) -> Any:
-            copies = original(source, layer)
-            self.made += [(layer, StorageWeakRef(tensor.untyped_storage())) for tensor in copies.tensors]
-            self.most_layers = max(self.most_layers, len(self.layers()))
-            return copies
-
-        monkeypatch.setattr(HostPrefixes, "_copy", copy)
-
-    def layers(self) -> set[int]:
-        """Layers of which a copy is still alive."""
-        return {layer for layer, storage in self.made if not storage.expired()}
-
-
 @pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch, moving: None) -> Iterator[Copies]:
+def races(monkeypatch: pytest.MonkeyPatch, moving: None) -> Iterator[LaneRaces]:
     gc.disable()  # memory of a device must not wait for the garbage collector
-    yield Copies(monkeypatch)
+    yield watch(monkeypatch)
     gc.enable()
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, ignored: tuple[str, str] | None = None) -> LaneRaces:
+    """What the lanes do from now on."""
+    races = LaneRaces(ignored)
+    monkeypatch.setattr(transfers, "lanes_of", lambda device: races.lanes)
+    return races
+
+
+def fills_of(monkeypatch: pytest.MonkeyPatch, owner: type[HostPrefixes] | type[HostSums]) -> list[int]:
+    """The layers whose rows are copied to a buffer, in order."""
+    layers: list[int] = []
+    original = owner._fill
+
+    def fill(self: Any, layer: int, memory: torch.Tensor) -> Any:
+        layers.append(layer)
+        return original(self, layer, memory)
+
+    monkeypatch.setattr(owner, "_fill", fill)
+    return layers
 
 
 def attached(**overrides: Any) -> nn.Module:
@@ -64,7 +73,7 @@ def attached(**overrides: Any) -> nn.Module:
 
 
 def one_prompt() -> Batch:
-    responses = [[3 + i, *tokens(3, 20 + i)] for i in range(6)]
+    responses = [[3 + i, *tokens(3, 20 + i)] for i in range(3)]
     group = Group([Sequence.from_prompt_and_response(tokens(12, 1), response) for response in responses])
     return kvpref.collate([group], min_shared_tokens=1)
 
@@ -99,49 +108,133 @@ def test_autocast(moving: None) -> None:
 
 
 def test_on_a_cpu_model_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Copies(monkeypatch)
+    layers = fills_of(monkeypatch, HostPrefixes)
     oracle.scheduled(attached(), kvpref.collate(pairs()), schedule="bounded", prefix_cache="cpu")
-    assert not seen.made
+    assert not layers
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@pytest.mark.parametrize("max_tokens", [12, None])
-def test_the_graph_keeps_no_copy(max_tokens: int | None, checkpoint: str, copies: Copies) -> None:
-    """Between forward and backward the last layer's are left; while layers run, at most those of two."""
-    alive: list[set[int]] = []
-
-    def loss(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
-        alive.append(copies.layers())
-        return LossOutput(policy.sum().sum(), {})
-
-    kvpref.forward_backward(
-        attached(num_hidden_layers=NUM_LAYERS),
-        one_prompt(),
-        loss,
-        schedule="bounded",
-        prefix_cache="cpu",
-        checkpoint=checkpoint,
-        max_tokens_per_chunk=max_tokens,
-    )
-    assert {layer for layer, _ in copies.made} == set(range(NUM_LAYERS))
-    assert alive[0] <= {NUM_LAYERS - 1}
-    assert copies.most_layers <= 2
-    assert not copies.layers()
+def run_deep(batch: Batch, **options: Any) -> None:
+    model = attached(num_hidden_layers=NUM_LAYERS)
+    kvpref.forward_backward(model, batch, oracle.weighted_loss, schedule="bounded", prefix_cache="cpu", **options)
 
 
-def test_layers_are_brought_once_forward_and_once_backward(copies: Copies) -> None:
-    """The responses' chunk keeps its graph: up through the layers, and down."""
-    oracle.scheduled(attached(num_hidden_layers=NUM_LAYERS), one_prompt(), schedule="bounded", prefix_cache="cpu")
+BATCHES = {"one prompt": one_prompt, "deep": lambda: kvpref.collate(five_levels() + pairs(), min_shared_tokens=1)}
+
+
+RUNS = [(name, max_tokens, checkpoint) for name in BATCHES for max_tokens in (4, None) for checkpoint in CHECKPOINTS]
+FEW = {("one prompt", 4, "none"), ("one prompt", None, "all"), ("deep", None, "prefix")}
+
+
+@pytest.mark.parametrize(
+    ("name", "max_tokens", "checkpoint"),
+    [pytest.param(*run, marks=() if run in FEW else pytest.mark.full) for run in RUNS],
+)
+def test_copies_never_race(name: str, max_tokens: int | None, checkpoint: str, races: LaneRaces) -> None:
+    """No buffer is filled before all that reads it has run, or read before it is filled; two of each kind are all."""
+    with races:
+        run_deep(BATCHES[name](), checkpoint=checkpoint, max_tokens_per_chunk=max_tokens)
+    assert not races.races
+    assert not races.blocking
+    assert races.made == races.most == {"prefix K/V": NUM_BUFFERS, "prefix K/V gradients": NUM_BUFFERS}
+    assert not races.alive.total()
+
+
+# From down to compute the way is through up, unless the step breaks off; down needs nothing of up but through compute.
+@pytest.mark.parametrize(
+    "ignored", [("compute", "up"), ("up", "compute"), ("down", "compute"), ("up", "down")], ids="-".join
+)
+def test_every_wait_is_needed(ignored: tuple[str, str], monkeypatch: pytest.MonkeyPatch, moving: None) -> None:
+    """A lane that does not wait for another one is a race that is found."""
+    races = watch(monkeypatch, ignored)
+    with races:
+        run_deep(one_prompt(), max_tokens_per_chunk=4)
+    assert races.races
+
+
+@pytest.mark.parametrize("ignored", [None, ("compute", "down"), ("compute", "up")], ids=str)
+def test_buffers_are_given_back_after_an_error(
+    ignored: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch, moving: None
+) -> None:
+    """Compute, which gets their memory, waits for the copies that are on their way."""
+    original, calls = HostSums.add, []
+
+    def add(self: HostSums, *args: Any) -> None:
+        calls.append(original(self, *args))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(HostSums, "add", add)
+    races = watch(monkeypatch, ignored)
+    with races, pytest.raises(torch.OutOfMemoryError):
+        run_deep(one_prompt())
+    assert races.made == {"prefix K/V": NUM_BUFFERS, "prefix K/V gradients": NUM_BUFFERS}
+    assert not races.alive.total()
+    assert bool(races.races) == (ignored is not None)
+
+
+def test_without_gradients_there_are_no_sums(races: LaneRaces) -> None:
+    with races:
+        score(attached(), one_prompt(), EngineOptions(schedule="bounded", prefix_cache="cpu"))
+    assert races.made == {"prefix K/V": NUM_BUFFERS}
+    assert not races.races
+
+
+def test_layers_are_brought_once_forward_and_once_backward(monkeypatch: pytest.MonkeyPatch, moving: None) -> None:
+    """The responses' chunk keeps its graph: up through the layers, and down from the one below the two still there."""
+    key_values, sums = fills_of(monkeypatch, HostPrefixes), fills_of(monkeypatch, HostSums)
+    run_deep(one_prompt())
     upward = list(range(NUM_LAYERS))
-    assert [layer for layer, _ in copies.made[::2]] == [*upward, *reversed(upward)]
+    downward = upward[::-1]
+    assert key_values == [*upward, *downward[2:]]
+    # The responses add to sums; the prompt takes them up, each layer when it comes by.
+    assert sums == [*downward, *downward]
 
 
-def test_another_tensor_is_not_taken_for_a_copy(moving: None) -> None:
-    """Same shape and values in other memory, and the same memory in another shape, are saved as they are."""
-    leaf = torch.randn(6, 2, 4)
-    source = HostPrefixes([((leaf, leaf + 1),)], torch.device("cpu"))
+@pytest.mark.parametrize("checkpoint", ["none", "all"])
+def test_a_piece_takes_up_and_adds_at_once(checkpoint: str, monkeypatch: pytest.MonkeyPatch, moving: None) -> None:
+    """A prompt of 12 tokens in 3 pieces, and 3 responses of 4: 6 chunks, all of which bring each layer's sums once."""
+    sums = fills_of(monkeypatch, HostSums)
+    run_deep(one_prompt(), max_tokens_per_chunk=4, checkpoint=checkpoint)
+    assert sums == [*range(NUM_LAYERS)][::-1] * 6
+
+
+def test_buffers_hold_two_layers_of_the_slabs(moving: None) -> None:
+    """As `kvpref plan` has it: of all layers' keys and values, and of their gradients, two layers' on the device."""
+    num_bytes: Counter[tuple[str, bool]] = Counter()
+
+    def add(kind: str, tensors: tuple[torch.Tensor, ...]) -> None:
+        for tensor in tensors:
+            num_bytes[kind, tensor.dtype == torch.uint8] += tensor.nbytes
+
+    with observe_marks(add):
+        run_deep(one_prompt())
+    for kind in ("prefix K/V", "prefix K/V gradients"):
+        on_device, on_host = num_bytes[kind, True], num_bytes[kind, False]
+        share = on_host * NUM_BUFFERS // NUM_LAYERS
+        assert share <= on_device <= share + NUM_BUFFERS * room(0, 5)
+
+
+def made_up_rows(num_rows: int) -> tuple[HostRows, HostRows]:
+    slabs = [HostSlab(num_rows, torch.empty(0, 2, 4)) for _ in range(2)]
+    for slab in slabs:
+        slab.data.normal_()
+    return HostRows(slabs[0], 0, num_rows, False), HostRows(slabs[1], 0, num_rows, False)
+
+
+def test_views_of_buffers_are_brought_again_and_other_tensors_kept(moving: None) -> None:
+    place = SlabSlice(slab=SlabKey(0, 0, False), start=0, stop=6)
+    reader: Any = SimpleNamespace(reads=[place], writes=None, num_tokens=1)
+    layers = [made_up_rows(6) for _ in range(3)]
+    source = HostPrefixes(transfers.Transfers(torch.device("cpu"), [reader]), layers, None)
     ((key, value),) = source.read(0)
-    assert source.pack(key) is not key
-    assert torch.equal(source.unpack(source.pack(value)), leaf + 1)
-    for other in (key.clone(), key[:3], key.flatten(1)):
-        assert source.pack(other) is other
+    views = [key, value, key[2:4], value.flatten(1), key.transpose(0, 1), value.view(torch.int32)]
+    expected = [view.clone() for view in views]
+    packed = [source.pack(view) for view in views]
+    for layer in (1, 2):  # other layers take the buffers
+        source.read(layer)
+    assert not torch.equal(views[0], expected[0])
+    for note, view, wanted in zip(packed, views, expected, strict=True):
+        assert note is not view
+        assert torch.equal(source.unpack(note), wanted)
+    other = key.clone()
+    assert source.pack(other) is other
