@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -135,6 +136,29 @@ def test_the_call_is_real_in_every_mode() -> None:
         assert recorder.unsupported_reason(query()) is None
         assert type(torch.ones(1)) is not torch.Tensor, "the caller's tensors stay fake"
     assert recorder.directions == ["forward", "backward"] * 2, "self and cross"
+
+
+def test_the_call_runs_on_the_device_of_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that ask for the current device would run elsewhere: a reference model on a second GPU."""
+    inside: list[torch.device] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    class Checker(Recorder):
+        def forward(self, q: torch.Tensor, *args: Any) -> Any:
+            assert inside == [q.device]
+            return super().forward(q, *args)
+
+        def backward(self, dout: torch.Tensor, *args: Any) -> Any:
+            assert inside == [dout.device]
+            return super().backward(dout, *args)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    assert Checker().unsupported_reason(query()) is None
 
 
 def test_it_is_made_once_per_kind_of_query() -> None:
