@@ -1,9 +1,10 @@
 """Which kernels PyTorch's flash attention operator runs: its own FlashAttention-2, or what a user has activated.
 
-`torch.nn.attention.activate_flash_attention_impl` replaces `aten::_flash_attention_forward` and `_backward`, and with them
-PyTorch's own attention, for a whole process. kvpref neither activates nor calls the replacements: they decide determinism
-by another rule (warn-only counts as on; where it is off, FA3's splits the keys of the forward pass), and FA4's takes two
-values from a function that returns four (PyTorch 2.13 and earlier). kvpref's backends call the same packages directly.
+`torch.nn.attention.activate_flash_attention_impl` replaces `aten::_flash_attention_forward` and `_backward`, and with
+them PyTorch's own attention, for a whole process. kvpref neither activates nor calls the replacements: they decide
+determinism by another rule (warn-only counts as on; where it is off, FA3's splits the keys of the forward pass), and
+FA4's takes two values from a function that returns four (PyTorch 2.13 and earlier). kvpref's backends call the same
+packages directly.
 """
 
 from __future__ import annotations
