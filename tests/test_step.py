@@ -13,6 +13,7 @@ import kvpref
 from kvpref import Batch, Group, Sequence
 from kvpref.chunk_plans import ChunkPlan
 from kvpref.step import Step, join_batches
+from kvpref.tensor_fields import STAYS_ON_THE_HOST
 
 
 def micro_batches(groups: list[Group], **options: Any) -> list[Batch]:
@@ -28,7 +29,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if is_dataclass(value):
-        value = [getattr(value, field.name) for field in fields(value)]
+        value = [getattr(value, field.name) for field in fields(value) if field.metadata != STAYS_ON_THE_HOST]
     if isinstance(value, tuple | list):
         return [tensor for item in value for tensor in tensors_of(item)]
     return []

@@ -20,6 +20,7 @@ from kvpref.outputs import ResponseLogps, ResponseRewards
 from kvpref.step import Step
 from kvpref.training.inputs import MicroBatchInputs, StepInputs, join_micro_batches
 from kvpref.training.memory import advice, is_out_of_memory
+from kvpref.training.units import Weight, weighted
 
 ReferenceOf = Callable[[MicroBatchInputs, Batch], ResponseLogps | None]
 
@@ -70,7 +71,7 @@ class StepRunner:
     def __init__(self, accelerator: Accelerator, loss: PreferenceLoss, settings: RunnerSettings) -> None:
         self.accelerator, self.loss, self.settings = accelerator, loss, settings
 
-    def run(self, model: nn.Module, inputs: StepInputs, weights: list[float], reference_of: ReferenceOf) -> StepResult:
+    def run(self, model: nn.Module, inputs: StepInputs, weights: list[Weight], reference_of: ReferenceOf) -> StepResult:
         """Run all micro-batches of a step, adding to the parameters' gradients.
 
         Args:
@@ -96,7 +97,7 @@ class StepRunner:
             self._make_room(model, message)
 
     def _run_each(
-        self, model: nn.Module, inputs: StepInputs, weights: list[float], reference_of: ReferenceOf
+        self, model: nn.Module, inputs: StepInputs, weights: list[Weight], reference_of: ReferenceOf
     ) -> StepResult:
         result, options = StepResult(), self.settings.options
         for index, (item, weight) in enumerate(zip(inputs, weights, strict=True)):
@@ -107,7 +108,7 @@ class StepRunner:
                     batch,
                     self._recording(result),
                     reference=reference_of(item, batch),
-                    backward=lambda loss, weight=weight: self.accelerator.backward(loss * weight),  # type: ignore[misc]
+                    backward=lambda loss, weight=weight: self.accelerator.backward(weighted(loss, weight)),  # type: ignore[misc]
                     **asdict(options),
                 )
             result.outputs.append(output)
@@ -115,7 +116,7 @@ class StepRunner:
         return result
 
     def _run_joined(
-        self, model: nn.Module, inputs: StepInputs, weights: list[float], reference_of: ReferenceOf
+        self, model: nn.Module, inputs: StepInputs, weights: list[Weight], reference_of: ReferenceOf
     ) -> StepResult:
         result = StepResult()
         first = 0
@@ -134,7 +135,7 @@ class StepRunner:
                     self._recording(result),
                     self.settings.options,
                     references=references,
-                    backward=lambda loss, index, own=own_weights: self.accelerator.backward(loss * own[index]),  # type: ignore[misc]
+                    backward=lambda loss, index, own=own_weights: self.accelerator.backward(weighted(loss, own[index])),  # type: ignore[misc]
                 )
             result.num_forward_tokens += step.chunks.num_tokens_by_micro_batch()
             first = part.stop

@@ -46,6 +46,7 @@ from kvpref.training.preflight import check_saving
 from kvpref.training.references import References
 from kvpref.training.saving import SavingTrainer, what_is_left
 from kvpref.training.step_runner import RunnerSettings, StepRunner
+from kvpref.training.units import shares, sum_over_ranks, weighted
 
 
 class PreferenceTrainer(SavingTrainer):
@@ -143,19 +144,14 @@ class PreferenceTrainer(SavingTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepInputs], num_batches: int, device: torch.device
-    ) -> tuple[list[StepInputs], int]:
+    ) -> tuple[list[StepInputs], int | torch.Tensor]:
         """The steps of one optimizer update, and the number of loss units in them over all ranks."""
         steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
         num_units = sum(self._num_units(inputs) for step in steps for inputs in step)
-        return steps, self._sum_over_ranks(num_units)
+        return steps, sum_over_ranks(self.accelerator, num_units)
 
     def _num_units(self, inputs: MicroBatchInputs) -> int:
         return 0 if inputs.is_filler else self.loss.num_units(inputs.batch)
-
-    def _sum_over_ranks(self, count: int) -> int:
-        if self.args.world_size == 1:
-            return count
-        return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), reduction="sum").item())
 
     # The loop's body
 
@@ -172,10 +168,8 @@ class PreferenceTrainer(SavingTrainer):
         if callable(set_train_mode):  # schedule-free optimizers have modes of their own
             set_train_mode()
         self.token_meter.start()
-        # Distributed wrappers average gradients over ranks; the loss is a sum over ranks of weighted means.
         units = [self._num_units(item) for item in inputs]
-        # A step may have no unit at all: groups whose responses are all alike, say.
-        weights = [count * self.args.world_size / max(1, int(num_items_in_batch or 0)) for count in units]
+        weights = shares(units, num_items_in_batch, self.args.world_size)
         with self._memory_meter.watching():
             result = self._step_runner.run(model, inputs, weights, self._train_reference)
         self._loss_check.add(result, inputs)
@@ -188,8 +182,8 @@ class PreferenceTrainer(SavingTrainer):
                 self._metric_meter.add(output.metrics, count)
                 self.token_meter.add(item.batch, num_tokens)
         self.token_meter.stop()
-        weighted = [output.loss.float() * weight for output, weight in zip(result.outputs, weights, strict=True)]
-        return torch.stack(weighted).sum()
+        losses = [weighted(item.loss.float(), weight) for item, weight in zip(result.outputs, weights, strict=True)]
+        return torch.stack(losses).sum()
 
     def _check_finite(self) -> None:
         found = self._loss_check.find_not_finite()

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import host_waits
 import pytest
 import torch
 from preference_runs import make_args, make_groups, make_model
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 import kvpref
 from kvpref import Group
 from kvpref.training.meters import MetricMeter
+from kvpref.training.units import shares, sum_over_ranks, weighted
 
 
 def scored(groups: list[Group], scores: list[float]) -> list[Group]:
@@ -63,3 +65,27 @@ def test_metrics_are_means_over_what_has_them() -> None:
     meter.add({"kl": torch.tensor(9.0), "rewards/rejected": torch.tensor(5.0)}, 0)
     assert meter.pop(1) == {"kl": 1.75, "rewards/chosen": 4.0}
     assert meter.pop(1) == {}
+
+
+class TwoRanks:
+    """An accelerator whose other rank counts twice as much."""
+
+    num_processes = 2
+    device = torch.device("cpu")
+
+    def reduce(self, count: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return 3 * count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [7, 0])
+def test_shares_of_several_ranks_are_the_same_bits_and_are_not_read(count: int, dtype: torch.dtype) -> None:
+    loss = torch.tensor(0.3, dtype=dtype)
+    accelerator: Any = TwoRanks()
+    with host_waits.refused("cpu"):
+        total = sum_over_ranks(accelerator, count)
+        found = [weighted(loss, share) for share in shares([2, 5], total, 2)]
+    expected = [loss * (2 * 2 / max(1, 3 * count)), loss * (5 * 2 / max(1, 3 * count))]
+    assert all(map(torch.equal, found, expected))
+    assert {value.dtype for value in found} == {dtype}
