@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from kvpref.attention.backends.flash_attn import FlashAttn
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.reference import Reference
 from kvpref.attention.backends.xformers import Xformers
+from kvpref.attention.blockwise import backward_blocks, forward_blocks
 from kvpref.attention.calls import backward_block, forward_block
 from kvpref.attention.splitting import CallLimits, PairRange
 from kvpref.layout import VarlenLayout
@@ -139,3 +142,31 @@ def test_no_pair_starts_where_32_bits_end(
     whole = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True))
     with pytest.raises(AssertionError):
         kernels.backward(q, q, k, k, whole)
+
+
+def test_kernels_start_on_the_device_of_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuTe and Triton take the current device, which is another one for a reference model on the second GPU."""
+    entered: list[torch.Tensor] = []
+    inside: list[bool] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    class Watching(Reference):
+        def forward(self, q: torch.Tensor, *args: Any) -> Any:
+            inside.append(entered == [q])
+            return super().forward(q, *args)
+
+        def backward(self, dout: torch.Tensor, q: torch.Tensor, *args: Any) -> Any:
+            inside.append(entered == [q])
+            return super().backward(dout, q, *args)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=(0, 3), cu_seqlens_k=(0, 3), causal=True))
+    q = random(3, 2, 8)
+    merged = forward_blocks(Watching(), PARAMS, [block], q, [q], [q])
+    backward_blocks(Watching(), PARAMS, [block], q, q, [q], [q], merged)
+    assert inside == [True, True]
