@@ -1,7 +1,7 @@
 """Sweeps of speed-ups beside their FLOP-exact ideals; tables, JSON and PNG.
 
 The cases of a row take turns in one process and ratios are taken inside each round, so that other load on the machine
-falls on all of them:
+falls on all of them. On a GPU each row has a process of its own, so that one that breaks takes no other along:
 
     OMP_NUM_THREADS=1 python benchmarks/sweeps.py             # all of them on the CPU
     python benchmarks/sweeps.py --sweep train_step --row hh_harmless
@@ -24,6 +24,7 @@ import train_step
 import trainer
 from options import MissingDataError, SweepOptions
 from places import results_folder
+from row_process import measure_apart, measure_here
 
 from kvpref.errors import RunError
 from kvpref.profiling.comparison import Comparison
@@ -39,6 +40,8 @@ SWEEPS: dict[str, ModuleType] = {
     "train_step": train_step,
     "trainer": trainer,
 }
+MEASURE = {"cuda": measure_apart}
+"""How a row is measured on a type of device; others measure it here."""
 
 
 def main() -> int:
@@ -92,23 +95,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_sweep(name: str, options: SweepOptions, only: list[str], deadline: float | None, output: Path) -> Report:
     """Measure the rows of one sweep; print its table, write its JSON after every row and its PNG at the end."""
-    rows = {row: run for row, run in SWEEPS[name].rows(options).items() if not only or row in only}
+    rows = [row for row in SWEEPS[name].rows(options) if not only or row in only]
     comparisons: list[Comparison] = []
     skipped: dict[str, str] = {}
     stem = f"{name}_cuda" if options.gpu_rows else name
-    for row, measure in rows.items():
+    measure = MEASURE.get(options.device.type, measure_here)
+    for row in rows:
         if deadline is not None and time.monotonic() > deadline:
             skipped[row] = "the time budget is spent"
             continue
         print(f"{name}: {row}", file=sys.stderr, flush=True)
         try:
-            comparisons.append(measure())
+            comparisons.append(measure(SWEEPS[name].__name__, row, options))
         except MissingDataError as error:
             skipped[row] = str(error)
         except (torch.OutOfMemoryError, RunError) as error:
             skipped[row] = f"failed: {error}"
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
         make_report(name, options, comparisons, skipped).write(output / f"{stem}.json")
     report = make_report(name, options, comparisons, skipped)
     report.write(output / f"{stem}.json")

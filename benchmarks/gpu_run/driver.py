@@ -96,8 +96,15 @@ class Driver:
                 self._out_of_time(progress)
                 return
             worker = self._take_worker()
-            count = 1 if stage.process_per_row and not self.dry_run else None
-            worker.send({"stage": stage.name, "start": progress.num_done, "count": count, "dry_run": self.dry_run})
+            worker.send(
+                {
+                    "stage": stage.name,
+                    "start": progress.num_done,
+                    "count": 1 if stage.process_per_row and not self.dry_run else None,
+                    "dry_run": self.dry_run,
+                    "with_about": self.results.about is None,
+                }
+            )
             before = progress.num_done
             keep = self._follow(worker, progress, ends)
             if progress.names is not None and progress.num_done == before and not progress.is_over:
@@ -128,7 +135,7 @@ class Driver:
     def _take(self, event: Event, progress: Progress) -> None:
         match event["event"]:
             case "about":
-                self.results.about = self.results.about or event["about"]
+                self.results.about = event["about"]
             case "rows":
                 progress.names = event["names"]
             case "start":

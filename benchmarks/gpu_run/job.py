@@ -32,7 +32,7 @@ class Send(Protocol):
     def __call__(self, event: str, **values: Any) -> None: ...
 
 
-def run_job(send: Send, *, stage: str, start: int, count: int | None, dry_run: bool) -> None:
+def run_job(send: Send, *, stage: str, start: int, count: int | None, dry_run: bool, with_about: bool) -> None:
     """Run some rows of a stage.
 
     Args:
@@ -41,13 +41,15 @@ def run_job(send: Send, *, stage: str, start: int, count: int | None, dry_run: b
         start: Index of the first row.
         count: How many rows; None for all that are left.
         dry_run: Tiny shapes on the CPU.
+        with_about: Tell about the machine first.
     """
     if not dry_run and not torch.cuda.is_available():
         send("refused", reason=f"torch {torch.__version__} sees no CUDA device")
         return
     options = SweepOptions(device=torch.device("cpu" if dry_run else "cuda"), gpu_rows=True, dry_run=dry_run)
     is_cuda = options.device.type == "cuda"
-    send("about", about=about(options.device))
+    if with_about:
+        send("about", about=about(options.device))
     module = next(item.module for item in STAGES if item.name == stage)
     rows = list(importlib.import_module(module).rows(options).items())
     send("rows", names=[name for name, _ in rows])

@@ -16,7 +16,8 @@ class Figure(NamedTuple):
     unit: str
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} {self.unit}".rstrip()
+        number = str(int(self.value)) if float(self.value).is_integer() else f"{self.value:.4g}"
+        return f"{number} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)

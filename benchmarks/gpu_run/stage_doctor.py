@@ -1,4 +1,4 @@
-"""What `kvpref doctor` finds."""
+"""What `kvpref doctor` finds; each backend by itself first, because one that breaks the process would hide the rest."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from functools import partial
 from options import SweepOptions
 
 from gpu_run.rows import Figure, Finding, Rows, judged, measured, skipped
-from kvpref.profiling.backend_probe import BackendProbe
-from kvpref.profiling.environment import Environment, inspect_environment
+from kvpref.attention.backends import backend_names
+from kvpref.profiling.backend_probe import BackendProbe, probe_backends
+from kvpref.profiling.environment import inspect_environment
 
 
 def rows(options: SweepOptions) -> Rows:
-    """The machine, then every backend."""
-    environment = inspect_environment()
-    probes = {f"backend {probe.name}": partial(_backend, probe) for probe in environment.backends}
-    return {"machine": partial(_machine, environment), **probes}
+    """Every backend, then the machine."""
+    backends = {f"backend {name}": partial(_backend, name) for name in backend_names()}
+    return {**backends, "machine": _machine}
 
 
-def _machine(environment: Environment) -> Finding:
-    devices = [" ".join(filter(None, (device.name, device.compute_capability))) for device in environment.devices]
-    packages = [f"{name} {version}" for name, version in environment.packages.items() if version is not None]
-    told = "; ".join([*devices, f"python {environment.python}", *packages, *environment.warnings])
-    memory = next((device.memory_bytes for device in environment.devices if device.memory_bytes), 0)
-    return measured(
-        {"memory": Figure(memory / 2**30, "GiB"), "processors": Figure(environment.num_cpus, "")}, reason=told
-    )
+def _machine() -> Finding:
+    found = inspect_environment()
+    devices = [" ".join(filter(None, (device.name, device.compute_capability))) for device in found.devices]
+    packages = [f"{name} {version}" for name, version in found.packages.items() if version is not None]
+    automatic = [
+        f"auto takes {choice.takes} for {', '.join(choice.dtypes)} on {choice.device}" for choice in found.automatic
+    ]
+    told = "; ".join([*devices, f"python {found.python}", *packages, *automatic, *found.warnings])
+    memory = next((device.memory_bytes for device in found.devices if device.memory_bytes), 0)
+    return measured({"memory": Figure(memory / 2**30, "GiB"), "processors": Figure(found.num_cpus, "")}, reason=told)
 
 
-def _backend(probe: BackendProbe) -> Finding:
+def _backend(name: str) -> Finding:
+    (probe,) = probe_backends([name])
     figures = {f"error in {dtype} on {probe.device}": Figure(error, "") for dtype, error in probe.errors.items()}
     if not probe.works and not figures and not _ran(probe):
         return skipped(probe.reason or "")

@@ -140,9 +140,11 @@ def _log_probs(family: str, options: SweepOptions) -> Truth:
 
 @cache
 def _head_outputs(options: SweepOptions) -> Truth:
+    batch = _batch(options)
+
     def run(model: torch.nn.Module) -> Values:
         with oracle.precision(model), options.device:
-            outputs = naive_outputs(model, _batch(options), HEAD)
+            outputs = naive_outputs(model, batch, HEAD)
             _head_loss(outputs).backward()
         return {name: value.detach() for name, value in outputs.items()} | oracle.grads_of(model)
 
@@ -151,9 +153,11 @@ def _head_outputs(options: SweepOptions) -> Truth:
 
 @cache
 def _rewards(options: SweepOptions) -> Truth:
+    batch = _batch(options)
+
     def run(model: torch.nn.Module) -> Values:
         with oracle.precision(model), options.device:
-            rewards = naive_rewards(model, _batch(options)).rewards
+            rewards = naive_rewards(model, batch).rewards
             rewards.square().mean().backward()
         return {"rewards": rewards.detach()} | oracle.grads_of(model)
 

@@ -12,7 +12,7 @@ from workloads import Shape, make_groups
 from gpu_run.rows import Figure, Finding, Rows, judged, measured
 from kvpref import collate, forward_backward
 from kvpref.profiling.memory import peak_bytes
-from kvpref.profiling.timing import time_rounds
+from kvpref.profiling.timing import TimingOptions, time_rounds
 
 PLACES = ("device", "cpu")
 SIZES = LlamaSizes(
@@ -40,7 +40,7 @@ def _row(prompt: int, options: SweepOptions) -> Finding:
     cases = {place: partial(run, place) for place in PLACES}
     for case in cases.values():
         case()  # warm-up
-    times = time_rounds(cases, options.device, options.timing)
+    times = time_rounds(cases, options.device, TimingOptions(num_rounds=2 if options.dry_run else 3, num_warmup=0))
     figures = {f"time, {place}": Figure(min(times[place]), "ms") for place in PLACES}
     if not options.with_memory:
         return measured(figures, reason="memory is measured on CUDA devices only")

@@ -14,6 +14,7 @@ from places import ROOT
 from gpu_run.rows import Figure, Finding, Rows, failed, judged, skipped
 
 FOLDER = "tests/gpu"
+ELSEWHERE = ("tests/profiling/test_timing.py", "tests/profiling/test_memory.py")
 LAST = ("test_cuda_flash", "test_efficient", "test_flash_attn", "test_xformers")
 """Files whose blocks and trees another stage shows, too."""
 
@@ -22,18 +23,22 @@ def rows(options: SweepOptions) -> Rows:
     """The whole engine first."""
     if importlib.util.find_spec("pytest") is None:
         return {FOLDER: lambda: skipped("pytest is not installed")}
-    functions: dict[str, list[str]] = {}
-    for node in _collect():
-        functions.setdefault(node.partition("[")[0], []).append(node)
+    functions, broken = _collect()
     if not functions:
         return {FOLDER: lambda: failed("pytest collected no test")}
-    names = sorted(functions, key=lambda name: any(file in name for file in LAST))
+    functions.sort(key=lambda name: any(file in name for file in LAST))
     if options.dry_run:
-        names = names[:2]  # without a device all of them skip
-    return {name.removeprefix(f"{FOLDER}/"): partial(_row, functions[name]) for name in names}
+        functions = functions[:2]  # without a device all of them skip
+    found: Rows = {name.removeprefix(f"{FOLDER}/"): partial(_row, name) for name in functions}
+    return found | {name.removeprefix(f"{FOLDER}/"): partial(_not_imported, why) for name, why in broken.items()}
 
 
-def _row(nodes: list[str]) -> Finding:
+def _not_imported(why: str) -> Finding:
+    """A file that pytest could not import: for lack of a package it is left out, otherwise it is broken."""
+    return skipped(why) if "ModuleNotFoundError" in why else failed(why)
+
+
+def _row(function: str) -> Finding:
     outcomes: Counter[str] = Counter()
     first_words: dict[str, str] = {}
 
@@ -46,7 +51,7 @@ def _row(nodes: list[str]) -> Finding:
                 outcomes[report.outcome] += 1
                 first_words.setdefault(report.outcome, _words(report))
 
-    _pytest(nodes, Watch())
+    _pytest([function], Watch())
     figures = {name: Figure(count, "") for name, count in outcomes.items()}
     if set(outcomes) == {"skipped"}:
         return skipped(first_words["skipped"])
@@ -63,25 +68,28 @@ def _words(report: Any) -> str:
     return f"{report.nodeid.rpartition('::')[2]}: {message.splitlines()[0][:200]}" if message else ""
 
 
-def _collect() -> list[str]:
-    found: list[str] = []
+def _collect() -> tuple[list[str], dict[str, str]]:
+    """Test functions, and files that cannot be imported with the reason."""
+    functions: dict[str, None] = {}
+    broken: dict[str, str] = {}
 
     class Gather:
         """Notes what pytest collects."""
 
-        def pytest_collection_finish(self, session: Any) -> None:
-            found.extend(item.nodeid for item in session.items)
+        def pytest_collectreport(self, report: Any) -> None:
+            if report.failed:
+                broken[report.nodeid] = report.longreprtext.strip().splitlines()[-1].removeprefix("E").strip()
 
-    _pytest(["--collect-only", FOLDER], Gather())
-    return found
+        def pytest_collection_finish(self, session: Any) -> None:
+            functions.update(dict.fromkeys(item.nodeid.partition("[")[0] for item in session.items))
+
+    _pytest(["--collect-only", FOLDER, *ELSEWHERE], Gather())
+    return list(functions), broken
 
 
 def _pytest(arguments: list[str], plugin: Any) -> None:
     import pytest
 
     run: Callable[..., Any] = pytest.main
-    # `-m` empty: the full matrices as well.
-    run(
-        ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", "-q", *arguments],
-        plugins=[plugin],
-    )
+    options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "gpu and not full", "-q"]
+    run([*options, *arguments], plugins=[plugin])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,10 @@ class BackendProbe:
         return self.works and self.name != REFERENCE
 
 
-def probe_backends() -> list[BackendProbe]:
-    """Try every backend on the GPU if there is one that it takes, else on the CPU."""
+def probe_backends(names: Sequence[str] | None = None) -> list[BackendProbe]:
+    """Try backends, all of them unless named, on the GPU if there is one that they take, else on the CPU."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    return [_probe(name, devices) for name in backend_names()]
+    return [_probe(name, devices) for name in (backend_names() if names is None else names)]
 
 
 def _probe(name: str, devices: list[str]) -> BackendProbe:

@@ -177,7 +177,8 @@ def test_ending_the_driver_ends_its_workers(tmp_path: Path) -> None:
 
 def test_the_limits_fit_in_eight_minutes(stages: ModuleType) -> None:
     assert sum(stage.limit_s for stage in stages.STAGES) <= stages.TOTAL_S < 480
-    assert all(stage.row_limit_s <= stage.limit_s for stage in stages.STAGES)
+    # The last one may use all that the others left over.
+    assert all(stage.row_limit_s <= stage.limit_s for stage in stages.STAGES[:-1])
 
 
 def test_every_stage_runs_dry_with_the_engine_alone(stages: ModuleType, tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+RunHere = Callable[..., tuple[int, str, str]]
 ABSENT = ("datasets", "trl", "peft", "matplotlib", "kvpref.data", "kvpref.training")
 
 
@@ -40,6 +43,22 @@ def run(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture
+def run_here(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> RunHere:
+    """The script in this process: exit code, output, errors."""
+    import sweeps
+
+    monkeypatch.delenv("OUT", raising=False)
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sweeps.py", *map(str, arguments)])
+        return (sweeps.main(), *capsys.readouterr())
+
+    return run_here
 
 
 def read(path: Path) -> dict[str, list[str]]:
@@ -95,33 +114,81 @@ def test_rows_for_a_gpu_need_the_engine_only(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_missing_data_skips_the_row_and_says_so(tmp_path: Path) -> None:
+def test_missing_data_skips_the_row_and_says_so(run_here: RunHere, tmp_path: Path) -> None:
     row = ("--sweep", "train_step", "--row", "hh_harmless")
-    done = run(BENCHMARKS / "sweeps.py", *row, "--shared", tmp_path / "absent", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "skipped hh_harmless: no " in done.stdout
+    code, out, err = run_here(*row, "--shared", tmp_path / "absent", "--output", tmp_path)
+    assert code == 0, err
+    assert "skipped hh_harmless: no " in out
     report = json.loads((tmp_path / "train_step.json").read_text())
     assert report["comparisons"] == []
     assert "hh_harmless_pairs.jsonl" in report["skipped"]["hh_harmless"]
 
 
-def test_a_spent_budget_starts_no_row(tmp_path: Path) -> None:
-    done = run(BENCHMARKS / "sweeps.py", "--dry-run", "--sweep", "logprob", "--budget", 0, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the time budget is spent") == 3
+def test_a_spent_budget_starts_no_row(run_here: RunHere, tmp_path: Path) -> None:
+    code, out, err = run_here("--dry-run", "--sweep", "logprob", "--budget", 0, "--output", tmp_path)
+    assert code == 0, err
+    assert out.count("the time budget is spent") == 3
 
 
-def test_unknown_rows_are_refused(tmp_path: Path) -> None:
-    done = run(BENCHMARKS / "sweeps.py", "--dry-run", "--sweep", "logprob", "--row", "x", "--output", tmp_path)
-    assert done.returncode == 2
-    assert "no row 'x'; choose from: 1024 x 384 x 50432" in done.stderr
+BAD_SWEEP = """
+import os
+from functools import partial
+
+from kvpref.profiling.comparison import Comparison
+
+TITLE = "bad rows"
+
+def rows(options):
+    return {"dies": partial(os._exit, 9), "breaks": partial(int, "x"), "fine": fine}
+
+def fine():
+    return Comparison(name=f"fine {os.getpid()}", baseline="a", results=())
+"""
+
+
+def test_a_row_apart_takes_no_other_along(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a GPU, where a row that breaks leaves its process useless."""
+    import sweeps
+
+    (tmp_path / "bad_sweep.py").write_text(BAD_SWEEP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import bad_sweep
+
+    assert {"cuda": sweeps.measure_apart} == sweeps.MEASURE
+    monkeypatch.setattr(sweeps, "MEASURE", {"cpu": sweeps.measure_apart})
+    monkeypatch.setattr(sweeps, "SWEEPS", {"bad": bad_sweep})
+    kept: list[tuple[int, int]] = []
+    write = sweeps.Report.write
+
+    def spy(report: Any, path: Path) -> None:
+        write(report, path)
+        kept.append((len(report.comparisons), len(report.skipped)))
+
+    monkeypatch.setattr(sweeps.Report, "write", spy)
+    options = modules["options"].SweepOptions(device=torch.device("cpu"), dry_run=True)
+    report = sweeps.run_sweep("bad", options, [], None, tmp_path)
+    assert report.skipped["dies"].startswith("failed: its process died")
+    assert report.skipped["breaks"].startswith("failed: ValueError: invalid literal for int()")
+    (comparison,) = report.comparisons
+    assert comparison.name.startswith("fine ")
+    assert comparison.name != f"fine {os.getpid()}"
+    # Written after each row.
+    assert kept[:3] == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_unknown_rows_are_refused(run_here: RunHere, tmp_path: Path) -> None:
+    code, _, err = run_here("--dry-run", "--sweep", "logprob", "--row", "x", "--output", tmp_path)
+    assert code == 2
+    assert "no row 'x'; choose from: 1024 x 384 x 50432" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_missing_gpu_is_said(tmp_path: Path) -> None:
-    done = run(BENCHMARKS / "sweeps.py", "--device", "cuda", "--output", tmp_path)
-    assert done.returncode == 2
-    assert "needs a CUDA device" in done.stderr
+def test_a_missing_gpu_is_said(run_here: RunHere, tmp_path: Path) -> None:
+    code, _, err = run_here("--device", "cuda", "--output", tmp_path)
+    assert code == 2
+    assert "needs a CUDA device" in err
 
 
 def test_any_beginning_of_the_order_is_spread_evenly(modules: dict[str, ModuleType]) -> None:
