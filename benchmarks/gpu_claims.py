@@ -40,7 +40,7 @@ CLAIMS = (
     Claim(
         text="calls with more rows than FlashAttention-2's 32-bit offsets reach are right and harm nothing",
         stage="far_rows",
-        stand_in="tests/attention/test_ops.py",
+        stand_in="tests/attention/test_splitting.py",
     ),
     Claim(
         text="a model of real width in bf16, modes and schedules, no worse than twice a naive run",
@@ -69,6 +69,11 @@ CLAIMS = (
         text="rate of attention beside plain matrix products",
         stage="rates",
         stand_in=None,
+    ),
+    Claim(
+        text="length of a prompt below which copies of its keys and values pay (`spread_keys_below`)",
+        stage="short_prefix",
+        stand_in="tests/attention/test_spreading.py",
     ),
     Claim(
         text="speed-up of whole models over mode `packed`, efficiency 0.95 (two responses) and 0.90 (32 responses)",

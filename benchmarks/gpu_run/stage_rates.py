@@ -10,7 +10,7 @@ from options import SweepOptions
 from gpu_run.attention_calls import TimedBlock
 from gpu_run.rows import Figure, Finding, Rows, measured
 from gpu_run.working_backends import fast_backends
-from kvpref.attention.merge import accumulate, merge_partials
+from kvpref.attention.merge import add_gradient, merge_partials
 from kvpref.layout import VarlenLayout
 from kvpref.profiling.matrix_rate import measure_matrix_rate
 from kvpref.profiling.timing import TimingOptions, time_rounds
@@ -74,8 +74,8 @@ def _merge_row(options: SweepOptions) -> Finding:
     lses = [random(heads, num_rows, dtype=torch.float32) for _ in range(2)]
     cases = {
         "copy": lambda: outs[0].clone(),
-        "merge forward": lambda: merge_partials(list(zip(outs, lses, strict=True)), options.dtype),
-        "merge backward": lambda: accumulate(outs, options.dtype),
+        "merge forward": lambda: merge_partials((outs[0], lses[0]), (outs[1], lses[1]), options.dtype),
+        "merge backward": lambda: add_gradient(outs[0], outs[1], is_last=True),
     }
     times = time_rounds(cases, options.device, _timing(options))
     moved = {"copy": 2, "merge forward": 3, "merge backward": 3}  # tensors read and written

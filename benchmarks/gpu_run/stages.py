@@ -40,6 +40,7 @@ STAGES = (
     Stage(name="steps", title="training steps and their synchronisations", limit_s=20, row_limit_s=15),
     Stage(name="prefix_cache", title="prefixes in host memory", limit_s=20, row_limit_s=20),
     Stage(name="rates", title="attention beside the rate of matrix products", limit_s=20, row_limit_s=12),
+    Stage(name="short_prefix", title="short prefixes spread over several pairs", limit_s=8, row_limit_s=8),
     Stage(
         name="speed_ups",
         title="speed-ups over mode packed beside their bars",

@@ -97,6 +97,9 @@ def _spread(block: VarlenBlock, query: torch.Tensor) -> Spread | None:
 
 @lru_cache(maxsize=1)
 def _num_processors(device: torch.device) -> int:
+    """None that could be idle on other devices."""
+    if device.type != "cuda":
+        return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
