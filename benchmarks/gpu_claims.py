@@ -58,7 +58,7 @@ CLAIMS = (
     Claim(
         text="a training step of dpo, kto, grpo and bradley_terry never waits for the device",
         stage="steps",
-        stand_in=None,
+        stand_in="tests/training/test_step_without_waiting.py",
     ),
     Claim(
         text='`prefix_cache="cpu"` frees the memory of the prefixes\' keys and values',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from gpu_run.rows import Figure, Finding, Rows, judged, measured
 from gpu_run.wide_models import make_groups, make_model
 from kvpref import Group
 from kvpref.losses import make_loss
-from kvpref.profiling.steps import TrainStep, make_micro_batches
+from kvpref.modeling.passes import reads_of
+from kvpref.profiling.steps import StepMicroBatch, TrainStep
 from kvpref.profiling.timing import time_once
 
 LOSSES = ("dpo", "kto", "grpo", "bradley_terry")
@@ -31,35 +32,60 @@ def rows(options: SweepOptions) -> Rows:
 
 
 def _row(name: str, options: SweepOptions) -> Finding:
-    step = _make_step(name, options)
-    step()  # kernels load, Triton compiles, the optimizer makes its state
-    milliseconds = time_once(step, options.device, options.clock)
+    training = Training(name, options)
+    for _ in range(2):  # kernels load, Triton compiles, the optimizer makes its state
+        training.step(training.next_inputs())
+    inputs = training.next_inputs()
+    milliseconds = time_once(partial(training.step, inputs), options.device, options.clock)
     figures = {"step": Figure(milliseconds, "ms")}
     if options.device.type != "cuda":
         return measured(figures, reason="synchronisations are counted on CUDA devices only")
+    # Of their own: what a loss makes of a batch it may keep for the next time.
+    inputs = training.next_inputs()
     with counted_synchronisations() as places:
-        step()
+        training.step(inputs)
     figures["synchronisations"] = Figure(places.total(), "")
     told = ", ".join(f"{place} ({count})" for place, count in places.most_common(4))
     return judged(met=not places, bar="no synchronisation", figures=figures, reason=told or None)
 
 
-def _make_step(name: str, options: SweepOptions) -> Callable[[], None]:
-    """Forward, backward, clipping, AdamW, on micro-batches that are on the device already."""
-    loss = make_loss(name)
-    model = kvpref.attach(make_model("llama", options, rewards=loss.reads == "ends"))
-    groups = list(loss.prepare([_rated(group, name) for group in make_groups(options)]))
-    cut = [groups[:2], groups[2:]]
-    micro_batches = make_micro_batches(model, cut, loss, mode="two_pass", device=options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    step = TrainStep(model, loss, micro_batches, "two_pass")
+class Training:
+    """Steps as a trainer runs them: micro-batches that were made on the host, forward, backward, clipping, AdamW.
 
-    def run() -> None:
-        step.run()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    Args:
+        name: Of the loss.
+        options: Device and size.
+    """
 
-    return run
+    def __init__(self, name: str, options: SweepOptions) -> None:
+        self.loss, self.device = make_loss(name), options.device
+        self.model = kvpref.attach(make_model("llama", options, rewards=self.loss.reads == "ends"))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        groups = list(self.loss.prepare([_rated(group, name) for group in make_groups(options)]))
+        self.cut = [groups[:2], groups[2:]]
+
+    def next_inputs(self) -> TrainStep:
+        """Two micro-batches on the device, with reference log-probs where the loss reads some."""
+        reads = reads_of(self.model, self.loss.reads)
+        batches = [kvpref.collate(groups, reads=reads) for groups in self.cut]
+        for batch in batches:
+            self.loss.prepare_batch(batch)
+        units = [self.loss.num_units(batch) for batch in batches]
+        inputs = [
+            StepMicroBatch(batch=moved, reference=self._reference(moved), weight=count / sum(units))
+            for moved, count in zip([batch.to(self.device) for batch in batches], units, strict=True)
+        ]
+        return TrainStep(self.model, self.loss, inputs, "two_pass")
+
+    def step(self, inputs: TrainStep) -> None:
+        """One step."""
+        inputs.run()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def _reference(self, batch: kvpref.Batch) -> kvpref.ResponseLogps | None:
+        return kvpref.response_logps(self.model, batch) if self.loss.needs_reference else None
 
 
 def _rated(group: Group, loss: str) -> Group:
