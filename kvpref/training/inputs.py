@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -198,12 +199,12 @@ def make_loader(
         planner: Of its steps.
         args: Mode, sharing and workers.
         reads: As in `StepDataset`; for a loss's, see `kvpref.modeling.passes.reads_of`.
-        loss: As in `StepDataset`.
+        loss: As in `StepDataset`; left out of data workers that it cannot reach, and then makes its tensors itself.
     """
-    # Other processes than forks of this one may not find the module of a user's loss.
-    is_known = args.dataloader_num_workers == 0 or multiprocessing.get_start_method() == "fork"
+    if loss is not None and args.dataloader_num_workers > 0 and not _reaches_workers(loss):
+        loss = None
     return DataLoader(
-        StepDataset(groups, args, ahead=collates_ahead(args), reads=reads, loss=loss if is_known else None),
+        StepDataset(groups, args, ahead=collates_ahead(args), reads=reads, loss=loss),
         batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
         collate_fn=_keep,  # type: ignore[arg-type]
         # In a data worker there is no device; without workers the thread that collates pins.
@@ -212,6 +213,21 @@ def make_loader(
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
+
+
+def _reaches_workers(loss: PreferenceLoss) -> bool:
+    """Whether data workers know the loss, and what they make for it can be sent back.
+
+    Other processes than forks of this one may not find the module of a user's loss; what is defined inside a function
+    cannot be sent.
+    """
+    if multiprocessing.get_start_method() != "fork":
+        return False
+    try:
+        pickle.dumps(loss)
+    except Exception:  # whatever a user's loss raises
+        return False
+    return True
 
 
 def collates_ahead(args: PreferenceTrainingArguments) -> bool:

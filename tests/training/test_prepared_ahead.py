@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,9 @@ class CountingLoss(PreferenceLoss):
     def __call__(
         self, policy: kvpref.ResponseLogps, reference: kvpref.ResponseLogps | None, batch: kvpref.Batch
     ) -> kvpref.LossOutput:
-        type(self).phase = "step"
+        CountingLoss.phase = "step"
         weights = batch.tensors(weights_of, self.missing)
-        type(self).phase = "collation"
+        CountingLoss.phase = "collation"
         sums = policy.sum()
         return kvpref.LossOutput((weights * (sums[1::2] - sums[0::2])).mean(), {})
 
@@ -98,6 +99,21 @@ def test_in_data_workers(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.global_step == 2
     assert not BUILDS
+
+
+def test_what_workers_cannot_be_sent_is_made_in_the_step(tmp_path: Path) -> None:
+    class Local(CountingLoss):
+        """Inside a function, where pickle does not find it."""
+
+    make_trainer(tmp_path, Local(), dataloader_num_workers=1).train()
+    assert {phase for _, phase in BUILDS} == {"step"}
+
+
+def test_workers_that_are_no_forks_get_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for method, gets_it in (("fork", True), ("spawn", False)):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+        trainer = make_trainer(tmp_path, CountingLoss(), dataloader_num_workers=1)
+        assert (trainer.get_train_dataloader().dataset.loss is trainer.loss) == gets_it
 
 
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1}], ids=["thread", "worker"])
