@@ -86,8 +86,12 @@ class HostPrefixes:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What autograd keeps of a tensor that it saves: a note, if its memory is a buffer's."""
-        buffer = self._transfers.key_values(self._reads).around(tensor)
-        return tensor if buffer is None else _Note(self, buffer, tensor)
+        is_plain = type(tensor) is torch.Tensor  # weights may be of classes without memory of their own
+        buffer = self._transfers.key_values(self._reads).around(tensor) if is_plain else None
+        if buffer is not None:
+            return _Note(self, buffer, tensor)
+        # An operator that saved its own result as it is would hold itself, for ever if no backward pass comes by.
+        return tensor if tensor.grad_fn is None else tensor.detach()
 
     def saving(self) -> AbstractContextManager[Any]:
         """While layers run: keeps autograd from holding what it would save of the copies."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import oracle
 import pytest
@@ -170,6 +171,30 @@ def test_buffers_are_given_back_after_an_error(
     assert races.made == {"prefix K/V": NUM_BUFFERS, "prefix K/V gradients": NUM_BUFFERS}
     assert not races.alive.total()
     assert bool(races.races) == (ignored is not None)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "all"])
+def test_graphs_do_not_wait_for_the_garbage_collector(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, races: LaneRaces
+) -> None:
+    """Neither the graph of a chunk nor what it reads is part of a cycle, not even what no backward pass went through.
+
+    Of the prompt's first pieces, only keys and values of the last layer get a gradient.
+    """
+    alive: WeakSet[HostPrefixes] = WeakSet()
+    original = HostPrefixes.__init__
+
+    def init(self: HostPrefixes, *args: Any) -> None:
+        original(self, *args)
+        alive.add(self)
+
+    monkeypatch.setattr(HostPrefixes, "__init__", init)
+    most = []
+    fills = HostSums._fill
+    monkeypatch.setattr(HostSums, "_fill", lambda *args: (most.append(len(alive)), fills(*args))[1])
+    run_deep(one_prompt(), max_tokens_per_chunk=4, checkpoint=checkpoint)
+    assert max(most) == 1
+    assert not alive
 
 
 def test_without_gradients_there_are_no_sums(races: LaneRaces) -> None:
