@@ -39,11 +39,9 @@ def main() -> int:
     except RefusedError as error:
         print(f"error: {error}; --dry-run runs the stages tiny on the CPU", file=sys.stderr)
         return 2
-    finally:
-        results.write()
     print("\n".join(table(results)))
     print(f"{time.monotonic() - started:.0f} s; results in {results.path}")
-    if results.path == gpu_page.RESULTS:
+    if results.path == gpu_page.RESULTS and not args.dry_run:
         gpu_page.write()
     return 1 if results.has_failures else 0
 

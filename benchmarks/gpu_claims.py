@@ -100,12 +100,12 @@ CLAIMS = (
         stand_in="tests/profiling/test_bounded_memory.py",
     ),
     Claim(
-        text="faster than FlexAttention over one row per batch",
+        text="the output of FlexAttention over one row per batch, and its time beside it",
         stage="peers",
         rows=("flex_attention",),
         stand_in=None,
     ),
-    Claim(text="faster than TRL's trainer", stage="peers", rows=("trl",), stand_in=None),
+    Claim(text="time beside that of TRL's trainer", stage="peers", rows=("trl",), stand_in=None),
     Claim(
         text="compiled layers give the gradients of plain ones",
         stage="compiled",

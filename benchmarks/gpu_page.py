@@ -90,7 +90,8 @@ def state(claim: Claim, results: dict[str, Any] | None) -> str:
     verb = "measured" if all(row["status"] == "measured" for row in ran) else "verified"
     shown = "; ".join(f"{row['name']}: {figures_text(row)}" for row in ran)
     text = shown if len(ran) <= MOST_FIGURES else f"{len(ran)} rows, see below"
-    return f"{verb} on {where}: {_cell(text)}"
+    left_out = f"; {len(rows) - len(ran)} rows skipped" if len(rows) > len(ran) else ""
+    return f"{verb} on {where}: {_cell(text)}{left_out}"
 
 
 def _rows_of(claim: Claim, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from places import HERE, ROOT
 
 WORKER = HERE / "gpu_run" / "worker.py"
 Event = dict[str, Any]
+END_S = 5.0
+"""What a process may take to end."""
 
 
 class WorkerProcess:
@@ -67,16 +69,25 @@ class WorkerProcess:
         """End it, and all that it started, at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._wait()
 
     def why_it_ended(self) -> str:
         """Its exit code and the last line that it printed."""
-        code = self._process.wait()
+        code = self._wait()
+        if code is None:
+            return "its process closed its output and does not end"
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         with self.log.open("rb") as stream:
             stream.seek(self._log_start)
             lines = stream.read().decode(errors="replace").strip().splitlines()
         return f"its process ended with {how}" + (f": {lines[-1][:200]}" if lines else "")
+
+    def _wait(self) -> int | None:
+        """Its exit code; None if a driver holds it in the kernel, for which nothing else should wait."""
+        try:
+            return self._process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _read(self) -> None:
         assert self._process.stdout is not None

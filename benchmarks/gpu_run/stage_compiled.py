@@ -50,7 +50,7 @@ def _row(options: SweepOptions) -> Finding:
     return judged(
         met=errors[worst] <= allowed and abs(float(losses["plain"] - losses["compiled"])) <= allowed,
         bar=f"gradients of plain layers to {allowed:.1g}",
-        figures={f"time, {name}": Figure(min(times[name]), "ms") for name in models}
+        figures={f"time ({name})": Figure(min(times[name]), "ms") for name in models}
         | {"largest difference": Figure(errors[worst], "")},
         reason=f"largest at {worst}",
     )

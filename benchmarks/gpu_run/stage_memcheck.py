@@ -37,7 +37,9 @@ def _row(backends: list[str], options: SweepOptions) -> Finding:
         return skipped(f"{TOOL} is neither on the PATH nor in /usr/local/cuda/bin")
     # The caching allocator would hide a write beyond one tensor into its neighbour.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [tool, "--tool", "memcheck", "--print-limit", "5", sys.executable, memcheck_target.__file__, *backends]
+    # Importing torch takes longer than the tool waits for a process that uses CUDA, unless told to wait for ever.
+    settings = ["--tool", "memcheck", "--launch-timeout", "0", "--target-processes", "application-only"]
+    command = [tool, *settings, "--print-limit", "5", sys.executable, memcheck_target.__file__, *backends]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     print(done.stdout, done.stderr, file=sys.stderr)
     return read_report(done)

@@ -58,7 +58,7 @@ def _flex_row(options: SweepOptions) -> Finding:
         figures={
             "difference": Figure(difference, ""),
             "time": Figure(times["cascade"], "ms"),
-            "time, flex_attention": Figure(times["flex_attention"], "ms"),
+            "time (flex_attention)": Figure(times["flex_attention"], "ms"),
             "speed-up": Figure(times["flex_attention"] / times["cascade"], "x"),
         },
         reason=None if flex.has_backward else "flex_attention has no backward on a CPU: its time is the forward's",

@@ -41,11 +41,11 @@ def _row(prompt: int, options: SweepOptions) -> Finding:
     for case in cases.values():
         case()  # warm-up
     times = time_rounds(cases, options.device, TimingOptions(num_rounds=2 if options.dry_run else 3, num_warmup=0))
-    figures = {f"time, {place}": Figure(min(times[place]), "ms") for place in PLACES}
+    figures = {f"time ({place})": Figure(min(times[place]), "ms") for place in PLACES}
     if not options.with_memory:
         return measured(figures, reason="memory is measured on CUDA devices only")
     peaks = {place: peak_bytes(case, options.device, 0) for place, case in cases.items()}
-    figures |= {f"peak, {place}": Figure(peaks[place] / 2**20, "MiB") for place in PLACES}
+    figures |= {f"peak ({place})": Figure(peaks[place] / 2**20, "MiB") for place in PLACES}
     saved = peaks["device"] - peaks["cpu"]
     return judged(
         met=saved >= least_saved_bytes(sizes, prompt),

@@ -32,7 +32,7 @@ def _row(options: SweepOptions) -> Finding:
     faster = [0]
     for prompt in prompts:
         times = _times(prompt, options)
-        figures |= {f"{prompt} tokens, {way}": Figure(milliseconds, "ms") for way, milliseconds in times.items()}
+        figures |= {f"{prompt} tokens {way}": Figure(milliseconds, "ms") for way, milliseconds in times.items()}
         if times["spread"] < times["plain"]:
             faster.append(prompt)
     figures["largest prompt that is faster spread"] = Figure(max(faster), "tokens")

@@ -14,7 +14,7 @@ from options import SweepOptions
 from workloads import Shape, make_groups
 
 import kvpref
-from gpu_run.rows import Figure, Finding, Rows, judged, measured
+from gpu_run.rows import Figure, Finding, Rows, judged, measured, skipped
 from gpu_run.working_backends import NEWER_GENERATIONS, refusal
 from kvpref.attention import select_backend
 from kvpref.profiling.comparison import Comparison
@@ -22,6 +22,8 @@ from kvpref.profiling.memory import peak_bytes
 
 PUBLISHED = {"4096/2048/28": 1.62, "16384/2048/28": 3.74, "32768/2048/28": 6.00}
 """What DualKV reports of attention alone (see `workloads.GPU_ATTENTION_GRID`): to be passed."""
+MEANT_FOR_BYTES = 130 * 2**30
+"""The unshared tokens of the longest prompts, 28 times, fill such a card."""
 MOST_GROWTH = 1.10
 """Of the peak in schedule `bounded`, from 8 responses to 64."""
 
@@ -35,7 +37,8 @@ def rows(options: SweepOptions) -> Rows:
         "bytes of prefixes": partial(_prefix_bytes, options),
         "bounded with 64 responses": partial(_bounded_peak, options),
     }
-    for backend in (name for name in NEWER_GENERATIONS if refusal(name, options) is None):
+    generations = [name for name in ("cuda_flash", *NEWER_GENERATIONS) if refusal(name, options) is None]
+    for backend in (name for name in generations if name != _chosen(options)):
         there = replace(options, backend=backend)
         models, alone = forward_backward.rows(there), attention.rows(there)
         found |= {f"{backend}: model {name}": partial(_row, measure, there) for name, measure in models.items()}
@@ -46,7 +49,13 @@ def rows(options: SweepOptions) -> Rows:
 
 
 def _row(measure: Callable[[], Comparison], options: SweepOptions) -> Finding:
-    comparison = measure()
+    try:
+        comparison = measure()
+    except torch.OutOfMemoryError:
+        memory = torch.cuda.get_device_properties(options.device).total_memory
+        if memory >= MEANT_FOR_BYTES:
+            raise
+        return skipped(f"out of memory with {memory / 2**30:.0f} GiB; the row is for a card with 130")
     (result,) = comparison.contenders()
     baseline = next(item for item in comparison.results if item.name == comparison.baseline)
     figures = {
@@ -54,12 +63,12 @@ def _row(measure: Callable[[], Comparison], options: SweepOptions) -> Finding:
         "ideal": Figure(result.ideal, "x"),
         "efficiency": Figure(result.efficiency.median, ""),
         "time": Figure(result.time_ms.median, "ms"),
-        f"time, {baseline.name}": Figure(baseline.time_ms.median, "ms"),
+        f"time ({baseline.name})": Figure(baseline.time_ms.median, "ms"),
         "rate": Figure(result.flops / result.time_ms.median / 1e9, "TFLOP/s"),
     }
     if result.peak_bytes is not None and baseline.peak_bytes is not None:
         figures["peak"] = Figure(result.peak_bytes / 2**20, "MiB")
-        figures[f"peak, {baseline.name}"] = Figure(baseline.peak_bytes / 2**20, "MiB")
+        figures[f"peak ({baseline.name})"] = Figure(baseline.peak_bytes / 2**20, "MiB")
     reason = f"backend {_chosen(options)}"
     if comparison.bar is None:
         return measured(figures, reason=reason)

@@ -59,6 +59,8 @@ def test_the_page_follows_the_results(gpu_page: ModuleType) -> None:
             row("kernels", "cuda_flash phi3 64 x4 bfloat16", "passed", figures=error),
             row("kernels", "flash_attn_3 phi3 64 x4 bfloat16", "failed", reason="dk 1.0 | dq"),
             row("memcheck", "cuda_flash", "skipped", reason="compute-sanitizer is missing"),
+            row("far_rows", "cuda_flash alone", "passed", figures=error),
+            row("far_rows", "xformers alone", "skipped", reason="the time of this stage is spent"),
             row("rates", "merge", "measured", figures={"merge forward": {"value": 2345.6, "unit": "GB/s"}}),
         )
     )
@@ -68,7 +70,7 @@ def test_the_page_follows_the_results(gpu_page: ModuleType) -> None:
         return next(line for what, line in lines.items() if what.startswith(beginning))
 
     assert "Last run: NVIDIA H100, torch 2.11.0+cu130, transformers 5.17.0, python 3.12.3, commit 0123456789ab" in page
-    assert "1 passed, 1 failed, 1 skipped, 1 measured" in page
+    assert "2 passed, 1 failed, 2 skipped, 1 measured" in page
     where = "NVIDIA H100, torch 2.11.0+cu130, 2031-02-03"
     assert f"verified on {where}: cuda_flash phi3 64 x4 bfloat16: largest error 0.00123" in state(
         "attention of backend `cuda_flash`"
@@ -77,6 +79,7 @@ def test_the_page_follows_the_results(gpu_page: ModuleType) -> None:
     # No row of this one: its name is the beginning of the other's.
     assert "on stand-ins only" in state("attention of backend `flash_attn`,")
     assert "not verified; skipped in the last run: compute-sanitizer is missing" in state("no kernel reads")
+    assert state("calls with more rows").endswith("largest error 0.00123; 1 rows skipped |")
     assert f"measured on {where}: merge: merge forward 2346 GB/s" in state("rate of attention")
     assert "| kernels | flash_attn_3 phi3 64 x4 bfloat16 | failed |  |  | dk 1.0 \\| dq |" in page
 

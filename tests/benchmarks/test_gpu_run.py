@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +33,10 @@ def found(status):
 
 for line in sys.stdin:
     job = json.loads(line)
-    send("about", about={{"gpu": "H", "pid": os.getpid()}})
+    if NAMES[0] == "no device":
+        send("refused", reason="torch sees no CUDA device")
+    versions = dict.fromkeys(["torch_version", "transformers_version", "python_version", "date"], "1")
+    send("about", about={{"gpu": "H", "pid": os.getpid(), **versions}})
     if NAMES[0] == "cannot start":
         sys.exit("no module named x")
     send("rows", names=NAMES)
@@ -173,6 +177,50 @@ def test_ending_the_driver_ends_its_workers(tmp_path: Path) -> None:
     assert statuses(kept) == ["passed"]
     with pytest.raises(ProcessLookupError):
         os.kill(kept["about"]["pid"], 0)
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """The script, with workers whose rows are called what they do; keeps results and the page in a folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+    import gpu_page
+
+    monkeypatch.setattr(gpu_page, "RESULTS", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu_page, "PAGE", tmp_path / "gpu.md")
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    script = tmp_path / "worker.py"
+    monkeypatch.setattr(gpu, "Driver", partial(gpu.Driver, script=script))
+
+    def main(names: list[str], *arguments: str) -> int:
+        script.write_text(FAKE_WORKER.format(names=names))
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path), *arguments])
+        return int(gpu.main())
+
+    return main
+
+
+def test_kept_results_make_the_page(main: Callable[..., int], tmp_path: Path) -> None:
+    assert main(["cuda_flash"], "--stage", "kernels") == 0
+    assert "verified on H, torch 1, 1: cuda_flash" in (tmp_path / "gpu.md").read_text()
+    assert main(["cuda_flash", "has a CUDA error"], "--stage", "kernels") == 1
+    assert "**fails**" not in (tmp_path / "gpu.md").read_text()  # no claim is about that row
+    assert "| kernels | has a CUDA error | failed |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_dry_run_makes_no_page(main: Callable[..., int], tmp_path: Path) -> None:
+    assert main(["cuda_flash"], "--stage", "kernels", "--dry-run") == 0
+    assert not (tmp_path / "gpu.md").exists()
+
+
+def test_without_a_device_kept_results_stay(
+    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gpu.json").write_text("kept")
+    assert main(["no device"]) == 2
+    assert "error: torch sees no CUDA device" in capsys.readouterr().err
+    assert (tmp_path / "gpu.json").read_text() == "kept"
+    assert not (tmp_path / "gpu.md").exists()
 
 
 def test_the_limits_fit_in_eight_minutes(stages: ModuleType) -> None:
