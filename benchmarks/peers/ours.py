@@ -50,7 +50,9 @@ class FixedOrderTrainer(kvpref.PreferenceTrainer):
         planner = make_planner(
             self.train_dataset, self.args, groups_per_device=self.args.per_device_train_batch_size, shuffle=False
         )
-        return make_loader(self.train_dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads))
+        return make_loader(
+            self.train_dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads), loss=self.loss
+        )
 
 
 class KvprefTrainer(Runner):
