@@ -153,3 +153,15 @@ def test_pytest_outcomes_become_rows(stage: Any, tmp_path: Path, monkeypatch: py
     )
     assert found["test_lacks.py"].status == "skipped"
     assert "no_such_package" in found["test_lacks.py"].reason
+
+
+@pytest.mark.parametrize(
+    ("off", "status"), [(0.0, "passed"), (0.019, "passed"), (0.021, "failed"), (float("nan"), "failed")]
+)
+def test_models_are_held_to_twice_the_naive_error(stage: Any, off: float, status: str) -> None:
+    engine = stage("stage_engine")
+    exact = {"token_logps": torch.ones(4, dtype=torch.float64), "a.weight": torch.ones(2, 2, dtype=torch.float64)}
+    naive = {"token_logps": torch.full((4,), 1.01), "a.weight": torch.full((2, 2), 1.0078125, dtype=torch.bfloat16)}
+    finding = engine._judge(exact | {"token_logps": torch.full((4,), 1 + off)}, engine.Truth(exact=exact, naive=naive))
+    assert finding.status == status
+    assert ("wrong: token_logps" in finding.reason) == (status == "failed")
