@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from kvpref.attention.backends import backend_names
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -91,3 +93,10 @@ def test_claims_name_stages_and_tests_that_exist(gpu_page: ModuleType) -> None:
     assert {claim.stage for claim in gpu_page.CLAIMS} == stages - {"doctor"}
     for claim in gpu_page.CLAIMS:
         assert claim.stand_in is None or (ROOT / claim.stand_in).is_file(), claim.stand_in
+
+
+def test_every_backend_of_a_gpu_has_a_claim(gpu_page: ModuleType) -> None:
+    for name in set(backend_names()) - {"cpu_flash", "reference"}:
+        (claim,) = [claim for claim in gpu_page.CLAIMS if claim.stage == "kernels" and f"`{name}`" in claim.text]
+        cases = {other: f"{other} phi3 64 x1 bfloat16".startswith(claim.rows) for other in backend_names()}
+        assert [other for other, matches in cases.items() if matches] == [name]
