@@ -201,15 +201,15 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
 
 
 def test_kept_results_make_the_page(main: Callable[..., int], tmp_path: Path) -> None:
-    assert main(["cuda_flash"], "--stage", "kernels") == 0
-    assert "verified on H, torch 1, 1: cuda_flash" in (tmp_path / "gpu.md").read_text()
-    assert main(["cuda_flash", "has a CUDA error"], "--stage", "kernels") == 1
+    assert main(["cuda_flash phi3"], "--stage", "kernels") == 0
+    assert "verified on H, torch 1, 1: cuda_flash phi3" in (tmp_path / "gpu.md").read_text()
+    assert main(["cuda_flash phi3", "has a CUDA error"], "--stage", "kernels") == 1
     assert "**fails**" not in (tmp_path / "gpu.md").read_text()  # no claim is about that row
     assert "| kernels | has a CUDA error | failed |" in (tmp_path / "gpu.md").read_text()
 
 
 def test_a_dry_run_makes_no_page(main: Callable[..., int], tmp_path: Path) -> None:
-    assert main(["cuda_flash"], "--stage", "kernels", "--dry-run") == 0
+    assert main(["cuda_flash phi3"], "--stage", "kernels", "--dry-run") == 0
     assert not (tmp_path / "gpu.md").exists()
 
 
