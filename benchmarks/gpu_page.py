@@ -66,6 +66,8 @@ def summary(results: dict[str, Any] | None) -> str:
 def machine(results: dict[str, Any]) -> str:
     """GPU, versions and date."""
     about = results["about"]
+    if about is None:
+        return "no process came as far as naming the machine"
     parts = [
         about["gpu"],
         f"torch {about['torch_version']}",
@@ -83,7 +85,12 @@ def state(claim: Claim, results: dict[str, Any] | None) -> str:
     if results is None or not ran:
         return _without_a_gpu(claim, rows)
     broken = [row for row in ran if row["status"] == "failed"]
-    where = f"{results['about']['gpu']}, torch {results['about']['torch_version']}, {results['about']['date'][:10]}"
+    about = results["about"]
+    where = (
+        f"{about['gpu']}, torch {about['torch_version']}, {about['date'][:10]}"
+        if about is not None
+        else "an unknown machine"
+    )
     if broken:
         names = ", ".join(row["name"] for row in broken[:MOST_FIGURES])
         return f"**fails** on {where}: {len(broken)} of {len(ran)} rows ({_cell(names)})"

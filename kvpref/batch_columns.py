@@ -45,7 +45,8 @@ def token_numbers(groups: AbstractSequence[Group], name: str) -> torch.Tensor:
     """A number per scored token, (num_scored_tokens,) float32.
 
     Raises:
-        InputError: If a group has no such column, or a response's list has another length than its scored tokens.
+        InputError: If a group has no such column, a response's list has another length than its scored tokens, or holds
+            something else than numbers.
     """
     numbers: list[float] = []
     for group, value in zip(groups, column_values(groups, name), strict=True):
@@ -57,6 +58,12 @@ def token_numbers(groups: AbstractSequence[Group], name: str) -> torch.Tensor:
                 raise InputError(
                     f"{group.id}: column {name!r} must hold one number per scored token of response {index} "
                     f"({num_scored}); found {found}"
+                )
+            others = [item for item in row if not isinstance(item, int | float)]
+            if others:
+                raise InputError(
+                    f"{group.id}: column {name!r} must hold one number per scored token of response {index}; "
+                    f"found {others[0]!r:.60}"
                 )
             numbers.extend(map(float, row))
     return torch.tensor(numbers)

@@ -91,6 +91,7 @@ class WorkerProcess:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._events.put(json.loads(line))
+        with contextlib.suppress(ValueError):  # of half a line, which is all that a killed process may leave
+            for line in self._process.stdout:
+                self._events.put(json.loads(line))
         self._events.put(None)

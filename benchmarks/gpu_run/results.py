@@ -48,7 +48,7 @@ class Results:
             "rows": self.rows,
         }
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         os.replace(partial, self.path)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,8 @@ class Figure(NamedTuple):
     unit: str
 
     def __str__(self) -> str:
-        number = str(int(self.value)) if float(self.value).is_integer() else f"{self.value:.4g}"
+        value = float(self.value)  # in results, numbers that JSON has not are words
+        number = str(int(value)) if value.is_integer() else f"{value:.4g}"
         return f"{number} {self.unit}".rstrip()
 
 
@@ -38,7 +40,10 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        figures = {name: {"value": figure.value, "unit": figure.unit} for name, figure in self.figures.items()}
+        figures = {
+            name: {"value": value if math.isfinite(value) else str(value), "unit": unit}
+            for name, (value, unit) in self.figures.items()
+        }
         return {"status": self.status, "figures": figures, "bar": self.bar, "reason": self.reason}
 
 

@@ -10,6 +10,8 @@ from kvpref.attention.backends import choose_automatically
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HEAD_DIM = 128
+NO_MEMORY = "not known: no memory is left on the device for a tiny call; end what else runs there"
+"""In place of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,9 @@ def automatic_choices() -> list[DeviceChoice]:
     for device in [*devices, torch.device("cpu")]:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         for dtype in _DTYPES:
-            takes = str(choose_automatically(torch.empty(1, 1, _HEAD_DIM, dtype=dtype, device=device)))
+            try:
+                takes = str(choose_automatically(torch.empty(1, 1, _HEAD_DIM, dtype=dtype, device=device)))
+            except torch.OutOfMemoryError:
+                takes = NO_MEMORY
             found.setdefault((name, takes), {})[str(dtype).removeprefix("torch.")] = None
     return [DeviceChoice(device=name, dtypes=tuple(dtypes), takes=takes) for (name, takes), dtypes in found.items()]

@@ -10,6 +10,7 @@ import torch
 from kvpref.attention import AttentionParams, VarlenBlock, get_backend
 from kvpref.attention.backends import backend_names
 from kvpref.layout import VarlenLayout
+from kvpref.profiling.automatic import NO_MEMORY
 
 REFERENCE = "reference"
 _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM = 4, 2, 64
@@ -70,12 +71,16 @@ def _probe(name: str, devices: list[str]) -> BackendProbe:
 def _served_dtypes(name: str, device: str) -> tuple[list[torch.dtype], str]:
     """The dtypes that the backend says it takes; what it says to the first one, where there is none."""
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if device == "cuda" else [torch.float32]
-    backend = get_backend(name)
-    reasons = {
-        dtype: backend.unsupported_reason(torch.empty(1, _NUM_HEADS, _HEAD_DIM, dtype=dtype, device=device))
-        for dtype in dtypes
-    }
+    reasons = {dtype: _refusal(name, dtype, device) for dtype in dtypes}
     return [dtype for dtype, reason in reasons.items() if reason is None], next(iter(reasons.values())) or ""
+
+
+def _refusal(name: str, dtype: torch.dtype, device: str) -> str | None:
+    try:
+        query = torch.empty(1, _NUM_HEADS, _HEAD_DIM, dtype=dtype, device=device)
+        return get_backend(name).unsupported_reason(query)
+    except torch.OutOfMemoryError:
+        return NO_MEMORY
 
 
 def _run_probes(name: str, device: str, dtypes: list[torch.dtype]) -> BackendProbe:

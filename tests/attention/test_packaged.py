@@ -19,6 +19,8 @@ from kvpref.attention.backends import flash_kernels, optional_package, packaged
 from kvpref.attention.backends.optional_package import OptionalPackage
 from kvpref.attention.backends.packaged import PackagedBackend
 from kvpref.attention.backends.reference import Reference
+from kvpref.profiling import backend_probe
+from kvpref.profiling.automatic import NO_MEMORY
 
 XFORMERS_REFUSAL = """Operator `memory_efficient_attention` does not support inputs:
      query       : shape=(1, 5, 2, 2, 64) (torch.bfloat16)
@@ -91,6 +93,26 @@ def test_a_build_without_a_backward_pass_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module_like(ForwardOnly()))
     reason = get_backend("flash_attn_3").unsupported_reason(query())
     assert "(RuntimeError: This flash attention build does not support backward.)" in str(reason)
+
+
+@pytest.mark.usefixtures("cpu_serves")
+def test_memory_that_ran_out_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full device says nothing about the kernels: the step fails, and the next one asks again."""
+    has_memory = False
+
+    class Crowded(FlashAttention3):
+        def _flash_attn_forward(self, *args: Any, **kwargs: Any) -> Any:
+            if not has_memory:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super()._flash_attn_forward(*args, **kwargs)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module_like(Crowded()))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            get_backend("flash_attn_3").unsupported_reason(query())
+    assert backend_probe._served_dtypes("flash_attn_3", "cpu") == ([], NO_MEMORY)
+    has_memory = True
+    assert get_backend("flash_attn_3").unsupported_reason(query()) is None
 
 
 def test_cpu_tensors_are_refused_without_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,15 @@ def test_the_page_follows_the_results(gpu_page: ModuleType) -> None:
     assert "| kernels | flash_attn_3 phi3 64 x4 bfloat16 | failed |  |  | dk 1.0 \\| dq |" in page
 
 
+def test_a_run_that_never_came_to_the_machine_makes_a_page_too(gpu_page: ModuleType) -> None:
+    kept = results(row("doctor", "start", "failed", reason="no module named x")) | {"about": None}
+    page = gpu_page.page(kept)
+    assert "Last run: no process came as far as naming the machine. 1 failed." in page
+    assert "**fails**" not in page
+    far = results(row("far_rows", "start", "failed", reason="no module named x")) | {"about": None}
+    assert "**fails** on an unknown machine: 1 of 1 rows (start)" in gpu_page.page(far)
+
+
 def test_claims_name_stages_and_tests_that_exist(gpu_page: ModuleType) -> None:
     from gpu_run.stages import STAGES
 

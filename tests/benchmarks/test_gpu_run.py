@@ -48,6 +48,9 @@ for line in sys.stdin:
         if name == "crashes":
             print("segmentation fault", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "dies in the middle of a word":
+            print('{{"event": "row", "na', end="", flush=True)
+            os._exit(1)
         if name == "hangs":
             time.sleep(60)
         status = "failed" if name == "has a CUDA error" else "passed"
@@ -131,6 +134,7 @@ def test_a_dry_run_starts_one_process(run: Run) -> None:
     ("bad", "reason"),
     [
         ("crashes", "its process ended with signal SIGSEGV: segmentation fault"),
+        ("dies in the middle of a word", "its process ended with exit code 1"),
         ("hangs", "stopped after 2 s"),
         ("has a CUDA error", ""),
         ("dies before it starts", ""),
@@ -153,6 +157,21 @@ def test_rows_without_time_say_so(run: Run) -> None:
     kept = run(["fine", "hangs", "never"], limit_s=3)
     assert statuses(kept) == ["passed", "skipped", "skipped"]
     assert kept["rows"][1]["reason"] == "the time of this stage is spent"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_results_are_json_whatever_was_measured(
+    value: float, monkeypatch: pytest.MonkeyPatch, stages: ModuleType, tmp_path: Path
+) -> None:
+    from gpu_run.results import Results, row_line
+    from gpu_run.rows import Figure, judged
+
+    finding = judged(met=False, bar="2", figures={"error": Figure(value, ""), "time": Figure(1.5, "s")})
+    results = Results(tmp_path / "gpu.json", dry_run=False)
+    results.add(stages.STAGES[0], "dk", finding.to_json())
+    kept = json.loads(results.path.read_text(), parse_constant=pytest.fail)
+    assert kept["rows"] == results.rows
+    assert row_line(kept["rows"][0]) == f"dk: failed; error {value}, time 1.5 s; bar 2"
 
 
 def test_ending_the_driver_ends_its_workers(tmp_path: Path) -> None:

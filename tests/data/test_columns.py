@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import datasets
 import pyarrow
@@ -14,6 +15,7 @@ import torch
 import kvpref
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.errors import InputError
+from kvpref.losses import as_loss
 
 ROWS = [
     {"prompt": "hello", "chosen": " world", "rejected": " fox", "weight": 0.5, "step_rewards": [[1.0], [0.0, 2.0]]},
@@ -131,6 +133,22 @@ def test_columns_reach_the_batch_as_numbers():
     torch.testing.assert_close(batch.sequence_column("weight"), torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(batch.sequence_column("length"), torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(batch.token_column("tokens"), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+
+
+@pytest.mark.parametrize("entry", ["noun", None, [1.0]])
+def test_a_column_of_something_else_per_token(entry):
+    """It is no numbers, which `token_column` says; a loss that reads it as it stands gets it."""
+    batch = kvpref.collate([group(tags=[[entry] * 2, [entry] * 3])])
+    found = re.escape(repr(entry))
+    with pytest.raises(InputError, match=f"column 'tags' must hold one number per scored token .* 0; found {found}"):
+        batch.token_column("tags")
+
+    @kvpref.loss(columns=["tags"])
+    def user_loss(policy, reference, batch):
+        raise NotImplementedError
+
+    as_loss(user_loss).prepare_batch(batch)
+    assert batch.column("tags") == [[[entry] * 2, [entry] * 3]]
 
 
 def test_a_number_per_token_of_a_response_that_is_cut(tokenizer, write_jsonl):

@@ -39,6 +39,9 @@ class PackagedBackend(Backend):
         """What a tiny forward and backward on the query's device raised and what to do; None when they ran.
 
         Runs once per device, dtype, head dim and rule of determinism, on tensors of its own. For CUDA queries only.
+
+        Raises:
+            torch.OutOfMemoryError: If there is no memory left for it, which tells nothing about the kernels.
         """
         return _probe_failure(self, query.device, query.dtype, query.shape[-1], determinism.is_required())
 
@@ -49,6 +52,8 @@ def _probe_failure(
 ) -> str | None:
     try:
         _run(backend, device, dtype, head_dim)
+    except torch.OutOfMemoryError:
+        raise  # not kept: there may be memory the next time, and until then no other kernels should run unasked
     except Exception as error:  # a package fails in its own way; whatever it raises is the user's answer
         what = "a tiny deterministic call" if deterministic else "a tiny call"
         return (
