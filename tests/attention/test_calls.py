@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from kvpref.attention.backends.flash_attn import FlashAttn
 from kvpref.attention.backends.interface import Backend
 from kvpref.attention.backends.reference import Reference
 from kvpref.attention.backends.xformers import Xformers
+from kvpref.attention.block import read_offsets
 from kvpref.attention.blockwise import backward_blocks, forward_blocks
 from kvpref.attention.calls import backward_block, forward_block
+from kvpref.attention.merge import Partial, merge_partials
 from kvpref.attention.splitting import CallLimits, PairRange
 from kvpref.layout import VarlenLayout
 
@@ -38,8 +41,26 @@ class Limited(Reference):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, *args: Any) -> Any:
         assert (q.shape[0], k.shape[0]) == (v.shape[0] * 0 + block.num_queries, block.num_keys)
         assert min(block.num_queries, block.num_keys) > 0, "kernels refuse empty tensors"
+        check_device_offsets(block)
         self.launched.append(block)
         return super().forward(q, k, v, block, *args)
+
+    def backward(self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> Any:
+        out, lse, block, _ = args
+        # Kernels take the row strides of these from their shapes.
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        check_device_offsets(block)
+        return super().backward(dout, q, k, v, *args)
+
+
+def check_device_offsets(block: VarlenBlock) -> None:
+    """Kernels read these, the reference those on the host."""
+    on_device = torch.stack([block.cu_seqlens_q, block.cu_seqlens_k])
+    assert on_device.dtype == torch.int32
+    assert on_device.tolist() == read_offsets(block.offsets_key).tolist()
+    assert (block.max_seqlen_q, block.max_seqlen_k) == tuple(on_device.diff().amax(dim=1).tolist())
+    assert (block.num_queries, block.num_keys) == tuple(on_device[:, -1].tolist())
 
 
 def cut_at(*places: int) -> Any:
@@ -103,6 +124,24 @@ def test_trees_equal_dense_attention(depth: int, monkeypatch: pytest.MonkeyPatch
     found = torch.autograd.grad(out, inputs.leaves(), weights)
     for grad, true_grad in zip(found, torch.autograd.grad(truth, inputs.leaves(), weights), strict=True):
         torch.testing.assert_close(grad, true_grad, rtol=0, atol=10 * TOLERANCE)
+
+
+def test_only_the_last_merge_rounds() -> None:
+    """In a deep tree, rounding every partial sum would add up."""
+    dtypes: list[torch.dtype] = []
+
+    def merge(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
+        dtypes.append(dtype)
+        return merge_partials(first, second, dtype)
+
+    layout = VarlenLayout(cu_seqlens_q=(0, 3), cu_seqlens_k=(0, 3), causal=True)
+    blocks = [VarlenBlock.from_layout(replace(layout, causal=causal)) for causal in (True, False, False, False)]
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        q = random(3, 2, 8).to(dtype)
+        out, lse = forward_blocks(Reference(), PARAMS, blocks, q, [q] * 4, [q] * 4, merge)
+        assert dtypes == [wide, wide, dtype]
+        assert (out.dtype, lse.dtype) == (dtype, wide)
+        dtypes.clear()
 
 
 class Int32Offsets:

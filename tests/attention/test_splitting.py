@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpref.attention import splitting
+from kvpref.attention import get_backend, splitting
 from kvpref.attention.backends import efficient
 from kvpref.attention.splitting import CallLimits, PairRange, split_pairs
 
+FLASH_ATTENTION = ("cuda_flash", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers")
 LIMITS = CallLimits(num_heads=32, row_bytes=0, pair_rows=0)
 
 
@@ -95,6 +97,15 @@ def test_padding_of_the_workspace_is_bounded(pair_rows: int | None, monkeypatch:
         useful = sum(lengths[start:stop]) * limits.row_bytes
         assert wasted_bytes(lengths, start, stop, limits) <= max(splitting.MAX_WASTED_BYTES, useful)
     assert len(ranges) <= (2 if pair_rows is None else 64)
+
+
+def test_limits_of_the_backends() -> None:
+    query = torch.empty(5, 32, 80, dtype=torch.bfloat16, device="meta")
+    # fp32 sums in 96 columns and a row sum, a tile of rows more for each pair.
+    expected = CallLimits(num_heads=32, row_bytes=32 * 97 * 4, pair_rows=128, max_start_row=2**31 // (32 * 96))
+    assert {get_backend(name).call_limits(query) for name in FLASH_ATTENTION} == {expected}
+    row_bytes = efficient.workspace_bytes(1, 32, 128, 80) // 128
+    assert get_backend("efficient").call_limits(query) == CallLimits(num_heads=32, row_bytes=row_bytes)
 
 
 def test_the_workspace_of_the_memory_efficient_backward() -> None:
