@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 from kvpref.training.inputs import StepInputs
 from kvpref.training.step_runner import StepResult
@@ -31,6 +32,14 @@ class LossCheck:
             if found is not None:
                 return found
         return None
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether no trained weight, of those on this rank, is NaN or infinite."""
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    # Of sharded ones the own part: other ranks may not ask.
+    own = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in trained]
+    return all(bool(weight.isfinite().all()) for weight in own)
 
 
 def read_losses(losses: Sequence[torch.Tensor]) -> list[float]:

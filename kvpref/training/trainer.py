@@ -31,7 +31,7 @@ from kvpref.training.callbacks import (
 from kvpref.training.checks import check_data, check_learnable, check_run, check_settings
 from kvpref.training.datasets import PreferenceData, prepare_data
 from kvpref.training.defaults import token_budget, with_defaults
-from kvpref.training.finite import LossCheck
+from kvpref.training.finite import LossCheck, weights_are_finite
 from kvpref.training.inputs import (
     MicroBatchInputs,
     StepInputs,
@@ -190,10 +190,13 @@ class PreferenceTrainer(SavingTrainer):
         if found is not None:
             value, where = found
             what, go_on = what_is_left(self.args.output_dir)
+            state = f"the weights were not changed by this step and {what}"
+            if not weights_are_finite(self.model):
+                state = "weights are not finite since an earlier step, nor are they in checkpoints written since then"
+                go_on = "start again, or resume from a checkpoint before that"
             raise RunError(
                 f"loss {loss_name(self.loss)!r}: the loss is {value} at optimizer step {self.state.global_step + 1}: "
-                f"{where}; the weights were not changed by this step and {what}. Lower the learning rate or look at "
-                f"those rows, then {go_on}"
+                f"{where}; {state}. Lower the learning rate or look at those rows, then {go_on}"
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

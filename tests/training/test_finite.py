@@ -79,3 +79,20 @@ def test_a_loss_that_is_not_finite_in_the_first_part_stops_the_step(tmp_path: Pa
     with pytest.raises(kvpref.RunError, match=r"loss is -?inf at optimizer step 1: all log-probs .* made:2;"):
         trainer.train()
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_weights_that_a_gradient_has_spoilt_are_told(tmp_path: Path) -> None:
+    """A finite loss may have a gradient that is not: checkpoints since then are not to go on from."""
+
+    def spoils(policy: kvpref.ResponseLogps, reference: None, batch: kvpref.Batch) -> torch.Tensor:
+        sums = policy.sum()
+        return sums.mean() + (sums - sums.detach()).square().sum().sqrt()
+
+    args = make_args(str(tmp_path), per_device_train_batch_size=2, max_steps=3, save_strategy="steps", save_steps=1)
+    trainer = kvpref.PreferenceTrainer(model=make_model(), args=args, train_dataset=make_groups(6), loss=spoils)
+    with pytest.raises(kvpref.RunError) as raised:
+        trainer.train()
+    assert "at optimizer step 2" in str(raised.value)
+    assert "weights are not finite since an earlier step, nor are they in checkpoints written" in str(raised.value)
+    assert "resume from a checkpoint before that" in str(raised.value)
+    assert "intact" not in str(raised.value)
