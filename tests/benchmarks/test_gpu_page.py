@@ -95,6 +95,23 @@ def test_a_run_that_never_came_to_the_machine_makes_a_page_too(gpu_page: ModuleT
     assert "**fails** on an unknown machine: 1 of 1 rows (start)" in gpu_page.page(far)
 
 
+def test_a_part_of_the_rows_is_a_part_of_the_claim(gpu_page: ModuleType) -> None:
+    page = gpu_page.page(results(row("steps", "dpo", "passed"), row("steps", "kto", "skipped", reason="no time")))
+    assert "never waits for the device | partly verified on NVIDIA H100" in page
+    page = gpu_page.page(results(row("steps", "dpo", "passed"), row("steps", "kto", "passed")))
+    assert "never waits for the device | verified on NVIDIA H100" in page
+
+
+def test_a_stage_that_did_not_start_fails_its_claims(gpu_page: ModuleType) -> None:
+    page = gpu_page.page(results(row("kernels", "start", "failed", reason="no module named x")))
+    assert page.count("**fails** on NVIDIA H100, torch 2.11.0+cu130, 2031-02-03: 1 of 1 rows (start)") > 1
+
+
+def test_a_dry_run_verifies_nothing(gpu_page: ModuleType) -> None:
+    dry = results(row("kernels", "cuda_flash phi3", "passed")) | {"dry_run": True}
+    assert gpu_page.page(dry) == gpu_page.page(None)
+
+
 def test_claims_name_stages_and_tests_that_exist(gpu_page: ModuleType) -> None:
     from gpu_run.stages import STAGES
 
