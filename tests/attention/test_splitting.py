@@ -99,6 +99,13 @@ def test_padding_of_the_workspace_is_bounded(pair_rows: int | None, monkeypatch:
     assert len(ranges) <= (2 if pair_rows is None else 64)
 
 
+def test_padding_may_be_as_much_as_what_is_useful() -> None:
+    """A launch for each pair would save less than it costs."""
+    limits = CallLimits(num_heads=1, row_bytes=2**20, pair_rows=128)
+    assert split_pairs(key_of([128] * 16), limits) == ((0, 16),)
+    assert len(split_pairs(key_of([127] * 16), limits)) > 1
+
+
 def test_limits_of_the_backends() -> None:
     query = torch.empty(5, 32, 80, dtype=torch.bfloat16, device="meta")
     # fp32 sums in 96 columns and a row sum, a tile of rows more for each pair.

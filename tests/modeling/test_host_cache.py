@@ -223,6 +223,23 @@ def test_a_piece_takes_up_and_adds_at_once(checkpoint: str, monkeypatch: pytest.
     assert sums == [*range(NUM_LAYERS)][::-1] * 6
 
 
+def test_every_layer_is_begun_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, moving: None) -> None:
+    """Forward and backward; copies that begin when they are waited for run beside nothing."""
+    fills = fills_of(monkeypatch, HostPrefixes)
+    original, late = HostPrefixes.bring, []
+
+    def bring(self: HostPrefixes, layer: int) -> Any:
+        begun = len(fills)
+        buffer = original(self, layer)
+        late.extend(number for number in fills[begun:] if number == layer)
+        return buffer
+
+    monkeypatch.setattr(HostPrefixes, "bring", bring)
+    run_deep(one_prompt())
+    assert len(fills) == 2 * NUM_LAYERS - 2
+    assert not late
+
+
 def test_buffers_hold_two_layers_of_the_slabs(moving: None) -> None:
     """As `kvpref plan` has it: of all layers' keys and values, and of their gradients, two layers' on the device."""
     num_bytes: Counter[tuple[str, bool]] = Counter()
