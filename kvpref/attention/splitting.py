@@ -41,7 +41,7 @@ class CallLimits:
     """Rows by which the workspace grows for each pair; None: it has as many for each pair as for the longest."""
 
     max_start_row: int | None = None
-    """A pair must start before this query row of its launch; None for any."""
+    """A pair must start before this row of its launch's workspace; None for any."""
 
 
 @lru_cache(maxsize=256)  # every layer of a pass asks for the same few blocks, forward and backward
@@ -57,7 +57,7 @@ def split_pairs(offsets_key: bytes, limits: CallLimits) -> tuple[PairRange, ...]
     ranges = [(0, lengths.shape[1])]
     ranges = [part for whole in ranges for part in _by_thread_blocks(-(-lengths // _TILE_ROWS), whole, limits)]
     ranges = [part for whole in ranges for part in _by_workspace(lengths[0], whole, limits)]
-    return tuple(part for whole in ranges for part in _by_start_row(offsets[0], whole, limits.max_start_row))
+    return tuple(part for whole in ranges for part in _by_start_row(offsets[0], whole, limits))
 
 
 def _by_thread_blocks(tiles: Ints, pairs: PairRange, limits: CallLimits) -> list[PairRange]:
@@ -99,12 +99,16 @@ def _wasted_rows(lengths: Ints, limits: CallLimits) -> Ints:
     return wasted
 
 
-def _by_start_row(offsets: Ints, pairs: PairRange, max_start_row: int | None) -> list[PairRange]:
-    """Cut before each pair that would start too far behind its launch's first row."""
+def _by_start_row(offsets: Ints, pairs: PairRange, limits: CallLimits) -> list[PairRange]:
+    """Cut before each pair whose accumulator would start too far behind its launch's first one."""
     start, stop = pairs
+    if limits.max_start_row is None:
+        return [pairs]
+    # Releases differ in whether they count the padding of the pairs before it in 32 bits, too.
+    starts = offsets[:stop] + np.arange(stop) * (limits.pair_rows or 0)
     ranges: list[PairRange] = []
-    while max_start_row is not None and offsets[stop - 1] - offsets[start] >= max_start_row:
-        middle = int(np.searchsorted(offsets[:stop], offsets[start] + max_start_row))
+    while starts[stop - 1] - starts[start] >= limits.max_start_row:
+        middle = int(np.searchsorted(starts, starts[start] + limits.max_start_row))
         ranges.append((start, middle))
         start = middle
     return [*ranges, (start, stop)]
