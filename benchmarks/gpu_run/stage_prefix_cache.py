@@ -40,7 +40,7 @@ def _row(prompt: int, options: SweepOptions) -> Finding:
     cases = {place: partial(run, place) for place in PLACES}
     for case in cases.values():
         case()  # warm-up
-    times = time_rounds(cases, options.device, TimingOptions(num_rounds=2 if options.dry_run else 3, num_warmup=0))
+    times = time_rounds(cases, options.device, TimingOptions(num_rounds=2, num_warmup=0))
     figures = {f"time ({place})": Figure(min(times[place]), "ms") for place in PLACES}
     if not options.with_memory:
         return measured(figures, reason="memory is measured on CUDA devices only")
