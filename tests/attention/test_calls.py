@@ -155,7 +155,7 @@ class Int32Offsets:
         padding = 128 * torch.arange(len(block.cu_seqlens_q) - 1, dtype=torch.int32)
         starts = (block.cu_seqlens_q[:-1] + padding) * self.num_columns  # int32: wraps around
         assert starts.dtype == torch.int32
-        assert (starts.diff() > 0).all()
+        assert (starts.long().diff() > 0).all()
         assert q.shape[0] == block.cu_seqlens_q[-1]
         self.num_calls += 1
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
