@@ -38,7 +38,7 @@ STAGES = (
     Stage(name="engine", title="models of real width in bf16 beside float64", limit_s=35, row_limit_s=25),
     Stage(name="tests", title="tests/gpu", limit_s=55, row_limit_s=40),
     Stage(name="steps", title="training steps and their synchronisations", limit_s=20, row_limit_s=15),
-    Stage(name="prefix_cache", title="prefixes in host memory", limit_s=20, row_limit_s=30),
+    Stage(name="prefix_cache", title="prefixes in host memory", limit_s=20, row_limit_s=20),
     Stage(name="rates", title="attention beside the rate of matrix products", limit_s=20, row_limit_s=12),
     Stage(name="short_prefix", title="short prefixes spread over several pairs", limit_s=8, row_limit_s=8),
     Stage(
