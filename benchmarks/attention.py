@@ -12,9 +12,9 @@ from real_data import real_files
 from workloads import VOCABULARIES, Builders, Workload, gpu_attention_grid, grid
 
 from kvpref import collate
-from kvpref.attention import AttentionParams, CascadePlan, cascade_attention
-from kvpref.flops import ModelShape, count_work
-from kvpref.plans import ModePlan, PassPlan
+from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
+from kvpref.plan.flops import ModelShape, count_work
+from kvpref.plan.passes import ModePlan, PassPlan
 from kvpref.profiling.comparison import Case, Comparison, compare
 
 TITLE = "attention alone, one layer, forward + backward"

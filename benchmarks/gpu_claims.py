@@ -23,13 +23,13 @@ class Claim:
 
 
 KERNELS = "attention of backend `{}`, output and every gradient, no worse than twice naive 16-bit attention"
-OPTIONAL = "tests/attention/test_optional_backends.py"
+OPTIONAL = "tests/ops/attention/test_optional_backends.py"
 CLAIMS = (
     Claim(
         text=KERNELS.format("cuda_flash"),
         stage="kernels",
         rows=("cuda_flash ",),
-        stand_in="tests/attention/test_backends.py",
+        stand_in="tests/ops/attention/test_backends.py",
     ),
     Claim(text=KERNELS.format("efficient"), stage="kernels", rows=("efficient ",), stand_in=OPTIONAL),
     Claim(text=KERNELS.format("flash_attn"), stage="kernels", rows=("flash_attn ",), stand_in=OPTIONAL),
@@ -40,19 +40,19 @@ CLAIMS = (
     Claim(
         text="calls with more rows than FlashAttention-2's 32-bit offsets reach are right and harm nothing",
         stage="far_rows",
-        stand_in="tests/attention/test_splitting.py",
+        stand_in="tests/ops/attention/test_splitting.py",
     ),
     Claim(
         text="a model of real width in bf16, modes and schedules, no worse than twice a naive run",
         stage="engine",
         rows=("llama", "phi3", "gpt_neox", "qwen3"),
-        stand_in="tests/modeling/test_exactness.py",
+        stand_in="tests/engine/test_exactness.py",
     ),
     Claim(
         text="entropies, hidden states, values, logits and rewards of such a model, likewise",
         stage="engine",
         rows=("head outputs", "rewards"),
-        stand_in="tests/modeling/test_head_outputs.py",
+        stand_in="tests/models/test_head_outputs.py",
     ),
     Claim(text="the tests in `tests/gpu`", stage="tests", stand_in=None),
     Claim(
@@ -63,7 +63,7 @@ CLAIMS = (
     Claim(
         text='`prefix_cache="cpu"` frees the memory of the prefixes\' keys and values',
         stage="prefix_cache",
-        stand_in="tests/modeling/test_host_cache.py",
+        stand_in="tests/state/test_host_cache.py",
     ),
     Claim(
         text="rate of attention beside plain matrix products",
@@ -73,7 +73,7 @@ CLAIMS = (
     Claim(
         text="length of a prompt below which copies of its keys and values pay (`spread_keys_below`)",
         stage="short_prefix",
-        stand_in="tests/attention/test_spreading.py",
+        stand_in="tests/ops/attention/test_spreading.py",
     ),
     Claim(
         text="speed-up of whole models over mode `packed`, efficiency 0.95 (two responses) and 0.90 (32 responses)",
@@ -91,13 +91,13 @@ CLAIMS = (
         text="keys and values of prefixes are held once",
         stage="speed_ups",
         rows=("bytes of prefixes",),
-        stand_in="tests/modeling/test_cache.py",
+        stand_in="tests/state/test_cache.py",
     ),
     Claim(
         text="the peak in schedule `bounded` does not follow the number of responses",
         stage="speed_ups",
         rows=("bounded",),
-        stand_in="tests/profiling/test_bounded_memory.py",
+        stand_in="tests/profiling/memory/test_bounded.py",
     ),
     Claim(
         text="the output of FlexAttention over one row per batch, and its time beside it",
@@ -109,6 +109,6 @@ CLAIMS = (
     Claim(
         text="compiled layers give the gradients of plain ones",
         stage="compiled",
-        stand_in="tests/modeling/test_compilation.py",
+        stand_in="tests/models/test_compilation.py",
     ),
 )

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from options import SweepOptions
 
-from kvpref.logprob import naive_token_logprobs, token_logprobs
+from kvpref.ops.logprob.statistics import naive_token_logprobs, token_logprobs
 from kvpref.profiling.comparison import Case, Comparison, compare
 
 TITLE = "LM head and log-softmax, forward + backward"

@@ -25,13 +25,13 @@ from train_step import best_vs_rest
 
 from kvpref import Batch, Group, ResponseLogps, collate, forward_backward
 from kvpref import Sequence as TokenSequence
+from kvpref.engine.options import EngineOptions
+from kvpref.engine.schedules import forward_backward_step, score
 from kvpref.losses import LossFunction, PreferenceLoss, make_loss
-from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.schedules import forward_backward_step, score
-from kvpref.profiling.memory import peak_bytes
+from kvpref.plan.step import join_batches
+from kvpref.profiling.memory.peak import peak_bytes
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import time_rounds
-from kvpref.step import join_batches
 
 FULL = EngineOptions()
 GAME24 = RealFile(file="game24_groups", sizes=SMALL, max_tokens=400_000, dry_responses=8)

@@ -14,9 +14,9 @@ from typing import Any
 
 from places import HERE
 
-from kvpref.profiling.memory_plot import plot_timeline, require_matplotlib
-from kvpref.profiling.memory_report import format_bytes
-from kvpref.profiling.memory_timeline import MemorySnapshot
+from kvpref.profiling.memory.plot import plot_timeline, require_matplotlib
+from kvpref.profiling.memory.report import format_bytes
+from kvpref.profiling.memory.timeline import MemorySnapshot
 
 RESULTS = HERE / "results"
 SHOWN = ("full N=64", "bounded N=64")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from kvpref.groups import Group
+from kvpref.records.groups import Group
 
 PROMPT = 0
 

@@ -37,7 +37,7 @@ from kvpref.data import (
     load_tokenizer,
     summarize_batches,
 )
-from kvpref.modeling.shape import model_shape
+from kvpref.models.shape import model_shape
 from kvpref.profiling.calibration import calibrate
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import TimingOptions, time_rounds

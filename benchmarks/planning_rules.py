@@ -1,4 +1,4 @@
-"""Rules for cutting a step into micro-batches that were compared with those kept in `kvpref.data.cutting`."""
+"""Rules for cutting a step into micro-batches that were compared with those kept in `kvpref.data.batching.cutting`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
 from kvpref.data import GroupLengths, StepPlanner
-from kvpref.data.costs import COUNTS
-from kvpref.data.cutting import GroupCosts, Runs, cut_by_cost, cut_by_length, halve_to_multiple
-from kvpref.data.lengths import combine
+from kvpref.data.batching.costs import COUNTS
+from kvpref.data.batching.cutting import GroupCosts, Runs, cut_by_cost, cut_by_length, halve_to_multiple
+from kvpref.data.batching.lengths import combine
 
 Rule = Callable[[Sequence[int], GroupCosts, int], Runs]
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from kvpref.data import Clusters, CostModel, PreferenceDataset, StepOptions, StepPlanner, summarize_batches
-from kvpref.tree import build_tree
+from kvpref.prefix.tree import build_tree
 
 GROUPS_PER_STEP = 16
 BUDGET = 16384

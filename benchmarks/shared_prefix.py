@@ -21,7 +21,7 @@ from places import results_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpref
-from kvpref.modeling.shared_prefix import SharedPrefixStats
+from kvpref.integrations.shared_prefix import SharedPrefixStats
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import TimingOptions, time_rounds
 

@@ -7,53 +7,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvpref.batch import Batch, collate
+    from kvpref.engine.options import EngineOptions
+    from kvpref.engine.passes import encode_prefix, response_logps, response_rewards, score_responses
+    from kvpref.engine.schedules import forward_backward, forward_backward_step
     from kvpref.errors import InputError, RunError, UnsupportedModelError
-    from kvpref.groups import Group, Sequence
+    from kvpref.integrations.shared_prefix import shared_prefix
     from kvpref.losses import LossOutput, loss
-    from kvpref.modeling.attach import attach
-    from kvpref.modeling.cache import PrefixCache
-    from kvpref.modeling.compilation import compile_layers
-    from kvpref.modeling.options import EngineOptions
-    from kvpref.modeling.passes import encode_prefix, response_logps, response_rewards, score_responses
-    from kvpref.modeling.schedules import forward_backward, forward_backward_step
-    from kvpref.modeling.shared_prefix import shared_prefix
-    from kvpref.modeling.value_head import add_value_head
-    from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
-    from kvpref.step import Step, join_batches
+    from kvpref.models.attach import attach
+    from kvpref.models.compilation import compile_layers
+    from kvpref.models.value_head import add_value_head
+    from kvpref.plan.batch import Batch, collate
+    from kvpref.plan.step import Step, join_batches
+    from kvpref.records.groups import Group, Sequence
+    from kvpref.records.outputs import HeadOptions, ResponseLogps, ResponseRewards
+    from kvpref.state.cache import PrefixCache
     from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Batch": "kvpref.batch",
-    "EngineOptions": "kvpref.modeling.options",
-    "Group": "kvpref.groups",
-    "HeadOptions": "kvpref.outputs",
+    "Batch": "kvpref.plan.batch",
+    "EngineOptions": "kvpref.engine.options",
+    "Group": "kvpref.records.groups",
+    "HeadOptions": "kvpref.records.outputs",
     "InputError": "kvpref.errors",
     "LossOutput": "kvpref.losses",
     "PreferenceTrainer": "kvpref.training",
     "PreferenceTrainingArguments": "kvpref.training",
-    "PrefixCache": "kvpref.modeling.cache",
-    "ResponseLogps": "kvpref.outputs",
-    "ResponseRewards": "kvpref.outputs",
+    "PrefixCache": "kvpref.state.cache",
+    "ResponseLogps": "kvpref.records.outputs",
+    "ResponseRewards": "kvpref.records.outputs",
     "RunError": "kvpref.errors",
-    "Sequence": "kvpref.groups",
-    "Step": "kvpref.step",
+    "Sequence": "kvpref.records.groups",
+    "Step": "kvpref.plan.step",
     "UnsupportedModelError": "kvpref.errors",
-    "add_value_head": "kvpref.modeling.value_head",
-    "attach": "kvpref.modeling.attach",
-    "collate": "kvpref.batch",
-    "compile_layers": "kvpref.modeling.compilation",
-    "encode_prefix": "kvpref.modeling.passes",
-    "forward_backward": "kvpref.modeling.schedules",
-    "forward_backward_step": "kvpref.modeling.schedules",
-    "join_batches": "kvpref.step",
+    "add_value_head": "kvpref.models.value_head",
+    "attach": "kvpref.models.attach",
+    "collate": "kvpref.plan.batch",
+    "compile_layers": "kvpref.models.compilation",
+    "encode_prefix": "kvpref.engine.passes",
+    "forward_backward": "kvpref.engine.schedules",
+    "forward_backward_step": "kvpref.engine.schedules",
+    "join_batches": "kvpref.plan.step",
     "loss": "kvpref.losses",
-    "response_logps": "kvpref.modeling.passes",
-    "response_rewards": "kvpref.modeling.passes",
-    "score_responses": "kvpref.modeling.passes",
-    "shared_prefix": "kvpref.modeling.shared_prefix",
+    "response_logps": "kvpref.engine.passes",
+    "response_rewards": "kvpref.engine.passes",
+    "score_responses": "kvpref.engine.passes",
+    "shared_prefix": "kvpref.integrations.shared_prefix",
 }
 
 __all__ = [

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from dense_attention import Inputs
 
-from kvpref.attention import CascadePlan
-from kvpref.tensor_fields import tensors_to
+from kvpref.ops.attention import CascadePlan
+from kvpref.records.tensor_fields import tensors_to
 
 Attention = Callable[[Inputs], torch.Tensor]
 

@@ -7,8 +7,8 @@ import torch
 from attention_errors import errors_beside_naive, leaves_to, plan_to, relative, tolerance_of
 from dense_attention import Inputs, dense_attention, make_inputs, make_plan, random_tree
 
-from kvpref.attention import AttentionParams, VarlenBlock, cascade_attention, get_backend
-from kvpref.layout import VarlenLayout
+from kvpref.ops.attention import AttentionParams, VarlenBlock, cascade_attention, get_backend
+from kvpref.prefix.levels import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.25)
 BLOCKS = {

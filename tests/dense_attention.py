@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvpref.attention import AttentionParams, CascadePlan, VarlenBlock
-from kvpref.layout import build_layout
-from kvpref.tree import PrefixTree, build_tree
+from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock
+from kvpref.prefix.levels import build_layout
+from kvpref.prefix.tree import PrefixTree, build_tree
 
 
 class Inputs(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvpref.modeling.lanes import Lanes
-from kvpref.regions import observe_marks
+from kvpref.state.lanes import Lanes
+from kvpref.tracing import observe_marks
 
 Clock = Counter[str]
 

@@ -10,7 +10,7 @@ from sample_groups import tokens
 from torch import nn
 
 import kvpref
-from kvpref.modeling.shared_prefix.switch import SharedPrefix
+from kvpref.integrations.shared_prefix.switch import SharedPrefix
 
 IGNORED = -100
 

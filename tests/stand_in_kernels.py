@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from kvpref.attention import AttentionParams, VarlenBlock, get_backend
+from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
 
 Tensor = torch.Tensor
 NAN, INF = float("nan"), float("inf")

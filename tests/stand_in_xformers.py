@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from stand_in_kernels import INF, NAN, Tensor, block_of, compute_forward, rows_without, write_gradients
 
-from kvpref.attention import VarlenBlock
+from kvpref.ops.attention import VarlenBlock
 
 
 @dataclass

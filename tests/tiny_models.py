@@ -60,7 +60,7 @@ def _without(*names: str) -> dict[str, Any]:
     return {name: value for name, value in _SIZES.items() if name not in names}
 
 
-# By variant; the part before the colon is the family's name in kvpref.modeling.families.
+# By variant; the part before the colon is the family's name in kvpref.models.families.
 _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: GemmaConfig(**{**_SIZES, "num_key_value_heads": 1}, head_dim=16, attention_bias=True),
     "gpt2": lambda: GPT2Config(

@@ -6,8 +6,8 @@ import torch
 from models import LAYERS_OF_8B
 from options import SweepOptions
 
-from kvpref.attention import AttentionParams, VarlenBlock, get_backend
-from kvpref.layout import VarlenLayout
+from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
+from kvpref.prefix.levels import VarlenLayout
 
 
 class TimedBlock:

@@ -16,7 +16,7 @@ import torch
 import transformers  # noqa: F401 - slow to import, and every stage with a model needs it
 from options import SweepOptions
 
-import kvpref.modeling.schedules  # noqa: F401 - as above
+import kvpref.engine.schedules  # noqa: F401 - as above
 from gpu_run.rows import Finding, failed
 from gpu_run.stages import STAGES
 from kvpref.profiling.provenance import Provenance

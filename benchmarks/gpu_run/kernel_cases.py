@@ -15,8 +15,8 @@ from attention_errors import Errors, errors_beside_naive, plan_to
 from dense_attention import Inputs
 from options import SweepOptions
 
-from kvpref.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
-from kvpref.layout import VarlenLayout
+from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
+from kvpref.prefix.levels import VarlenLayout
 
 SEGMENTS = (0, 1, 70, 200, 201, 202, 330, 337)
 """Row offsets of the segments of the pass: single tokens, and longer than a kernel's block."""

@@ -7,7 +7,7 @@ from functools import partial
 from options import SweepOptions
 
 from gpu_run.rows import Figure, Finding, Rows, judged, measured, skipped
-from kvpref.attention.backends import backend_names
+from kvpref.ops.attention.backends import backend_names
 from kvpref.profiling.backend_probe import BackendProbe, probe_backends
 from kvpref.profiling.environment import inspect_environment
 

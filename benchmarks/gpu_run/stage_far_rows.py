@@ -18,8 +18,8 @@ from options import SweepOptions
 
 from gpu_run.rows import Figure, Finding, Rows, judged
 from gpu_run.working_backends import FLASH_ATTENTION_2, fast_backends
-from kvpref.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
-from kvpref.layout import VarlenLayout
+from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
+from kvpref.prefix.levels import VarlenLayout
 
 CANARY = 0x5EED
 

@@ -18,7 +18,7 @@ from workloads import Shape, make_groups
 
 from gpu_run.rows import Figure, Finding, Rows, judged, measured, skipped
 from kvpref import Batch, collate
-from kvpref.attention import cascade_attention
+from kvpref.ops.attention import cascade_attention
 from kvpref.profiling.timing import TimingOptions, time_rounds
 
 TRL_MODEL = {

@@ -11,7 +11,7 @@ from workloads import Shape, make_groups
 
 from gpu_run.rows import Figure, Finding, Rows, judged, measured
 from kvpref import collate, forward_backward
-from kvpref.profiling.memory import peak_bytes
+from kvpref.profiling.memory.peak import peak_bytes
 from kvpref.profiling.timing import TimingOptions, time_rounds
 
 PLACES = ("device", "cpu")

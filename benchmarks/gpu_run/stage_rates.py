@@ -10,8 +10,8 @@ from options import SweepOptions
 from gpu_run.attention_calls import TimedBlock
 from gpu_run.rows import Figure, Finding, Rows, measured
 from gpu_run.working_backends import fast_backends
-from kvpref.attention.merge import add_gradient, merge_partials
-from kvpref.layout import VarlenLayout
+from kvpref.ops.attention.merge import add_gradient, merge_partials
+from kvpref.prefix.levels import VarlenLayout
 from kvpref.profiling.matrix_rate import measure_matrix_rate
 from kvpref.profiling.timing import TimingOptions, time_rounds
 

@@ -13,8 +13,8 @@ from workloads import Shape, make_groups
 
 from gpu_run.rows import Figure, Finding, Rows, measured
 from kvpref import collate
-from kvpref.attention import cascade_attention
-from kvpref.attention.spreading import spread_keys_below
+from kvpref.ops.attention import cascade_attention
+from kvpref.ops.attention.spreading import spread_keys_below
 from kvpref.profiling.timing import TimingOptions, time_rounds
 
 PROMPTS = (100, 200, 400, 800, 1600)

@@ -14,7 +14,7 @@ from places import ROOT
 from gpu_run.rows import Figure, Finding, Rows, failed, judged, skipped
 
 FOLDER = "tests/gpu"
-ELSEWHERE = ("tests/profiling/test_timing.py", "tests/profiling/test_memory.py")
+ELSEWHERE = ("tests/profiling/test_timing.py", "tests/profiling/memory/test_peak.py")
 LAST = ("test_cuda_flash", "test_efficient", "test_flash_attn", "test_xformers")
 """Files whose blocks and trees another stage shows, too."""
 

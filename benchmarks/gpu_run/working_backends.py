@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from options import SweepOptions
 
-from kvpref.attention import get_backend
-from kvpref.attention.backends import backend_names
+from kvpref.ops.attention import get_backend
+from kvpref.ops.attention.backends import backend_names
 
 REFERENCE = "reference"
 NEWER_GENERATIONS = ("flash_attn_3", "flash_attn_4")

@@ -10,9 +10,9 @@ import torch
 from one_row import OneRow
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from kvpref.flops import Work
-from kvpref.groups import Group
-from kvpref.modeling.shape import model_shape
+from kvpref.models.shape import model_shape
+from kvpref.plan.flops import Work
+from kvpref.records.groups import Group
 from peers.interface import FirstBatch, Peer, Runner, StepWork
 from peers.loop import TrainingLoop, plain_head_logps
 from peers.ours import KvprefLoop

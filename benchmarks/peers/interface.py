@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpref.flops import Flops
+from kvpref.plan.flops import Flops
 from peers.task import Batching, Task
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from kvpref.groups import Group
+from kvpref.records.groups import Group
 from peers.interface import FirstBatch, Runner, flat_gradient
 from peers.task import Task
 

@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import DataLoader
 
 import kvpref
-from kvpref.flops import count_work
-from kvpref.groups import Group
+from kvpref.engine.passes import reads_of
 from kvpref.losses import make_loss
-from kvpref.modeling.passes import reads_of
-from kvpref.modeling.shape import model_shape
-from kvpref.outputs import ResponseLogps
+from kvpref.models.shape import model_shape
+from kvpref.plan.flops import count_work
+from kvpref.records.groups import Group
+from kvpref.records.outputs import ResponseLogps
 from kvpref.training.inputs import make_loader, make_planner
 from peers.interface import FirstBatch, Runner, StepWork, flat_gradient
 from peers.loop import TrainingLoop

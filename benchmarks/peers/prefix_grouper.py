@@ -16,9 +16,9 @@ import torch
 from one_row import split_pair
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpref.flops import Work
-from kvpref.groups import Group
-from kvpref.modeling.shape import model_shape
+from kvpref.models.shape import model_shape
+from kvpref.plan.flops import Work
+from kvpref.records.groups import Group
 from peers.interface import Peer, Runner, StepWork
 from peers.loop import TrainingLoop, plain_head_logps
 from peers.ours import KvprefLoop

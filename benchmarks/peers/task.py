@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from kvpref.data import PreferenceDataset, load_preferences
-from kvpref.data.tokenization import load_tokenizer
-from kvpref.groups import Group
+from kvpref.data.reading.tokenization import load_tokenizer
+from kvpref.records.groups import Group
 
 Batching = Literal["random", "group_by_length"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from kvpref.flops import Flops, Work
-from kvpref.modeling.shape import model_shape
+from kvpref.models.shape import model_shape
+from kvpref.plan.flops import Flops, Work
 from peers.interface import DisagreementError, FirstBatch, Peer, Runner, StepWork, flat_gradient
 from peers.ours import KvprefTrainer, trainer_settings
 from peers.task import Batching, Task

@@ -12,8 +12,8 @@ from peers.made_up import NUM_WORDS, made_up_task
 from peers.task import Task
 
 from kvpref.data import PreferenceDataset, load_preferences
-from kvpref.data.tokenization import load_tokenizer
-from kvpref.groups import Group
+from kvpref.data.reading.tokenization import load_tokenizer
+from kvpref.records.groups import Group
 from trl_users.interface import Source
 
 RESPONSES = 4

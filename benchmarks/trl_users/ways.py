@@ -12,8 +12,8 @@ from peers.trainer_steps import trainer_steps
 from transformers import PrinterCallback
 
 import kvpref
-from kvpref.modeling.shared_prefix.switch import SharedPrefix
-from kvpref.modeling.support import unwrap
+from kvpref.integrations.shared_prefix.switch import SharedPrefix
+from kvpref.models.support import unwrap
 from trl_users.interface import Workload
 
 

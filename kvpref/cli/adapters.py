@@ -107,7 +107,7 @@ def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> Pr
     Raises:
         InputError: If peft is missing, a module does not exist, or the adapter could not be loaded again.
     """
-    from kvpref.modeling.value_head import VALUE_HEAD
+    from kvpref.models.value_head import VALUE_HEAD
     from kvpref.training.adapters import ALL_LINEAR, find_targets
 
     peft = _import_peft()

@@ -45,8 +45,8 @@ def _check_architecture(source: str) -> dict[str, Any]:
 
     from kvpref.cli.adapters import is_adapter, put_on, read_adapter
     from kvpref.cli.loading import load_config
-    from kvpref.modeling.attach import attach
-    from kvpref.modeling.support import check_config
+    from kvpref.models.attach import attach
+    from kvpref.models.support import check_config
 
     adapter = read_adapter(source) if is_adapter(source) else None
     settings = load_config(source if adapter is None else adapter.base_model_name_or_path)
@@ -78,7 +78,7 @@ def _check_numeric(source: str | None, config: str | None, mode: str, dtype: str
 
     from kvpref.cli.adapters import is_adapter, read_adapter
     from kvpref.cli.loading import load_model
-    from kvpref.modeling.verification import compare_with_naive
+    from kvpref.engine.verification import compare_with_naive
 
     if source is not None and is_adapter(source) and read_adapter(source).task_type == "SEQ_CLS":
         raise InputError(

@@ -24,7 +24,7 @@ from kvpref.cli.options import (
     ON_BAD_ROW,
     check_counts,
 )
-from kvpref.data.costs import Mode
+from kvpref.data.batching.costs import Mode
 from kvpref.data.dataset import OnBadRow
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kvpref.data import BatchStatistics, DataReport, DataStatistics, PreferenceDataset, StepOptions
-    from kvpref.flops import ModelShape
+    from kvpref.plan.flops import ModelShape
     from kvpref.profiling.calibration import Calibration
 
 MAX_BAD_ROWS_SHOWN = 10
@@ -117,9 +117,9 @@ def _inspect_batches(
     precision: tuple[str, bool | None],
 ) -> dict[str, Any]:
     """Print and return what micro-batches there are, and with a model how long they take."""
-    from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
     from kvpref.data import CostModel, StepPlanner, summarize_batches
-    from kvpref.data.budgets import default_budget
+    from kvpref.data.batching.budgets import default_budget
+    from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
 
     lengths = dataset.planned_lengths(DEFAULT_MIN_SHARED_TOKENS)
     if options.max_tokens_per_micro_batch is None:
@@ -154,8 +154,8 @@ def _measure(model: str, precision: tuple[str, bool | None], options: StepOption
     from rich.console import Console
 
     from kvpref.cli.loading import load_model
-    from kvpref.modeling.attach import attach
-    from kvpref.modeling.shape import model_shape
+    from kvpref.models.attach import attach
+    from kvpref.models.shape import model_shape
     from kvpref.profiling.calibration import MIN_TOKENS, calibrate
     from kvpref.profiling.precision import use_autocast
 

@@ -25,10 +25,10 @@ from kvpref.cli.sizes import parse_bytes
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
-    from kvpref.profiling.prediction_fit import VariantPlan
-    from kvpref.profiling.prediction_model import TrainingSetup
-    from kvpref.profiling.prediction_peak import Predictor
-    from kvpref.profiling.prediction_step import GroupShape, Variant
+    from kvpref.profiling.prediction.fit import VariantPlan
+    from kvpref.profiling.prediction.model import TrainingSetup
+    from kvpref.profiling.prediction.peak import Predictor
+    from kvpref.profiling.prediction.step import GroupShape, Variant
 
 _OF_DATA = "that of --data"
 _LENGTHS = ("max", "p90", "p50")
@@ -93,7 +93,7 @@ def plan(
 def _shape(
     model: str, data: str | None, tokenizer: str | None, which: str, given: tuple[int | None, int | None, int | None]
 ) -> GroupShape:
-    from kvpref.profiling.prediction_step import GroupShape
+    from kvpref.profiling.prediction.step import GroupShape
 
     found: tuple[int | None, int | None, int | None] = (None, None, None)
     if data is not None:
@@ -123,7 +123,7 @@ def _setup(
 ) -> TrainingSetup:
     import torch
 
-    from kvpref.profiling.prediction_model import TrainingSetup
+    from kvpref.profiling.prediction.model import TrainingSetup
 
     if dtype not in ("bfloat16", "float32"):
         raise InputError(f"unknown dtype {dtype!r}; choose from: float32, bfloat16")
@@ -141,7 +141,7 @@ def _setup(
 
 def _predictor(model: str, setup: TrainingSetup, num_shards: int) -> Predictor:
     from kvpref.cli.loading import load_config
-    from kvpref.profiling.prediction_peak import Predictor
+    from kvpref.profiling.prediction.peak import Predictor
 
     return Predictor(load_config(model), setup, num_shards=num_shards)
 
@@ -149,8 +149,8 @@ def _predictor(model: str, setup: TrainingSetup, num_shards: int) -> Predictor:
 def _plan_variants(
     predictor: Predictor, shape: GroupShape, budget_bytes: int, checkpoint: str, prefix_cache: str
 ) -> list[VariantPlan]:
-    from kvpref.profiling.prediction_fit import plan_variant
-    from kvpref.profiling.prediction_step import Variant
+    from kvpref.profiling.prediction.fit import plan_variant
+    from kvpref.profiling.prediction.step import Variant
 
     at_once = "none" if checkpoint == "prefix" else checkpoint  # these modes give prefixes no pass of their own
     variants: dict[str, Variant] = {

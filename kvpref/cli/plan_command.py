@@ -6,8 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpref.profiling.prediction_model import TrainingSetup
-from kvpref.profiling.prediction_step import Variant
+from kvpref.profiling.prediction.model import TrainingSetup
+from kvpref.profiling.prediction.step import Variant
 from kvpref.training.adapters import ALL_LINEAR
 
 _OPTIMIZERS: dict[str, list[str] | None] = {"adamw": [], "sgd": ["--set", "optim=sgd"], "sgd_momentum": None}

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpref.cli.plan_command import Subject, has_optimizer, train_command
-from kvpref.profiling.prediction_fit import VariantPlan
-from kvpref.profiling.prediction_model import TrainingSetup
-from kvpref.profiling.prediction_peak import PeakPrediction
-from kvpref.profiling.prediction_step import GroupShape
+from kvpref.profiling.prediction.fit import VariantPlan
+from kvpref.profiling.prediction.model import TrainingSetup
+from kvpref.profiling.prediction.peak import PeakPrediction
+from kvpref.profiling.prediction.step import GroupShape
 
 NOT_CHECKED = (
     "Not compared with a GPU: buffers inside CUDA kernels (by PyTorch's sources) and sharding (by a formula). All else "

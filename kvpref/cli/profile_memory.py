@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvpref.data import PreferenceDataset
-    from kvpref.groups import Group
     from kvpref.losses import LossFunction, PreferenceLoss
-    from kvpref.profiling.memory_report import MemoryReport
-    from kvpref.profiling.memory_step import MemoryCase
+    from kvpref.profiling.memory.report import MemoryReport
+    from kvpref.profiling.memory.step import MemoryCase
+    from kvpref.records.groups import Group
 
 DEFAULT_VARIANTS = "full,bounded,packed,padded"
 LIKELIHOOD = "likelihood"
@@ -106,7 +106,7 @@ def _parse_counts(text: str | None) -> list[int | None]:
 
 
 def _parse_variants(text: str) -> list[str]:
-    from kvpref.profiling.memory_step import VARIANTS
+    from kvpref.profiling.memory.step import VARIANTS
 
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in VARIANTS]
@@ -117,7 +117,7 @@ def _parse_variants(text: str) -> list[str]:
 
 def _make_loss(name: str) -> PreferenceLoss | LossFunction:
     from kvpref.losses import LOSSES, make_loss
-    from kvpref.profiling.memory_loss import weighted_likelihood
+    from kvpref.profiling.memory.loss import weighted_likelihood
 
     if name == LIKELIHOOD:
         return weighted_likelihood
@@ -169,7 +169,7 @@ def _cases(
 ) -> list[MemoryCase]:
     """Every variant for the first number of responses, then for the next."""
     from kvpref.cli.step_inputs import cut_micro_batches
-    from kvpref.profiling.memory_step import VARIANTS, MemoryCase
+    from kvpref.profiling.memory.step import VARIANTS, MemoryCase
 
     return [
         MemoryCase(
@@ -192,8 +192,8 @@ def _measure(
 ) -> MemoryReport:
     import torch
 
-    from kvpref.profiling.memory_profile import profile_cases
-    from kvpref.profiling.memory_report import MemoryReport
+    from kvpref.profiling.memory.profile import profile_cases
+    from kvpref.profiling.memory.report import MemoryReport
     from kvpref.profiling.provenance import Provenance
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -217,7 +217,7 @@ def _measure(
 
 def _check_pictures() -> None:
     """Before anything is measured: can the results be drawn?"""
-    from kvpref.profiling.memory_plot import require_matplotlib
+    from kvpref.profiling.memory.plot import require_matplotlib
 
     require_matplotlib()
 
@@ -225,7 +225,7 @@ def _check_pictures() -> None:
 def _show(report: MemoryReport, output: Path | None) -> None:
     from rich.console import Console
 
-    from kvpref.profiling.memory_report import breakdown_table, peaks_table, prefix_lines
+    from kvpref.profiling.memory.report import breakdown_table, peaks_table, prefix_lines
 
     console = Console()
     console.print(peaks_table(report))
@@ -236,8 +236,8 @@ def _show(report: MemoryReport, output: Path | None) -> None:
         console.print(f"{name} was not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
     if output is None or not report.profiles:
         return
-    from kvpref.profiling.memory_page import write_page
-    from kvpref.profiling.memory_plot import draw_report
+    from kvpref.profiling.memory.page import write_page
+    from kvpref.profiling.memory.plot import draw_report
 
     report.write(output / "memory.json")
     draw_report(report, output / "memory.png")

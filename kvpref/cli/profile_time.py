@@ -35,10 +35,10 @@ from kvpref.errors import RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvpref.groups import Group
+    from kvpref.engine.options import EngineOptions
     from kvpref.losses import PreferenceLoss
-    from kvpref.modeling.options import EngineOptions
-    from kvpref.profiling.time_report import TimeReport
+    from kvpref.profiling.step_time.report import TimeReport
+    from kvpref.records.groups import Group
 
 
 def time(
@@ -72,8 +72,8 @@ def time(
     if output is not None:
         check_writable(output / "time.json")
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
+    from kvpref.engine.options import EngineOptions
     from kvpref.losses import make_loss
-    from kvpref.modeling.options import EngineOptions
     from kvpref.profiling.precision import compute_dtype, use_autocast
 
     options = EngineOptions(mode=mode, schedule=schedule, max_tokens_per_chunk=max_tokens_per_chunk)
@@ -114,8 +114,8 @@ def _measure(
     import torch
 
     from kvpref.profiling.provenance import Provenance
-    from kvpref.profiling.time_report import TimeReport
-    from kvpref.profiling.time_step import TimedStep, profile_time
+    from kvpref.profiling.step_time.report import TimeReport
+    from kvpref.profiling.step_time.step import TimedStep, profile_time
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device).train()
@@ -134,7 +134,7 @@ def _measure(
 def _show(report: TimeReport, output: Path | None) -> None:
     from rich.console import Console
 
-    from kvpref.profiling.time_report import time_table
+    from kvpref.profiling.step_time.report import time_table
 
     Console().print(time_table(report))
     if output is not None:

@@ -34,8 +34,8 @@ from kvpref.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvpref.batch import Batch
     from kvpref.data import PreferenceDataset
+    from kvpref.plan.batch import Batch
 
 Row = dict[str, Any]
 _WRITERS = (".jsonl", ".parquet")
@@ -72,7 +72,7 @@ def score(
     import kvpref
     from kvpref.cli.loading import load_matching_tokenizer, load_model
     from kvpref.data import DataOptions, load_preferences
-    from kvpref.plans import MODES
+    from kvpref.plan.passes import MODES
     from kvpref.training.inputs import check_lengths
 
     if mode not in MODES:
@@ -119,9 +119,9 @@ def _score(
     from rich.progress import track
 
     import kvpref
-    from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
     from kvpref.data import StepOptions, StepPlanner
-    from kvpref.data.budgets import default_budget
+    from kvpref.data.batching.budgets import default_budget
+    from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)

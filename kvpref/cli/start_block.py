@@ -7,15 +7,15 @@ from math import ceil
 
 from torch import nn
 
-from kvpref.attention import select_backend
-from kvpref.attention.backends import choose_automatically
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.predicted_run import PredictedRun
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.sizes import size_in_words
 from kvpref.data import PreferenceDataset, StepPlanner, summarize_batches, summarize_dataset
-from kvpref.data.budgets import DEFAULT_MAX_TOKENS
+from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS
 from kvpref.losses import PreferenceLoss, registered_name
+from kvpref.ops.attention import select_backend
+from kvpref.ops.attention.backends import choose_automatically
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 from kvpref.training.checks import sample_query
 from kvpref.training.defaults import AUTO, trains_an_adapter

@@ -6,12 +6,12 @@ import sys
 from typing import TYPE_CHECKING
 
 import kvpref
-from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.cli.loading import load_matching_tokenizer, load_model
 from kvpref.data import DataOptions, PreferenceDataset, StepOptions, StepPlanner, load_preferences
-from kvpref.data.budgets import default_budget
-from kvpref.groups import Group
+from kvpref.data.batching.budgets import default_budget
 from kvpref.losses import PreferenceLoss
+from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.records.groups import Group
 from kvpref.training.inputs import check_lengths, select_groups
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.sizes import size_in_words
 from kvpref.data import DataStatistics, PreferenceDataset, summarize_dataset
-from kvpref.data.costs import COUNTS
+from kvpref.data.batching.costs import COUNTS
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
-from kvpref.modeling.support import unwrap
-from kvpref.profiling.prediction_fit import largest_fitting, num_tokens
-from kvpref.profiling.prediction_model import TrainingSetup
-from kvpref.profiling.prediction_peak import Predictor
-from kvpref.profiling.prediction_step import GroupShape, Variant
+from kvpref.models.support import unwrap
+from kvpref.profiling.prediction.fit import largest_fitting, num_tokens
+from kvpref.profiling.prediction.model import TrainingSetup
+from kvpref.profiling.prediction.peak import Predictor
+from kvpref.profiling.prediction.step import GroupShape, Variant
 from kvpref.training import PreferenceTrainingArguments
 from kvpref.training.adapters import ALL_LINEAR, is_peft
 from kvpref.training.defaults import AUTO

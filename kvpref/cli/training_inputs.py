@@ -14,7 +14,7 @@ from kvpref.cli.run_config import RunConfig
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
-from kvpref.modeling.value_head import add_value_head, holds_value_head
+from kvpref.models.value_head import add_value_head, holds_value_head
 from kvpref.training import PreferenceTrainingArguments
 
 BAD_ROWS_FILE = "bad_rows.jsonl"

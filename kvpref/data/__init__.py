@@ -3,13 +3,14 @@
 Importing this package imports neither torch nor transformers nor datasets.
 """
 
-from kvpref.data.costs import CostModel, Mode, work_of
+from kvpref.data.batching.costs import CostModel, Mode, work_of
+from kvpref.data.batching.lengths import GroupLengths, measure_group
+from kvpref.data.batching.planning import MicroBatch, StepOptions, StepPlan, StepPlanner
+from kvpref.data.batching.sampling import PlannedStep, StepSampler
+from kvpref.data.batching.sharing import Clusters, find_clusters
 from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset, load_preferences
-from kvpref.data.lengths import GroupLengths, measure_group
-from kvpref.data.planning import MicroBatch, StepOptions, StepPlan, StepPlanner
+from kvpref.data.reading.tokenization import load_tokenizer
 from kvpref.data.report import BadRow, DataReport
-from kvpref.data.sampling import PlannedStep, StepSampler
-from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.statistics import (
     BatchStatistics,
     DataStatistics,
@@ -17,7 +18,6 @@ from kvpref.data.statistics import (
     summarize_batches,
     summarize_dataset,
 )
-from kvpref.data.tokenization import load_tokenizer
 
 __all__ = [
     "BadRow",

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from kvpref.data.lengths import GroupLengths, measure_group, repeat_short_beginning
-from kvpref.data.messages import RowError
-from kvpref.data.raw_rows import RawRow
-from kvpref.data.reading import Source, read_rows, source_name
-from kvpref.data.rendering import RenderedRow, render_row
+from kvpref.data.batching.lengths import GroupLengths, measure_group, repeat_short_beginning
+from kvpref.data.batching.sharing import Clusters, find_clusters
+from kvpref.data.reading.files import Source, read_rows, source_name
+from kvpref.data.reading.messages import RowError
+from kvpref.data.reading.raw_rows import RawRow
+from kvpref.data.reading.rendering import RenderedRow, render_row
+from kvpref.data.reading.rows import PreferenceRow, parse_row
+from kvpref.data.reading.template_probes import TemplateProbes
+from kvpref.data.reading.tokenization import SequenceTokenizer, TokenizedSequence
+from kvpref.data.reading.truncation import truncate_row
 from kvpref.data.report import BadRow, DataReport, Notes
-from kvpref.data.rows import PreferenceRow, parse_row
-from kvpref.data.sharing import Clusters, find_clusters
 from kvpref.data.storage import PackedGroups
-from kvpref.data.template_probes import TemplateProbes
-from kvpref.data.tokenization import SequenceTokenizer, TokenizedSequence
-from kvpref.data.truncation import truncate_row
 from kvpref.errors import InputError
-from kvpref.groups import Group, Sequence
+from kvpref.records.groups import Group, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvpref.atomic_files import write_text
-from kvpref.data.rows import PreferenceRow
+from kvpref.data.reading.rows import PreferenceRow
 
 
 @dataclass(frozen=True)

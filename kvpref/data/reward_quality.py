@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from kvpref.groups import Group
+from kvpref.records.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)

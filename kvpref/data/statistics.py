@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import fmean
 
-from kvpref.data.costs import CostModel, Mode
-from kvpref.data.cutting import GroupCosts
+from kvpref.data.batching.costs import CostModel, Mode
+from kvpref.data.batching.cutting import GroupCosts
+from kvpref.data.batching.planning import MicroBatch, StepPlanner
 from kvpref.data.dataset import PreferenceDataset
-from kvpref.data.planning import MicroBatch, StepPlanner
-from kvpref.groups import Group
+from kvpref.records.groups import Group
 
 DATA_SAVING = "tokens of all sequences per unique token: what the sequences of a group begin with counts once"
 """What is meant by the saving of some data, whatever the steps."""

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvpref.data.digests import DIGEST_BYTES
-from kvpref.groups import Group, Sequence
-from kvpref.tree import shared_prefix_length
+from kvpref.prefix.tree import shared_prefix_length
+from kvpref.records.groups import Group, Sequence
 
 
 class PackedGroups:

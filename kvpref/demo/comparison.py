@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.batch import Batch, collate
 from kvpref.data import PreferenceDataset, StepOptions, StepPlanner
+from kvpref.engine.passes import response_logps
+from kvpref.engine.schedules import forward_backward
 from kvpref.losses import DPO
-from kvpref.modeling.passes import response_logps
-from kvpref.modeling.schedules import forward_backward
-from kvpref.outputs import ResponseLogps
+from kvpref.plan.batch import Batch, collate
 from kvpref.profiling.timing import TimingOptions, time_rounds
+from kvpref.records.outputs import ResponseLogps
 
 MODES = ("two_pass", "packed", "padded")
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvpref.batch import collate
 from kvpref.data import PreferenceDataset
 from kvpref.demo.task import Pair, check
-from kvpref.modeling.passes import response_logps
+from kvpref.engine.passes import response_logps
+from kvpref.plan.batch import collate
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

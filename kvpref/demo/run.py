@@ -22,7 +22,7 @@ from kvpref.demo.result import DemoResult, LossPoint
 from kvpref.demo.task import Pair, make_pairs, write_pairs
 from kvpref.errors import InputError
 from kvpref.losses import DPO
-from kvpref.modeling.attach import attach
+from kvpref.models.attach import attach
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 Report = Callable[[str], None]

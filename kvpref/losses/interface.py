@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from kvpref.batch import Batch, collate
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.learning_rates import REWARD_RATES, UNKNOWN_RATES, UNKNOWN_REWARD_RATES, LearningRates
-from kvpref.outputs import READS, HeadOptions, ResponseLogps, ResponseRewards
+from kvpref.plan.batch import Batch, collate
+from kvpref.records.groups import Group
+from kvpref.records.outputs import READS, HeadOptions, ResponseLogps, ResponseRewards
 
 
 class LossOutput(NamedTuple):

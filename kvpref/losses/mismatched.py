@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvpref.errors import InputError
-from kvpref.groups import Group, Sequence
 from kvpref.losses.interface import Groups
+from kvpref.records.groups import Group, Sequence
 
 MISMATCHED = "mismatched"
 """The column of flags, one per sequence of the group."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any, ClassVar
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_not_negative
 from kvpref.losses.interface import Groups, Idle, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import LearningRates, lowest
 from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.user import construct_loss, find_loss
-from kvpref.outputs import HeadOptions, ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
+from kvpref.records.outputs import HeadOptions, ResponseLogps
 
 _DEFAULTS: dict[str, dict[str, Any]] = {"sft": {"average": "response"}}
 """Settings of parts in a mixture, unless given: a mean over tokens cannot be added to one over groups."""

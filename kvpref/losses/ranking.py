@@ -12,14 +12,14 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import softplus
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_positive
 from kvpref.losses.interface import LossOutput
 from kvpref.losses.learning_rates import PREFERENCE_RATES
 from kvpref.losses.scores import ComparesScores, RatedResponses, check_not_ranks, rated_responses
-from kvpref.outputs import ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
+from kvpref.records.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from kvpref.batch import Batch
 from kvpref.losses.interface import LossOutput, PreferenceLoss, loss_name
-from kvpref.outputs import HeadOptions
+from kvpref.plan.batch import Batch
+from kvpref.records.outputs import HeadOptions
 
 
 class RecordingLoss(PreferenceLoss):

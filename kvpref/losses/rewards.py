@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, mse_loss
 
-from kvpref.batch import Batch
-from kvpref.batch_columns import column_values
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_not_negative
 from kvpref.losses.interface import LossOutput, RewardLoss
 from kvpref.losses.ranking import mean_over, pair_means, plackett_luce_losses, preference_metrics
@@ -23,7 +20,10 @@ from kvpref.losses.scores import (
     rated_responses,
     response_scores,
 )
-from kvpref.outputs import ResponseRewards
+from kvpref.plan.batch import Batch
+from kvpref.plan.columns import column_values
+from kvpref.records.groups import Group
+from kvpref.records.outputs import ResponseRewards
 
 
 @dataclass(frozen=True, kw_only=True)

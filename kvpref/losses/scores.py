@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.interface import Idle, PreferenceLoss
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
 
 T = TypeVar("T")
 

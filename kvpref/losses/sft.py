@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_positive
 from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import LIKELIHOOD_RATES
 from kvpref.losses.pairs.preferred import best_sequence
 from kvpref.losses.scores import check_not_ranks, response_scores
-from kvpref.outputs import ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
+from kvpref.records.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)

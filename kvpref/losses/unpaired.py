@@ -8,15 +8,15 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_not_negative, check_number, check_positive
 from kvpref.losses.interface import Groups, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import GOOD_OR_BAD_RATES
 from kvpref.losses.mismatched import add_mismatched, mismatched_flags
 from kvpref.losses.scores import check_not_ranks
-from kvpref.outputs import ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
+from kvpref.records.outputs import ResponseLogps
 
 
 class Places(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpref.attention.backends import choose_automatically
+from kvpref.ops.attention.backends import choose_automatically
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HEAD_DIM = 128

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpref.attention import AttentionParams, VarlenBlock, get_backend
-from kvpref.attention.backends import backend_names
-from kvpref.layout import VarlenLayout
+from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
+from kvpref.ops.attention.backends import backend_names
+from kvpref.prefix.levels import VarlenLayout
 from kvpref.profiling.automatic import NO_MEMORY
 
 REFERENCE = "reference"

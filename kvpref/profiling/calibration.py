@@ -17,17 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.batch import Batch, collate
 from kvpref.data import CostModel
+from kvpref.engine.schedules import forward_backward
 from kvpref.errors import InputError
-from kvpref.flops import Work, count_work
-from kvpref.groups import Group
-from kvpref.groups import Sequence as TokenSequence
 from kvpref.losses import LossOutput
-from kvpref.modeling.schedules import forward_backward
-from kvpref.modeling.support import unwrap
-from kvpref.outputs import ResponseLogps
+from kvpref.models.support import unwrap
+from kvpref.plan.batch import Batch, collate
+from kvpref.plan.flops import Work, count_work
 from kvpref.profiling.timing import TimingOptions, time_rounds
+from kvpref.records.groups import Group
+from kvpref.records.groups import Sequence as TokenSequence
+from kvpref.records.outputs import ResponseLogps
 
 MIN_TOKENS = 256
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from kvpref.attention.backends import torch_flash
-from kvpref.attention.backends.flash_attn import FlashAttn4
+from kvpref.ops.attention.backends import torch_flash
+from kvpref.ops.attention.backends.flash_attn import FlashAttn4
 
 _FORWARD = "_flash_attn_fwd"
 

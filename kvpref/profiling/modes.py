@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses import LossFunction, PreferenceLoss
-from kvpref.modeling.shape import model_shape
+from kvpref.models.shape import model_shape
 from kvpref.profiling.comparison import Case, CaseResult, compare
 from kvpref.profiling.precision import compute_dtype
 from kvpref.profiling.steps import BASELINE_MODE, StepOutcome, TrainStep, make_micro_batches
 from kvpref.profiling.timing import TimingOptions
+from kvpref.records.groups import Group
 
 Cut = Sequence[Sequence[Group]]
 """The groups of each micro-batch of a step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kvpref.modeling.precision import device_has_bf16
+from kvpref.models.precision import device_has_bf16
 
 _UNCAST = "_original_forward"
 """Where accelerate keeps the forward that it wraps."""

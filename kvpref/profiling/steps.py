@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.batch import Batch, collate
-from kvpref.flops import Work, count_work, total_work
-from kvpref.groups import Group
+from kvpref.engine.passes import reads_of, response_logps
+from kvpref.engine.schedules import forward_backward
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.losses.recording import RecordingLoss
-from kvpref.modeling.passes import reads_of, response_logps
-from kvpref.modeling.schedules import forward_backward
-from kvpref.outputs import HeadOptions, ResponseLogps, ResponseRewards
+from kvpref.plan.batch import Batch, collate
+from kvpref.plan.flops import Work, count_work, total_work
+from kvpref.records.groups import Group
+from kvpref.records.outputs import HeadOptions, ResponseLogps, ResponseRewards
 
 BASELINE_MODE = "packed"
 """What modes are compared with: the same kernels and no padding, every prompt repeated."""

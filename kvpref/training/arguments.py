@@ -11,14 +11,14 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils.import_utils import is_torch_xla_available
 
-from kvpref.batch import DEFAULT_MIN_SHARED_TOKENS
-from kvpref.data.budgets import DEFAULT_MAX_TOKENS
+from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS
+from kvpref.engine.options import PREFIX_CACHES, SCHEDULES, EngineOptions
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, make_loss
-from kvpref.modeling.checkpointing import CHECKPOINTS
-from kvpref.modeling.options import PREFIX_CACHES, SCHEDULES, EngineOptions
-from kvpref.modeling.precision import device_has_bf16
-from kvpref.plans import MODES
+from kvpref.models.checkpointing import CHECKPOINTS
+from kvpref.models.precision import device_has_bf16
+from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.plan.passes import MODES
 from kvpref.ranks import check_all_joined, check_start
 from kvpref.training.argument_checks import check_arguments, check_sharding
 from kvpref.training.defaults import AUTO, check_token_budget

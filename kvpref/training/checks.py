@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from kvpref.attention import select_backend
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name, registered_name
-from kvpref.modeling.head import is_reward_model
-from kvpref.modeling.shape import model_shape
-from kvpref.modeling.support import unwrap
+from kvpref.models.head import is_reward_model
+from kvpref.models.shape import model_shape
+from kvpref.models.support import unwrap
+from kvpref.ops.attention import select_backend
 from kvpref.training.arguments import PreferenceTrainingArguments, check_processes
 from kvpref.training.evaluation import check_best_metric, check_evaluation
 from kvpref.training.inputs import check_lengths

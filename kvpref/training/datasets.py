@@ -9,8 +9,8 @@ from typing import Any
 
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses import PreferenceLoss
+from kvpref.records.groups import Group
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import select_groups
 

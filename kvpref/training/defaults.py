@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from kvpref.data.budgets import default_budget
+from kvpref.data.batching.budgets import default_budget
 from kvpref.errors import InputError
 from kvpref.training.adapters import is_peft, trains_adapter_only
 

@@ -8,11 +8,11 @@ from itertools import islice
 import torch
 from transformers.trainer_utils import IntervalStrategy
 
-from kvpref.batch import Batch, collate
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, registered_name
-from kvpref.outputs import ResponseLogps, ResponseRewards
+from kvpref.plan.batch import Batch, collate
+from kvpref.records.outputs import ResponseLogps, ResponseRewards
 from kvpref.training.arguments import PreferenceTrainingArguments
 
 _GROUPS_PER_TRY = 32

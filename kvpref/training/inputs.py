@@ -12,16 +12,16 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from kvpref.batch import Batch, collate
 from kvpref.data import CostModel, MicroBatch, PlannedStep, PreferenceDataset, StepOptions, StepPlanner, StepSampler
+from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses import PreferenceLoss
-from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.shape import model_shape
-from kvpref.modeling.support import unwrap
-from kvpref.plans import Reads
-from kvpref.step import Step, join_batches
+from kvpref.models.shape import model_shape
+from kvpref.models.support import unwrap
+from kvpref.plan.batch import Batch, collate
+from kvpref.plan.passes import Reads
+from kvpref.plan.step import Step, join_batches
+from kvpref.records.groups import Group
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.defaults import token_budget
 from kvpref.training.prefetch import Prefetcher
@@ -198,7 +198,7 @@ def make_loader(
         groups: What is trained on.
         planner: Of its steps.
         args: Mode, sharing and workers.
-        reads: As in `StepDataset`; for a loss's, see `kvpref.modeling.passes.reads_of`.
+        reads: As in `StepDataset`; for a loss's, see `kvpref.engine.passes.reads_of`.
         loss: As in `StepDataset`; left out of data workers that it cannot reach, and then makes its tensors itself.
     """
     if loss is not None and args.dataloader_num_workers > 0 and not _reaches_workers(loss):

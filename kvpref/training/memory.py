@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from kvpref.modeling.options import EngineOptions
-from kvpref.regions import observe_marks
+from kvpref.engine.options import EngineOptions
+from kvpref.tracing import observe_marks
 
 _CPU_OUT_OF_MEMORY = "can't allocate memory"
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from kvpref.batch import Batch
+from kvpref.plan.batch import Batch
 
 
 class MetricMeter:

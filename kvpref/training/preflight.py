@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from kvpref.errors import InputError, RunError
-from kvpref.modeling.support import unwrap
+from kvpref.models.support import unwrap
 from kvpref.training.generation_config import savable_generation_config
 from kvpref.training.saving import saving
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kvpref.errors import RunError
-from kvpref.modeling.support import unwrap
+from kvpref.models.support import unwrap
 from kvpref.training.constructors import ConstructedTrainer
 from kvpref.training.generation_config import savable_generation_config
 

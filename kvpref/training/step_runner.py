@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from kvpref.batch import Batch
+from kvpref.engine.options import EngineOptions
+from kvpref.engine.schedules import forward_backward, forward_backward_step
 from kvpref.errors import RunError
 from kvpref.losses import LossOutput, PreferenceLoss
 from kvpref.losses.recording import RecordingLoss
-from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.schedules import forward_backward, forward_backward_step
-from kvpref.outputs import ResponseLogps, ResponseRewards
-from kvpref.step import Step
+from kvpref.plan.batch import Batch
+from kvpref.plan.step import Step
+from kvpref.records.outputs import ResponseLogps, ResponseRewards
 from kvpref.training.inputs import MicroBatchInputs, StepInputs, join_micro_batches
 from kvpref.training.memory import advice, is_out_of_memory
 from kvpref.training.units import Weight, weighted

@@ -12,15 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset, StepSampler
+from kvpref.engine.passes import reads_of
+from kvpref.engine.schedules import score
 from kvpref.errors import InputError, RunError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
-from kvpref.modeling.attach import attach
-from kvpref.modeling.compilation import compile_layers
-from kvpref.modeling.passes import reads_of
-from kvpref.modeling.schedules import score
-from kvpref.outputs import ResponseLogps
+from kvpref.models.attach import attach
+from kvpref.models.compilation import compile_layers
+from kvpref.plan.batch import Batch
+from kvpref.records.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.callbacks import (
     EpochCallback,

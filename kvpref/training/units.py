@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
-from kvpref.transfers import to_device
+from kvpref.records.host_copies import to_device
 
 Weight = float | torch.Tensor
 """A number, or with several ranks a () float64 tensor on the device, which the host does not wait for."""

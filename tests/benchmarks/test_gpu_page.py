@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvpref.attention.backends import backend_names
+from kvpref.ops.attention.backends import backend_names
 
 ROOT = Path(__file__).resolve().parents[2]
 

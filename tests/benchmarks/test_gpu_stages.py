@@ -95,7 +95,7 @@ def test_a_harmed_canary_or_pair_fails_the_row(stage: Any, monkeypatch: pytest.M
 def test_a_wrong_kernel_fails_its_row(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import options
 
-    from kvpref.attention.backends.cpu_flash import CpuFlash
+    from kvpref.ops.attention.backends.cpu_flash import CpuFlash
 
     kernels = stage("stage_kernels")
     dry = options.SweepOptions(device=torch.device("cpu"), gpu_rows=True, dry_run=True)

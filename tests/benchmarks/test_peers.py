@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import kvpref
-from kvpref.data.tokenization import load_tokenizer
-from kvpref.flops import Flops, count_work
+from kvpref.data.reading.tokenization import load_tokenizer
+from kvpref.plan.flops import Flops, count_work
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # benchmarks are scripts, not part of the package

@@ -8,8 +8,8 @@ import pytest
 from group_lengths import random_pairs
 
 from kvpref.data import CostModel, PreferenceDataset, StepOptions, StepPlanner
-from kvpref.data.cutting import GroupCosts
-from kvpref.groups import Group, Sequence
+from kvpref.data.batching.cutting import GroupCosts
+from kvpref.records.groups import Group, Sequence
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODES = ("two_pass", "packed", "padded")

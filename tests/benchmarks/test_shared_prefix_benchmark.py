@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvpref.modeling.shared_prefix.padded_plans import SharingWorth
+from kvpref.integrations.shared_prefix.padded_plans import SharingWorth
 from kvpref.profiling.timing import TimingOptions
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -11,9 +11,9 @@ import torch
 from command_line import Run
 from typer.testing import CliRunner
 
-from kvpref.attention import get_backend
-from kvpref.attention.backends.cpu_flash import CpuFlash
 from kvpref.cli.app import app
+from kvpref.ops.attention import get_backend
+from kvpref.ops.attention.backends.cpu_flash import CpuFlash
 from kvpref.profiling import automatic, environment
 from kvpref.profiling.automatic import DeviceChoice
 from kvpref.profiling.backend_probe import BackendProbe, probe_backends

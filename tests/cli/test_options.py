@@ -14,9 +14,9 @@ from kvpref.cli.app import app
 from kvpref.cli.given_settings import option_name
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.training_settings import with_defaults
-from kvpref.data.budgets import DEFAULT_MAX_TOKENS, default_budget
-from kvpref.data.lengths import measure_group
-from kvpref.groups import Group, Sequence
+from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS, default_budget
+from kvpref.data.batching.lengths import measure_group
+from kvpref.records.groups import Group, Sequence
 from kvpref.training import PreferenceTrainingArguments
 
 OWN_DEFAULTS = {

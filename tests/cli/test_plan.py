@@ -12,7 +12,7 @@ import pytest
 from command_line import environment
 from command_line_in_process import fail
 
-from kvpref.plans import MODES
+from kvpref.plan.passes import MODES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LENGTHS = ("--prompt-tokens", 4096, "--response-tokens", 512, "--num-responses", 16)
@@ -98,9 +98,9 @@ def small(tmp_path: Path) -> Path:
 
 def test_packed_grows_with_the_responses_and_bounded_hardly(tmp_path: Path) -> None:
     from kvpref.cli.loading import load_config
-    from kvpref.profiling.prediction_model import TrainingSetup
-    from kvpref.profiling.prediction_peak import Predictor
-    from kvpref.profiling.prediction_step import GroupShape, Variant
+    from kvpref.profiling.prediction.model import TrainingSetup
+    from kvpref.profiling.prediction.peak import Predictor
+    from kvpref.profiling.prediction.step import GroupShape, Variant
 
     predictor = Predictor(load_config(str(small(tmp_path))), TrainingSetup())
 

@@ -18,10 +18,10 @@ from kvpref.cli.plan_report import PlanReport
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.setting_types import read_types
 from kvpref.cli.training_settings import with_defaults
-from kvpref.profiling.prediction_fit import VariantPlan
-from kvpref.profiling.prediction_model import TrainingSetup
-from kvpref.profiling.prediction_peak import PeakPrediction
-from kvpref.profiling.prediction_step import Variant
+from kvpref.profiling.prediction.fit import VariantPlan
+from kvpref.profiling.prediction.model import TrainingSetup
+from kvpref.profiling.prediction.peak import PeakPrediction
+from kvpref.profiling.prediction.step import Variant
 
 SETUPS: dict[str, tuple[str, ...]] = {
     "weights": (),
@@ -81,7 +81,7 @@ def test_the_commands_train_what_was_planned(
     reports: list[PlanReport] = []
     monkeypatch.setattr(PlanReport, "show", lambda self, title: reports.append(self))
     monkeypatch.setattr("kvpref.cli.plan._lengths_of", lambda *names: (40, 8, 2))
-    monkeypatch.setattr("kvpref.profiling.prediction_fit.plan_variant", made_up_plan)
+    monkeypatch.setattr("kvpref.profiling.prediction.fit.plan_variant", made_up_plan)
     lengths = () if "--data" in arguments else ("--prompt-tokens", 40, "--response-tokens", 8, "--num-responses", 2)
     config = tmp_path / "config.json"
     config.write_text((Path(__file__).parent.parent / "configs" / "llama_3_1_8b.json").read_text())

@@ -11,7 +11,7 @@ import torch
 
 from kvpref import Group, InputError, RunError, Sequence
 from kvpref.cli.profile_memory import memory, take_responses
-from kvpref.profiling.memory_step import ProfiledStep
+from kvpref.profiling.memory.step import ProfiledStep
 
 VARIANTS = ["full", "bounded", "packed", "padded"]
 

@@ -25,7 +25,7 @@ from kvpref.data import (
 )
 from kvpref.data import dataset as dataset_module
 from kvpref.errors import InputError, RunError
-from kvpref.groups import Group, Sequence
+from kvpref.records.groups import Group, Sequence
 
 SKIP = DataOptions(on_bad_row="skip")
 PAIR = {"prompt": "hello", "chosen": " world", "rejected": " fox"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvpref.data.reward_quality import known_scores, measure_rewards
-from kvpref.groups import Group, Sequence
+from kvpref.records.groups import Group, Sequence
 
 SEQUENCES = [Sequence([1, 2], [False, True])] * 3
 

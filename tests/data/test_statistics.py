@@ -15,7 +15,7 @@ from kvpref.cli import data as data_command
 from kvpref.data import CostModel, PreferenceDataset, StepOptions, StepPlanner, summarize_batches, summarize_dataset
 from kvpref.data.statistics import DATA_SAVING, TOKEN_SAVING, LengthSummary, summarize
 from kvpref.errors import InputError
-from kvpref.groups import Group, Sequence
+from kvpref.records.groups import Group, Sequence
 
 
 def make_group(prompt: int, *responses: int) -> Group:

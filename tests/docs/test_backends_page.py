@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markdown_pages import DOCS, names_in, section, tables
 
-from kvpref.attention.backends import backend_names
+from kvpref.ops.attention.backends import backend_names
 
 PAGE = DOCS / "backends.md"
 

@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-from kvpref.data.columns import ROW_FIELDS
-from kvpref.data.reading import _READERS
-from kvpref.data.rows import parse_row
+from kvpref.data.reading.columns import ROW_FIELDS
+from kvpref.data.reading.files import _READERS
+from kvpref.data.reading.rows import parse_row
 from kvpref.data.statistics import DATA_SAVING, TOKEN_SAVING
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()

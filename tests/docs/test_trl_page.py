@@ -10,7 +10,7 @@ import pytest
 from markdown_pages import DOCS, ROOT, names_in, section, tables
 
 import kvpref
-from kvpref.modeling.families import FAMILIES, REFUSED
+from kvpref.models.families import FAMILIES, REFUSED
 
 PAGE = DOCS / "trl.md"
 

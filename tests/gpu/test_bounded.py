@@ -14,13 +14,13 @@ from tiny_models import tiny_model
 
 import kvpref
 from kvpref import Group, Sequence
-from kvpref.modeling import transfers
-from kvpref.modeling.device_buffers import NUM_BUFFERS
-from kvpref.modeling.host_cache import HostPrefixes
-from kvpref.modeling.lanes import Lane, lanes_of
-from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.schedules import forward_backward_step
-from kvpref.step import join_batches
+from kvpref.engine.options import EngineOptions
+from kvpref.engine.schedules import forward_backward_step
+from kvpref.plan.step import join_batches
+from kvpref.state import transfers
+from kvpref.state.device_buffers import NUM_BUFFERS
+from kvpref.state.host_cache import HostPrefixes
+from kvpref.state.lanes import Lane, lanes_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ from sample_groups import five_levels, pairs
 from tiny_models import tiny_model
 
 import kvpref
-from kvpref.attention import calls, get_backend, select_backend
-from kvpref.attention.spreading import spread_keys_below
+from kvpref.ops.attention import calls, get_backend, select_backend
+from kvpref.ops.attention.spreading import spread_keys_below
 
 pytestmark = [
     pytest.mark.gpu,

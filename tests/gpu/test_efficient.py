@@ -6,7 +6,7 @@ import cuda_attention
 import pytest
 import torch
 
-from kvpref.attention import get_backend
+from kvpref.ops.attention import get_backend
 
 pytestmark = [
     pytest.mark.gpu,

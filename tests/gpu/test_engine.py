@@ -12,7 +12,7 @@ from sample_groups import five_levels, pairs, tokens
 from tiny_models import tiny_model
 
 import kvpref
-from kvpref.attention import merge
+from kvpref.ops.attention import merge
 
 pytestmark = [
     pytest.mark.gpu,

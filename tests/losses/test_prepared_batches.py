@@ -178,7 +178,7 @@ def test_each_thing_is_made_once() -> None:
     made, count = batch.tensors(lengths, "a")
     assert (made.tolist(), count) == ([2, 2, 2], 3)
     assert batch.tensors(lengths, "a")[0] is made
-    assert batch.reading(kvpref.plans.Reads(kind="ends")).tensors(lengths, "a")[0] is made
+    assert batch.reading(kvpref.plan.passes.Reads(kind="ends")).tensors(lengths, "a")[0] is made
     assert batch.to("meta").tensors(lengths, "a")[0].device.type == "meta"
     assert calls == [("a",)]
     batch.tensors(lengths, "b")

@@ -12,7 +12,7 @@ from scored_groups import Scores, assert_same_output, group_slices, mean_over_un
 
 import kvpref
 from kvpref.losses import PreferenceLoss, make_loss
-from kvpref.outputs import ResponseRewards
+from kvpref.records.outputs import ResponseRewards
 
 # float64 scalars
 TOLERANCE = 1e-12

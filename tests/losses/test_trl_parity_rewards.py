@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification  # noqa: E402
 
 import kvpref  # noqa: E402
 from kvpref.losses import make_loss  # noqa: E402
-from kvpref.outputs import ResponseRewards  # noqa: E402
+from kvpref.records.outputs import ResponseRewards  # noqa: E402
 
 # float32 losses of order one
 TOLERANCE = 1e-6

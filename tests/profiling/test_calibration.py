@@ -12,8 +12,8 @@ from tiny_models import tiny_model
 
 from kvpref.data import CostModel
 from kvpref.errors import InputError
-from kvpref.flops import Work, count_work
-from kvpref.modeling.attach import attach
+from kvpref.models.attach import attach
+from kvpref.plan.flops import Work, count_work
 from kvpref.profiling.calibration import (
     Measurement,
     _make_batch,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpref.attention.backends.optional_package import OptionalPackage
+from kvpref.ops.attention.backends.optional_package import OptionalPackage
 from kvpref.profiling.flash_activation import activation_warnings, values_returned, values_taken
 
 

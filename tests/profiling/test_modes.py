@@ -11,8 +11,8 @@ from tiny_models import tiny_model
 
 import kvpref
 from kvpref import Group, LossOutput
-from kvpref.flops import Work
 from kvpref.losses import DPO, SFT
+from kvpref.plan.flops import Work
 from kvpref.profiling import steps
 from kvpref.profiling.modes import Cut, compare_modes, find_differences, step_case
 from kvpref.profiling.steps import StepOutcome, TrainStep, make_micro_batches

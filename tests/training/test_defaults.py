@@ -15,9 +15,9 @@ from preference_runs import make_args, make_groups, make_model
 from tiny_models import tiny_reward_model
 
 import kvpref
-from kvpref.data import budgets
+from kvpref.data.batching import budgets
 from kvpref.losses import LOSSES
-from kvpref.modeling.precision import device_has_bf16
+from kvpref.models.precision import device_has_bf16
 from kvpref.training.defaults import token_budget
 
 SETTINGS: dict[str, dict[str, Any]] = {"mixture": {"weights": {"sft": 1.0, "dpo": 1.0}, "settings": {}}}

@@ -10,7 +10,7 @@ from preference_runs import make_groups, make_model, reference_free_loss, split_
 from two_processes import run_two_processes
 
 import kvpref
-from kvpref.step import join_batches
+from kvpref.plan.step import join_batches
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 # float64 throughout: only the order of sums differs.

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
+from kvpref.engine.passes import response_logps, response_rewards
 from kvpref.errors import InputError
 from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
-from kvpref.modeling.attach import Program, attach
-from kvpref.modeling.head import output_head
-from kvpref.modeling.passes import response_logps, response_rewards
-from kvpref.outputs import HeadOptions, ResponseLogps
+from kvpref.models.attach import Program, attach
+from kvpref.models.head import output_head
+from kvpref.records.outputs import HeadOptions, ResponseLogps
 
 _ADD_HEAD = "add_fused_lm_head"
 _REWARD_FLAG = "kvpref_rewards"

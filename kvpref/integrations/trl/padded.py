@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpref.batch import Batch, collate
 from kvpref.errors import InputError
-from kvpref.groups import Group, Sequence
+from kvpref.plan.batch import Batch, collate
+from kvpref.records.groups import Group, Sequence
 
 IGNORED_LABEL = -100
 

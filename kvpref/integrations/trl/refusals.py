@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 
 from kvpref.errors import InputError
 from kvpref.integrations.trl.setup import Setup
-from kvpref.modeling.support import check_config
+from kvpref.models.support import check_config
 
 _ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
 _GRPO = frozenset({"GRPOTrainer"})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpref.integrations.trl.setup import Setup
-from kvpref.modeling.interface import ATTENTION_NAME
+from kvpref.models.attention import ATTENTION_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from kvpref.modeling.support import is_custom_code
+from kvpref.models.support import is_custom_code
 
 # What decides which file a model's configuration is read from.
 _LOADING = ("revision", "subfolder", "token", "cache_dir", "local_files_only")

@@ -17,8 +17,8 @@ from kvpref.integrations.trl.forwards import add_shared_prompt_rewards, asking_f
 from kvpref.integrations.trl.refusals import refuse_unsupported
 from kvpref.integrations.trl.replacements import without_replaced
 from kvpref.integrations.trl.setup import Setup
-from kvpref.modeling.support import unwrap
-from kvpref.plans import MODES
+from kvpref.models.support import unwrap
+from kvpref.plan.passes import MODES
 from kvpref.training.arguments import check_processes
 
 

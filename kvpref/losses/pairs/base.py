@@ -7,15 +7,15 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_number, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import PREFERENCE_RATES
 from kvpref.losses.pairs.f_divergences import DIVERGENCES
 from kvpref.losses.pairs.preferred import pair_indices, pair_metrics, preferred_of_pair
-from kvpref.outputs import HeadOptions, ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
+from kvpref.records.outputs import HeadOptions, ResponseLogps
 
 
 class PairLogps(NamedTuple):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
 
 
 def pair_indices(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import logsigmoid, relu
 
-from kvpref.batch import Batch
-from kvpref.groups import Group
 from kvpref.losses.checks import check_between, check_choice, check_not_negative, check_number, check_positive
 from kvpref.losses.interface import LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import CPO_RATES, ORPO_RATES, SIMPO_RATES
 from kvpref.losses.pairs.dpo import smoothed_logistic
 from kvpref.losses.pairs.preferred import pair_indices, pair_metrics, preferred_of_pair
-from kvpref.outputs import ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
+from kvpref.records.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvpref.batch import Batch
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_choice, check_not_negative, check_number
 from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import POLICY_GRADIENT_RATES
 from kvpref.losses.policy_gradient.advantages import SCALES, group_advantages, score_deviations
 from kvpref.losses.policy_gradient.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
 from kvpref.losses.scores import EQUAL_SCORES, has_preference, rated_indices, rated_responses
-from kvpref.outputs import HeadOptions, ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.groups import Group
+from kvpref.records.outputs import HeadOptions, ResponseLogps
 
 ZERO_ADVANTAGES = Idle("all advantages are 0", "give responses whose advantages differ from 0")
 

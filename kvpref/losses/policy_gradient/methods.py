@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from kvpref.errors import InputError
-from kvpref.groups import Group
 from kvpref.losses.checks import check_not_negative, check_positive
 from kvpref.losses.policy_gradient.base import PolicyGradient
 from kvpref.losses.scores import has_preference
-from kvpref.outputs import ResponseLogps
+from kvpref.records.groups import Group
+from kvpref.records.outputs import ResponseLogps
 
 
 @dataclass(frozen=True, kw_only=True)

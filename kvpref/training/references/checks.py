@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name
-from kvpref.modeling.support import unwrap
+from kvpref.models.support import unwrap
 from kvpref.training.adapters import check_adapters, is_peft, trains_adapter_only
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import check_lengths

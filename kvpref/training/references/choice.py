@@ -11,12 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset
+from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
-from kvpref.modeling.options import EngineOptions
-from kvpref.outputs import ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.outputs import ResponseLogps
 from kvpref.training.adapters import adapter_is_fresh, is_peft, trains_adapter_only
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvpref.errors import InputError
-from kvpref.modeling.attach import attach
-from kvpref.modeling.compilation import compile_layers, is_compiled
-from kvpref.modeling.head import is_reward_model
-from kvpref.modeling.support import unwrap
+from kvpref.models.attach import attach
+from kvpref.models.compilation import compile_layers, is_compiled
+from kvpref.models.head import is_reward_model
+from kvpref.models.support import unwrap
 
 
 def load_reference_model(given: nn.Module | str, policy: nn.Module, device: torch.device) -> nn.Module:

@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from kvpref.batch import Batch
+from kvpref.engine.options import EngineOptions
+from kvpref.engine.schedules import score
 from kvpref.errors import InputError
-from kvpref.modeling.options import EngineOptions
-from kvpref.modeling.schedules import score
-from kvpref.modeling.support import unwrap
-from kvpref.outputs import HeadOptions, ResponseLogps
+from kvpref.models.support import unwrap
+from kvpref.plan.batch import Batch
+from kvpref.records.outputs import HeadOptions, ResponseLogps
 from kvpref.training.adapters import adapter_off, is_adapter_weight, trainable_weights
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs

@@ -13,15 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from kvpref.batch import Batch
 from kvpref.data import PreferenceDataset
 from kvpref.data.digests import describe_difference
 from kvpref.errors import InputError, RunError
-from kvpref.outputs import ResponseLogps
+from kvpref.plan.batch import Batch
+from kvpref.records.host_copies import to_device
+from kvpref.records.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
 from kvpref.training.references.models import ModelReference
-from kvpref.transfers import to_device
 
 
 class StoredReference:

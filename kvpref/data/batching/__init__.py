@@ -1,0 +1,1 @@
+"""Which groups go into which micro-batch."""

@@ -1,0 +1,16 @@
+"""The token budget of a micro-batch where none is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvpref.data.batching.costs import COUNTS
+from kvpref.data.batching.lengths import GroupLengths
+
+DEFAULT_MAX_TOKENS = 8192
+"""Tokens that fill most devices; more make a step no faster, and need more memory."""
+
+
+def default_budget(lengths: Iterable[GroupLengths], mode: str) -> int:
+    """`DEFAULT_MAX_TOKENS`, or what the largest group takes in `mode` where that is more."""
+    return max(DEFAULT_MAX_TOKENS, *(COUNTS[mode](group)[0] for group in lengths), 0)

@@ -1,0 +1,106 @@
+"""What a micro-batch computes in each mode, and what that costs.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvpref.data.batching.lengths import GroupLengths
+from kvpref.errors import InputError
+
+if TYPE_CHECKING:
+    from kvpref.plan.flops import ModelShape, Work
+
+Mode = Literal["two_pass", "one_pass", "packed", "padded"]
+
+Counts = tuple[int, int, int]
+"""Tokens that run through the layers, attention pairs, and scored rows: the fields of `kvpref.plan.flops.Work`."""
+
+
+def _shared(lengths: GroupLengths) -> Counts:
+    return lengths.unique_tokens, lengths.unique_pairs, lengths.unique_scored
+
+
+def _unshared(lengths: GroupLengths) -> Counts:
+    return lengths.total_tokens, lengths.total_pairs, lengths.total_scored
+
+
+def _padded(lengths: GroupLengths) -> Counts:
+    width = lengths.max_sequence_tokens
+    slots = lengths.num_sequences * width
+    return slots, slots * width, lengths.total_scored
+
+
+COUNTS: dict[str, Callable[[GroupLengths], Counts]] = {
+    "two_pass": _shared,
+    "one_pass": _shared,
+    "packed": _unshared,
+    "padded": _padded,
+}
+"""What the model computes for a micro-batch, per mode, given the micro-batch's lengths taken together."""
+
+
+SHARING_MODES = frozenset(mode for mode, counts in COUNTS.items() if counts is _shared)
+"""The modes that encode a shared beginning once, also one that several groups of a micro-batch share."""
+
+
+def work_of(lengths: GroupLengths, mode: Mode) -> Work:
+    """What one forward and backward over groups of these lengths computes in `mode`, padding included."""
+    from kvpref.plan.flops import Work  # imports torch, which planning does not need
+
+    return Work(*COUNTS[mode](lengths))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """The cost of a micro-batch's forward and backward: a weighted sum of its counts.
+
+    The default counts tokens, which is what is known without a model.
+
+    Raises:
+        InputError: If a weight is negative or not finite, or all are zero.
+    """
+
+    per_token: float = 1.0
+    """Cost of one token that runs through the layers, a padding token included."""
+
+    per_pair: float = 0.0
+    """Cost of one query-key pair of attention, over all heads and layers."""
+
+    per_scored: float = 0.0
+    """Cost of one row that the LM head turns into a log-prob."""
+
+    per_micro_batch: float = 0.0
+    """Cost that every micro-batch has, whatever is in it."""
+
+    unit: str = "tokens"
+    """What costs are counted in: ``tokens``, ``FLOPs`` or ``seconds``."""
+
+    def __post_init__(self) -> None:
+        weights = (self.per_token, self.per_pair, self.per_scored, self.per_micro_batch)
+        if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+            raise InputError(f"the weights of a cost model must be finite, at least 0 and not all 0; got {weights}")
+
+    @classmethod
+    def from_shape(cls, shape: ModelShape) -> CostModel:
+        """Costs in FLOPs; see `ModelShape.flops`. They compare micro-batches, but do not say how long one takes."""
+        from kvpref.plan.flops import Work  # loaded already: `shape` comes from there
+
+        per_token, per_pair, per_scored = (
+            float(shape.flops(Work(*counts)).total) for counts in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+        )
+        return cls(per_token=per_token, per_pair=per_pair, per_scored=per_scored, unit="FLOPs")
+
+    def cost(self, counts: Counts) -> float:
+        """Cost of one micro-batch, in `unit`; takes a `kvpref.plan.flops.Work` too."""
+        num_tokens, num_pairs, num_scored = counts
+        return (
+            self.per_token * num_tokens
+            + self.per_pair * num_pairs
+            + self.per_scored * num_scored
+            + self.per_micro_batch
+        )

@@ -1,0 +1,1 @@
+"""From files and chat messages to groups of tokens."""

@@ -1,0 +1,220 @@
+"""Where the assistant's turns of a response stand in what a chat template wrote.
+
+The template is the only one who knows, so it is asked: by the generation prompt, by the beginning of a conversation
+without the turn, and by marker texts in the place of the turn's content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvpref.data.batching.lengths import num_shared
+from kvpref.data.reading.lost_parts import parts_of
+from kvpref.data.reading.messages import REASONING_FIELDS, Message, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+
+Messages = tuple[Message, ...]
+
+# What two texts have in common before and after them ends exactly where the content begins and begins where it ends.
+MARKERS = ("alpha", "omega!")
+NUM_QUOTED_CHARS = 24
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: Whose template it is.
+        settings: Further keyword arguments of every call, such as ``tools``.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The text of some messages.
+
+        Raises:
+            RowError: If the template refuses them.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self.settings
+            )
+        except Exception as error:  # a template is a program: besides jinja's own errors it can raise anything
+            raise RowError(f"the chat template refuses the messages ({error})") from error
+        return str(text)
+
+    def sources(self) -> tuple[str, ...]:
+        """The program itself; several where the tokenizer has several templates."""
+        template = self.tokenizer.chat_template
+        return tuple(map(str, template.values() if isinstance(template, dict) else (template,)))
+
+    def special_tokens(self) -> set[str]:
+        """The tokens that end turns, among others."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return added | set(self.tokenizer.all_special_tokens)
+
+
+def find_spans(
+    template: ChatTemplate, prompt: Messages, responses: AbstractSequence[Messages], names: AbstractSequence[str]
+) -> tuple[tuple[str, ...], tuple[tuple[Span, ...], ...]]:
+    """Write out the conversations of one row, and find the assistant's turns of the responses in them.
+
+    Args:
+        template: Writes the messages.
+        prompt: What the responses have in common, not empty.
+        responses: The turns of each response; the first is the assistant's.
+        names: What errors call the responses.
+
+    Returns:
+        One text per response, and its spans: one per assistant turn, each from the first character after what the
+        template writes to ask for the turn. The first begins at the same character in all texts.
+
+    Raises:
+        RowError: If the template refuses messages, writes nothing for a turn, or writes what is before the turn
+            differently once the turn follows.
+    """
+    texts = tuple(template.write((*prompt, *response)) for response in responses)
+    first_start = _find_start(template, prompt, responses, texts, "the answer")
+    spans = []
+    for response, text, name in zip(responses, texts, names, strict=True):
+        found: list[Span] = []
+        for index, turn in enumerate(response):
+            if turn["role"] != "assistant":
+                continue
+            before, after = (*prompt, *response[:index]), response[index + 1 :]
+            place = f"turn {index + 1} of {name}"
+            start = _find_start(template, before, (response[index:],), (text,), place) if index else first_start
+            end = _find_end(template, before, turn, after, text, place) if after else len(text)
+            if start >= end or (found and start < found[-1][1]):
+                raise RowError(f"a response is empty: the chat template writes nothing for it ({place})")
+            found.append((start, end))
+        spans.append(tuple(found))
+    return texts, tuple(spans)
+
+
+def _find_start(
+    template: ChatTemplate,
+    before: Messages,
+    continuations: AbstractSequence[Messages],
+    texts: AbstractSequence[str],
+    place: str,
+) -> int:
+    """Where the turn after some messages begins, in all texts alike."""
+    asked = template.write(before, add_generation_prompt=True)
+    if all(text.startswith(asked) for text in texts):
+        return len(asked)
+    # The generation prompt may go on into the answer (a `<think>` that this answer has not): then the turn begins
+    # where its content does. What is before that may depend on whether other turns follow.
+    alone = _around_content(template, before, {"role": "assistant"}, (), _common_beginning)
+    starts = []
+    for turns, text in zip(continuations, texts, strict=True):
+        header: str | None = asked if text.startswith(asked) else alone
+        if not _is_beginning(header, asked, text):
+            header = _around_content(template, before, _without_reasoning(turns[0]), turns[1:], _common_beginning)
+        if header is None or not _is_beginning(header, asked, text):
+            raise RowError(
+                f"the chat template writes the text before {place} differently once {place} follows: "
+                f"{_quote_difference(asked, text)}; use a template that writes the same before and after, or set "
+                "what it reads (`chat_template_kwargs`, such as enable_thinking) to fit the data"
+            )
+        starts.append(len(header))
+    return min(starts)
+
+
+def _is_beginning(header: str | None, *texts: str) -> bool:
+    return header is not None and all(text.startswith(header) for text in texts)
+
+
+def _without_reasoning(turn: Message) -> Message:
+    return {key: value for key, value in turn.items() if key not in REASONING_FIELDS}
+
+
+def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Messages, text: str, place: str) -> int:
+    """Where an assistant turn ends that other turns follow."""
+    try:
+        alone = template.write((*before, turn))
+    except RowError:
+        alone = None
+    if alone is not None and text.startswith(alone):
+        return len(alone)
+    inserted = None if alone is None else _end_without_insertion(turn, alone, text)
+    if inserted is not None:
+        return inserted
+    # The last turn ends in another way than earlier ones. What stands after its content is compared.
+    rest = _around_content(template, before, turn, after, _common_ending)
+    last_rest = _around_content(template, before, turn, (), _common_ending)
+    num_own = None if rest is None or last_rest is None else _length_of_ending(template, rest, last_rest)
+    if rest is None or num_own is None or not text.endswith(rest[num_own:]):
+        found = "" if alone is None else f": {_quote_difference(alone, text)}"
+        raise RowError(
+            f"the chat template writes {place} differently once other turns follow, so its end cannot be "
+            f"told{found}; let the response end with this turn, or use another template"
+        )
+    return len(text) - len(rest) + num_own
+
+
+def _end_without_insertion(turn: Message, alone: str, text: str) -> int | None:
+    """Where a turn ends that only lacks something that the last turn has before its content: empty thinking, say."""
+    shared = num_shared(alone, text)
+    rest, found = alone[shared:], text[shared : shared + len(alone)]
+    own = next(
+        (rest[start:] for start in range(len(rest)) if rest[start] == found[:1] and found.startswith(rest[start:])), ""
+    )
+    parts = [value for _, value in parts_of(turn)]
+    return shared + len(own) if any(parts) and all(value in own for value in parts) else None
+
+
+def _length_of_ending(template: ChatTemplate, rest: str, last_rest: str) -> int | None:
+    """How much of what follows a turn's content is the turn's own, seen from how it ends as the last one."""
+    if rest.startswith(last_rest):
+        return len(last_rest)
+    # Some families end the last turn with another token than earlier ones, some write one more behind it.
+    tokens = tuple(template.special_tokens())
+    for start in range(num_shared(rest, last_rest) + 1):
+        own = max((token for token in tokens if rest.startswith(token, start)), key=len, default="")
+        last = max((token for token in tokens if last_rest.startswith(token, start)), key=len, default="")
+        if own == last:
+            continue
+        if not last or last_rest[start + len(last) :].strip():
+            return None
+        if rest[:start].rstrip().endswith(tokens):
+            return start
+        return start + len(own) if own else None
+    return None
+
+
+def _around_content(
+    template: ChatTemplate, before: Messages, turn: Message, after: Messages, common: Callable[[str, str], str]
+) -> str | None:
+    """What the template writes before (or after) the content of a turn; None if it does not write the content."""
+    try:
+        first, second = (template.write((*before, turn | {"content": marker}, *after)) for marker in MARKERS)
+    except RowError:
+        return None
+    return None if first == second else common(first, second)
+
+
+def _common_beginning(first: str, second: str) -> str:
+    return first[: num_shared(first, second)]
+
+
+def _common_ending(first: str, second: str) -> str:
+    return first[len(first) - num_shared(first[::-1], second[::-1]) :]
+
+
+def _quote_difference(asked: str, text: str) -> str:
+    """The first place where two texts differ, short."""
+    start = max(0, num_shared(asked, text) - 8)
+    first, second = (repr(part[start : start + NUM_QUOTED_CHARS]) for part in (asked, text))
+    return f"at character {num_shared(asked, text) + 1}, {first} became {second}"

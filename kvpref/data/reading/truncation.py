@@ -1,0 +1,55 @@
+"""Cutting prompts at their start and responses at their end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpref.data.reading.tokenization import TokenizedSequence
+
+
+@dataclass(frozen=True)
+class TruncatedRow:
+    """The sequences of one row after truncation, and what was cut.
+
+    Args:
+        sequences: In the order of the responses.
+        prompt_tokens_cut: Tokens cut from the prompt, which the sequences share.
+        num_truncated_responses: How many responses lost tokens.
+        response_tokens_cut: How many tokens they lost together, EOS included.
+    """
+
+    sequences: list[TokenizedSequence]
+    prompt_tokens_cut: int
+    num_truncated_responses: int
+    response_tokens_cut: int
+
+
+def truncate_row(
+    sequences: list[TokenizedSequence],
+    *,
+    max_prompt_tokens: int | None,
+    max_response_tokens: int | None,
+    bos_token_id: int | None,
+) -> TruncatedRow:
+    """Keep the end of the prompt (after BOS, if it starts with one) and the start of each response.
+
+    Every sequence keeps at most `max_prompt_tokens` prompt tokens, BOS included, and all lose the same tokens, so
+    that they still share what is left.
+    """
+    prompt_lengths = [sequence.num_prompt_tokens for sequence in sequences]
+    cuts = [0] * len(sequences)
+    if max_prompt_tokens is not None and max(prompt_lengths) > max_prompt_tokens:
+        cuts = [max(prompt_lengths) - max_prompt_tokens] * len(sequences)
+        if cuts[0] >= min(prompt_lengths):
+            # The prompts differ in length by as much as may be kept: they cannot be cut alike and keep a token each.
+            cuts = [max(0, length - max_prompt_tokens) for length in prompt_lengths]
+    kept, response_cuts = [], []
+    for sequence, cut in zip(sequences, cuts, strict=True):
+        front = int(bos_token_id is not None and sequence.input_ids[0] == bos_token_id)
+        prompt = sequence.input_ids[:front] + sequence.input_ids[front + cut : sequence.num_prompt_tokens]
+        response = sequence.input_ids[sequence.num_prompt_tokens :]
+        response_cuts.append(max(0, len(response) - max_response_tokens) if max_response_tokens is not None else 0)
+        response = response[: len(response) - response_cuts[-1]]
+        unscored = tuple((start, min(end, len(response))) for start, end in sequence.unscored if start < len(response))
+        kept.append(TokenizedSequence(prompt + response, len(prompt), unscored))
+    return TruncatedRow(kept, max(cuts), sum(cut > 0 for cut in response_cuts), sum(response_cuts))

@@ -1,0 +1,1 @@
+"""Passes, schedules and their options: the room that combines the ones below."""

@@ -1,0 +1,92 @@
+"""How the engine runs a micro-batch: everything that changes time and memory, and what may change the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpref.errors import InputError
+from kvpref.models.checkpointing import CHECKPOINTS
+from kvpref.ops.attention import get_backend
+from kvpref.plan.passes import MODES
+
+SCHEDULES = ("full", "bounded")
+PREFIX_CACHES = ("device", "cpu")
+DEFAULT_MAX_TOKENS_PER_CHUNK = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Mode, schedule and what belongs to them; what does not exist or does not fit together is refused at once."""
+
+    mode: str = "two_pass"
+    """``two_pass``, ``one_pass``, ``packed`` or ``padded``."""
+
+    backend: str = "auto"
+    """Attention backend, or ``auto``; mode ``padded`` runs the model's own attention and takes ``auto`` only."""
+
+    schedule: str = "full"
+    """``full`` keeps the graph of the whole micro-batch; ``bounded`` that of at most `max_tokens_per_chunk` tokens."""
+
+    max_tokens_per_chunk: int | None = None
+    """Most tokens whose activations are held at once in schedule ``bounded``; None for 8192."""
+
+    prefix_cache: str = "device"
+    """Where keys and values of prefixes wait: ``device`` or ``cpu`` (schedule ``bounded``)."""
+
+    checkpoint: str = "none"
+    """Which passes compute their activations again: ``none``, ``prefix`` (those that others read) or ``all``."""
+
+    prefix_grad: bool = True
+    """False stops gradients at the keys and values of prompts: an approximation that skips the prompts' backward."""
+
+    def __post_init__(self) -> None:
+        for name, valid in (
+            ("mode", MODES),
+            ("schedule", SCHEDULES),
+            ("prefix_cache", PREFIX_CACHES),
+            ("checkpoint", CHECKPOINTS),
+        ):
+            if getattr(self, name) not in valid:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}; choose from: {', '.join(valid)}")
+        if self.backend != "auto":
+            get_backend(self.backend)
+        self._check_mode()
+        if self.max_tokens_per_chunk is not None and self.max_tokens_per_chunk < 1:
+            raise InputError(f"max_tokens_per_chunk must be at least 1; got {self.max_tokens_per_chunk}")
+        if self.schedule != "bounded":
+            for name, is_set in (
+                ("max_tokens_per_chunk", self.max_tokens_per_chunk is not None),
+                ("prefix_cache='cpu'", self.prefix_cache == "cpu"),
+            ):
+                if is_set:
+                    raise InputError(f"{name} goes with schedule 'bounded'; got schedule {self.schedule!r}")
+
+    def _check_mode(self) -> None:
+        if self.mode == "two_pass":
+            return
+        for what, is_set in (
+            ("schedule 'bounded'", self.schedule == "bounded"),
+            ("prefix_grad=False", not self.prefix_grad),
+            ("checkpoint 'prefix'", self.checkpoint == "prefix"),
+        ):
+            if is_set:
+                raise InputError(
+                    f"{what} goes with mode 'two_pass', which keeps prefixes apart; got mode {self.mode!r}"
+                )
+        if self.mode == "padded" and self.backend != "auto":
+            raise InputError(
+                f"mode 'padded' runs the model's own attention (transformers' sdpa), so backend {self.backend!r} has "
+                "no part in it; leave backend at auto, or choose mode two_pass, one_pass or packed"
+            )
+
+    @property
+    def runs_chunks(self) -> bool:
+        """Whether forward and backward run chunk by chunk, with keys and values as leaves."""
+        return self.schedule == "bounded" or not self.prefix_grad
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Most tokens of a chunk; None for no bound."""
+        if self.schedule != "bounded":
+            return None
+        return DEFAULT_MAX_TOKENS_PER_CHUNK if self.max_tokens_per_chunk is None else self.max_tokens_per_chunk

@@ -1,0 +1,82 @@
+"""Run a model with kvpref's attention for a while, and its checkpointed layers again with it in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.models.attention import ATTENTION_NAME, register
+
+_FUNCTION = "_gradient_checkpointing_func"
+
+
+@contextmanager
+def selected_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's layers find kvpref's attention; what they had comes back at the end.
+
+    Layers that a checkpoint recomputes later, outside, find it again.
+
+    Raises:
+        UnsupportedModelError: If a layer's checkpointing cannot be told so.
+    """
+    register()
+    layers = checkpointed_layers(model)
+    functions = [getattr(layer, _FUNCTION) for layer in layers]
+    for layer, function in zip(layers, functions, strict=True):
+        setattr(layer, _FUNCTION, partial(function, context_fn=partial(_contexts, model)))
+    try:
+        with _named(model):
+            yield
+    finally:
+        for layer, function in zip(layers, functions, strict=True):
+            setattr(layer, _FUNCTION, function)
+
+
+def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules whose layers are recomputed in the backward pass.
+
+    Raises:
+        UnsupportedModelError: If checkpointing is re-entrant, or has contexts of its own.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if module.training and getattr(module, "gradient_checkpointing", False) and hasattr(module, _FUNCTION)
+    ]
+    for layer in layers:
+        options = getattr(getattr(layer, _FUNCTION), "keywords", {})
+        if options.get("use_reentrant", True) or "context_fn" in options:
+            raise UnsupportedModelError(
+                "gradient checkpointing that is re-entrant, or has a context_fn of its own, cannot share prefixes; "
+                "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+    return layers
+
+
+@contextmanager
+def _named(model: PreTrainedModel) -> Iterator[None]:
+    """The attention's name in every config that a layer reads."""
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None:
+            configs[id(config)] = config
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = ATTENTION_NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+def _contexts(model: PreTrainedModel) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a checkpointed layer's first run, and around its recomputation."""
+    return nullcontext(), _named(model)

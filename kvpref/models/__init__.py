@@ -1,0 +1,1 @@
+"""The Hugging Face room: attaching models, their attention, masks and heads."""

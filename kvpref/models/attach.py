@@ -1,0 +1,99 @@
+"""`attach`: make a Hugging Face model run kvpref's passes. Explicit, idempotent, and per model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpref.errors import InputError
+from kvpref.models import attention as interface
+from kvpref.models.head import verify_head
+from kvpref.models.support import check_architecture, unwrap
+
+M = TypeVar("M", bound=nn.Module)
+R = TypeVar("R")
+
+Program = Callable[[PreTrainedModel], R]
+
+
+def attach(model: M) -> M:
+    """Select kvpref's attention on a model, after checking that the model is supported.
+
+    The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention. Attach before wrapping
+    in DDP or sharding with FSDP; PEFT models may be attached before or after `get_peft_model`. Calling it again does
+    nothing.
+
+    Args:
+        model: A causal language model of a supported family, possibly inside PEFT.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: If results would not be exact; the message says why and what works instead.
+    """
+    inner = unwrap(model)
+    if is_attached(inner):
+        return model
+    check_architecture(inner)
+    verify_head(inner)
+    interface.register()
+    _own_config(inner)
+    inner.set_attn_implementation(interface.ATTENTION_NAME)
+    _accept_programs(inner)
+    return model
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    # Pickling a model drops the patched forward but keeps the attention's name. For mixed precision, accelerate puts a
+    # forward around the patched one that hands programs on.
+    forward: Any = model.__dict__.get("forward")
+    while forward is not None and not getattr(forward, "accepts_programs", False):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None and model.config._attn_implementation == interface.ATTENTION_NAME
+
+
+def run_inside(model: nn.Module, program: Program[R]) -> R:
+    """Run `program` on the Hugging Face model inside the (possibly wrapped) model's forward.
+
+    Distributed wrappers gather parameters and synchronise gradients around `forward`, so everything that touches
+    parameters (all passes and the LM head) must happen inside one.
+
+    Raises:
+        InputError: If the model was not attached.
+    """
+    if not is_attached(unwrap(model)):
+        raise InputError("this model is not attached; call kvpref.attach(model) first")
+    result: R = model(kvpref_program=program)
+    return result
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a config of its own: the attention name is stored in the config, which models may share."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
+
+
+def _accept_programs(model: PreTrainedModel) -> None:
+    """Let the model's forward take a program in place of inputs."""
+    # An instance may already carry a patched forward (accelerate's hooks do that); it stays in charge of inputs.
+    patched = model.__dict__.get("forward")
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, kvpref_program: Program[Any] | None = None, **kwargs: Any) -> Any:
+        if kvpref_program is not None:
+            return kvpref_program(self)
+        return patched(*args, **kwargs) if patched is not None else type(self).forward(self, *args, **kwargs)
+
+    forward.accepts_programs = True  # type: ignore[attr-defined]
+    model.forward = MethodType(forward, model)

@@ -1,0 +1,58 @@
+"""`compile_layers`: torch.compile for the decoder layers of an attached model."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kvpref.errors import InputError
+from kvpref.models.attach import is_attached
+from kvpref.models.support import unwrap
+
+M = TypeVar("M", bound=nn.Module)
+
+_MAX_GRAPHS = 64
+"""More than torch's 8, at which compilation would fail: `bounded` takes 15 for prompts and responses in chunks."""
+
+
+def compile_layers(model: M, **options: Any) -> M:
+    """Compile each decoder layer in place, once for all layers, batch shapes and micro-batches.
+
+    A layer compiles to one graph per kind of pass (first pass, later passes; more in schedule ``bounded``), with
+    cascade attention as one operator in it; the passes themselves stay ordinary Python. Compile before wrapping in DDP
+    or sharding with FSDP2.
+
+    Args:
+        model: Attached with `kvpref.attach`; PEFT adapters must be in place already.
+        **options: For `torch.nn.Module.compile`, such as `backend` or `mode`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: If the model was not attached, or an option would compile anew for each batch shape.
+    """
+    inner = unwrap(model)
+    if not is_attached(inner):
+        raise InputError("this model is not attached; call kvpref.attach(model) first")
+    if options.get("dynamic") is False:
+        raise InputError("compile_layers needs dynamic shapes: the number of tokens differs from batch to batch")
+    # A layer leaves its keys and values with the running pass. When a checkpoint recomputes the layer they must not be
+    # left again, which is what this setting says. Releases without it refuse to compile checkpointed layers.
+    if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # One graph per kind of pass: how many depths it reads, whether others read it, with or without gradients.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    for module in inner.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(**{"fullgraph": True, "dynamic": True, **options})
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_layers` has compiled the model's layers."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return any(layer._compiled_call_impl is not None for layer in layers)

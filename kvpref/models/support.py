@@ -1,0 +1,137 @@
+"""Is a model, in its present state, computed exactly? Clear refusals, never a silent approximation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.models.families import FAMILIES, LENGTH_DEPENDENT_ROPE, REFUSED
+
+_REWARD_HEAD = "ForSequenceClassification"
+_HEADS = ("ForCausalLM", "LMHeadModel", _REWARD_HEAD)
+
+SAFE_FALLBACK = "train it with transformers.Trainer or TRL until kvpref supports it"
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside DDP, torch.compile and PEFT wrappers.
+
+    Raises:
+        UnsupportedModelError: If there is none, or a wrapper changes what the model sees.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "PEFT prompt learning (prompt or prefix tuning) puts virtual tokens before every sequence, which "
+                "kvpref does not follow; use LoRA"
+            )
+        wrapped = [getattr(inner, name, None) for name in ("module", "_orig_mod")]
+        peft_base = inner.get_base_model() if hasattr(inner, "get_base_model") else None
+        inner = next((module for module in (*wrapped, peft_base) if isinstance(module, nn.Module)), None)
+        if inner is None:
+            raise UnsupportedModelError(
+                f"expected a transformers PreTrainedModel (possibly wrapped), got {type(model).__name__}"
+            )
+    return inner
+
+
+def check_config(config: Any) -> None:
+    """Check what a configuration alone tells: family and rotary embeddings.
+
+    Raises:
+        UnsupportedModelError: With the reason and the nearest thing that works.
+    """
+    name = config.model_type
+    if name in REFUSED:
+        reason, nearest = REFUSED[name]
+        raise UnsupportedModelError(
+            f"model type {name!r} is not supported: {reason}; nearest supported family: {nearest}. {SAFE_FALLBACK}"
+        )
+    if name not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {name!r} is not supported: nobody has checked that it is exact; supported families: "
+            f"{', '.join(FAMILIES)}. {SAFE_FALLBACK}"
+        )
+    for rope_type in _rope_types(config):
+        if rope_type in LENGTH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"rope type {rope_type!r} picks frequencies from the longest position of each forward, so two passes "
+                "could disagree; remove the rope scaling from the config or choose 'linear', 'yarn' or 'llama3'"
+            )
+
+
+def is_custom_code(model: PreTrainedModel) -> bool:
+    """Whether the model's class is not transformers' own."""
+    return not type(model).__module__.startswith("transformers.")
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Check what does not change after loading: the configuration, and that the class is transformers' own.
+
+    Raises:
+        UnsupportedModelError: With the reason and the nearest thing that works.
+    """
+    if is_custom_code(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is custom code ({type(model).__module__}), which kvpref has not checked; load the "
+            f"model with trust_remote_code=False where transformers has the architecture, else {SAFE_FALLBACK}"
+        )
+    check_config(model.config)
+    if not type(model).__name__.endswith(_HEADS):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head and no reward head; load it with "
+            "AutoModelForCausalLM, or with AutoModelForSequenceClassification and num_labels=1"
+        )
+    if type(model).__name__.endswith(_REWARD_HEAD) and model.config.num_labels != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} with {model.config.num_labels} labels is no reward model; load it with "
+            "num_labels=1"
+        )
+
+
+def check_training_state(model: PreTrainedModel) -> None:
+    """Check what can change between forwards: dropout and gradient checkpointing.
+
+    Raises:
+        UnsupportedModelError: With the setting to change.
+    """
+    # Not only where the root trains: PEFT adapters and frozen parts are switched one by one.
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise UnsupportedModelError(
+                f"dropout {module.p} in {name} makes two forwards of one token differ; set it to 0 in the config "
+                "(attention_dropout, resid_pdrop, embd_pdrop, hidden_dropout, lora_dropout) or call model.eval()"
+            )
+        # Most families keep attention dropout as a number, and mode `padded` never hands it to kvpref.
+        attention_dropout = getattr(module, "attention_dropout", 0.0)
+        if isinstance(attention_dropout, int | float) and attention_dropout > 0:
+            raise UnsupportedModelError(
+                f"attention dropout {attention_dropout} in {name} makes two forwards of one token differ; set "
+                "attention_dropout to 0 in the config or call model.eval()"
+            )
+        if getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant", True):
+                raise UnsupportedModelError(
+                    "re-entrant gradient checkpointing loses the gradient through the prefix cache; enable it with "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    """Every rope type a config names, also where parameters are given per layer type."""
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, name, None)
+        if isinstance(parameters, dict):
+            nested = [value for value in parameters.values() if isinstance(value, dict)]
+            for mapping in (parameters, *nested):
+                rope_type = mapping.get("rope_type", mapping.get("type"))
+                if isinstance(rope_type, str):
+                    yield rope_type

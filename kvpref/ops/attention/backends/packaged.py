@@ -1,0 +1,89 @@
+"""What the backends share whose kernels come with a package of their own: its version, and a tiny call that tells
+whether those kernels run here at all.
+
+A package may import well and say that it is available, and still refuse every input: built for another CUDA than
+PyTorch's, without a backward pass, for another architecture, or without the head dim.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kvpref.ops.attention.backends import determinism
+from kvpref.ops.attention.backends.interface import Backend
+from kvpref.ops.attention.backends.optional_package import OptionalPackage
+from kvpref.ops.attention.block import AttentionParams, VarlenBlock
+from kvpref.prefix.levels import VarlenLayout
+
+_LAYOUTS = (
+    VarlenLayout(cu_seqlens_q=(0, 3, 5), cu_seqlens_k=(0, 3, 5), causal=True),
+    VarlenLayout(cu_seqlens_q=(0, 3, 5), cu_seqlens_k=(0, 4, 9), causal=False),
+)
+_NUM_HEADS, _NUM_KV_HEADS = 4, 2
+_LONGEST_MESSAGE = 300
+
+
+class PackagedBackend(Backend):
+    """Kernels of an optional package."""
+
+    package: ClassVar[OptionalPackage]
+
+    def provider(self) -> str:
+        return self.package.name_and_version()
+
+    def probe_failure(self, query: torch.Tensor) -> str | None:
+        """What a tiny forward and backward on the query's device raised and what to do; None when they ran.
+
+        Runs once per device, dtype, head dim and rule of determinism, on tensors of its own. For CUDA queries only.
+
+        Raises:
+            torch.OutOfMemoryError: If there is no memory left for it, which tells nothing about the kernels.
+        """
+        return _probe_failure(self, query.device, query.dtype, query.shape[-1], determinism.is_required())
+
+
+@cache
+def _probe_failure(
+    backend: PackagedBackend, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> str | None:
+    try:
+        _run(backend, device, dtype, head_dim)
+    except torch.OutOfMemoryError:
+        raise  # not kept: there may be memory the next time, and until then no other kernels should run unasked
+    except Exception as error:  # a package fails in its own way; whatever it raises is the user's answer
+        what = "a tiny deterministic call" if deterministic else "a tiny call"
+        return (
+            f"{what} on {device} failed ({type(error).__name__}: {_shortened(str(error))}) with "
+            f"{backend.provider()}, torch {torch.__version__}, CUDA {torch.version.cuda}; "
+            f"install a build for these ({backend.package.install}), or choose another backend"
+        )
+    return None
+
+
+def _run(backend: PackagedBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Forward and backward of a few rows. The caller may be in any mode: these tensors are real, without gradients."""
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        for layout in _LAYOUTS:
+            query = torch.ones(layout.cu_seqlens_q[-1], _NUM_HEADS, head_dim, device=device, dtype=dtype)
+            key = torch.ones(layout.cu_seqlens_k[-1], _NUM_KV_HEADS, head_dim, device=device, dtype=dtype)
+            block, params = VarlenBlock.from_layout(layout, device), AttentionParams(scale=head_dim**-0.5)
+            with torch.cuda.device_of(query):
+                out, lse = backend.forward(query, key, key, block, params)
+                backend.backward(query, query, key, key, out, lse, block, params)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # kernels fail when they run, not when they are started
+
+
+def _shortened(message: str) -> str:
+    """On one line; xFormers puts its reason at the end, CUDA at the beginning."""
+    text, half = " ".join(message.split()), _LONGEST_MESSAGE // 2
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"

@@ -1,0 +1,111 @@
+"""A block as kernel launches: one as a rule, several over consecutive pairs where `splitting` says so.
+
+Shape legend: T queries, P keys, H heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from kvpref.ops.attention.backends.interface import Backend
+from kvpref.ops.attention.block import AttentionParams, VarlenBlock, read_offsets
+from kvpref.ops.attention.splitting import split_pairs
+from kvpref.ops.attention.spreading import spread_backward
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class _Call(NamedTuple):
+    """One launch: its pairs as a block of their own, and the rows of the whole that they read and write."""
+
+    block: VarlenBlock
+    queries: slice
+    keys: slice
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no query meets a key, and so there is nothing to launch."""
+        return self.block.num_queries == 0 or self.block.num_keys == 0
+
+
+def forward_block(
+    backend: Backend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block: VarlenBlock,
+    params: AttentionParams,
+) -> Partial:
+    """`Backend.forward`, in as many launches as the backend's limits ask for."""
+    calls = _calls(backend, query, block)
+    if len(calls) == 1:
+        return backend.forward(query, key, value, block, params)
+    partials = [
+        _without_keys(query[call.queries])
+        if call.is_empty
+        else backend.forward(query[call.queries], key[call.keys], value[call.keys], call.block, params)
+        for call in calls
+    ]
+    return torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials], dim=1)
+
+
+def backward_block(
+    backend: Backend,
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    merged: Partial,
+    block: VarlenBlock,
+    params: AttentionParams,
+) -> Gradients:
+    """`Backend.backward` likewise; no two launches write the same row."""
+    calls, (out, lse) = _calls(backend, query, block), merged
+    if len(calls) == 1:
+        return spread_backward(backend, dout, query, key, value, merged, block, params)
+    parts: list[Gradients] = []
+    for call in calls:
+        rows, q, k, v = call.queries, query[call.queries], key[call.keys], value[call.keys]
+        if call.is_empty:
+            parts.append((torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)))
+        else:
+            # The kernels take the row stride of the output from its shape, and that of the log-sum-exp, too.
+            part = (out[rows].contiguous(), lse[:, rows].contiguous())
+            parts.append(spread_backward(backend, dout[rows], q, k, v, part, call.block, params))
+    dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+def _without_keys(query: torch.Tensor) -> Partial:
+    """What queries get that see no key here."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(query), query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=dtype)
+
+
+def _calls(backend: Backend, query: torch.Tensor, block: VarlenBlock) -> list[_Call]:
+    limits = backend.call_limits(query)
+    if limits is None:
+        return [_whole(block)]
+    ranges = split_pairs(block.offsets_key, limits)
+    return [_whole(block)] if len(ranges) == 1 else list(_cut(block, ranges))
+
+
+def _whole(block: VarlenBlock) -> _Call:
+    return _Call(block, slice(0, block.num_queries), slice(0, block.num_keys))
+
+
+def _cut(block: VarlenBlock, ranges: tuple[tuple[int, int], ...]) -> Iterator[_Call]:
+    for start, stop in ranges:
+        offsets = read_offsets(block.offsets_key)[:, start : stop + 1]
+        (q_start, q_stop), (k_start, k_stop) = offsets[:, [0, -1]].tolist()
+        part = VarlenBlock.from_offsets(
+            (offsets - offsets[:, :1]).tobytes(),
+            # On the device, without a copy from the host.
+            (block.cu_seqlens_q[start : stop + 1] - q_start, block.cu_seqlens_k[start : stop + 1] - k_start),
+            causal=block.causal,
+        )
+        yield _Call(part, slice(q_start, q_stop), slice(k_start, k_stop))

@@ -1,0 +1,52 @@
+"""Put the results of a layer's blocks together: outputs merge by log-sum-exp, query gradients add up."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+def merge_partials(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
+    """Combine attention over two disjoint key sets into attention over their union.
+
+    ``lse = log(exp(lse_1) + exp(lse_2))``, ``out = exp(lse_1 - lse) * out_1 + exp(lse_2 - lse) * out_2``.
+
+    Args:
+        first: out (T, H, D) and lse (H, T), natural log, fp32 or fp64; a row that saw no key has lse = -inf, or +inf as
+            FlashAttention-2 reports it. Every row must have seen a key in one of the two.
+        second: The same over other keys.
+        dtype: Of the result; the merge itself computes in the dtype of lse.
+
+    Returns:
+        The merged out (T, H, D) in `dtype`, and lse (H, T). They may be in the memory of `first`.
+    """
+    if first[0].is_cuda and first[1].dtype == torch.float32 and _has_triton():
+        from kvpref.ops.attention.merge_triton import merge_two  # Triton is not there on every machine
+
+        return merge_two(first, second, dtype)
+    first_lse, second_lse = (lse.masked_fill(lse == float("inf"), float("-inf")) for _, lse in (first, second))
+    lse = torch.logaddexp(first_lse, second_lse)
+    first_weight, second_weight = (torch.exp(part - lse).T.unsqueeze(-1) for part in (first_lse, second_lse))
+    out = torch.addcmul(first_weight * first[0], second_weight, second[0].to(lse.dtype))
+    return out.to(dtype), lse
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def add_gradient(total: torch.Tensor, grad: torch.Tensor, *, is_last: bool) -> torch.Tensor:
+    """One more term of a sum of gradients of one shape, kept in fp32 (fp64 for fp64) between the first and the last.
+
+    Returns:
+        The sum, in the memory of `total` where it can be.
+    """
+    if is_last:
+        # One addition rounds its exact result once, so two 16-bit terms need no wider copy.
+        return total + grad
+    return (total if total.dtype == torch.float64 else total.float()).add_(grad)

@@ -1,0 +1,157 @@
+"""Cascade attention as PyTorch operators: what torch.compile, FLOP counters and autograd see as one call per layer.
+
+Both operators take their blocks flat, because operators take tensors and numbers only: block 0 is causal self
+attention, the others are cross attention. Shape legend: T queries, P_i keys of block i (P_0 = T), H heads, G key/value
+heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import library
+from torch.utils.flop_counter import register_flop_formula
+
+from kvpref.ops.attention.backends import select_backend
+from kvpref.ops.attention.block import AttentionParams
+from kvpref.ops.attention.blockwise import backward_blocks, forward_blocks, unflatten_blocks
+
+_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, Tensor[] host_offsets, float scale, str backend"
+
+
+@library.custom_op(
+    "kvpref::cascade_forward",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor[] keys, Tensor[] values, {_BLOCKS_SCHEMA}) -> (Tensor, Tensor)",
+)
+def cascade_forward(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    cu_seqlens: Sequence[torch.Tensor],
+    host_offsets: Sequence[torch.Tensor],
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over the keys of all blocks.
+
+    Args:
+        query: (T, H, D).
+        keys: Per block (P_i, G, D). values: the same.
+        cu_seqlens: Per block its query offsets and its key offsets, int32.
+        host_offsets: Per block both offsets in host memory, (2, num_pairs + 1) int32.
+        scale: Factor on the dot products.
+        backend: Name of the backend, or ``auto``.
+
+    Returns:
+        out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
+    """
+    blocks = unflatten_blocks(cu_seqlens, host_offsets)
+    return forward_blocks(select_backend(backend, query), AttentionParams(scale=scale), blocks, query, keys, values)
+
+
+@library.custom_op(
+    "kvpref::cascade_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor dout, Tensor query, Tensor[] keys, Tensor[] values, Tensor out, Tensor lse, "
+        f"{_BLOCKS_SCHEMA}) -> (Tensor, Tensor[], Tensor[])"
+    ),
+)
+def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one by one
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: Sequence[torch.Tensor],
+    host_offsets: Sequence[torch.Tensor],
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of `cascade_forward`: each block is handed the merged out and lse, as in ring attention.
+
+    Returns:
+        dq (T, H, D), and per block dk and dv (P_i, G, D), in the dtypes of query, keys and values.
+    """
+    kernels, params = select_backend(backend, query), AttentionParams(scale=scale)
+    blocks = unflatten_blocks(cu_seqlens, host_offsets)
+    return backward_blocks(kernels, params, blocks, dout, query, keys, values, (out, lse))
+
+
+@cascade_forward.register_fake
+def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty((query.shape[1], query.shape[0]), dtype=lse_dtype)
+
+
+@cascade_backward.register_fake
+def _(
+    dout: torch.Tensor, query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], *args: Any
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return like(query), [like(key) for key in keys], [like(value) for value in values]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, keys, values, cu_seqlens, host_offsets, ctx.scale, ctx.backend = inputs
+    ctx.num_blocks = len(keys)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, *output, *keys, *values, *host_offsets, *cu_seqlens)
+
+
+def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
+    # The log-sum-exp leaves the operator for its own backward only; nothing differentiates through it.
+    assert dlse is None
+    query, out, lse, *rest = ctx.saved_tensors
+    count = ctx.num_blocks
+    keys, values, host_offsets = (rest[index * count : (index + 1) * count] for index in range(3))
+    cu_seqlens = rest[3 * count :]
+    none = [None] * count
+    no_offsets = [None] * len(cu_seqlens)
+    if dout is None:
+        return None, none, none, no_offsets, none, None, None
+    dq, dks, dvs = cascade_backward(
+        dout, query, keys, values, out, lse, cu_seqlens, host_offsets, ctx.scale, ctx.backend
+    )
+    return dq, dks, dvs, no_offsets, none, None, None
+
+
+cascade_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _count_products(query: torch.Tensor, host_offsets: Sequence[torch.Tensor]) -> int:
+    """Query-key pairs over all blocks times heads times head dim."""
+    blocks = unflatten_blocks([offsets for both in host_offsets for offsets in both], host_offsets)
+    return sum(block.num_attended_pairs for block in blocks) * query.shape[1] * query.shape[2]
+
+
+@register_flop_formula(torch.ops.kvpref.cascade_forward, get_raw=True)
+def _(
+    query: torch.Tensor, keys: Any, values: Any, cu_seqlens: Any, host_offsets: Any, *args: Any, **kwargs: Any
+) -> int:
+    """Two products per attended pair: scores and output. The masked half of causal blocks is not counted."""
+    return 2 * 2 * _count_products(query, host_offsets)
+
+
+@register_flop_formula(torch.ops.kvpref.cascade_backward, get_raw=True)
+def _(
+    dout: Any,
+    query: torch.Tensor,
+    keys: Any,
+    values: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens: Any,
+    host_offsets: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Five products per attended pair: scores again, dV, dP, dQ and dK."""
+    return 5 * 2 * _count_products(query, host_offsets)

@@ -1,0 +1,1 @@
+"""Equal work on all ranks."""

@@ -1,0 +1,188 @@
+"""Chunks as tensors: what the bounded schedule runs, one forward pass after another.
+
+Shape legend: T tokens of a chunk, V distinct ones, P its predictor rows, U unique scored tokens of all micro-batches, S
+scored tokens over the sequences of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvpref.ops.attention.block import VarlenBlock
+from kvpref.plan.passes import LevelBlocks, PassPlan, Reads, int64
+from kvpref.prefix.chunks import SHARED, Chunk, SlabKey, build_chunks
+from kvpref.prefix.levels import build_layout, cut_prompts
+from kvpref.prefix.tree import PrefixTree
+from kvpref.records.groups import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlabSlice:
+    """The rows [start, stop) of a slab."""
+
+    slab: SlabKey
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkPlan:
+    """One forward pass of the bounded schedule.
+
+    Attributes:
+        item: The pass; its only level has one cross block per slice in `reads`.
+        reads: The keys and values that it reads.
+        writes: Where its own T keys and values go; None where nothing reads them later.
+        unique_ids: (V,) int64, the distinct token ids.
+        inverse: (T,) int64, where each token's id stands among them.
+        depth: Of its segments.
+        is_prompt: Whether its segments are prompts that get no gradient.
+        targets: (P,) int64, the tokens that its predictor rows predict.
+        logp_index: (P,) int64, where their log-probs go among the U.
+    """
+
+    item: PassPlan
+    reads: tuple[SlabSlice, ...]
+    writes: SlabSlice | None
+    unique_ids: torch.Tensor
+    inverse: torch.Tensor
+    depth: int
+    is_prompt: bool
+    targets: torch.Tensor
+    logp_index: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.item.input_ids.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatchChunks:
+    """The chunks that one micro-batch alone needs, and the way to its log-probs.
+
+    Attributes:
+        chunks: In the order in which they run.
+        token_index: (S,) int64, index into the U unique scored tokens, sequence after sequence.
+        cu_seqlens: (num_sequences + 1,) int64, offsets of each sequence in `token_index`.
+    """
+
+    chunks: tuple[ChunkPlan, ...]
+    token_index: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepChunks:
+    """All forward passes of one optimizer step.
+
+    Attributes:
+        shared: Chunks of segments that several micro-batches share; they run before all others.
+        micro_batches: What each micro-batch needs besides.
+        slab_rows: Rows of each slab.
+        num_logps: U.
+        max_sequence_tokens: Length of the longest sequence.
+    """
+
+    shared: tuple[ChunkPlan, ...]
+    micro_batches: tuple[MicroBatchChunks, ...]
+    slab_rows: Mapping[SlabKey, int] = field(repr=False)
+    num_logps: int
+    max_sequence_tokens: int
+
+    @property
+    def all(self) -> tuple[ChunkPlan, ...]:
+        """The chunks of all micro-batches, and those that they share."""
+        own = (chunk for micro_batch in self.micro_batches for chunk in micro_batch.chunks)
+        return (*self.shared, *own)
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Tokens of the largest chunk."""
+        return max(chunk.num_tokens for chunk in self.all)
+
+    def num_tokens_by_micro_batch(self) -> list[int]:
+        """Tokens of each micro-batch's chunks; what they share is the first one's."""
+        counts = [sum(chunk.num_tokens for chunk in micro_batch.chunks) for micro_batch in self.micro_batches]
+        counts[0] += sum(chunk.num_tokens for chunk in self.shared)
+        return counts
+
+
+def build_step_chunks(
+    micro_batches: AbstractSequence[AbstractSequence[Sequence]],
+    tree: PrefixTree,
+    *,
+    max_tokens: int | None,
+    prefix_grad: bool = True,
+    reads: Reads | None = None,
+) -> StepChunks:
+    """Plan the chunks of an optimizer step; tensors on the CPU.
+
+    Args:
+        micro_batches: The sequences of each.
+        tree: Over all of them, micro-batch after micro-batch.
+        max_tokens: Most tokens of a chunk; None for one chunk per depth.
+        prefix_grad: False gives prompts, the tokens before the first scored one, chunks of their own, because they
+            get no gradient. They are cut from responses even where nothing is shared: what gets a gradient must not
+            depend on whether responses happen to begin alike.
+        reads: As in `kvpref.plan.passes.build_plan`.
+    """
+    sequences = [sequence for several in micro_batches for sequence in several]
+    scored = [sequence.scored for sequence in sequences]
+    owners = [index for index, several in enumerate(micro_batches) for _ in several]
+    if not prefix_grad:
+        tree = cut_prompts(tree, scored)
+    layout = build_layout(tree, (reads or Reads()).flags(sequences))
+    cut = build_chunks(tree, layout, owners, max_tokens=max_tokens, scored=None if prefix_grad else scored)
+    parts = []
+    first = 0
+    for owner, several in enumerate(micro_batches):
+        offsets = layout.cu_seqlens[first : first + len(several) + 1]
+        parts.append(
+            MicroBatchChunks(
+                chunks=tuple(map(_chunk_plan, cut.chunks.get(owner, ()))),
+                token_index=int64(layout.token_index[offsets[0] : offsets[-1]]),
+                cu_seqlens=int64([offset - offsets[0] for offset in offsets]),
+            )
+        )
+        first += len(several)
+    return StepChunks(
+        shared=tuple(map(_chunk_plan, cut.chunks.get(SHARED, ()))),
+        micro_batches=tuple(parts),
+        slab_rows=dict(cut.slab_rows),
+        num_logps=sum(len(level.targets) for level in layout.levels),
+        max_sequence_tokens=layout.max_position + 1,
+    )
+
+
+def _chunk_plan(chunk: Chunk) -> ChunkPlan:
+    blocks = LevelBlocks(
+        num_rows=len(chunk),
+        self_block=VarlenBlock.from_layout(chunk.self_block),
+        cross_blocks=tuple(VarlenBlock.from_layout(read.block) for read in chunk.reads),
+    )
+    item = PassPlan(
+        input_ids=int64(chunk.input_ids).unsqueeze(0),
+        position_ids=int64(chunk.position_ids).unsqueeze(0),
+        attention_mask=None,
+        levels=(blocks,),
+        predictor_rows=int64(chunk.predictor_rows),
+    )
+    unique_ids, inverse = int64(chunk.input_ids).unique(return_inverse=True)
+    writes = None
+    if chunk.slab_start is not None:
+        writes = SlabSlice(slab=chunk.slab, start=chunk.slab_start, stop=chunk.slab_start + len(chunk))
+    return ChunkPlan(
+        item=item,
+        reads=tuple(SlabSlice(slab=read.slab, start=read.start, stop=read.stop) for read in chunk.reads),
+        writes=writes,
+        unique_ids=unique_ids,
+        inverse=inverse,
+        depth=chunk.slab.depth,
+        is_prompt=chunk.slab.is_prompt,
+        targets=int64(chunk.targets),
+        logp_index=int64(chunk.logp_index),
+    )

@@ -1,0 +1,296 @@
+"""Chunks: a prefix tree cut into forward passes of bounded size.
+
+Where `kvpref.prefix.levels` runs all segments of one depth in one pass, a chunk runs some of them, at most so many
+tokens, and a segment longer than that is cut into pieces that run one after another. Keys and values of segments that
+are read later stand in slabs. Pure Python integers. Shape legend: T tokens of a chunk, P its predictor rows, U unique
+scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from kvpref.prefix.levels import LevelLayout, VarlenLayout, prompt_segments
+from kvpref.prefix.tree import PrefixTree
+
+SHARED = -1
+"""Owner of segments that sequences of several owners share."""
+
+
+@dataclass(frozen=True, order=True)
+class SlabKey:
+    """Which slab a segment's keys and values stand in."""
+
+    owner: int
+    """The micro-batch that alone reads it, or `SHARED`."""
+
+    depth: int
+    """Of the segments in it."""
+
+    is_prompt: bool
+    """Whether no token up to its end is scored. Told apart only where prompts get no gradient."""
+
+
+class Span(NamedTuple):
+    """The tokens [start, stop) of a segment."""
+
+    segment: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlabRead:
+    """The rows [start, stop) of a slab, and which queries of a chunk see which of them."""
+
+    slab: SlabKey
+    start: int
+    stop: int
+    block: VarlenLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Segments of one depth, or pieces of them, that run in one forward pass.
+
+    Attributes:
+        slab: Where its keys and values go if they are kept, and how deep it is.
+        slab_start: First of its T rows there; None where nothing reads its keys and values later.
+        input_ids: (T,) token ids.
+        position_ids: (T,) positions inside the sequences.
+        self_block: Each span over itself, causal.
+        reads: One block per slab that holds ancestors, or earlier pieces, of its spans.
+        predictor_rows: (P,) rows whose hidden state predicts a scored token.
+        targets: (P,) the token ids they predict.
+        logp_index: (P,) where their log-probs go among the U of the whole layout.
+    """
+
+    slab: SlabKey
+    slab_start: int | None
+    input_ids: tuple[int, ...]
+    position_ids: tuple[int, ...]
+    self_block: VarlenLayout
+    reads: tuple[SlabRead, ...]
+    predictor_rows: tuple[int, ...]
+    targets: tuple[int, ...]
+    logp_index: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkLayout:
+    """All chunks of a tree.
+
+    Attributes:
+        chunks: Owner -> its chunks in an order in which they can run: `SHARED` first, then owner after owner.
+        slab_rows: Rows of each slab.
+    """
+
+    chunks: Mapping[int, tuple[Chunk, ...]]
+    slab_rows: Mapping[SlabKey, int]
+
+
+def build_chunks(
+    tree: PrefixTree,
+    layout: LevelLayout,
+    owners: AbstractSequence[int],
+    *,
+    max_tokens: int | None,
+    scored: AbstractSequence[AbstractSequence[bool]] | None = None,
+) -> ChunkLayout:
+    """Cut a tree into chunks.
+
+    Args:
+        tree: The prefix tree.
+        layout: Of this tree; says which rows predict scored tokens.
+        owners: Per sequence, the micro-batch that it belongs to. Chunks do not mix owners.
+        max_tokens: Most tokens of a chunk; None for one chunk per depth and owner.
+        scored: Per sequence, one flag per token; given where prompts are to have chunks of their own.
+    """
+    owner_of = _segment_owners(tree, owners)
+    prompts = set() if scored is None else prompt_segments(tree, scored)
+    slab_of = [SlabKey(owner_of[i], segment.depth, i in prompts) for i, segment in enumerate(tree.segments)]
+    limit = tree.num_unique_tokens if max_tokens is None else max_tokens
+    is_kept = [False] * len(tree.segments)
+    for index, segment in enumerate(tree.segments):
+        is_kept[index] = len(segment) > limit  # earlier pieces are read by later ones
+        if segment.parent is not None:
+            is_kept[segment.parent] = True
+    rows, slab_rows = _slab_rows(tree, slab_of, is_kept)
+    predictors = _predictors(tree, layout)
+    chunks: dict[int, list[Chunk]] = {}
+    for key, kept, spans in _runs(tree, slab_of, is_kept, limit):
+        reads = _reads(tree, spans, slab_of, rows)
+        first = rows[spans[0].segment] + spans[0].start if kept else None
+        chunks.setdefault(key.owner, []).append(_chunk(tree, spans, key, first, reads, predictors))
+    return ChunkLayout(chunks={owner: tuple(runs) for owner, runs in chunks.items()}, slab_rows=slab_rows)
+
+
+def _segment_owners(tree: PrefixTree, owners: AbstractSequence[int]) -> list[int]:
+    found: list[set[int]] = [set() for _ in tree.segments]
+    for path, owner in zip(tree.paths, owners, strict=True):
+        for index in path:
+            found[index].add(owner)
+    return [next(iter(several)) if len(several) == 1 else SHARED for several in found]
+
+
+def _slab_rows(
+    tree: PrefixTree, slab_of: list[SlabKey], is_kept: list[bool]
+) -> tuple[dict[int, int], dict[SlabKey, int]]:
+    """First row of every kept segment in its slab, and the rows of the slabs."""
+    rows: dict[int, int] = {}
+    sizes: dict[SlabKey, int] = defaultdict(int)
+    for index, segment in enumerate(tree.segments):
+        if is_kept[index]:
+            rows[index] = sizes[slab_of[index]]
+            sizes[slab_of[index]] += len(segment)
+    return rows, dict(sizes)
+
+
+def _runs(
+    tree: PrefixTree, slab_of: list[SlabKey], is_kept: list[bool], limit: int
+) -> Iterator[tuple[SlabKey, bool, list[Span]]]:
+    """The spans of each chunk, in an order in which chunks can run: whatever is read is computed before."""
+    classes: dict[tuple[SlabKey, bool], list[int]] = defaultdict(list)
+    for index in range(len(tree.segments)):
+        classes[slab_of[index], is_kept[index]].append(index)
+    for key, kept in sorted(classes, key=lambda item: (item[0], not item[1])):
+        for spans in _fill(tree, classes[key, kept], limit):
+            yield key, kept, spans
+
+
+def _fill(tree: PrefixTree, segments: list[int], limit: int) -> Iterator[list[Span]]:
+    """Fill chunks with segments in depth-first order; only a segment longer than a chunk is cut."""
+    spans: list[Span] = []
+    room = limit
+    for index in segments:
+        length = len(tree.segments[index])
+        for start in range(0, length, limit):
+            stop = min(start + limit, length)
+            if stop - start > room:
+                yield spans
+                spans, room = [], limit
+            spans.append(Span(index, start, stop))
+            room -= stop - start
+    yield spans
+
+
+class _Pair(NamedTuple):
+    """Queries of one or more spans that see the slab rows [start, stop)."""
+
+    num_queries: int
+    start: int
+    stop: int
+
+
+def _reads(tree: PrefixTree, spans: list[Span], slab_of: list[SlabKey], rows: dict[int, int]) -> tuple[SlabRead, ...]:
+    seen = [dict(_ancestor_ranges(tree, span, slab_of, rows)) for span in spans]
+    reads = []
+    for key in sorted({key for ranges in seen for key in ranges}):
+        pairs: list[_Pair] = []
+        for span, ranges in zip(spans, seen, strict=True):
+            start, stop = ranges.get(key, (0, 0))
+            num_queries = span.stop - span.start
+            if pairs and (start, stop) == pairs[-1][1:]:  # one pair for all that see the same keys
+                num_queries += pairs.pop().num_queries
+            pairs.append(_Pair(num_queries, start, stop))
+        reads.append(_read(key, pairs))
+    return tuple(reads)
+
+
+def _ancestor_ranges(
+    tree: PrefixTree, span: Span, slab_of: list[SlabKey], rows: dict[int, int]
+) -> Iterator[tuple[SlabKey, tuple[int, int]]]:
+    """What a span sees in the slabs: its ancestors, and the pieces of its own segment before it."""
+    if span.start:
+        yield slab_of[span.segment], (rows[span.segment], rows[span.segment] + span.start)
+    parent = tree.segments[span.segment].parent
+    while parent is not None:
+        yield slab_of[parent], (rows[parent], rows[parent] + len(tree.segments[parent]))
+        parent = tree.segments[parent].parent
+
+
+def _read(key: SlabKey, pairs: list[_Pair]) -> SlabRead:
+    """One block over the rows between the first and the last that are seen; depth-first order keeps them sorted."""
+    seen = [pair for pair in pairs if pair.stop > pair.start]
+    position = first = seen[0].start
+    queries, keys = [], []
+    for pair in pairs:
+        if pair.stop > pair.start:
+            if pair.start > position:  # rows that no query of this chunk sees
+                queries.append(0)
+                keys.append(pair.start - position)
+            position = pair.stop
+        queries.append(pair.num_queries)
+        keys.append(pair.stop - pair.start)
+    block = VarlenLayout(
+        cu_seqlens_q=tuple(accumulate(queries, initial=0)),
+        cu_seqlens_k=tuple(accumulate(keys, initial=0)),
+        causal=False,
+    )
+    return SlabRead(slab=key, start=first, stop=position, block=block)
+
+
+class _Predictor(NamedTuple):
+    """The row at `offset` of a segment predicts `target`; its log-prob is number `logp_index` of the U."""
+
+    offset: int
+    target: int
+    logp_index: int
+
+
+def _predictors(tree: PrefixTree, layout: LevelLayout) -> dict[int, list[_Predictor]]:
+    """Per segment, its predictor rows in order."""
+    places: list[list[tuple[int, int]]] = [[] for _ in layout.levels]  # per depth, row -> (segment, offset)
+    for index, segment in enumerate(tree.segments):
+        places[segment.depth].extend((index, offset) for offset in range(len(segment)))
+    found: dict[int, list[_Predictor]] = defaultdict(list)
+    position = 0
+    for depth, level in enumerate(layout.levels):
+        for row, target in zip(level.predictor_rows, level.targets, strict=True):
+            segment_index, offset = places[depth][row]
+            found[segment_index].append(_Predictor(offset, target, position))
+            position += 1
+    return found
+
+
+def _chunk(
+    tree: PrefixTree,
+    spans: list[Span],
+    key: SlabKey,
+    slab_start: int | None,
+    reads: tuple[SlabRead, ...],
+    predictors: dict[int, list[_Predictor]],
+) -> Chunk:
+    offsets = tuple(accumulate((span.stop - span.start for span in spans), initial=0))
+    rows: list[tuple[int, _Predictor]] = []
+    for first, span in zip(offsets, spans, strict=False):
+        inside = (item for item in predictors.get(span.segment, ()) if span.start <= item.offset < span.stop)
+        rows.extend((first + item.offset - span.start, item) for item in inside)
+    segments = [tree.segments[span.segment] for span in spans]
+    return Chunk(
+        slab=key,
+        slab_start=slab_start,
+        input_ids=tuple(
+            token
+            for segment, span in zip(segments, spans, strict=True)
+            for token in segment.input_ids[span.start : span.stop]
+        ),
+        position_ids=tuple(
+            segment.start + offset
+            for segment, span in zip(segments, spans, strict=True)
+            for offset in range(span.start, span.stop)
+        ),
+        self_block=VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True),
+        reads=reads,
+        predictor_rows=tuple(row for row, _ in rows),
+        targets=tuple(item.target for _, item in rows),
+        logp_index=tuple(item.logp_index for _, item in rows),
+    )

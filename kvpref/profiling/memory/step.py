@@ -1,0 +1,170 @@
+"""A training step in each of the ways that memory is measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from kvpref.engine.options import EngineOptions
+from kvpref.engine.schedules import forward_backward
+from kvpref.errors import InputError
+from kvpref.losses import LossFunction, PreferenceLoss
+from kvpref.models.shape import model_shape
+from kvpref.models.support import unwrap
+from kvpref.plan.batch import Batch
+from kvpref.profiling.precision import compute_dtype
+from kvpref.profiling.steps import StepMicroBatch, make_micro_batches
+from kvpref.records.groups import Group
+from kvpref.tracing import region
+
+VARIANTS: Mapping[str, EngineOptions] = {
+    "full": EngineOptions(mode="two_pass", schedule="full"),
+    "bounded": EngineOptions(mode="two_pass", schedule="bounded"),
+    "one_pass": EngineOptions(mode="one_pass"),
+    "packed": EngineOptions(mode="packed"),
+    "padded": EngineOptions(mode="padded"),
+}
+"""Name -> how the step runs."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MemoryCase:
+    """One step to measure."""
+
+    variant: str
+    """One of `VARIANTS`."""
+
+    cut: Sequence[Sequence[Group]]
+    """The groups of each of its micro-batches."""
+
+    num_responses: int | None = None
+    """Responses that each group was cut down to; None where groups are whole."""
+
+    max_tokens_per_chunk: int | None = None
+    """As in `kvpref.forward_backward`; read by variant ``bounded`` only."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise InputError(f"unknown variant {self.variant!r}; choose from: {', '.join(VARIANTS)}")
+
+    @property
+    def name(self) -> str:
+        """The variant, and the responses where groups were cut down."""
+        return self.variant if self.num_responses is None else f"{self.variant} N={self.num_responses}"
+
+    @property
+    def options(self) -> EngineOptions:
+        """How it runs."""
+        options = VARIANTS[self.variant]
+        if options.schedule != "bounded":
+            return options
+        return replace(options, max_tokens_per_chunk=self.max_tokens_per_chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixSize:
+    """What the keys and values of shared prefixes take by the formula: 2 x all fields."""
+
+    num_layers: int
+    """Attention layers."""
+
+    num_kv_heads: int
+    """Key/value heads."""
+
+    head_dim: int
+    """Dimensions of a head."""
+
+    num_tokens: int
+    """Unique tokens whose keys and values are kept for later passes, in the largest micro-batch."""
+
+    itemsize: int
+    """Bytes of a number."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.num_tokens * self.itemsize
+
+    def __str__(self) -> str:
+        return (
+            f"2 x {self.num_layers} layers x {self.num_kv_heads} KV heads x {self.head_dim} dims x "
+            f"{self.num_tokens} tokens x {self.itemsize} bytes"
+        )
+
+
+class ProfiledStep:
+    """The step of a case: forward and backward of every micro-batch, and the optimizer's step.
+
+    Args:
+        model: Attached model, in training mode.
+        loss: As for `kvpref.forward_backward`.
+        optimizer: Steps at the end.
+        case: What to run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PreferenceLoss | LossFunction,
+        optimizer: torch.optim.Optimizer,
+        case: MemoryCase,
+    ) -> None:
+        self.model, self.loss, self.optimizer, self.case = model, loss, optimizer, case
+        self.device = next(model.parameters()).device
+        self.options = case.options
+        mode = self.options.mode
+        self.micro_batches = make_micro_batches(model, case.cut, loss, mode=mode, device=self.device)
+
+    def run(self) -> None:
+        """Zero the gradients, run every micro-batch, step the optimizer."""
+        self.model.zero_grad(set_to_none=True)
+        for item in self.micro_batches:
+            self._forward_backward(item)
+        with region("optimizer"):
+            self.optimizer.step()
+
+    def facts(self) -> dict[str, int]:
+        """Counts of the step."""
+        batches = [item.batch for item in self.micro_batches]
+        return {
+            "num_micro_batches": len(batches),
+            "num_groups": sum(batch.num_groups for batch in batches),
+            "num_sequences": sum(batch.num_sequences for batch in batches),
+            "total_tokens": sum(batch.num_total_tokens for batch in batches),
+            "unique_tokens": sum(batch.num_unique_tokens for batch in batches),
+        }
+
+    def prefix_size(self) -> PrefixSize:
+        """What the prefix keys and values of the largest micro-batch take."""
+        shape, config = model_shape(self.model), unwrap(self.model).config
+        return PrefixSize(
+            num_layers=shape.num_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or shape.num_heads,
+            head_dim=shape.head_dim,
+            num_tokens=max(self._num_prefix_tokens(item.batch) for item in self.micro_batches),
+            itemsize=compute_dtype(self.model).itemsize,
+        )
+
+    def _num_prefix_tokens(self, batch: Batch) -> int:
+        if self.options.mode != "two_pass":
+            return 0  # no pass reads another's keys and values
+        if self.options.schedule == "full":
+            return sum(item.input_ids.numel() for item in batch.plan("two_pass").passes[:-1])
+        limit = self.options.chunk_tokens or batch.num_unique_tokens
+        parents = {segment.parent for segment in batch.tree.segments}
+        segments = enumerate(batch.tree.segments)
+        # Pieces of a segment that is longer than a chunk are read by its later pieces.
+        return sum(len(segment) for index, segment in segments if index in parents or len(segment) > limit)
+
+    def _forward_backward(self, item: StepMicroBatch) -> None:
+        forward_backward(
+            self.model,
+            item.batch,
+            self.loss,
+            reference=item.reference,
+            backward=lambda value: (value * item.weight).backward(),  # type: ignore[no-untyped-call]
+            **asdict(self.options),
+        )

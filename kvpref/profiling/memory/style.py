@@ -1,0 +1,95 @@
+"""How kinds of data and variants look in pictures: the same everywhere, told apart without colour too.
+
+The colours are those of Okabe and Ito (2008, "Color universal design") and tints of them; every category that can
+stand beside another has a hatch or a lightness of its own, every variant a marker and a dash of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from kvpref.profiling.memory import tracker as kinds
+
+
+class FillStyle(NamedTuple):
+    """Of the area of a category."""
+
+    color: str
+    """Hex."""
+
+    hatch: str
+    """As matplotlib spells it; of lines only, because dots and stars make SVGs many times as long."""
+
+
+class LineStyle(NamedTuple):
+    """Of the line of a variant."""
+
+    color: str
+    """Hex."""
+
+    marker: str
+    """As matplotlib spells it."""
+
+    dash: str
+    """As matplotlib spells it."""
+
+
+_FILLS = {
+    kinds.PARAMETERS: FillStyle("#4d4d4d", ""),
+    kinds.OPTIMIZER: FillStyle("#a6a6a6", ""),
+    kinds.GRADIENTS: FillStyle("#e69f00", "\\\\\\"),
+    kinds.PREFIX_KV: FillStyle("#0072b2", ""),
+    kinds.PREFIX_KV_GRADIENTS: FillStyle("#0072b2", "xxx"),
+    kinds.BACKWARD: FillStyle("#d55e00", "---"),
+    kinds.LOG_PROBS: FillStyle("#cc79a7", "||"),
+    kinds.OTHER: FillStyle("#ffffff", ""),
+}
+_ACTIVATION_FILLS = (
+    FillStyle("#009e73", ""),
+    FillStyle("#8fd6bf", "///"),
+    FillStyle("#d9f2ea", "|||"),
+    FillStyle("#56b4e9", "+++"),
+    FillStyle("#b7e1f7", "\\\\"),
+    FillStyle("#5b8a3c", "xx"),
+)
+_UNKNOWN_FILL = FillStyle("#f0e442", "//")
+
+# Bottom to top of a stack: what stays for the whole step first, then what comes and goes.
+_ORDER = (kinds.PARAMETERS, kinds.OPTIMIZER, kinds.GRADIENTS, kinds.PREFIX_KV, kinds.PREFIX_KV_GRADIENTS)
+_ORDER_LAST = (kinds.LOG_PROBS, kinds.BACKWARD, kinds.OTHER)
+
+_LINES = {
+    "full": LineStyle("#0072b2", "o", "-"),
+    "bounded": LineStyle("#009e73", "s", "--"),
+    "one_pass": LineStyle("#cc79a7", "v", ":"),
+    "packed": LineStyle("#e69f00", "^", "-."),
+    "padded": LineStyle("#4d4d4d", "D", (0, (1, 1))),  # type: ignore[arg-type]
+}
+_UNKNOWN_LINE = LineStyle("#000000", "x", "-")
+
+
+def fill_style(category: str) -> FillStyle:
+    """The area of a category."""
+    if category.startswith(kinds.ACTIVATIONS):
+        number = category.rpartition(" ")[2]
+        return _ACTIVATION_FILLS[int(number) % len(_ACTIVATION_FILLS)] if number.isdigit() else _UNKNOWN_FILL
+    return _FILLS.get(category, _UNKNOWN_FILL)
+
+
+def line_style(variant: str) -> LineStyle:
+    """The line of a variant."""
+    return _LINES.get(variant, _UNKNOWN_LINE)
+
+
+def in_order(categories: Iterable[str]) -> list[str]:
+    """Categories as they are stacked and listed."""
+
+    def place(name: str) -> tuple[int, str]:
+        if name in _ORDER:
+            return _ORDER.index(name), ""
+        if name in _ORDER_LAST:
+            return len(_ORDER) + 1 + _ORDER_LAST.index(name), ""
+        return len(_ORDER), name
+
+    return sorted(categories, key=place)

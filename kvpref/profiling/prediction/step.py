@@ -1,0 +1,135 @@
+"""A training step on fake tensors: the engine's own code, and the bytes held after every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
+
+from kvpref.engine.options import EngineOptions
+from kvpref.engine.schedules import forward_backward, forward_backward_step
+from kvpref.errors import InputError
+from kvpref.losses import LossOutput
+from kvpref.plan.batch import Batch, collate
+from kvpref.plan.step import join_batches
+from kvpref.profiling.memory.tracker import OPTIMIZER, MemoryTracker
+from kvpref.profiling.prediction.kernels import running_on
+from kvpref.profiling.prediction.model import FakeTraining
+from kvpref.records.groups import Group
+from kvpref.records.groups import Sequence as TokenSequence
+from kvpref.records.outputs import ResponseLogps
+from kvpref.tracing import current_region
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupShape:
+    """The lengths of made-up groups: one prompt with so many responses each.
+
+    Raises:
+        InputError: If a length is not positive.
+    """
+
+    prompt_tokens: int
+    response_tokens: int
+    num_responses: int
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "response_tokens", "num_responses"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+    @property
+    def unique_tokens(self) -> int:
+        """Of one group."""
+        return self.prompt_tokens + self.num_responses * self.response_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Of one group, with the prompt counted once per response."""
+        return self.num_responses * (self.prompt_tokens + self.response_tokens)
+
+    def batch(self, num_groups: int, *, ragged: bool = False) -> Batch:
+        """Collated groups that share nothing with one another.
+
+        Args:
+            num_groups: How many.
+            ragged: Make one response a token shorter, so that a padded batch has padding.
+        """
+        groups = []
+        for group in range(num_groups):
+            prompt = [group, *[0] * (self.prompt_tokens - 1)]
+            responses = [[index, *[0] * (self.response_tokens - 1)] for index in range(self.num_responses)]
+            if ragged and group == 0 and self.response_tokens > 1:
+                responses[0] = responses[0][:-1]
+            groups.append(Group([TokenSequence.from_prompt_and_response(prompt, response) for response in responses]))
+        return collate(groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to run a micro-batch; the fields are those of `kvpref.forward_backward`."""
+
+    mode: str = "two_pass"
+    schedule: str = "full"
+    max_tokens_per_chunk: int | None = None
+    prefix_cache: str = "device"
+    checkpoint: str = "none"
+
+
+class Moment(NamedTuple):
+    """What was held right after an operator, its arguments included."""
+
+    operator: str
+    region: str | None
+    total_bytes: int
+    bytes_by_category: Mapping[str, int]
+
+
+def trace_step(training: FakeTraining, batch: Batch, variant: Variant, device_type: str) -> list[Moment]:
+    """Run one forward and backward on fake tensors.
+
+    Between two operators memory is only freed, so the most that is held is held at one of the moments returned. The
+    first one is before the step: what stays from step to step.
+
+    Args:
+        training: The fake model.
+        batch: On the CPU; its index tensors are real.
+        variant: How to run it.
+        device_type: What the fake tensors stand in for.
+    """
+    step = _prepare(training, batch, variant)
+    moments: list[Moment] = []
+    with training.mode, MemoryTracker(training.model) as tracker:
+        tracker.assign(OPTIMIZER, *training.optimizer_state)
+
+        def record(operator: str) -> None:
+            now = tracker.current
+            moments.append(Moment(operator, current_region(), now.total_bytes, now.bytes_by_category))
+
+        record("start")
+        with running_on(device_type, record):
+            step()
+    return moments
+
+
+def _prepare(training: FakeTraining, batch: Batch, variant: Variant) -> Callable[[], object]:
+    """The step, with its index tensors made now, as real ones: the engine reads some of them."""
+    if variant.schedule != "bounded":
+        batch.plan(variant.mode)
+        return partial(forward_backward, training.model, batch, _made_up_loss, **asdict(variant))
+    options = EngineOptions(**asdict(variant))
+    return partial(
+        forward_backward_step,
+        training.model,
+        join_batches([batch], max_tokens_per_chunk=options.chunk_tokens),
+        _made_up_loss,
+        options,
+        references=[None],
+        backward=lambda loss, _: loss.backward(),
+    )
+
+
+def _made_up_loss(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
+    """Reads the log-prob of every response, as preference losses do."""
+    return LossOutput(policy.sum().mean(), {})

@@ -1,0 +1,1 @@
+"""What the rooms hand one another: groups, requests and outputs."""

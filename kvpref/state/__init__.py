@@ -1,0 +1,1 @@
+"""What passes hand on: keys and values on the device and in host memory."""

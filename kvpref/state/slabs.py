@@ -1,0 +1,225 @@
+"""Slabs: the keys and values that chunks of the bounded schedule leave for one another, and the gradients they get.
+
+Each key and value stands in one slab, once. A chunk reads views of the slabs as leaves of its own autograd graph; what
+its backward pass leaves there is added up, in fp32 or wider, until the chunk that made those rows takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kvpref.plan.chunks import ChunkPlan, SlabSlice, StepChunks
+from kvpref.prefix.chunks import SlabKey
+from kvpref.state.cache import KeyValue, LayerSlot, chain_slots
+from kvpref.state.host_cache import HostPrefixes, HostSlot
+from kvpref.state.host_slabs import HostLayer, HostRows, HostSlab
+from kvpref.state.transfers import Transfers
+from kvpref.tracing import mark
+
+Incoming = Callable[[], Iterable[tuple[GradientEdge, torch.Tensor]]]
+"""Called for the backward pass of a chunk: where gradients enter its graph, and what to hand in there."""
+
+
+class Slab:
+    """One tensor of keys or values, (rows, num_kv_heads, head_dim), and its gradient.
+
+    Args:
+        num_rows: Rows.
+        like: (any, num_kv_heads, head_dim), what it will hold.
+    """
+
+    def __init__(self, num_rows: int, like: torch.Tensor) -> None:
+        self.data = torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        self.grad: torch.Tensor | None = None
+        mark("prefix K/V", self.data)
+
+    def leaf(self, start: int, stop: int, *, requires_grad: bool) -> torch.Tensor:
+        """A view of rows as a leaf; its gradients go to `grad` as soon as they are there."""
+        # `.data` has a version counter of its own: graphs may go on while other rows are written.
+        leaf = self.data.data[start:stop].requires_grad_(requires_grad)
+        if requires_grad:
+            leaf.register_post_accumulate_grad_hook(lambda tensor: self._take(tensor, start, stop))
+        return leaf
+
+    def _take(self, leaf: torch.Tensor, start: int, stop: int) -> None:
+        grad, leaf.grad = leaf.grad, None
+        assert grad is not None
+        if self.grad is None:
+            # Many chunks add to the same rows; 16-bit sums would lose what each of them adds.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            if wide == grad.dtype and grad.shape == self.data.shape:
+                self.grad = grad
+            else:
+                self.grad = torch.zeros(self.data.shape, dtype=wide, device=self.data.device)
+            mark("prefix K/V gradients", self.grad)
+        if self.grad is not grad:
+            self.grad[start:stop].add_(grad)
+
+
+class SlabStore:
+    """All slabs of one optimizer step.
+
+    Attributes:
+        modules: The attention modules, in the order in which they run, once it is known.
+
+    Args:
+        chunks: What will run.
+        device: Where the model is.
+        on_host: Keep keys and values in host memory.
+        prompts_get_grad: Whether slabs of prompts collect gradients.
+    """
+
+    def __init__(self, chunks: StepChunks, device: torch.device, *, on_host: bool, prompts_get_grad: bool) -> None:
+        self._transfers = Transfers(device, chunks.all) if on_host else None
+        self.modules: list[nn.Module | None] | None = None
+        self._slab_rows, self._prompts_get_grad = chunks.slab_rows, prompts_get_grad
+        self._make: type[Slab] | type[HostSlab] = HostSlab if on_host else Slab
+        self._slabs: dict[SlabKey, list[tuple[Any, Any]]] = {}
+
+    def key_values(self, chunk: ChunkPlan) -> ChunkKeyValues:
+        """What a chunk reads here, and leaves."""
+        if self._transfers is None:
+            return ChunkKeyValues(self, chunk)
+        return HostChunkKeyValues(self, chunk, self._transfers)
+
+    def write(self, place: SlabSlice, own: Sequence[KeyValue]) -> None:
+        """Copy a chunk's keys and values, one pair per layer, to their rows."""
+        if place.slab not in self._slabs:
+            num_rows = self._slab_rows[place.slab]
+            self._slabs[place.slab] = [(self._make(num_rows, key), self._make(num_rows, value)) for key, value in own]
+        for slabs, pair in zip(self._slabs[place.slab], own, strict=True):
+            for slab, tensor in zip(slabs, pair, strict=True):
+                slab.data[place.start : place.stop].copy_(tensor.detach(), non_blocking=True)
+
+    def leaves(self, place: SlabSlice) -> list[KeyValue]:
+        """Per layer, views of rows whose gradients are collected here."""
+        needs_grad = torch.is_grad_enabled() and self._collects(place)
+        return [
+            (
+                key.leaf(place.start, place.stop, requires_grad=needs_grad),
+                value.leaf(place.start, place.stop, requires_grad=needs_grad),
+            )
+            for key, value in self._slabs[place.slab]
+        ]
+
+    def grads(self, place: SlabSlice) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Per layer, the gradients of rows collected so far; None where there is none."""
+        return [
+            tuple(None if slab.grad is None else slab.grad[place.start : place.stop] for slab in pair)  # type: ignore[misc]
+            for pair in self._slabs[place.slab]
+        ]
+
+    def host_rows(self, place: SlabSlice) -> list[HostLayer]:
+        """Per layer, rows of slabs in host memory."""
+        needs_grad = self._collects(place)
+        return [
+            tuple(HostRows(slab, place.start, place.stop, needs_grad) for slab in pair)
+            for pair in self._slabs[place.slab]
+        ]
+
+    def _collects(self, place: SlabSlice) -> bool:
+        return self._prompts_get_grad or not place.slab.is_prompt
+
+    def drop(self, owner: int) -> None:
+        """Free the slabs of an owner."""
+        for key in [key for key in self._slabs if key.owner == owner]:
+            del self._slabs[key]
+
+    def close(self) -> None:
+        """Free what is on the device to bring slabs there."""
+        if self._transfers is not None:
+            self._transfers.close()
+
+
+class ChunkKeyValues:
+    """What one chunk reads and leaves, for `RunningPass`; keys and values stay on the device.
+
+    Attributes:
+        own: After the pass, the keys and values of the chunk, one pair per layer.
+    """
+
+    def __init__(self, store: SlabStore, chunk: ChunkPlan) -> None:
+        self.own: list[KeyValue] = []
+        self._store, self._writes = store, chunk.writes
+        self._prefixes: list[tuple[KeyValue, ...]] = list(
+            zip(*(store.leaves(place) for place in chunk.reads), strict=True)
+        )
+
+    def slots(self, num_layers: int) -> list[LayerSlot]:
+        """The slots of the chunk's layers, chained."""
+        return chain_slots(self._prefixes or [()] * num_layers)
+
+    def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
+        """Whether the layers of the first chunk took these slots, in the same order."""
+        modules = [slot.module for slot in slots]
+        self._store.modules = self._store.modules or modules
+        return modules == self._store.modules
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """While layers run: what becomes of the tensors that autograd saves."""
+        return nullcontext()
+
+    def record(self, slots: Sequence[LayerSlot]) -> None:
+        """Take the keys and values out of the slots, which recomputation may keep alive."""
+        for slot in slots:
+            assert slot.own is not None
+            self.own.append(slot.own)
+            slot.own = None
+
+    def incoming(self) -> Incoming:
+        """What gives the gradients that others will have left for the chunk's own keys and values; forgets those.
+
+        It is all that may know their places in the graph: the graph may hold this object, to recompute layers.
+        """
+        edges = [(_edge(key), _edge(value)) for key, value in self.own]
+        self.own = []
+        assert self._writes is not None
+        return partial(_incoming, self._store, self._writes, edges)
+
+
+class HostChunkKeyValues(ChunkKeyValues):
+    """The same where keys and values are in host memory."""
+
+    def __init__(self, store: SlabStore, chunk: ChunkPlan, transfers: Transfers) -> None:
+        self.own = []
+        self._store = store
+        layers = zip(*(store.host_rows(place) for place in chunk.reads), strict=True)
+        reads = [tuple(rows for pair in pairs for rows in pair) for pairs in layers]
+        own = None if chunk.writes is None else partial(store.host_rows, chunk.writes)
+        self._host = HostPrefixes(transfers, reads, own)
+        self._edges: list[GradientEdge | None] = []
+
+    def slots(self, num_layers: int) -> list[LayerSlot]:
+        return list(self._host.slots(num_layers))
+
+    def saving(self) -> AbstractContextManager[Any]:
+        return self._host.saving()
+
+    def record(self, slots: Sequence[LayerSlot]) -> None:
+        super().record(slots)
+        self._edges = [slot.take_edge() for slot in slots if isinstance(slot, HostSlot)]
+
+    def incoming(self) -> Incoming:
+        edges, self._edges, self.own = self._edges, [], []
+        return partial(self._host.sums.incoming, edges)
+
+
+def _incoming(
+    store: SlabStore, place: SlabSlice, edges: Sequence[tuple[GradientEdge | None, GradientEdge | None]]
+) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
+    for pair, grads in zip(edges, store.grads(place), strict=True):
+        for edge, grad in zip(pair, grads, strict=True):
+            # An adapter on the queries alone leaves keys and values of the first layer without a graph.
+            if edge is not None and grad is not None:
+                yield edge, grad
+
+
+def _edge(tensor: torch.Tensor) -> GradientEdge | None:
+    return get_gradient_edge(tensor) if tensor.requires_grad else None

@@ -1,0 +1,157 @@
+"""Refusals: by name, with the reason and what works instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sample_groups import pairs
+from tiny_models import VOCAB_SIZE, build_model, tiny_config, tiny_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    FalconConfig,
+    GPTJConfig,
+    LlamaModel,
+    MambaConfig,
+    MixtralConfig,
+    MptConfig,
+    OPTConfig,
+)
+
+import kvpref
+from kvpref import UnsupportedModelError
+from kvpref.models.families import FAMILIES, REFUSED
+
+_SMALL: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 1}
+UNSUPPORTED = {
+    "falcon": FalconConfig(**_SMALL, num_attention_heads=2),
+    "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+    "bloom": BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=1, n_head=2),
+    "mamba": MambaConfig(**_SMALL, state_size=4),
+    "mpt": MptConfig(vocab_size=VOCAB_SIZE, d_model=16, n_layers=1, n_heads=2),
+    "mixtral": MixtralConfig(**_SMALL, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2),
+    "gemma2": tiny_config("gemma2"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_architectures_are_refused_by_name(name: str) -> None:
+    model = build_model(UNSUPPORTED[name])
+    with pytest.raises(UnsupportedModelError) as error:
+        kvpref.attach(model)
+    message = str(error.value)
+    assert repr(name) in message
+    assert f"nearest supported family: {REFUSED[name][1]}" in message
+    assert model.config._attn_implementation != "kvpref"
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_refusal_names_a_real_type_and_a_supported_neighbour(name: str) -> None:
+    AutoConfig.for_model(name)
+    assert REFUSED[name][1] in FAMILIES
+    assert name not in FAMILIES
+
+
+def test_unknown_types_are_refused_with_the_list_of_families() -> None:
+    config = OPTConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, dropout=0.0
+    )
+    with pytest.raises(UnsupportedModelError, match=r"'opt' is not supported.*gemma, gpt2, .*stablelm"):
+        kvpref.attach(build_model(config))
+
+
+def test_models_without_a_language_model_head_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="no language-model head"):
+        kvpref.attach(LlamaModel(tiny_config("llama")))
+
+
+def test_classifiers_of_several_labels_are_refused() -> None:
+    model = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
+    with pytest.raises(UnsupportedModelError, match=r"with 2 labels is no reward model.*num_labels=1"):
+        kvpref.attach(model)
+
+
+def test_something_else_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="got Linear"):
+        kvpref.attach(nn.Linear(2, 2))
+
+
+def test_custom_code_is_refused() -> None:
+    model = tiny_model("llama")
+    custom = type("LlamaForCausalLM", (type(model),), {"__module__": "transformers_modules.somebody.modeling"})
+    model.__class__ = custom
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code=False"):
+        kvpref.attach(model)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 6,
+            "long_factor": [2.0] * 6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_rope_that_depends_on_the_forwards_length_is_refused(rope: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"'{rope['rope_type']}'.*linear"):
+        kvpref.attach(tiny_model("llama", rope_parameters=rope))
+
+
+@pytest.mark.parametrize("mode", ["two_pass", "one_pass", "packed", "padded"])
+@pytest.mark.parametrize(
+    ("variant", "setting"),
+    [
+        ("llama", "attention_dropout"),
+        ("gpt_neox", "attention_dropout"),
+        ("gpt_neox", "hidden_dropout"),
+        ("stablelm", "attention_dropout"),
+        ("stablelm", "hidden_dropout"),
+        ("phi3", "resid_pdrop"),
+        ("gpt2", "attn_pdrop"),
+        ("gpt2", "embd_pdrop"),
+    ],
+)
+def test_dropout_is_refused_in_training_and_allowed_in_eval(variant: str, setting: str, mode: str) -> None:
+    model = kvpref.attach(tiny_model(variant, **{setting: 0.5}))
+    batch = kvpref.collate(pairs(), min_shared_tokens=1)
+    with pytest.raises(UnsupportedModelError, match=r"dropout 0\.5"):
+        kvpref.response_logps(model, batch, mode=mode)
+    found = kvpref.response_logps(model.eval(), batch, mode=mode).token_logps
+    plain = kvpref.response_logps(kvpref.attach(tiny_model(variant)).eval(), batch, mode=mode).token_logps
+    assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_that_are_not_what_the_family_declares_are_refused(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype)
+    forward = type(model).forward
+
+    class Softcapped(type(model)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = forward(self, *args, **kwargs)
+            output.logits = 5 * torch.tanh(output.logits / 5)
+            return output
+
+    Softcapped.__module__ = type(model).__module__
+    model.__class__ = Softcapped
+    Softcapped.__name__ = "LlamaForCausalLM"
+    with pytest.raises(UnsupportedModelError, match="transforms its logits"):
+        kvpref.attach(model)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_granite_scale_is_read_from_the_config(scale: float) -> None:
+    model = kvpref.attach(tiny_model("granite", logits_scaling=scale))
+    assert FAMILIES["granite"].logit_scale(model.config) == 1.0 / scale
