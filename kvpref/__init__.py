@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from kvpref.plan.batch import Batch, collate
     from kvpref.plan.step import Step, join_batches
     from kvpref.records.groups import Group, Sequence
-    from kvpref.records.outputs import HeadOptions, ResponseLogps, ResponseRewards
+    from kvpref.records.outputs import ResponseLogps, ResponseRewards
+    from kvpref.records.requests import HeadOptions
     from kvpref.state.cache import PrefixCache
     from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 

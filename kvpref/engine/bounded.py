@@ -32,7 +32,8 @@ from kvpref.models.vocabulary_grads import embed
 from kvpref.plan.chunks import ChunkPlan
 from kvpref.plan.step import Step
 from kvpref.prefix.chunks import SHARED
-from kvpref.records.outputs import WITHOUT_GRAD, HeadOptions
+from kvpref.records.outputs import WITHOUT_GRAD
+from kvpref.records.requests import HeadOptions
 from kvpref.state.slabs import ChunkKeyValues, Incoming, SlabStore
 from kvpref.tracing import mark, region
 

@@ -19,7 +19,8 @@ from kvpref.models.support import check_training_state, unwrap
 from kvpref.plan.batch import Batch
 from kvpref.plan.chunks import MicroBatchChunks
 from kvpref.plan.passes import ModePlan, PassPlan, Reads
-from kvpref.records.outputs import HeadOptions, ResponseLogps, ResponseRewards
+from kvpref.records.outputs import ResponseLogps, ResponseRewards
+from kvpref.records.requests import HeadOptions
 from kvpref.state.cache import KeyValues, PrefixCache
 from kvpref.tracing import region
 

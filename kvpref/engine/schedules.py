@@ -17,7 +17,8 @@ from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, los
 from kvpref.parallel.ddp import local_module, synchronise_gradients
 from kvpref.plan.batch import Batch
 from kvpref.plan.step import Step, join_batches
-from kvpref.records.outputs import HeadOptions, ResponseLogps, ResponseRewards
+from kvpref.records.outputs import ResponseLogps, ResponseRewards
+from kvpref.records.requests import HeadOptions
 from kvpref.tracing import region
 
 

@@ -14,7 +14,8 @@ from kvpref.errors import InputError
 from kvpref.losses.learning_rates import REWARD_RATES, UNKNOWN_RATES, UNKNOWN_REWARD_RATES, LearningRates
 from kvpref.plan.batch import Batch, collate
 from kvpref.records.groups import Group
-from kvpref.records.outputs import READS, HeadOptions, ResponseLogps, ResponseRewards
+from kvpref.records.outputs import ResponseLogps, ResponseRewards
+from kvpref.records.requests import READS, HeadOptions
 
 
 class LossOutput(NamedTuple):

@@ -15,7 +15,8 @@ from kvpref.losses.registry import OBJECTIVES
 from kvpref.losses.user import construct_loss, find_loss
 from kvpref.plan.batch import Batch
 from kvpref.records.groups import Group
-from kvpref.records.outputs import HeadOptions, ResponseLogps
+from kvpref.records.outputs import ResponseLogps
+from kvpref.records.requests import HeadOptions
 
 _DEFAULTS: dict[str, dict[str, Any]] = {"sft": {"average": "response"}}
 """Settings of parts in a mixture, unless given: a mean over tokens cannot be added to one over groups."""

@@ -9,7 +9,7 @@ import torch
 
 from kvpref.losses.interface import LossOutput, PreferenceLoss, loss_name
 from kvpref.plan.batch import Batch
-from kvpref.records.outputs import HeadOptions
+from kvpref.records.requests import HeadOptions
 
 
 class RecordingLoss(PreferenceLoss):

@@ -16,7 +16,7 @@ from kvpref.models.value_head import trained_copy, value_head
 from kvpref.models.vocabulary_grads import grad_in_place
 from kvpref.ops.logprob.statistics import HeadParams, token_statistics
 from kvpref.records.host_copies import to_device
-from kvpref.records.outputs import HeadOptions
+from kvpref.records.requests import HeadOptions
 
 _NUM_PROBES = 3
 # Two evaluations of one linear layer, in the model's own dtype, differ by rounding only.

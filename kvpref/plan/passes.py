@@ -16,7 +16,7 @@ from kvpref.ops.attention.block import VarlenBlock
 from kvpref.prefix.levels import Level, LevelLayout, build_layout
 from kvpref.prefix.tree import PrefixTree, build_unshared_tree
 from kvpref.records.groups import Sequence
-from kvpref.records.outputs import READS
+from kvpref.records.requests import READS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

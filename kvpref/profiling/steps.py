@@ -16,7 +16,8 @@ from kvpref.losses.recording import RecordingLoss
 from kvpref.plan.batch import Batch, collate
 from kvpref.plan.flops import Work, count_work, total_work
 from kvpref.records.groups import Group
-from kvpref.records.outputs import HeadOptions, ResponseLogps, ResponseRewards
+from kvpref.records.outputs import ResponseLogps, ResponseRewards
+from kvpref.records.requests import HeadOptions
 
 BASELINE_MODE = "packed"
 """What modes are compared with: the same kernels and no padding, every prompt repeated."""

@@ -22,7 +22,8 @@ from kvpref.errors import InputError
 from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
 from kvpref.models.attach import Program, attach
 from kvpref.models.head import output_head
-from kvpref.records.outputs import HeadOptions, ResponseLogps
+from kvpref.records.outputs import ResponseLogps
+from kvpref.records.requests import HeadOptions
 
 _ADD_HEAD = "add_fused_lm_head"
 _REWARD_FLAG = "kvpref_rewards"

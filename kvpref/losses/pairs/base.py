@@ -15,7 +15,8 @@ from kvpref.losses.pairs.f_divergences import DIVERGENCES
 from kvpref.losses.pairs.preferred import pair_indices, pair_metrics, preferred_of_pair
 from kvpref.plan.batch import Batch
 from kvpref.records.groups import Group
-from kvpref.records.outputs import HeadOptions, ResponseLogps
+from kvpref.records.outputs import ResponseLogps
+from kvpref.records.requests import HeadOptions
 
 
 class PairLogps(NamedTuple):

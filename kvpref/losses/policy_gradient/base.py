@@ -21,7 +21,8 @@ from kvpref.losses.policy_gradient.kl_estimators import KL_ESTIMATORS, MAX_LOG_R
 from kvpref.losses.scores import EQUAL_SCORES, has_preference, rated_indices, rated_responses
 from kvpref.plan.batch import Batch
 from kvpref.records.groups import Group
-from kvpref.records.outputs import HeadOptions, ResponseLogps
+from kvpref.records.outputs import ResponseLogps
+from kvpref.records.requests import HeadOptions
 
 ZERO_ADVANTAGES = Idle("all advantages are 0", "give responses whose advantages differ from 0")
 

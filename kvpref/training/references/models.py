@@ -17,7 +17,8 @@ from kvpref.engine.schedules import score
 from kvpref.errors import InputError
 from kvpref.models.support import unwrap
 from kvpref.plan.batch import Batch
-from kvpref.records.outputs import HeadOptions, ResponseLogps
+from kvpref.records.outputs import ResponseLogps
+from kvpref.records.requests import HeadOptions
 from kvpref.training.adapters import adapter_off, is_adapter_weight, trainable_weights
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import MicroBatchInputs
