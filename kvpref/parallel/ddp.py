@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.attach import run_inside
+from kvpref.parallel.sharding import is_sharded
 
 
 def local_module(model: nn.Module) -> nn.Module:
@@ -20,8 +20,7 @@ def local_module(model: nn.Module) -> nn.Module:
         UnsupportedModelError: If the parameters are sharded, whose ranks would have to run equally many chunks, or the
             wrapper relies on a static graph.
     """
-    sharded = (FSDPModule, FullyShardedDataParallel)
-    if type(model).__name__ == "DeepSpeedEngine" or any(isinstance(module, sharded) for module in model.modules()):
+    if is_sharded(model):
         raise UnsupportedModelError(
             "schedule 'bounded' (and prefix_grad=False) runs as many forward passes as a rank's data needs, and a "
             "sharded model (FSDP, DeepSpeed) needs the same number on every rank; use schedule 'full' with a smaller "

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from kvpref.errors import InputError
 from kvpref.integrations.trl.setup import Setup
 from kvpref.models.support import check_config
+from kvpref.parallel.sharding import is_zero_3
 
 _ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
 _GRPO = frozenset({"GRPOTrainer"})
@@ -72,7 +73,7 @@ def _fsdp(setup: Setup) -> bool:
 
 
 def _zero_3(setup: Setup) -> bool:
-    return getattr(setup.option("deepspeed_plugin"), "zero_stage", 0) == 3
+    return is_zero_3(setup.option("deepspeed_plugin"))
 
 
 def _several_devices(setup: Setup) -> bool:

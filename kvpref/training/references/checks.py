@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name
 from kvpref.models.support import unwrap
+from kvpref.parallel.sharding import is_sharded, will_be_sharded
 from kvpref.training.adapters import check_adapters, is_peft, trains_adapter_only
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.inputs import check_lengths
@@ -79,10 +78,7 @@ def _against_sync(policy: nn.Module, args: PreferenceTrainingArguments, given: G
 
 def refuse_sharded(policy: nn.Module, what: str) -> None:
     """Raise InputError if the policy's weights are, or will be, spread over ranks."""
-    state = AcceleratorState()
-    zero_stage = getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 0)
-    is_sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in policy.modules())
-    if getattr(state, "fsdp_plugin", None) is not None or zero_stage == 3 or is_sharded:
+    if will_be_sharded() or is_sharded(policy):
         raise InputError(
             f"{what} needs whole weights, and a sharded model (FSDP, DeepSpeed ZeRO-3) has them in pieces; use "
             "DistributedDataParallel, or precomputed reference log-probs"
