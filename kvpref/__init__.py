@@ -30,7 +30,7 @@ _HOMES = {
     "Batch": "kvpref.plan.batch",
     "EngineOptions": "kvpref.engine.options",
     "Group": "kvpref.records.groups",
-    "HeadOptions": "kvpref.records.outputs",
+    "HeadOptions": "kvpref.records.requests",
     "InputError": "kvpref.errors",
     "LossOutput": "kvpref.losses",
     "PreferenceTrainer": "kvpref.training",

@@ -25,10 +25,11 @@ from kvpref.cli.sizes import parse_bytes
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
+    from kvpref.engine.options import EngineOptions
     from kvpref.profiling.prediction.fit import VariantPlan
     from kvpref.profiling.prediction.model import TrainingSetup
     from kvpref.profiling.prediction.peak import Predictor
-    from kvpref.profiling.prediction.step import GroupShape, Variant
+    from kvpref.profiling.prediction.step import GroupShape
 
 _OF_DATA = "that of --data"
 _LENGTHS = ("max", "p90", "p50")
@@ -149,15 +150,15 @@ def _predictor(model: str, setup: TrainingSetup, num_shards: int) -> Predictor:
 def _plan_variants(
     predictor: Predictor, shape: GroupShape, budget_bytes: int, checkpoint: str, prefix_cache: str
 ) -> list[VariantPlan]:
+    from kvpref.engine.options import EngineOptions
     from kvpref.profiling.prediction.fit import plan_variant
-    from kvpref.profiling.prediction.step import Variant
 
     at_once = "none" if checkpoint == "prefix" else checkpoint  # these modes give prefixes no pass of their own
-    variants: dict[str, Variant] = {
-        "bounded": Variant(schedule="bounded", checkpoint=checkpoint, prefix_cache=prefix_cache),
-        "full": Variant(checkpoint=checkpoint),
-        "packed": Variant(mode="packed", checkpoint=at_once),
-        "padded": Variant(mode="padded", checkpoint=at_once),
+    variants: dict[str, EngineOptions] = {
+        "bounded": EngineOptions(schedule="bounded", checkpoint=checkpoint, prefix_cache=prefix_cache),
+        "full": EngineOptions(checkpoint=checkpoint),
+        "packed": EngineOptions(mode="packed", checkpoint=at_once),
+        "padded": EngineOptions(mode="padded", checkpoint=at_once),
     }
     if predictor.num_shards > 1:
         del variants["bounded"]  # it refuses sharded models

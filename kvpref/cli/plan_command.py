@@ -6,8 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvpref.engine.options import EngineOptions
 from kvpref.profiling.prediction.model import TrainingSetup
-from kvpref.profiling.prediction.step import Variant
 from kvpref.training.adapters import ALL_LINEAR
 
 _OPTIMIZERS: dict[str, list[str] | None] = {"adamw": [], "sgd": ["--set", "optim=sgd"], "sgd_momentum": None}
@@ -47,7 +47,7 @@ class Subject:
 
 
 def train_command(
-    subject: Subject, setup: TrainingSetup, variant: Variant, *, max_tokens: int, num_shards: int = 1
+    subject: Subject, setup: TrainingSetup, variant: EngineOptions, *, max_tokens: int, num_shards: int = 1
 ) -> str | None:
     """The whole command, as a shell takes it; None if `kvpref train` cannot do it.
 
@@ -91,7 +91,7 @@ def _adapter_flags(setup: TrainingSetup) -> list[str]:
     return ["--lora-r", str(setup.lora_r), *([] if targets == ALL_LINEAR else ["--lora-target-modules", targets])]
 
 
-def _variant_flags(variant: Variant) -> list[str]:
+def _variant_flags(variant: EngineOptions) -> list[str]:
     flags = ["--mode", variant.mode]
     if variant.schedule == "bounded":
         flags += ["--schedule", "bounded", "--max-tokens-per-chunk", str(variant.max_tokens_per_chunk)]

@@ -15,13 +15,14 @@ from kvpref.cli.run_config import RunConfig
 from kvpref.cli.sizes import size_in_words
 from kvpref.data import DataStatistics, PreferenceDataset, summarize_dataset
 from kvpref.data.batching.costs import COUNTS
+from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
 from kvpref.models.support import unwrap
 from kvpref.profiling.prediction.fit import largest_fitting, num_tokens
 from kvpref.profiling.prediction.model import TrainingSetup
 from kvpref.profiling.prediction.peak import Predictor
-from kvpref.profiling.prediction.step import GroupShape, Variant
+from kvpref.profiling.prediction.step import GroupShape
 from kvpref.training import PreferenceTrainingArguments
 from kvpref.training.adapters import ALL_LINEAR, is_peft
 from kvpref.training.defaults import AUTO
@@ -95,7 +96,7 @@ def fitting_budget(
         # DistributedDataParallel sends copies of the gradients.
         usable -= sum(item.nbytes for item in model.parameters() if item.requires_grad)
     shape = _longest(summarize_dataset(groups))
-    variant = Variant(mode=args.mode, checkpoint=args.checkpoint)
+    variant = EngineOptions(mode=args.mode, checkpoint=args.checkpoint)
     try:
         predictor = Predictor(unwrap(model).config, _setup(model, run, args))
         peak_of = _peaks(predictor, variant, shape)
@@ -144,7 +145,7 @@ def predict_peak(
         count = min(count, max(1, budget // num_tokens(args.mode, shape)))
     try:
         predictor = Predictor(unwrap(model).config, _setup(model, run, args))
-        peak_bytes = predictor.peak(Variant(mode=args.mode, checkpoint=args.checkpoint), shape, count).total_bytes
+        peak_bytes = predictor.peak(EngineOptions(mode=args.mode, checkpoint=args.checkpoint), shape, count).total_bytes
     except InputError as error:
         return f"peak not predicted: {error}"
     return f"predicted peak {size_in_words(peak_bytes)}"
@@ -191,5 +192,5 @@ def _longest(found: DataStatistics) -> GroupShape:
     )
 
 
-def _peaks(predictor: Predictor, variant: Variant, shape: GroupShape) -> Callable[[int], int]:
+def _peaks(predictor: Predictor, variant: EngineOptions, shape: GroupShape) -> Callable[[int], int]:
     return lambda num_groups: predictor.peak(variant, shape, num_groups).total_bytes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from kvpref.errors import InputError
 from kvpref.models.checkpointing import CHECKPOINTS
@@ -90,3 +92,16 @@ class EngineOptions:
         if self.schedule != "bounded":
             return None
         return DEFAULT_MAX_TOKENS_PER_CHUNK if self.max_tokens_per_chunk is None else self.max_tokens_per_chunk
+
+
+def with_changes(options: EngineOptions | None, changes: Mapping[str, Any]) -> EngineOptions:
+    """Options (the defaults if None) with some fields set by name.
+
+    Raises:
+        InputError: If there is no such field, or the result does not fit together.
+    """
+    names = [item.name for item in fields(EngineOptions)]
+    unknown = [name for name in changes if name not in names]
+    if unknown:
+        raise InputError(f"the engine has no option {unknown[0]!r}; it has: {', '.join(names)}")
+    return replace(options or EngineOptions(), **changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from kvpref.models.support import check_training_state, unwrap
 from kvpref.plan.batch import Batch
 from kvpref.plan.chunks import MicroBatchChunks
 from kvpref.plan.passes import ModePlan, PassPlan, Reads
-from kvpref.records.outputs import ResponseLogps, ResponseRewards
+from kvpref.records.outputs import ResponseLogps, ResponseRewards, Responses
 from kvpref.records.requests import HeadOptions
 from kvpref.state.cache import KeyValues, PrefixCache
 from kvpref.tracing import region
@@ -55,11 +55,8 @@ def response_logps(
             or the model is a reward model.
         UnsupportedModelError: If the model's state (dropout, checkpointing) or this batch cannot be run exactly.
     """
-    EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
-    batch = batch_for(model, batch, "tokens")
-    plan = batch.plan(mode)
-    program = partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint, head=head or HeadOptions())
-    return responses(run_inside(model, program), plan, batch)
+    options = EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
+    return run_mode(model, batch, options, "tokens", head=head)
 
 
 def response_rewards(
@@ -82,10 +79,58 @@ def response_rewards(
         InputError: If the model has no scalar head.
         As `response_logps` otherwise.
     """
-    EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
-    batch = batch_for(model, batch, "ends")
-    plan = batch.plan(mode)
-    program = partial(_run_plan, plan=plan, backend=backend, checkpoint=checkpoint, head=HeadOptions())
+    options = EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
+    return run_mode(model, batch, options, "ends")
+
+
+@overload
+def run_mode(
+    model: nn.Module,
+    batch: Batch,
+    options: EngineOptions,
+    reads: Literal["tokens"],
+    *,
+    head: HeadOptions | None = None,
+) -> ResponseLogps: ...
+
+
+@overload
+def run_mode(
+    model: nn.Module,
+    batch: Batch,
+    options: EngineOptions,
+    reads: Literal["ends"],
+    *,
+    head: HeadOptions | None = None,
+) -> ResponseRewards: ...
+
+
+@overload
+def run_mode(
+    model: nn.Module, batch: Batch, options: EngineOptions, reads: str, *, head: HeadOptions | None = None
+) -> Responses: ...
+
+
+def run_mode(
+    model: nn.Module, batch: Batch, options: EngineOptions, reads: str, *, head: HeadOptions | None = None
+) -> Responses:
+    """Run all passes of the options' mode at once.
+
+    Args:
+        model: Attached.
+        batch: From `kvpref.collate`.
+        options: Mode, backend and checkpoint; the schedule is not looked at.
+        reads: ``tokens`` for a `ResponseLogps`, ``ends`` for a `ResponseRewards`.
+        head: What is computed besides log-probs; nothing if None.
+
+    Raises:
+        As `response_logps`.
+    """
+    batch = batch_for(model, batch, reads)
+    plan = batch.plan(options.mode)
+    program = partial(
+        _run_plan, plan=plan, backend=options.backend, checkpoint=options.checkpoint, head=head or HeadOptions()
+    )
     return responses(run_inside(model, program), plan, batch)
 
 
@@ -152,10 +197,12 @@ def score_responses(
     if not cache.begins(plan):
         raise InputError("the prefix cache was made from another batch; use what encode_prefix returned for this one")
     program = partial(_run_plan, plan=plan, backend=backend, cache=cache.fork(), head=head or HeadOptions())
-    return responses(run_inside(model, program), plan, batch)
+    found = responses(run_inside(model, program), plan, batch)
+    assert isinstance(found, ResponseLogps)
+    return found
 
 
-def responses(unique: dict[str, torch.Tensor], plan: ModePlan | MicroBatchChunks, batch: Batch) -> Any:
+def responses(unique: dict[str, torch.Tensor], plan: ModePlan | MicroBatchChunks, batch: Batch) -> Responses:
     """Give each sequence what the head made along its path: a `ResponseRewards` or a `ResponseLogps`."""
     found = {name: values.index_select(0, plan.token_index) for name, values in unique.items()}
     if batch.reads.kind == "ends":

@@ -3,60 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from kvpref.engine.bounded import run_chunks, score_chunks
 from kvpref.engine.options import SCHEDULES as SCHEDULES
-from kvpref.engine.options import EngineOptions
-from kvpref.engine.passes import batch_for, reads_of, response_logps, response_rewards
+from kvpref.engine.options import EngineOptions, with_changes
+from kvpref.engine.passes import batch_for, reads_of, run_mode
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
 from kvpref.parallel.ddp import local_module, synchronise_gradients
 from kvpref.plan.batch import Batch
 from kvpref.plan.step import Step, join_batches
-from kvpref.records.outputs import ResponseLogps, ResponseRewards
+from kvpref.records.outputs import ResponseLogps, ResponseRewards, Responses
 from kvpref.records.requests import HeadOptions
 from kvpref.tracing import region
 
 
-def forward_backward(  # noqa: PLR0913 - the options of a run, by name
+def forward_backward(
     model: nn.Module,
     batch: Batch,
     loss_fn: PreferenceLoss | LossFunction,
+    options: EngineOptions | None = None,
     *,
     reference: ResponseLogps | None = None,
-    mode: str = "two_pass",
-    schedule: str = "full",
-    max_tokens_per_chunk: int | None = None,
-    prefix_cache: str = "device",
-    checkpoint: str = "none",
-    prefix_grad: bool = True,
-    backend: str = "auto",
-    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    backward: Callable[[torch.Tensor], None] | None = None,
+    **changes: Any,
 ) -> LossOutput:
     """Compute a loss over a micro-batch and add its gradients to the parameters' `.grad`.
+
+    In schedule ``full`` the whole graph of the micro-batch is kept until its backward. ``bounded`` (mode ``two_pass``)
+    keeps the activations of at most `max_tokens_per_chunk` tokens at once, and keys and values of prefixes: the same
+    gradients, and memory that does not depend on the number of responses.
 
     Args:
         model: Attached model, possibly wrapped.
         batch: From `kvpref.collate`.
         loss_fn: ``loss_fn(policy, reference, batch) -> LossOutput``. It may couple responses in any way.
+        options: How it runs; the defaults of `EngineOptions` if None.
         reference: Reference log-probs of the same batch, handed to the loss.
-        mode: As in `response_logps`.
-        schedule: ``full`` keeps the whole graph of the micro-batch until its backward. ``bounded`` (mode ``two_pass``)
-            keeps the activations of at most `max_tokens_per_chunk` tokens at once, and keys and values of prefixes:
-            the same gradients, and memory that does not depend on the number of responses.
-        max_tokens_per_chunk: For ``bounded``; 8192 if None.
-        prefix_cache: For ``bounded``: where keys and values wait between chunks, ``device`` or ``cpu``.
-        checkpoint: Which passes keep only the inputs of their layers: ``none``, ``prefix`` (passes whose keys and
-            values others read) or ``all``. In training mode only.
-        prefix_grad: False treats keys and values of prompts (tokens before the first scored one), and what their hidden
-            states predict, as constants. That is *not* the gradient of the loss; it saves the prompts' backward.
-        backend: Attention backend, or ``auto``.
-        backward: What runs the backward pass of the loss; pass accelerate's, which scales for mixed precision. In
-            ``bounded`` it stops at the log-probs, and what it leaves there is carried on to the parameters.
+        backward: What runs the backward pass of the loss, ``loss.backward()`` if None; pass accelerate's, which scales
+            for mixed precision. In ``bounded`` it stops at the log-probs, and what it leaves there is carried on to the
+            parameters.
+        **changes: Fields of `EngineOptions`, in place of those in `options`: ``mode``, ``schedule``,
+            ``max_tokens_per_chunk``, ``prefix_cache``, ``checkpoint``, ``prefix_grad``, ``backend``.
 
     Returns:
         The loss's output, detached.
@@ -67,29 +60,17 @@ def forward_backward(  # noqa: PLR0913 - the options of a run, by name
         UnsupportedModelError: If the model cannot run this schedule exactly.
         As `response_logps` otherwise.
     """
-    options = EngineOptions(
-        mode=mode,
-        backend=backend,
-        schedule=schedule,
-        max_tokens_per_chunk=max_tokens_per_chunk,
-        prefix_cache=prefix_cache,
-        checkpoint=checkpoint,
-        prefix_grad=prefix_grad,
-    )
-    loss = as_loss(loss_fn)
+    options, loss = with_changes(options, changes), as_loss(loss_fn)
+    run_backward = backward or torch.Tensor.backward
     batch = batch_for(model, batch, loss.reads)
     if options.runs_chunks:
-        step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens, prefix_grad=prefix_grad)
+        step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens, prefix_grad=options.prefix_grad)
         outputs = forward_backward_step(
-            model, step, loss, options, references=[reference], backward=lambda total, _: backward(total)
+            model, step, loss, options, references=[reference], backward=lambda total, _: run_backward(total)
         )
         return outputs[0]
-    policy: ResponseLogps | ResponseRewards
-    if loss.reads == "ends":
-        policy = response_rewards(model, batch, mode=mode, backend=backend, checkpoint=checkpoint)
-    else:
-        policy = response_logps(model, batch, mode=mode, backend=backend, checkpoint=checkpoint, head=loss.head)
-    return _differentiate(policy, reference, batch, loss, backward)
+    policy = run_mode(model, batch, options, loss.reads, head=loss.head)
+    return _differentiate(policy, reference, batch, loss, run_backward)
 
 
 def forward_backward_step(
@@ -136,7 +117,7 @@ def forward_backward_step(
         )
     outputs: list[LossOutput] = []
 
-    def evaluate(index: int, policy: ResponseLogps | ResponseRewards) -> None:
+    def evaluate(index: int, policy: Responses) -> None:
         batch, reference = step.batches[index], references[index]
         outputs.append(_differentiate(policy, reference, batch, loss, lambda total: backward(total, index)))
 
@@ -146,7 +127,7 @@ def forward_backward_step(
 
 
 def _differentiate(
-    policy: ResponseLogps | ResponseRewards,
+    policy: Responses,
     reference: ResponseLogps | None,
     batch: Batch,
     loss: PreferenceLoss,
@@ -159,14 +140,25 @@ def _differentiate(
     return LossOutput(loss=output.loss.detach(), metrics=output.metrics)
 
 
+@overload
 def score(
-    model: nn.Module,
-    batch: Batch,
-    options: EngineOptions,
-    *,
-    head: HeadOptions | None = None,
-    reads: str = "tokens",
-) -> Any:
+    model: nn.Module, batch: Batch, options: EngineOptions, *, head: HeadOptions | None = None
+) -> ResponseLogps: ...
+
+
+@overload
+def score(model: nn.Module, batch: Batch, options: EngineOptions, *, reads: Literal["ends"]) -> ResponseRewards: ...
+
+
+@overload
+def score(
+    model: nn.Module, batch: Batch, options: EngineOptions, *, head: HeadOptions | None = None, reads: str
+) -> Responses: ...
+
+
+def score(
+    model: nn.Module, batch: Batch, options: EngineOptions, *, head: HeadOptions | None = None, reads: str = "tokens"
+) -> Responses:
     """Log-probs (or rewards) without gradient, within the memory that `forward_backward` takes with these options.
 
     Args:
@@ -179,15 +171,12 @@ def score(
     Raises:
         As `forward_backward`.
     """
-    head = head or HeadOptions()
     batch = batch_for(model, batch, reads)
     with torch.no_grad():
         if options.runs_chunks:
             step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens)
-            return score_chunks(local_module(model), step, options, head)
-        if reads == "ends":
-            return response_rewards(model, batch, mode=options.mode, backend=options.backend)
-        return response_logps(model, batch, mode=options.mode, backend=options.backend, head=head)
+            return score_chunks(local_module(model), step, options, head or HeadOptions())
+        return run_mode(model, batch, replace(options, checkpoint="none"), reads, head=head)
 
 
 def check_output(output: LossOutput, loss_fn: PreferenceLoss | LossFunction) -> LossOutput:

@@ -73,3 +73,7 @@ class ResponseRewards(NamedTuple):
 
     rewards: torch.Tensor
     group_index: torch.Tensor
+
+
+Responses = ResponseLogps | ResponseRewards
+"""What a loss is given of the policy, by what it reads."""

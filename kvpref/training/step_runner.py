@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -107,9 +107,9 @@ class StepRunner:
                     model,
                     batch,
                     self._recording(result),
+                    options,
                     reference=reference_of(item, batch),
                     backward=lambda loss, weight=weight: self.accelerator.backward(weighted(loss, weight)),  # type: ignore[misc]
-                    **asdict(options),
                 )
             result.outputs.append(output)
             result.num_forward_tokens.append(batch.plan(options.mode).num_forward_tokens)

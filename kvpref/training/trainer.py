@@ -266,7 +266,8 @@ class PreferenceTrainer(SavingTrainer):
     def _evaluate_micro_batch(self, model: nn.Module, inputs: MicroBatchInputs, name: str) -> LossOutput:
         batch = inputs.batch.to(self.args.device)
         policy = score(model, batch, self._step_runner.settings.options, head=self.loss.head, reads=self.loss.reads)
-        return self.loss(policy, self.references.for_batch(name, inputs, batch), batch)
+        reference = self.references.for_batch(name, inputs, batch)
+        return self.loss(policy, reference, batch)  # type: ignore[arg-type]  # the loss says which it reads
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss's metrics and the throughput to the log lines of training."""

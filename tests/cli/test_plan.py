@@ -98,18 +98,19 @@ def small(tmp_path: Path) -> Path:
 
 def test_packed_grows_with_the_responses_and_bounded_hardly(tmp_path: Path) -> None:
     from kvpref.cli.loading import load_config
+    from kvpref.engine.options import EngineOptions
     from kvpref.profiling.prediction.model import TrainingSetup
     from kvpref.profiling.prediction.peak import Predictor
-    from kvpref.profiling.prediction.step import GroupShape, Variant
+    from kvpref.profiling.prediction.step import GroupShape
 
     predictor = Predictor(load_config(str(small(tmp_path))), TrainingSetup())
 
-    def added(variant: Variant, num_responses: int) -> int:
+    def added(variant: EngineOptions, num_responses: int) -> int:
         shape = GroupShape(prompt_tokens=512, response_tokens=128, num_responses=num_responses)
         peak = predictor.peak(variant, shape)
         return peak.total_bytes - peak.resident_bytes
 
-    packed, bounded = Variant(mode="packed"), Variant(schedule="bounded", max_tokens_per_chunk=512)
+    packed, bounded = EngineOptions(mode="packed"), EngineOptions(schedule="bounded", max_tokens_per_chunk=512)
     assert added(packed, 16) > 1.8 * added(packed, 8)
     assert added(bounded, 16) < 1.02 * added(bounded, 8)
 

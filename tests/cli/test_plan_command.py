@@ -18,10 +18,10 @@ from kvpref.cli.plan_report import PlanReport
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.setting_types import read_types
 from kvpref.cli.training_settings import with_defaults
+from kvpref.engine.options import EngineOptions
 from kvpref.profiling.prediction.fit import VariantPlan
 from kvpref.profiling.prediction.model import TrainingSetup
 from kvpref.profiling.prediction.peak import PeakPrediction
-from kvpref.profiling.prediction.step import Variant
 
 SETUPS: dict[str, tuple[str, ...]] = {
     "weights": (),
@@ -46,7 +46,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return found
 
 
-def made_up_plan(name: str, variant: Variant, *others: object) -> VariantPlan:
+def made_up_plan(name: str, variant: EngineOptions, *others: object) -> VariantPlan:
     """A plan of a variant that fits, without a search for it."""
     chunk = 512 if variant.schedule == "bounded" else None
     peak = PeakPrediction(total_bytes=9, bytes_by_category={}, region=None, resident_bytes=5)
@@ -100,14 +100,14 @@ def test_the_commands_train_what_was_planned(
         assert setup_of(trained) == report.setup
         settings = trained.training
         assert settings["max_tokens_per_micro_batch"] == plan.max_tokens_per_micro_batch
-        engine = {item.name: settings.get(item.name, item.default) for item in fields(Variant)}
-        assert Variant(**engine) == plan.variant
+        engine = {item.name: settings.get(item.name, item.default) for item in fields(EngineOptions)}
+        assert EngineOptions(**engine) == plan.variant
 
 
 def test_commands_for_random_weights_adapters_and_shards() -> None:
     def command(model: str, num_shards: int = 1, **setup: Any) -> str | None:
         subject = Subject(model=model, data="pairs.jsonl", tokenizer=None)
-        return train_command(subject, TrainingSetup(**setup), Variant(), max_tokens=5, num_shards=num_shards)
+        return train_command(subject, TrainingSetup(**setup), EngineOptions(), max_tokens=5, num_shards=num_shards)
 
     assert "train pairs.jsonl --config small.json --tokenizer TOKENIZER --output OUT" in str(command("small.json"))
     # An adapter is saved without its base, so random weights are refused.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -164,7 +164,7 @@ class ProfiledStep:
             self.model,
             item.batch,
             self.loss,
+            self.options,
             reference=item.reference,
             backward=lambda value: (value * item.weight).backward(),  # type: ignore[no-untyped-call]
-            **asdict(self.options),
         )

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvpref.data.batching.costs import SHARING_MODES
+from kvpref.engine.options import EngineOptions
 from kvpref.profiling.prediction.peak import PeakPrediction, Predictor
-from kvpref.profiling.prediction.step import GroupShape, Variant
+from kvpref.profiling.prediction.step import GroupShape
 
 _TOKENS_PER_CHUNK_STEP = range(256, 1025)
 """Bounds on chunks are tried in multiples of a response's tokens, if that is a number in this range, or its start."""
@@ -26,7 +27,7 @@ class VariantPlan:
     """What one way to run a micro-batch needs, and the largest one that fits."""
 
     name: str
-    variant: Variant
+    variant: EngineOptions
     """With the largest `max_tokens_per_chunk` that fits, in the bounded schedule."""
 
     one_group: PeakPrediction
@@ -101,7 +102,7 @@ def _next_try(tried: Sequence[tuple[int, int]], fits: int, fails: int, budget_by
 
 
 def plan_variant(
-    name: str, variant: Variant, predictor: Predictor, shape: GroupShape, budget_bytes: int
+    name: str, variant: EngineOptions, predictor: Predictor, shape: GroupShape, budget_bytes: int
 ) -> VariantPlan:
     """Find the largest budgets of one variant.
 
@@ -116,7 +117,9 @@ def plan_variant(
     return plan(name, variant, predictor, shape, budget_bytes)
 
 
-def _plan_kept(name: str, variant: Variant, predictor: Predictor, shape: GroupShape, budget_bytes: int) -> VariantPlan:
+def _plan_kept(
+    name: str, variant: EngineOptions, predictor: Predictor, shape: GroupShape, budget_bytes: int
+) -> VariantPlan:
     """Schedules that keep the whole micro-batch: groups and responses add up."""
     given = shape.num_responses
     one = predictor.peak(variant, shape)
@@ -149,7 +152,7 @@ def _plan_kept(name: str, variant: Variant, predictor: Predictor, shape: GroupSh
 
 
 def _plan_bounded(
-    name: str, variant: Variant, predictor: Predictor, shape: GroupShape, budget_bytes: int
+    name: str, variant: EngineOptions, predictor: Predictor, shape: GroupShape, budget_bytes: int
 ) -> VariantPlan:
     """The bounded schedule: what adds up is a chunk.
 
@@ -159,7 +162,7 @@ def _plan_bounded(
     unit = shape.response_tokens if shape.response_tokens in _TOKENS_PER_CHUNK_STEP else _TOKENS_PER_CHUNK_STEP[0]
     limit = -(-longest // unit)
 
-    def with_bound(steps: int) -> Variant:
+    def with_bound(steps: int) -> EngineOptions:
         return replace(variant, max_tokens_per_chunk=steps * unit)
 
     def peak(steps: int) -> PeakPrediction:
@@ -190,7 +193,7 @@ def _plan_bounded(
     )
 
 
-def _bounded_responses(variant: Variant, predictor: Predictor, shape: GroupShape, budget_bytes: int) -> int:
+def _bounded_responses(variant: EngineOptions, predictor: Predictor, shape: GroupShape, budget_bytes: int) -> int:
     """By a line: more responses are more chunks, of which only what is kept per token adds up."""
     assert variant.max_tokens_per_chunk is not None
     added = max(1, variant.max_tokens_per_chunk // shape.response_tokens)

@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import nn
 from transformers import PreTrainedConfig
 
+from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.profiling.memory.tracker import GRADIENTS, OPTIMIZER, PARAMETERS
 from kvpref.profiling.prediction.depth import SHALLOW, extend
@@ -19,7 +20,7 @@ from kvpref.profiling.prediction.model import (
     decoder_layers,
     layers_repeat,
 )
-from kvpref.profiling.prediction.step import GroupShape, Moment, Variant, trace_step
+from kvpref.profiling.prediction.step import GroupShape, Moment, trace_step
 from kvpref.state.device_buffers import NUM_BUFFERS
 
 GATHERED = "gathered by sharding"
@@ -71,7 +72,7 @@ class Predictor:
             raise InputError(f"the number of shards must be at least 1; got {num_shards}")
         self.config, self.setup, self.num_shards = config, setup, num_shards
         self._deep: FakeTraining | None = None
-        self._peaks: dict[tuple[Variant, GroupShape, int], PeakPrediction] = {}
+        self._peaks: dict[tuple[EngineOptions, GroupShape, int], PeakPrediction] = {}
 
     @property
     def num_layers(self) -> int:
@@ -87,14 +88,14 @@ class Predictor:
             return None
         return shallow, build_fake_training(self.config, self.setup, SHALLOW + 1)
 
-    def peak(self, variant: Variant, shape: GroupShape, num_groups: int = 1) -> PeakPrediction:
+    def peak(self, variant: EngineOptions, shape: GroupShape, num_groups: int = 1) -> PeakPrediction:
         """The peak of a micro-batch of `num_groups` groups; computed once."""
         key = (variant, shape, num_groups)
         if key not in self._peaks:
             self._peaks[key] = self._predict(*key)
         return self._peaks[key]
 
-    def _predict(self, variant: Variant, shape: GroupShape, num_groups: int) -> PeakPrediction:
+    def _predict(self, variant: EngineOptions, shape: GroupShape, num_groups: int) -> PeakPrediction:
         moments = self._moments(variant, shape, num_groups)
         resident = self._resident(moments[0])
         on_host = variant.prefix_cache == "cpu" and self.setup.device_type != "cpu"
@@ -112,7 +113,7 @@ class Predictor:
             resident_bytes=sum(resident.values()),
         )
 
-    def _moments(self, variant: Variant, shape: GroupShape, num_groups: int) -> list[Moment]:
+    def _moments(self, variant: EngineOptions, shape: GroupShape, num_groups: int) -> list[Moment]:
         """Moments of the step, the highest among them; the first one is before it."""
         batch = shape.batch(num_groups, ragged=variant.mode == "padded")
         moments: list[Moment] | None = None

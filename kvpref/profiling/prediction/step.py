@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -66,17 +66,6 @@ class GroupShape:
         return collate(groups)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A way to run a micro-batch; the fields are those of `kvpref.forward_backward`."""
-
-    mode: str = "two_pass"
-    schedule: str = "full"
-    max_tokens_per_chunk: int | None = None
-    prefix_cache: str = "device"
-    checkpoint: str = "none"
-
-
 class Moment(NamedTuple):
     """What was held right after an operator, its arguments included."""
 
@@ -86,7 +75,7 @@ class Moment(NamedTuple):
     bytes_by_category: Mapping[str, int]
 
 
-def trace_step(training: FakeTraining, batch: Batch, variant: Variant, device_type: str) -> list[Moment]:
+def trace_step(training: FakeTraining, batch: Batch, variant: EngineOptions, device_type: str) -> list[Moment]:
     """Run one forward and backward on fake tensors.
 
     Between two operators memory is only freed, so the most that is held is held at one of the moments returned. The
@@ -113,18 +102,17 @@ def trace_step(training: FakeTraining, batch: Batch, variant: Variant, device_ty
     return moments
 
 
-def _prepare(training: FakeTraining, batch: Batch, variant: Variant) -> Callable[[], object]:
+def _prepare(training: FakeTraining, batch: Batch, variant: EngineOptions) -> Callable[[], object]:
     """The step, with its index tensors made now, as real ones: the engine reads some of them."""
     if variant.schedule != "bounded":
         batch.plan(variant.mode)
-        return partial(forward_backward, training.model, batch, _made_up_loss, **asdict(variant))
-    options = EngineOptions(**asdict(variant))
+        return partial(forward_backward, training.model, batch, _made_up_loss, variant)
     return partial(
         forward_backward_step,
         training.model,
-        join_batches([batch], max_tokens_per_chunk=options.chunk_tokens),
+        join_batches([batch], max_tokens_per_chunk=variant.chunk_tokens),
         _made_up_loss,
-        options,
+        variant,
         references=[None],
         backward=lambda loss, _: loss.backward(),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,7 @@ class TimedStep:
         else:
             for index, (batch, reference) in enumerate(zip(batches, self.references, strict=True)):
                 backward = partial(self._backward, index=index)
-                forward_backward(
-                    self.model, batch, self.loss, reference=reference, backward=backward, **asdict(self.options)
-                )
+                forward_backward(self.model, batch, self.loss, self.options, reference=reference, backward=backward)
         self.optimizer.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

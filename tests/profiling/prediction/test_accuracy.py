@@ -10,11 +10,12 @@ from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import kvpref
+from kvpref.engine.options import EngineOptions
 from kvpref.losses import LossOutput
 from kvpref.profiling.memory.peak import peak_bytes
 from kvpref.profiling.prediction.model import OPTIMIZERS, TrainingSetup
 from kvpref.profiling.prediction.peak import Predictor
-from kvpref.profiling.prediction.step import GroupShape, Variant
+from kvpref.profiling.prediction.step import GroupShape
 
 SHAPE = GroupShape(prompt_tokens=160, response_tokens=48, num_responses=6)
 NUM_GROUPS = 2
@@ -23,11 +24,11 @@ NUM_GROUPS = 2
 TOLERANCE = 0.01
 
 VARIANTS = {
-    "full": Variant(),
-    "packed": Variant(mode="packed"),
-    "padded": Variant(mode="padded"),
-    "bounded": Variant(schedule="bounded", max_tokens_per_chunk=128),
-    "checkpointed": Variant(checkpoint="all"),
+    "full": EngineOptions(),
+    "packed": EngineOptions(mode="packed"),
+    "padded": EngineOptions(mode="padded"),
+    "bounded": EngineOptions(schedule="bounded", max_tokens_per_chunk=128),
+    "checkpointed": EngineOptions(checkpoint="all"),
 }
 
 
@@ -57,7 +58,7 @@ def test_predicted_peak_is_the_measured_one(family: str, variant: str) -> None:
     assert predicted.total_bytes - resident == pytest.approx(measured - resident, rel=TOLERANCE)
 
 
-def measured_peak(config: PreTrainedConfig, variant: Variant) -> int:
+def measured_peak(config: PreTrainedConfig, variant: EngineOptions) -> int:
     """Of a step that adds to gradients, with AdamW's state."""
     torch.manual_seed(0)
     config._attn_implementation = "eager"

@@ -8,20 +8,21 @@ import pytest
 import torch
 from tiny_models import tiny_config
 
+from kvpref.engine.options import EngineOptions
 from kvpref.profiling.prediction.depth import SHALLOW, extend
 from kvpref.profiling.prediction.model import TrainingSetup, build_fake_training, layers_repeat
-from kvpref.profiling.prediction.step import GroupShape, Moment, Variant, trace_step
+from kvpref.profiling.prediction.step import GroupShape, Moment, trace_step
 
 NUM_LAYERS = 7
 SHAPE = GroupShape(prompt_tokens=70, response_tokens=30, num_responses=3)
 VARIANTS = {
-    "full": Variant(),
-    "packed": Variant(mode="packed"),
-    "padded": Variant(mode="padded"),
-    "checkpoint prefix": Variant(checkpoint="prefix"),
-    "checkpoint all": Variant(checkpoint="all"),
-    "bounded": Variant(schedule="bounded", max_tokens_per_chunk=64),
-    "bounded, checkpoint all": Variant(schedule="bounded", max_tokens_per_chunk=64, checkpoint="all"),
+    "full": EngineOptions(),
+    "packed": EngineOptions(mode="packed"),
+    "padded": EngineOptions(mode="padded"),
+    "checkpoint prefix": EngineOptions(checkpoint="prefix"),
+    "checkpoint all": EngineOptions(checkpoint="all"),
+    "bounded": EngineOptions(schedule="bounded", max_tokens_per_chunk=64),
+    "bounded, checkpoint all": EngineOptions(schedule="bounded", max_tokens_per_chunk=64, checkpoint="all"),
 }
 SETUPS = {
     "full fine-tuning": TrainingSetup(),

@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_config, tiny_model
 from torch._subclasses import FakeTensorMode
 
+from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention, splitting
 from kvpref.ops.attention.backends import efficient
@@ -14,7 +15,7 @@ from kvpref.prefix.levels import VarlenLayout
 from kvpref.profiling.prediction.kernels import running_on
 from kvpref.profiling.prediction.model import OPTIMIZERS, TrainingSetup
 from kvpref.profiling.prediction.peak import GATHERED, Predictor
-from kvpref.profiling.prediction.step import GroupShape, Variant
+from kvpref.profiling.prediction.step import GroupShape
 
 SHAPE = GroupShape(prompt_tokens=64, response_tokens=32, num_responses=4)
 REAL_OPTIMIZERS = {
@@ -40,7 +41,7 @@ def test_optimizer_state_is_that_of_torch(name: str) -> None:
 def test_resident_bytes_are_weights_gradients_and_two_moments() -> None:
     config = tiny_config("llama")
     model = tiny_model("llama", dtype=torch.bfloat16)
-    peak = Predictor(config, TrainingSetup()).peak(Variant(), SHAPE)
+    peak = Predictor(config, TrainingSetup()).peak(EngineOptions(), SHAPE)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert peak.bytes_by_category["gradients"] == weights
     assert peak.bytes_by_category["optimizer"] == 2 * weights + 4 * len(list(model.parameters()))
@@ -49,7 +50,9 @@ def test_resident_bytes_are_weights_gradients_and_two_moments() -> None:
 
 def test_shards_divide_what_is_resident_and_add_what_is_gathered() -> None:
     config = tiny_config("llama")
-    one, four = (Predictor(config, TrainingSetup(), num_shards=shards).peak(Variant(), SHAPE) for shards in (1, 4))
+    one, four = (
+        Predictor(config, TrainingSetup(), num_shards=shards).peak(EngineOptions(), SHAPE) for shards in (1, 4)
+    )
     for name in ("parameters", "gradients", "optimizer"):
         assert four.bytes_by_category[name] == -(-one.bytes_by_category[name] // 4)
     model = tiny_model("llama", dtype=torch.bfloat16)
@@ -66,7 +69,7 @@ def test_a_prefix_cache_on_the_cpu_keeps_two_layers_on_the_device() -> None:
     shape = GroupShape(prompt_tokens=256, response_tokens=32, num_responses=4)
     predictor = Predictor(config, TrainingSetup())
     on_device, on_host = (
-        predictor.peak(Variant(schedule="bounded", max_tokens_per_chunk=64, prefix_cache=place), shape)
+        predictor.peak(EngineOptions(schedule="bounded", max_tokens_per_chunk=64, prefix_cache=place), shape)
         for place in ("device", "cpu")
     )
     kept = on_device.bytes_by_category["prefix K/V"]
@@ -95,19 +98,19 @@ def test_attention_adapters_are_fewer_than_all() -> None:
     attention = "attn.c_attn,attn.c_proj"
     for targets in (attention, "all-linear"):
         setup = TrainingSetup(lora_r=2, lora_target_modules=targets)
-        counts[targets] = Predictor(config, setup).peak(Variant(), SHAPE).bytes_by_category["gradients"]
+        counts[targets] = Predictor(config, setup).peak(EngineOptions(), SHAPE).bytes_by_category["gradients"]
     # fp32 adapters of rank 2: per layer c_attn (32 -> 96) and c_proj (32 -> 32).
     assert counts[attention] == 3 * 2 * 4 * ((32 + 96) + (32 + 32))
     assert counts["all-linear"] > counts[attention]
     with pytest.raises(InputError, match="no module 'mlp_in'; its linear layers: c_attn, c_fc, c_proj, lm_head"):
-        Predictor(config, TrainingSetup(lora_r=2, lora_target_modules="mlp_in")).peak(Variant(), SHAPE)
+        Predictor(config, TrainingSetup(lora_r=2, lora_target_modules="mlp_in")).peak(EngineOptions(), SHAPE)
 
 
 def test_float32_weights_without_autocast_are_predicted_for_cuda() -> None:
     # Attention takes another kernel there than in 16 bits.
     config = tiny_config("llama")
     narrow, wide = (
-        Predictor(config, TrainingSetup(dtype=dtype)).peak(Variant(), SHAPE)
+        Predictor(config, TrainingSetup(dtype=dtype)).peak(EngineOptions(), SHAPE)
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert wide.resident_bytes > 1.9 * narrow.resident_bytes
@@ -123,9 +126,9 @@ def test_the_workspace_of_the_memory_efficient_backward_counts(monkeypatch: pyte
         return 10**9
 
     config, setup = tiny_config("llama"), TrainingSetup(dtype=torch.float32)
-    without = Predictor(config, setup).peak(Variant(), SHAPE).total_bytes
+    without = Predictor(config, setup).peak(EngineOptions(), SHAPE).total_bytes
     monkeypatch.setattr(efficient, "workspace_bytes", workspace_bytes)
-    with_it = Predictor(config, setup).peak(Variant(), SHAPE).total_bytes
+    with_it = Predictor(config, setup).peak(EngineOptions(), SHAPE).total_bytes
     assert 10**9 < with_it < 10**9 + without
     heads, head_dim = config.num_attention_heads, config.head_dim
     # Prompt over itself; responses over themselves and the prompt, whose queries are those of all responses.
