@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kvpref.ops.attention.block import VarlenBlock
-from kvpref.prefix.levels import Level, LevelLayout, build_layout
+from kvpref.prefix.levels import Level, LevelLayout, LevelSegments, build_layout
 from kvpref.prefix.tree import PrefixTree, build_unshared_tree
 from kvpref.records.groups import Sequence
 from kvpref.records.requests import READS
@@ -121,9 +121,10 @@ def int64(values: AbstractSequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _level_blocks(level: Level) -> LevelBlocks:
+def level_blocks(level: LevelSegments) -> LevelBlocks:
+    """The attention blocks of a level as tensors."""
     return LevelBlocks(
-        num_rows=len(level.input_ids),
+        num_rows=level.num_rows,
         self_block=VarlenBlock.from_layout(level.self_block),
         cross_blocks=tuple(VarlenBlock.from_layout(block) for block in level.cross_blocks),
     )
@@ -135,12 +136,12 @@ def _pass_of_levels(levels: AbstractSequence[Level]) -> PassPlan:
     num_rows = 0
     for level in levels:
         predictor_rows.extend(num_rows + row for row in level.predictor_rows)
-        num_rows += len(level.input_ids)
+        num_rows += level.num_rows
     return PassPlan(
         input_ids=int64([token for level in levels for token in level.input_ids]).unsqueeze(0),
         position_ids=int64([position for level in levels for position in level.position_ids]).unsqueeze(0),
         attention_mask=None,
-        levels=tuple(_level_blocks(level) for level in levels),
+        levels=tuple(level_blocks(level) for level in levels),
         predictor_rows=int64(predictor_rows),
     )
 

@@ -8,6 +8,7 @@ scored tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
@@ -124,7 +125,7 @@ def build_chunks(
         if segment.parent is not None:
             is_kept[segment.parent] = True
     rows, slab_rows = _slab_rows(tree, slab_of, is_kept)
-    predictors = _predictors(tree, layout)
+    predictors = _predictors(layout)
     chunks: dict[int, list[Chunk]] = {}
     for key, kept, spans in _runs(tree, slab_of, is_kept, limit):
         reads = _reads(tree, spans, slab_of, rows)
@@ -246,17 +247,15 @@ class _Predictor(NamedTuple):
     logp_index: int
 
 
-def _predictors(tree: PrefixTree, layout: LevelLayout) -> dict[int, list[_Predictor]]:
+def _predictors(layout: LevelLayout) -> dict[int, list[_Predictor]]:
     """Per segment, its predictor rows in order."""
-    places: list[list[tuple[int, int]]] = [[] for _ in layout.levels]  # per depth, row -> (segment, offset)
-    for index, segment in enumerate(tree.segments):
-        places[segment.depth].extend((index, offset) for offset in range(len(segment)))
     found: dict[int, list[_Predictor]] = defaultdict(list)
     position = 0
-    for depth, level in enumerate(layout.levels):
+    for level in layout.levels:
+        starts = level.self_block.cu_seqlens_q
         for row, target in zip(level.predictor_rows, level.targets, strict=True):
-            segment_index, offset = places[depth][row]
-            found[segment_index].append(_Predictor(offset, target, position))
+            place = bisect_right(starts, row) - 1
+            found[level.segments[place]].append(_Predictor(row - starts[place], target, position))
             position += 1
     return found
 

@@ -30,14 +30,32 @@ class VarlenLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
+class LevelSegments:
     """All segments of one depth, packed in one row in depth-first order.
+
+    Attributes:
+        segments: (S_d,) their places in the tree.
+        self_block: Each segment over itself, causal; its offsets say where each segment's rows are.
+        cross_blocks: Per ancestor depth 0..d-1, the descendants of each segment there over that segment.
+    """
+
+    segments: tuple[int, ...]
+    self_block: VarlenLayout
+    cross_blocks: tuple[VarlenLayout, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """T_d."""
+        return self.self_block.cu_seqlens_q[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level(LevelSegments):
+    """With the tokens, and the rows that are read.
 
     Attributes:
         input_ids: (T_d,) token ids.
         position_ids: (T_d,) positions inside the sequences, continuing from the parent's end.
-        self_block: Each segment over itself, causal.
-        cross_blocks: Per ancestor depth 0..d-1, the descendants of each segment there over that segment.
         predictor_rows: (P_d,) rows whose hidden state predicts a scored token; a row that predicts the first
             tokens of several children stands there once per distinct token.
         targets: (P_d,) the token ids they predict.
@@ -45,8 +63,6 @@ class Level:
 
     input_ids: tuple[int, ...]
     position_ids: tuple[int, ...]
-    self_block: VarlenLayout
-    cross_blocks: tuple[VarlenLayout, ...]
     predictor_rows: tuple[int, ...]
     targets: tuple[int, ...]
 
@@ -69,8 +85,38 @@ class LevelLayout:
     max_position: int
 
 
+def build_levels(tree: PrefixTree) -> tuple[LevelSegments, ...]:
+    """The levels of a tree, from the lengths of segments alone."""
+    members: list[list[int]] = [[] for _ in range(tree.num_levels)]
+    lines: list[tuple[int, ...]] = []  # per segment, its ancestors by depth and itself
+    for index, segment in enumerate(tree.segments):
+        lines.append((index,) if segment.parent is None else (*lines[segment.parent], index))
+        members[segment.depth].append(index)
+    lengths = list(map(len, tree.segments))
+
+    def cross_block(depth: int, ancestor: int) -> VarlenLayout:
+        """Depth-first order makes the descendants of each segment one contiguous range of the deeper level."""
+        num_queries = dict.fromkeys(members[ancestor], 0)
+        for index in members[depth]:
+            num_queries[lines[index][ancestor]] += lengths[index]
+        keys = _offsets([lengths[index] for index in members[ancestor]])
+        return VarlenLayout(cu_seqlens_q=_offsets(list(num_queries.values())), cu_seqlens_k=keys, causal=False)
+
+    levels = []
+    for depth, segments in enumerate(members):
+        own = _offsets([lengths[index] for index in segments])
+        levels.append(
+            LevelSegments(
+                segments=tuple(segments),
+                self_block=VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, causal=True),
+                cross_blocks=tuple(cross_block(depth, ancestor) for ancestor in range(depth)),
+            )
+        )
+    return tuple(levels)
+
+
 def build_layout(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> LevelLayout:
-    """Lay out `tree` by levels.
+    """Lay out `tree` by levels, with the rows that predict scored tokens.
 
     Args:
         tree: The prefix tree of the micro-batch.
@@ -78,30 +124,39 @@ def build_layout(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[boo
             them scores it, and counts only in those that do. One flag more asks for the row of the last token, which
             predicts nothing (its target is 0).
     """
-    members = _members_by_depth(tree)
-    rows = _first_rows(tree, members)
-    wanted = _scored_offsets(tree, scored)
-    predictors, slots = _predictors(tree, rows, wanted, num_levels=len(members))
-    levels = tuple(
-        Level(
-            input_ids=tuple(token for index in indices for token in tree.segments[index].input_ids),
-            position_ids=tuple(
-                position for index in indices for position in range(tree.segments[index].start, _end(tree, index))
-            ),
-            self_block=_self_block(tree, indices),
-            cross_blocks=tuple(_cross_block(tree, members, depth, ancestor) for ancestor in range(depth)),
-            predictor_rows=tuple(row for row, _ in predictors[depth]),
-            targets=tuple(target for _, target in predictors[depth]),
-        )
-        for depth, indices in enumerate(members)
-    )
+    bare = build_levels(tree)
+    predictors, slots = _predictors(tree, first_rows(bare), _scored_offsets(tree, scored), num_levels=len(bare))
     token_index, cu_seqlens = _sequence_index(tree, scored, slots)
     return LevelLayout(
-        levels=levels,
+        levels=tuple(_with_tokens(tree, level, pairs) for level, pairs in zip(bare, predictors, strict=True)),
         token_index=token_index,
         cu_seqlens=cu_seqlens,
         max_position=max(_end(tree, path[-1]) for path in tree.paths) - 1,
     )
+
+
+def _with_tokens(tree: PrefixTree, level: LevelSegments, predictors: list[tuple[int, int]]) -> Level:
+    segments = [tree.segments[index] for index in level.segments]
+    return Level(
+        segments=level.segments,
+        self_block=level.self_block,
+        cross_blocks=level.cross_blocks,
+        input_ids=tuple(token for segment in segments for token in segment.input_ids),
+        position_ids=tuple(
+            position for segment in segments for position in range(segment.start, segment.start + len(segment))
+        ),
+        predictor_rows=tuple(row for row, _ in predictors),
+        targets=tuple(target for _, target in predictors),
+    )
+
+
+def first_rows(levels: AbstractSequence[LevelSegments]) -> dict[int, int]:
+    """Per segment, the row of its first token inside its own level."""
+    return {
+        index: row
+        for level in levels
+        for index, row in zip(level.segments, level.self_block.cu_seqlens_q, strict=False)  # and the end
+    }
 
 
 def prompt_segments(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> set[int]:
@@ -133,44 +188,6 @@ def _offsets(lengths: AbstractSequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(lengths, initial=0))
 
 
-def _members_by_depth(tree: PrefixTree) -> list[list[int]]:
-    members: list[list[int]] = [[] for _ in range(tree.num_levels)]
-    for index, segment in enumerate(tree.segments):
-        members[segment.depth].append(index)
-    return members
-
-
-def _first_rows(tree: PrefixTree, members: list[list[int]]) -> list[int]:
-    """Per segment, the row of its first token inside its own level."""
-    rows = [0] * len(tree.segments)
-    for indices in members:
-        for index, row in zip(indices, _offsets([len(tree.segments[i]) for i in indices]), strict=False):
-            rows[index] = row
-    return rows
-
-
-def _self_block(tree: PrefixTree, indices: list[int]) -> VarlenLayout:
-    offsets = _offsets([len(tree.segments[index]) for index in indices])
-    return VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True)
-
-
-def _cross_block(tree: PrefixTree, members: list[list[int]], depth: int, ancestor: int) -> VarlenLayout:
-    """Depth-first order makes the descendants of each segment one contiguous range of the deeper level."""
-    num_queries = dict.fromkeys(members[ancestor], 0)
-    for index in members[depth]:
-        above = index
-        while tree.segments[above].depth > ancestor:
-            parent = tree.segments[above].parent
-            assert parent is not None
-            above = parent
-        num_queries[above] += len(tree.segments[index])
-    return VarlenLayout(
-        cu_seqlens_q=_offsets(list(num_queries.values())),
-        cu_seqlens_k=_offsets([len(tree.segments[index]) for index in members[ancestor]]),
-        causal=False,
-    )
-
-
 def _flagged(tree: PrefixTree, path: tuple[int, ...], flags: AbstractSequence[bool]) -> Iterator[tuple[int, int]]:
     """The (segment, offset) of each flagged token of a sequence; the offset after the last asks for the end."""
     for index in path:
@@ -189,7 +206,7 @@ def _scored_offsets(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[
 
 
 def _predictors(
-    tree: PrefixTree, rows: list[int], wanted: list[set[int]], num_levels: int
+    tree: PrefixTree, rows: dict[int, int], wanted: list[set[int]], num_levels: int
 ) -> tuple[list[list[tuple[int, int]]], dict[tuple[int, int], int]]:
     """Find the row that predicts each scored token.
 

@@ -5,16 +5,14 @@ Integers only, on the CPU. Shape legend: B rows of L columns, U unique tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import torch
 
-from kvpref.ops.attention.block import VarlenBlock
-from kvpref.plan.passes import LevelBlocks, PassPlan, int64
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.plan.passes import PassPlan, int64, level_blocks
+from kvpref.prefix.levels import LevelSegments, build_levels
 from kvpref.prefix.tree import PrefixTree, TokenIds, build_tree
 
 # Token ids stand below it, positions above, where both make one number.
@@ -147,7 +145,9 @@ def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, m
         max_depth: Depth of the deepest segment.
     """
     tree = build_tree(rows.sequences(by_position=by_position), min_shared_tokens=min_shared_tokens, max_depth=max_depth)
-    unique_rows, cells = _match_cells(tree, rows)
+    # Not the whole layout: of scored tokens, which it lays out one by one, nothing is known here.
+    levels = build_levels(tree)
+    unique_rows, cells = _match_cells(tree, levels, rows)
     first_positions = rows.first_positions if by_position else np.zeros_like(rows.starts)
     positions = np.arange(rows.input_ids.shape[1]) + (first_positions - rows.starts)[:, None]
     num_rows, num_columns = rows.input_ids.shape
@@ -157,7 +157,7 @@ def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, m
             input_ids=torch.from_numpy(rows.input_ids.reshape(-1)[cells]).unsqueeze(0),
             position_ids=torch.from_numpy(positions.reshape(-1)[cells]).unsqueeze(0),
             attention_mask=None,
-            levels=_level_blocks(tree),
+            levels=tuple(map(level_blocks, levels)),
             predictor_rows=int64(()),
         ),
         unique_rows=torch.from_numpy(unique_rows),
@@ -167,47 +167,13 @@ def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, m
     )
 
 
-def _level_blocks(tree: PrefixTree) -> tuple[LevelBlocks, ...]:
-    """The attention blocks of every level, from the lengths of segments alone.
-
-    `kvpref.prefix.levels` lays out scored tokens too, one by one, which takes longer than all else here.
-    """
-    lines: list[tuple[int, ...]] = []  # per segment, its ancestors by depth and itself
-    levels: list[list[int]] = [[] for _ in range(tree.num_levels)]
-    for index, segment in enumerate(tree.segments):
-        lines.append((index,) if segment.parent is None else (*lines[segment.parent], index))
-        levels[segment.depth].append(index)
-    lengths = list(map(len, tree.segments))
-
-    def cross_block(level: list[int], depth: int) -> VarlenBlock:
-        num_queries = dict.fromkeys(levels[depth], 0)
-        for index in level:
-            num_queries[lines[index][depth]] += lengths[index]
-        return _block(num_queries.values(), [lengths[index] for index in levels[depth]], causal=False)
-
-    blocks = []
-    for depth, level in enumerate(levels):
-        own = [lengths[index] for index in level]
-        blocks.append(
-            LevelBlocks(
-                num_rows=sum(own),
-                self_block=_block(own, own, causal=True),
-                cross_blocks=tuple(cross_block(level, above) for above in range(depth)),
-            )
-        )
-    return tuple(blocks)
-
-
-def _block(num_queries: Iterable[int], num_keys: Iterable[int], *, causal: bool) -> VarlenBlock:
-    offsets_q, offsets_k = (tuple(accumulate(lengths, initial=0)) for lengths in (num_queries, num_keys))
-    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k, causal=causal))
-
-
-def _match_cells(tree: PrefixTree, rows: PaddedRows) -> tuple[np.ndarray, np.ndarray]:
+def _match_cells(
+    tree: PrefixTree, levels: tuple[LevelSegments, ...], rows: PaddedRows
+) -> tuple[np.ndarray, np.ndarray]:
     """Per cell (B * L,) the row of the pass, U for padding; per row of the pass (U,) a cell that it computes."""
     num_unique, num_columns = tree.num_unique_tokens, rows.input_ids.shape[1]
-    # A pass packs level after level, each in the order of the tree.
-    order = sorted(range(len(tree.segments)), key=lambda index: tree.segments[index].depth)
+    # A pass packs level after level.
+    order = [index for level in levels for index in level.segments]
     offsets = accumulate((len(tree.segments[index]) for index in order), initial=0)
     spans = {
         index: np.arange(start, start + len(tree.segments[index])) for index, start in zip(order, offsets, strict=False)
