@@ -15,7 +15,7 @@ from tiny_models import VOCAB_SIZE, tiny_model, tiny_reward_model
 
 import kvpref
 from kvpref.training import finite
-from kvpref.training.inputs import StepInputs
+from kvpref.training.loading.inputs import StepInputs
 
 LOSSES: dict[str, dict[str, Any]] = {
     "dpo": {},

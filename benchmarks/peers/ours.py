@@ -17,7 +17,8 @@ from kvpref.models.shape import model_shape
 from kvpref.plan.flops import count_work
 from kvpref.records.groups import Group
 from kvpref.records.outputs import ResponseLogps
-from kvpref.training.inputs import make_loader, make_planner
+from kvpref.training.loading.loader import make_loader
+from kvpref.training.loading.planner import make_planner
 from peers.interface import FirstBatch, Runner, StepWork, flat_gradient
 from peers.loop import TrainingLoop
 from peers.task import Task

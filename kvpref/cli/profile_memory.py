@@ -139,7 +139,7 @@ def _load(
     from kvpref.cli.step_inputs import load_model_and_groups, sample_evenly
     from kvpref.data import PreferenceDataset
     from kvpref.losses import as_loss
-    from kvpref.training.inputs import check_lengths, select_groups
+    from kvpref.training.loading.selection import check_lengths, select_groups
 
     loaded, dataset = load_model_and_groups(model, data, tokenizer, dtype, as_loss(loss))
     most = max(count or 1 for count in counts)

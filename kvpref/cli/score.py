@@ -73,7 +73,7 @@ def score(
     from kvpref.cli.loading import load_matching_tokenizer, load_model
     from kvpref.data import DataOptions, load_preferences
     from kvpref.plan.passes import MODES
-    from kvpref.training.inputs import check_lengths
+    from kvpref.training.loading.selection import check_lengths
 
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")

@@ -19,7 +19,7 @@ from kvpref.ops.attention.backends import choose_automatically
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 from kvpref.training.checks import sample_query
 from kvpref.training.defaults import AUTO, trains_an_adapter
-from kvpref.training.inputs import make_cost_model, make_planner
+from kvpref.training.loading.planner import make_cost_model, make_planner
 
 _STATES_PER_WEIGHT = {"adamw": 2, "adam": 2, "sgd": 0}
 """Numbers that an optimizer keeps for a weight, by how its name begins."""

@@ -12,7 +12,7 @@ from kvpref.data.batching.budgets import default_budget
 from kvpref.losses import PreferenceLoss
 from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.records.groups import Group
-from kvpref.training.inputs import check_lengths, select_groups
+from kvpref.training.loading.selection import check_lengths, select_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ from kvpref.models.support import unwrap
 from kvpref.ops.attention import select_backend
 from kvpref.training.arguments import PreferenceTrainingArguments, check_processes
 from kvpref.training.evaluation import check_best_metric, check_evaluation
-from kvpref.training.inputs import check_lengths
+from kvpref.training.loading.selection import check_lengths
 from kvpref.training.rounding import warn_of_lost_steps
 
 

@@ -12,7 +12,7 @@ from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
 from kvpref.records.groups import Group
 from kvpref.training.arguments import PreferenceTrainingArguments
-from kvpref.training.inputs import select_groups
+from kvpref.training.loading.selection import select_groups
 
 PreferenceData = PreferenceDataset | Iterable[Group] | Iterable[Mapping[str, Any]] | str | os.PathLike[str]
 """Groups; or rows, as a `datasets.Dataset`, a list of dicts or the path of a file, which need the tokenizer."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from kvpref.training.inputs import StepInputs
+from kvpref.training.loading.inputs import StepInputs
 from kvpref.training.step_runner import StepResult
 
 

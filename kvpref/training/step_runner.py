@@ -18,7 +18,7 @@ from kvpref.losses.recording import RecordingLoss
 from kvpref.plan.batch import Batch
 from kvpref.plan.step import Step
 from kvpref.records.outputs import ResponseLogps, ResponseRewards
-from kvpref.training.inputs import MicroBatchInputs, StepInputs, join_micro_batches
+from kvpref.training.loading.inputs import MicroBatchInputs, StepInputs, join_micro_batches
 from kvpref.training.memory import advice, is_out_of_memory
 from kvpref.training.units import Weight, weighted
 

@@ -32,14 +32,10 @@ from kvpref.training.checks import check_data, check_learnable, check_run, check
 from kvpref.training.datasets import PreferenceData, prepare_data
 from kvpref.training.defaults import token_budget, with_defaults
 from kvpref.training.finite import LossCheck, weights_are_finite
-from kvpref.training.inputs import (
-    MicroBatchInputs,
-    StepInputs,
-    make_cost_model,
-    make_loader,
-    make_planner,
-)
 from kvpref.training.kinds import check_types
+from kvpref.training.loading.inputs import MicroBatchInputs, StepInputs
+from kvpref.training.loading.loader import make_loader
+from kvpref.training.loading.planner import make_cost_model, make_planner
 from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.preflight import check_saving

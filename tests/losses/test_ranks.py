@@ -15,7 +15,7 @@ from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, make_loss
 from kvpref.losses.mismatched import add_mismatched
 from kvpref.losses.registry import OBJECTIVES
-from kvpref.training.inputs import select_groups
+from kvpref.training.loading.selection import select_groups
 
 READ_SCORES = {"kto", "apo_zero_unpaired", "lipo", "reward_regression", "weighted_sft"}
 SEQUENCES = [Sequence.from_prompt_and_response([1, 2], [3, 4]), Sequence.from_prompt_and_response([1, 2], [5])]

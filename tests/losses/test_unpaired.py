@@ -16,7 +16,7 @@ from kvpref import Group, Sequence
 from kvpref.data import PreferenceDataset
 from kvpref.losses import KTO, make_loss
 from kvpref.losses.mismatched import MISMATCHED, mismatched_flags
-from kvpref.training.inputs import select_groups
+from kvpref.training.loading.selection import select_groups
 
 # float64 scalars
 TOLERANCE = 1e-12

@@ -11,7 +11,7 @@ from preference_runs import make_args, make_groups, make_model
 import kvpref
 from kvpref.training import finite
 from kvpref.training.finite import LossCheck
-from kvpref.training.inputs import MicroBatchInputs, StepInputs
+from kvpref.training.loading.inputs import MicroBatchInputs, StepInputs
 from kvpref.training.step_runner import StepResult
 
 

@@ -3,8 +3,7 @@
 Two rules, because padding couples groups. Where nothing is padded, tokens and cost of a micro-batch are sums over its
 groups, so any groups may go together and `cut_by_cost` evens the costs out. In mode ``padded`` a group is padded to the
 longest of its micro-batch, so `cut_by_length` keeps groups of like length together. Where prompts are encoded once,
-`cut_together` also keeps groups together that begin alike. `benchmarks/planning.py` compares them with other rules on
-real data.
+`cut_together` also keeps groups together that begin alike.
 """
 
 from __future__ import annotations

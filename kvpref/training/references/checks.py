@@ -14,7 +14,7 @@ from kvpref.models.support import unwrap
 from kvpref.parallel.sharding import is_sharded, will_be_sharded
 from kvpref.training.adapters import check_adapters, is_peft, trains_adapter_only
 from kvpref.training.arguments import PreferenceTrainingArguments
-from kvpref.training.inputs import check_lengths
+from kvpref.training.loading.selection import check_lengths
 
 Given = nn.Module | str | None
 """The second model, its name, or None."""

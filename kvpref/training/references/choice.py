@@ -19,7 +19,7 @@ from kvpref.plan.batch import Batch
 from kvpref.records.outputs import ResponseLogps
 from kvpref.training.adapters import adapter_is_fresh, is_peft, trains_adapter_only
 from kvpref.training.arguments import PreferenceTrainingArguments
-from kvpref.training.inputs import MicroBatchInputs
+from kvpref.training.loading.inputs import MicroBatchInputs
 from kvpref.training.references.checks import check_reference_data, check_reference_settings, refuse_sharded
 from kvpref.training.references.loading import load_reference_model
 from kvpref.training.references.models import (

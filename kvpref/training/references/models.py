@@ -21,7 +21,7 @@ from kvpref.records.outputs import ResponseLogps
 from kvpref.records.requests import HeadOptions
 from kvpref.training.adapters import adapter_off, is_adapter_weight, trainable_weights
 from kvpref.training.arguments import PreferenceTrainingArguments
-from kvpref.training.inputs import MicroBatchInputs
+from kvpref.training.loading.inputs import MicroBatchInputs
 
 _SAMPLES_PER_TENSOR = 4096
 

@@ -20,7 +20,9 @@ from kvpref.plan.batch import Batch
 from kvpref.records.host_copies import to_device
 from kvpref.records.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
-from kvpref.training.inputs import MicroBatchInputs, make_loader, make_planner
+from kvpref.training.loading.inputs import MicroBatchInputs
+from kvpref.training.loading.loader import make_loader
+from kvpref.training.loading.planner import make_planner
 from kvpref.training.references.models import ModelReference
 
 
