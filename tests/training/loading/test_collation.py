@@ -14,7 +14,7 @@ from preference_runs import make_args, make_groups, make_model
 
 import kvpref
 from kvpref.losses import PreferenceLoss
-from kvpref.training.loading import loader
+from kvpref.training.loading import loader as loading
 
 BUILDS: list[tuple[str, str]] = []
 """The groups built for, and what was being done."""
@@ -66,7 +66,7 @@ def make_trainer(folder: Path, loss: PreferenceLoss, **settings: Any) -> kvpref.
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phases are told apart in one thread."""
-    monkeypatch.setattr(loader, "collates_ahead", lambda _: False)
+    monkeypatch.setattr(loading, "collates_ahead", lambda _: False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"schedule": "bounded"}], ids=["full", "bounded"])

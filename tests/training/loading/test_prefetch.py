@@ -14,7 +14,7 @@ from preference_runs import make_args, make_groups, make_model
 
 import kvpref
 from kvpref.data import PreferenceDataset, StepSampler
-from kvpref.training.loading import loader
+from kvpref.training.loading import loader as loading
 from kvpref.training.loading.collation import StepDataset
 from kvpref.training.loading.loader import make_loader
 from kvpref.training.loading.planner import make_cost_model, make_planner
@@ -90,7 +90,7 @@ def loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     planner = make_planner(groups, args, groups_per_device=3, shuffle=True)
     made = {}
     for ahead in (False, True):
-        monkeypatch.setattr(loader, "collates_ahead", lambda _, ahead=ahead: ahead)
+        monkeypatch.setattr(loading, "collates_ahead", lambda _, ahead=ahead: ahead)
         made[ahead] = make_loader(groups, planner, args)
     yield made
     made.clear()  # pytest holds on to what a test was given
@@ -153,7 +153,7 @@ def test_bad_group_stops_the_loop_at_its_step(loaders, monkeypatch):
 def test_training_ahead_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     weights = []
     for ahead in (False, True):
-        monkeypatch.setattr(loader, "collates_ahead", lambda _, ahead=ahead: ahead)
+        monkeypatch.setattr(loading, "collates_ahead", lambda _, ahead=ahead: ahead)
         model = make_model()
         args = make_args(str(tmp_path / str(ahead)), loss="sft", max_steps=3)
         kvpref.PreferenceTrainer(model=model, args=args, train_dataset=make_groups(9)).train()
@@ -162,9 +162,9 @@ def test_training_ahead_ends_with_the_same_weights(tmp_path: Path, monkeypatch: 
 
 
 def test_no_thread_beside_data_workers(tmp_path: Path):
-    assert loader.collates_ahead(make_args(str(tmp_path)))
+    assert loading.collates_ahead(make_args(str(tmp_path)))
     with_workers = make_args(str(tmp_path), dataloader_num_workers=1)
-    assert not loader.collates_ahead(with_workers)
+    assert not loading.collates_ahead(with_workers)
 
 
 def test_planner_balances_by_the_models_flops(tmp_path: Path):
