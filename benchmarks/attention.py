@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from models import LlamaSizes
+from llama_models import LlamaSizes
 from options import SweepOptions
 from real_data import real_files
 from workloads import VOCABULARIES, Builders, Workload, gpu_attention_grid, grid

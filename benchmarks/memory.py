@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from models import DRY_RUN, SMALL, LlamaSizes, build_model
+from llama_models import DRY_RUN, SMALL, LlamaSizes, build_model
 from options import SweepOptions
 from places import results_folder
 from real_data import RealFile, read_groups

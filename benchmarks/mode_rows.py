@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from models import build_model
+from llama_models import build_model
 from options import SweepOptions
 from workloads import Workload
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models import DRY_RUN, LONG_CONTEXT, SMALL, LlamaSizes
+from llama_models import DRY_RUN, LONG_CONTEXT, SMALL, LlamaSizes
 from options import SweepOptions
 from workloads import Builders, Shape, Workload, make_groups, one_micro_batch
 

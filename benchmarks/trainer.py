@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from models import DRY_RUN, SMALL, LlamaSizes, build_model
+from llama_models import DRY_RUN, SMALL, LlamaSizes, build_model
 from options import SweepOptions
 from workloads import Shape, make_groups
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from models import DRY_RUN, LAYERS_OF_8B, SMOLLM_LIKE, LlamaSizes
+from llama_models import DRY_RUN, LAYERS_OF_8B, SMOLLM_LIKE, LlamaSizes
 from options import SweepOptions
 
 from kvpref import Group, Sequence

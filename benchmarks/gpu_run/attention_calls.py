@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from models import LAYERS_OF_8B
+from llama_models import LAYERS_OF_8B
 from options import SweepOptions
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend

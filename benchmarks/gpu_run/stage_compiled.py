@@ -8,7 +8,7 @@ from functools import partial
 import oracle
 import torch
 from forward_backward import mean_nll
-from models import DRY_RUN, LAYERS_OF_8B, build_model
+from llama_models import DRY_RUN, LAYERS_OF_8B, build_model
 from options import SweepOptions
 from workloads import Shape, make_groups
 

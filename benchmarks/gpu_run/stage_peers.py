@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from attention import AttentionLayer
-from models import DRY_RUN, LAYERS_OF_8B, LlamaSizes
+from llama_models import DRY_RUN, LAYERS_OF_8B, LlamaSizes
 from one_row import PROMPT, OneRow
 from options import SweepOptions
 from torch.nn.attention.flex_attention import flex_attention

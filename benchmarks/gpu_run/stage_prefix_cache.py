@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from forward_backward import mean_nll
-from models import DRY_RUN, LlamaSizes, build_model
+from llama_models import DRY_RUN, LlamaSizes, build_model
 from options import SweepOptions
 from workloads import Shape, make_groups
 

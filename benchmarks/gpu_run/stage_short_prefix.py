@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from attention import AttentionLayer
-from models import DRY_RUN, LAYERS_OF_8B
+from llama_models import DRY_RUN, LAYERS_OF_8B
 from options import SweepOptions
 from workloads import Shape, make_groups
 

@@ -9,7 +9,7 @@ from functools import partial
 import attention
 import forward_backward
 import torch
-from models import DRY_RUN, LAYERS_OF_8B, LlamaSizes, build_model
+from llama_models import DRY_RUN, LAYERS_OF_8B, LlamaSizes, build_model
 from options import SweepOptions
 from workloads import Shape, make_groups
 

@@ -118,7 +118,7 @@ def test_bad_rows_are_skipped_and_listed(
     assert listed["location"].endswith("some_bad.jsonl:25")
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", pytest.param("parquet", marks=pytest.mark.full)])
 def test_score_writes_each_response(
     tmp_path: Path, suffix: str, kvpref_command: Run, trained_dir: Path, pairs_file: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_run_repeats_from_its_run_file(
     assert not all(torch.equal(before[name], first[name]) for name in first)
 
 
+@pytest.mark.full
 def test_torchrun_finds_the_file(folder: Path, trained_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--standalone", "-m", "kvpref"]

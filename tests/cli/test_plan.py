@@ -68,7 +68,7 @@ def test_an_8b_model_with_adapters_fits_in_the_bounded_schedule_only() -> None:
     assert bounded["max_responses"] > 100
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_70b_model_needs_shards_or_adapters() -> None:
     plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS, "--dtype", "bfloat16")
     assert not any(variant["fits"] for variant in plan["variants"])

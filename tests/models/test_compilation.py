@@ -44,7 +44,10 @@ def num_graphs(counter: CompileCounterWithBackend) -> int:
     return sum(any(node.op == "call_function" for node in graph.graph.nodes) for graph in counter.graphs)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [pytest.param(False, id="plain"), pytest.param(True, id="checkpointed", marks=pytest.mark.full)],
+)
 def test_one_graph_per_kind_of_pass_for_all_layers_and_shapes(checkpointing: bool) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     model = kvpref.attach(tiny_model("llama", torch.float64))
@@ -67,7 +70,14 @@ def test_one_graph_per_kind_of_pass_for_all_layers_and_shapes(checkpointing: boo
 
 
 @pytest.mark.parametrize(
-    ("variant", "mode"), [("qwen3", "two_pass"), ("gpt2", "two_pass"), ("llama", "one_pass"), ("llama", "padded")]
+    ("variant", "mode"),
+    [
+        ("qwen3", "two_pass"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.full)
+            for pair in (("gpt2", "two_pass"), ("llama", "one_pass"), ("llama", "padded"))
+        ),
+    ],
 )
 def test_families_and_modes(variant: str, mode: str) -> None:
     groups = pairs()

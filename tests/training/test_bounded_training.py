@@ -105,7 +105,7 @@ def test_evaluation_and_reference_run_in_chunks(tmp_path: Path, monkeypatch: pyt
         return trainer.evaluate()
 
     expected = evaluate("full")
-    monkeypatch.setattr("kvpref.engine.schedules.response_logps", None)  # nothing may run as a whole
+    monkeypatch.setattr("kvpref.engine.schedules.run_mode", None)  # nothing may run as a whole
     found = evaluate("bounded", schedule="bounded", max_tokens_per_chunk=11)
     for name in ("eval_loss", "eval_rewards/margins"):
         assert found[name] == pytest.approx(expected[name], rel=1e-8)

@@ -180,7 +180,7 @@ def test_xformers_over_pytorchs_operator_is_refused_with_it(monkeypatch: pytest.
 
 def test_the_log_says_it_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     make_device(monkeypatch, HOPPER, *ALL)
-    with caplog.at_level(logging.INFO, "kvpref.ops.attention"):
+    with caplog.at_level(logging.INFO, "kvpref.attention"):
         for _ in range(3):
             auto(FakeQuery())
             auto(torch.empty(1, 1, 8))

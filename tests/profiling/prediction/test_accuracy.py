@@ -43,7 +43,7 @@ def config_of(family: str) -> PreTrainedConfig:
 @pytest.mark.parametrize(
     ("family", "variant"),
     [
-        pytest.param(family, variant, marks=() if family == "llama" or variant == "bounded" else pytest.mark.full)
+        pytest.param(family, variant, marks=() if family == "llama" else pytest.mark.full)
         for family in ("llama", "gemma", "gpt2")
         for variant in VARIANTS
     ],

@@ -75,6 +75,6 @@ def test_a_reference_that_shares_weights_with_the_policy_is_refused(tmp_path: Pa
 
 
 def test_sync_of_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpref.training.references.checks.FSDPModule", GPT2LMHeadModel)
+    monkeypatch.setattr("kvpref.parallel.sharding.FSDPModule", GPT2LMHeadModel)
     with pytest.raises(kvpref.InputError, match=r"whole weights.*FSDP"):
         make_trainer(tmp_path, precompute_reference=False, reference_sync_steps=1)
