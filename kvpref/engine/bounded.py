@@ -20,8 +20,9 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
+from kvpref.engine.level_pass import run_level_pass
 from kvpref.engine.options import EngineOptions
-from kvpref.engine.passes import responses, run_level_pass
+from kvpref.engine.passes import responses
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.attach import run_inside
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass

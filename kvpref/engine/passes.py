@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvpref.engine.level_pass import run_backbone, run_level_pass
 from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.models.attach import run_inside
-from kvpref.models.attention import RunningPass, bind_pass
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.head import head_outputs, is_reward_model
 from kvpref.models.support import check_training_state, unwrap
@@ -21,7 +21,7 @@ from kvpref.plan.chunks import MicroBatchChunks
 from kvpref.plan.passes import ModePlan, PassPlan, Reads
 from kvpref.records.outputs import ResponseLogps, ResponseRewards, Responses
 from kvpref.records.requests import HeadOptions
-from kvpref.state.cache import KeyValues, PrefixCache
+from kvpref.state.cache import PrefixCache
 from kvpref.tracing import region
 
 
@@ -245,7 +245,7 @@ def _run_passes(
             checkpointed(model, checkpoints_pass(checkpoint, is_prefix=is_prefix)),
         ):
             if plan.mode == "padded":
-                hidden = _backbone(model, item, embedded, attention_mask=item.attention_mask)
+                hidden = run_backbone(model, item, embedded, attention_mask=item.attention_mask)
             else:
                 cache.claim(model)
                 hidden = run_level_pass(
@@ -274,56 +274,3 @@ def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.
         return (embeds,)
     # Copies, because torch.compile would compile the first layer once more for a view.
     return tuple(part.clone() for part in embeds.split([item.input_ids.shape[1] for item in passes], dim=1))
-
-
-def run_level_pass(
-    model: PreTrainedModel,
-    item: PassPlan,
-    embeds: torch.Tensor,
-    key_values: KeyValues,
-    *,
-    num_positions: int,
-    backend: str,
-    keep: bool,
-) -> torch.Tensor:
-    """Run one pass of the model's layers.
-
-    Args:
-        model: Attached model, in whose forward this runs.
-        item: The pass.
-        embeds: (1, T, hidden_size), its input embeddings.
-        key_values: What it reads, and where its own keys and values go.
-        num_positions: Length of the longest sequence, in tokens.
-        backend: Attention backend, or ``auto``.
-        keep: Whether later passes will read this one's keys and values.
-
-    Returns:
-        (1, T, hidden_size), the final hidden states.
-    """
-    running = RunningPass(
-        item,
-        key_values,
-        num_layers=model.config.num_hidden_layers,
-        num_positions=num_positions,
-        backend=backend,
-        keep=keep,
-    )
-    with bind_pass(running):
-        # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
-        hidden = _backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids))
-    running.finish()
-    return hidden
-
-
-def _backbone(
-    model: PreTrainedModel, item: PassPlan, embeds: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    output = model.base_model(
-        inputs_embeds=embeds,
-        position_ids=item.position_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        return_dict=True,
-    )
-    hidden: torch.Tensor = output.last_hidden_state
-    return hidden

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from kvpref.engine.passes import run_level_pass
+from kvpref.engine.level_pass import run_level_pass
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.integrations.shared_prefix.interception import Forward, Interception
 from kvpref.integrations.shared_prefix.padded_call import CallReader, check_arguments, check_head, check_state
