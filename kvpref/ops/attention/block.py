@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvpref.prefix.levels import VarlenLayout
+from kvpref.records.host_copies import to_device
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
 Pair = tuple[int, int, int, int]
@@ -72,7 +73,7 @@ class VarlenBlock:
     def from_layout(cls, layout: VarlenLayout, device: torch.device | str = "cpu") -> VarlenBlock:
         host_offsets = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32)
         block = cls.from_offsets(
-            host_offsets.numpy().tobytes(), host_offsets.to(device, non_blocking=True), causal=layout.causal
+            host_offsets.numpy().tobytes(), to_device(host_offsets, torch.device(device)), causal=layout.causal
         )
         return replace(block, host_offsets=host_offsets)
 

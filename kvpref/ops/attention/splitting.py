@@ -54,8 +54,7 @@ def split_pairs(offsets_key: bytes, limits: CallLimits) -> tuple[PairRange, ...]
     """
     offsets = read_offsets(offsets_key).astype(np.int64)
     lengths = np.diff(offsets)
-    ranges = [(0, lengths.shape[1])]
-    ranges = [part for whole in ranges for part in _by_thread_blocks(-(-lengths // _TILE_ROWS), whole, limits)]
+    ranges = _by_thread_blocks(-(-lengths // _TILE_ROWS), (0, lengths.shape[1]), limits)
     ranges = [part for whole in ranges for part in _by_workspace(lengths[0], whole, limits)]
     return tuple(part for whole in ranges for part in _by_start_row(offsets[0], whole, limits))
 

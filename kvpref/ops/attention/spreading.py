@@ -21,6 +21,7 @@ import torch
 
 from kvpref.ops.attention.backends.interface import Backend
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock, read_offsets
+from kvpref.records.host_copies import to_device
 
 DEFAULT_KEYS_BELOW = 0
 """Blocks whose longest key range is shorter are spread; 0 spreads none. To be set from measurements on a GPU."""
@@ -133,9 +134,9 @@ def plan_spread(offsets_key: bytes, num_heads: int, wanted_blocks: int, device: 
             new_k.append(new_k[-1] + k1 - k0)
             new_q.append(q0 + (q1 - q0) * (number + 1) // count)
     offsets = np.array([new_q, new_k], dtype=np.int32)
-    cu_seqlens = torch.from_numpy(offsets).to(device, non_blocking=True)
+    cu_seqlens = to_device(torch.from_numpy(offsets), device)
     return Spread(
         block=VarlenBlock.from_offsets(offsets.tobytes(), cu_seqlens, causal=False),
-        sources=torch.from_numpy(np.concatenate(sources)).to(device, non_blocking=True),
-        copies=torch.from_numpy(copies).to(device, non_blocking=True),
+        sources=to_device(torch.from_numpy(np.concatenate(sources)), device),
+        copies=to_device(torch.from_numpy(copies), device),
     )

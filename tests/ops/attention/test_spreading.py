@@ -83,6 +83,24 @@ def test_there_are_enough_thread_blocks_and_queries() -> None:
     assert plan_spread(block_of((0, 6400), (0, 2000)).offsets_key, 32, 264, CPU) is None, "keys enough"
 
 
+def test_the_backward_pass_does_not_wait_for_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made inside a layer: what goes to the device goes from page-locked memory."""
+    moved: list[torch.Tensor] = []
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(spreading, "to_device", to_device)
+    plan_spread.cache_clear()
+    spread = plan_spread(block_of((0, 6400), (0, 200)).offsets_key, 32, 264, CPU)
+    plan_spread.cache_clear()
+    assert spread is not None
+    storages = {tensor.untyped_storage().data_ptr() for tensor in moved}
+    held = (spread.block.cu_seqlens_q, spread.block.cu_seqlens_k, spread.sources, spread.copies)
+    assert {tensor.untyped_storage().data_ptr() for tensor in held} == storages
+
+
 def test_copies_are_added_up_in_fp32() -> None:
     """Of 64 copies with gradient 1 + 2^-8, bf16 would lose the small part."""
     grads = torch.full((64, 1, 1), 1 + 2**-7, dtype=torch.bfloat16)
