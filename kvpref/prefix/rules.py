@@ -1,0 +1,44 @@
+"""Rules: which earlier tokens of its own sequence a token sees in the attention layers of one kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("causal", "window", "chunk", "dense")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which keys at positions k a query at position q sees, both positions inside the sequence."""
+
+    kind: str
+    """``causal``: k <= q. ``window``: and q - k < size. ``chunk``: and k // size == q // size. ``dense``: some of
+    the keys k <= q that follow no such form; a mask of their own says which."""
+
+    size: int = 0
+    """Tokens of a window or a chunk; 0 for the others."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown rule {self.kind!r}; choose from: {', '.join(KINDS)}")
+        sized = self.kind in ("window", "chunk")
+        if sized != (self.size > 0) or self.size < 0:
+            expected = "a size of at least 1" if sized else "no size"
+            raise ValueError(f"a {self.kind} rule takes {expected}; got {self.size}")
+
+    def first_key(self, position: int) -> int:
+        """The smallest position that a query at `position` may see under a causal, window or chunk rule."""
+        return _FIRST_KEYS[self.kind](position, self.size)
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.size}" if self.size else self.kind
+
+
+_FIRST_KEYS = {
+    "causal": lambda position, size: 0,
+    "dense": lambda position, size: 0,
+    "window": lambda position, size: max(0, position - size + 1),
+    "chunk": lambda position, size: position - position % size,
+}
+
+CAUSAL = Rule("causal")
