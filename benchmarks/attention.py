@@ -105,8 +105,7 @@ class _PassTensors:
         self.key, self.value = random(sizes.num_kv_heads).requires_grad_(), random(sizes.num_kv_heads).requires_grad_()
         self.grad = random(sizes.num_heads)
         self.plan = CascadePlan(
-            self_block=level.self_block,
-            cross_blocks=level.cross_blocks,
+            blocks=level.blocks,
             params=AttentionParams(scale=sizes.head_dim**-0.5),
             backend=options.backend,
         )

@@ -90,8 +90,7 @@ def differentiated(function: Attention, inputs: Inputs, dout: torch.Tensor) -> l
 def plan_to(plan: CascadePlan, device: str) -> CascadePlan:
     """The plan with its offsets on a device."""
     return CascadePlan(
-        self_block=tensors_to(plan.self_block, device),
-        cross_blocks=tuple(tensors_to(block, device) for block in plan.cross_blocks),
+        blocks=tuple(tensors_to(block, device) for block in plan.blocks),
         params=plan.params,
         backend=plan.backend,
     )

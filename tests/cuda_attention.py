@@ -31,7 +31,9 @@ def skip_unless_it_runs(name: str, dtype: torch.dtype, head_dim: int = 64) -> No
 
 
 def block_of(q: tuple[int, ...], k: tuple[int, ...], causal: bool = False) -> VarlenBlock:
-    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, causal=causal), "cuda")
+    return VarlenBlock.from_layout(
+        VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, shape="causal" if causal else "rectangle"), "cuda"
+    )
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -38,8 +38,7 @@ def random_tree(seed: int, num_sequences: int = 9) -> PrefixTree:
 def make_plan(tree: PrefixTree, depth: int, backend: str, scale: float) -> CascadePlan:
     level = build_layout(tree, [[False] * len(tree.sequence(i)) for i in range(len(tree.paths))]).levels[depth]
     return CascadePlan(
-        self_block=VarlenBlock.from_layout(level.self_block),
-        cross_blocks=tuple(VarlenBlock.from_layout(block) for block in level.cross_blocks),
+        blocks=tuple(VarlenBlock.from_layout(block) for block in (level.self_block, *level.cross_blocks)),
         params=AttentionParams(scale=scale),
         backend=backend,
     )

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
+from kvpref.ops.attention.block import BlockKind
 
 Tensor = torch.Tensor
 NAN, INF = float("nan"), float("inf")
@@ -34,7 +35,9 @@ def block_of(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -
     assert max_q >= cu_q.diff().max()
     assert max_k >= cu_k.diff().max()
     assert isinstance(causal, bool | int)
-    block = VarlenBlock.from_offsets(torch.stack([cu_q, cu_k]).numpy().tobytes(), (cu_q, cu_k), causal=bool(causal))
+    block = VarlenBlock.from_offsets(
+        torch.stack([cu_q, cu_k]).numpy().tobytes(), (cu_q, cu_k), BlockKind(shape="causal" if causal else "rectangle")
+    )
     return replace(block, max_seqlen_q=max_q, max_seqlen_k=max_k)
 
 

@@ -95,11 +95,10 @@ def make_inputs(case: KernelCase, device: torch.device) -> Inputs:
 
 def make_plan(case: KernelCase, device: torch.device) -> CascadePlan:
     """Causal over the segments, and across to the prefixes."""
-    own = VarlenLayout(cu_seqlens_q=SEGMENTS, cu_seqlens_k=SEGMENTS, causal=True)
-    across = VarlenLayout(cu_seqlens_q=CHILDREN, cu_seqlens_k=PREFIXES, causal=False)
+    own = VarlenLayout(cu_seqlens_q=SEGMENTS, cu_seqlens_k=SEGMENTS, shape="causal")
+    across = VarlenLayout(cu_seqlens_q=CHILDREN, cu_seqlens_k=PREFIXES, shape="rectangle", source=1)
     plan = CascadePlan(
-        self_block=VarlenBlock.from_layout(own),
-        cross_blocks=(VarlenBlock.from_layout(across),),
+        blocks=(VarlenBlock.from_layout(own), VarlenBlock.from_layout(across)),
         params=AttentionParams(scale=case.head_dim**-0.5),
         backend=case.backend,
     )

@@ -7,7 +7,7 @@ compute a pair's place in it in 32 bits, so from 2^31 elements on they write els
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -136,11 +136,13 @@ def _prefix(random: Callable[[int, int], torch.Tensor], shape: FarShape) -> tupl
 
 def _plan(shape: FarShape, num_pairs: int, num_prefixes: int, backend: str, device: torch.device) -> CascadePlan:
     queries, keys = (tuple(range(0, num_pairs * size + 1, size)) for size in (shape.queries, shape.keys))
-    own = VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=queries, causal=True)
-    across = VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=keys, causal=False)
+    own = VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=queries, shape="causal")
+    across = VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=keys, shape="rectangle")
     return CascadePlan(
-        self_block=VarlenBlock.from_layout(own, device),
-        cross_blocks=tuple(VarlenBlock.from_layout(across, device) for _ in range(num_prefixes)),
+        blocks=(
+            VarlenBlock.from_layout(own, device),
+            *(VarlenBlock.from_layout(replace(across, source=index + 1), device) for index in range(num_prefixes)),
+        ),
         params=AttentionParams(scale=shape.head_dim**-0.5),
         backend=backend,
     )

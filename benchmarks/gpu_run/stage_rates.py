@@ -32,8 +32,8 @@ def layouts(options: SweepOptions) -> dict[str, VarlenLayout]:
     shrink = 64 if options.dry_run else 1
     own = tuple(range(0, 32768 // shrink + 1, 4096 // shrink))
     return {
-        "self": VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, causal=True),
-        "cross": VarlenLayout(cu_seqlens_q=(0, 16384 // shrink), cu_seqlens_k=(0, 8192 // shrink), causal=False),
+        "self": VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, shape="causal"),
+        "cross": VarlenLayout(cu_seqlens_q=(0, 16384 // shrink), cu_seqlens_k=(0, 8192 // shrink), shape="rectangle"),
     }
 
 

@@ -93,12 +93,7 @@ class RunningPass:
         prefixes = self._enter(module, key, value).read()
         outs: list[torch.Tensor] = []
         for level, q, k, v in zip(self.plan.levels, *map(self._split, (query, key, value)), strict=True):
-            plan = CascadePlan(
-                self_block=level.self_block,
-                cross_blocks=level.cross_blocks,
-                params=AttentionParams(scale=scale),
-                backend=self.backend,
-            )
+            plan = CascadePlan(blocks=level.blocks, params=AttentionParams(scale=scale), backend=self.backend)
             outs.append(cascade_attention(q, k, v, prefixes, plan))
             prefixes = (*prefixes, (k, v))  # mode one_pass: later levels of the row see earlier ones
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -34,7 +34,7 @@ class ChunkPlan:
     """One forward pass of the bounded schedule.
 
     Attributes:
-        item: The pass; its only level has one cross block per slice in `reads`.
+        item: The pass; its only level reads each slice in `reads` as a prefix.
         reads: The keys and values that it reads.
         writes: Where its own T keys and values go; None where nothing reads them later.
         unique_ids: (V,) int64, the distinct token ids.
@@ -161,8 +161,7 @@ def build_step_chunks(
 def _chunk_plan(chunk: Chunk) -> ChunkPlan:
     blocks = LevelBlocks(
         num_rows=len(chunk),
-        self_block=VarlenBlock.from_layout(chunk.self_block),
-        cross_blocks=tuple(VarlenBlock.from_layout(read.block) for read in chunk.reads),
+        blocks=tuple(map(VarlenBlock.from_layout, (chunk.self_block, *(read.block for read in chunk.reads)))),
     )
     item = PassPlan(
         input_ids=int64(chunk.input_ids).unsqueeze(0),

@@ -105,4 +105,4 @@ def _num_pairs(item: PassPlan) -> int:
     if not item.levels:
         num_rows, width = item.input_ids.shape
         return num_rows * width * width
-    return sum(block.num_attended_pairs for level in item.levels for block in (level.self_block, *level.cross_blocks))
+    return sum(block.num_attended_pairs for level in item.levels for block in level.blocks)

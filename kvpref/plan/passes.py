@@ -21,11 +21,10 @@ from kvpref.records.requests import READS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LevelBlocks:
-    """The attention blocks of one level inside a pass: `num_rows` rows, one cross block per ancestor depth."""
+    """The attention blocks of one level inside a pass: `num_rows` rows, over themselves first, then over prefixes."""
 
     num_rows: int
-    self_block: VarlenBlock
-    cross_blocks: tuple[VarlenBlock, ...]
+    blocks: tuple[VarlenBlock, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,8 +124,7 @@ def level_blocks(level: LevelSegments) -> LevelBlocks:
     """The attention blocks of a level as tensors."""
     return LevelBlocks(
         num_rows=level.num_rows,
-        self_block=VarlenBlock.from_layout(level.self_block),
-        cross_blocks=tuple(VarlenBlock.from_layout(block) for block in level.cross_blocks),
+        blocks=tuple(VarlenBlock.from_layout(block) for block in (level.self_block, *level.cross_blocks)),
     )
 
 

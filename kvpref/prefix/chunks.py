@@ -193,7 +193,7 @@ class _Pair(NamedTuple):
 
 def _reads(tree: PrefixTree, spans: list[Span], slab_of: list[SlabKey], rows: dict[int, int]) -> tuple[SlabRead, ...]:
     seen = [dict(_ancestor_ranges(tree, span, slab_of, rows)) for span in spans]
-    reads = []
+    reads: list[SlabRead] = []
     for key in sorted({key for ranges in seen for key in ranges}):
         pairs: list[_Pair] = []
         for span, ranges in zip(spans, seen, strict=True):
@@ -202,7 +202,7 @@ def _reads(tree: PrefixTree, spans: list[Span], slab_of: list[SlabKey], rows: di
             if pairs and (start, stop) == pairs[-1][1:]:  # one pair for all that see the same keys
                 num_queries += pairs.pop().num_queries
             pairs.append(_Pair(num_queries, start, stop))
-        reads.append(_read(key, pairs))
+        reads.append(_read(key, pairs, source=len(reads) + 1))
     return tuple(reads)
 
 
@@ -218,7 +218,7 @@ def _ancestor_ranges(
         parent = tree.segments[parent].parent
 
 
-def _read(key: SlabKey, pairs: list[_Pair]) -> SlabRead:
+def _read(key: SlabKey, pairs: list[_Pair], source: int) -> SlabRead:
     """One block over the rows between the first and the last that are seen; depth-first order keeps them sorted."""
     seen = [pair for pair in pairs if pair.stop > pair.start]
     position = first = seen[0].start
@@ -234,7 +234,8 @@ def _read(key: SlabKey, pairs: list[_Pair]) -> SlabRead:
     block = VarlenLayout(
         cu_seqlens_q=tuple(accumulate(queries, initial=0)),
         cu_seqlens_k=tuple(accumulate(keys, initial=0)),
-        causal=False,
+        shape="rectangle",
+        source=source,
     )
     return SlabRead(slab=key, start=first, stop=position, block=block)
 
@@ -287,7 +288,7 @@ def _chunk(
             for segment, span in zip(segments, spans, strict=True)
             for offset in range(span.start, span.stop)
         ),
-        self_block=VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True),
+        self_block=VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, shape="causal"),
         reads=reads,
         predictor_rows=tuple(row for row, _ in rows),
         targets=tuple(item.target for _, item in rows),

@@ -10,23 +10,39 @@ from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 from kvpref.prefix.tree import PrefixTree, cut_segments
+
+Shape = Literal["rectangle", "causal", "anti_causal"]
+"""What query i of a pair sees of its keys: all; those up to and including key i; those from key i on. The last two are
+squares: a pair has as many queries as keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VarlenLayout:
-    """One varlen attention block: pair i lets queries [q[i], q[i+1]) see keys [k[i], k[i+1]).
+    """One varlen attention block: pairs of a query range and a key range, all of one shape.
+
+    Every query row is in at most one pair.
 
     Attributes:
-        cu_seqlens_q: Row offsets of the queries, one more entry than pairs. Pairs may have no queries.
-        cu_seqlens_k: Row offsets of the keys.
-        causal: Query j of a pair sees its keys up to and including j (only where both ranges are the same).
+        cu_seqlens_q: Row offsets of the queries, one more entry than pairs: pair i has [q[i], q[i+1]). Pairs may have
+            no queries.
+        cu_seqlens_k: Row offsets of the keys, likewise.
+        shape: What a query sees of its pair's keys.
+        source: Where the keys are: 0 for the pass's own rows, i for those of prefix i - 1.
+        key_starts: Per pair, the first row of its keys in the source, where ranges overlap or leave rows out; its
+            length is that of `cu_seqlens_k`, which then counts rows that were gathered one range after another. None
+            where pair i's keys are the rows [k[i], k[i+1]) of the source.
+        window: Of a causal block whose queries are its keys: query q sees key k only where q - k < window.
     """
 
     cu_seqlens_q: tuple[int, ...]
     cu_seqlens_k: tuple[int, ...]
-    causal: bool
+    shape: Shape
+    source: int = 0
+    key_starts: tuple[int, ...] | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +116,8 @@ def build_levels(tree: PrefixTree) -> tuple[LevelSegments, ...]:
         for index in members[depth]:
             num_queries[lines[index][ancestor]] += lengths[index]
         keys = _offsets([lengths[index] for index in members[ancestor]])
-        return VarlenLayout(cu_seqlens_q=_offsets(list(num_queries.values())), cu_seqlens_k=keys, causal=False)
+        queries = _offsets(list(num_queries.values()))
+        return VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=keys, shape="rectangle", source=ancestor + 1)
 
     levels = []
     for depth, segments in enumerate(members):
@@ -108,7 +125,7 @@ def build_levels(tree: PrefixTree) -> tuple[LevelSegments, ...]:
         levels.append(
             LevelSegments(
                 segments=tuple(segments),
-                self_block=VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, causal=True),
+                self_block=VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, shape="causal"),
                 cross_blocks=tuple(cross_block(depth, ancestor) for ancestor in range(depth)),
             )
         )

@@ -16,8 +16,10 @@ REFERENCE = "reference"
 _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM = 4, 2, 64
 _PARAMS = AttentionParams(scale=_HEAD_DIM**-0.5)
 _LAYOUTS = (
-    VarlenLayout(cu_seqlens_q=(0, 5, 12), cu_seqlens_k=(0, 5, 12), causal=True),
-    VarlenLayout(cu_seqlens_q=(0, 9, 9, 12), cu_seqlens_k=(0, 20, 23, 40), causal=False),  # one pair without queries
+    VarlenLayout(cu_seqlens_q=(0, 5, 12), cu_seqlens_k=(0, 5, 12), shape="causal"),
+    VarlenLayout(
+        cu_seqlens_q=(0, 9, 9, 12), cu_seqlens_k=(0, 20, 23, 40), shape="rectangle"
+    ),  # one pair without queries
 )
 
 

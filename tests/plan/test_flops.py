@@ -40,7 +40,9 @@ def test_linear_layers_and_head_are_what_the_counter_sees(family: str, mode: str
 )
 def test_attention_is_seven_products_per_pair(queries: tuple[int, ...], keys: tuple[int, ...], causal: bool) -> None:
     """The dense reference computes both halves of a causal block: its pairs are all of (queries x keys)."""
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=keys, causal=causal))
+    block = VarlenBlock.from_layout(
+        VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=keys, shape="causal" if causal else "rectangle")
+    )
     params, backend = AttentionParams(scale=0.3), get_backend("reference")
     num_heads, num_kv_heads, head_dim = 4, 2, 6
     q, dout = torch.randn(queries[-1], num_heads, head_dim), torch.randn(queries[-1], num_heads, head_dim)

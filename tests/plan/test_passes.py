@@ -101,9 +101,7 @@ def test_moving_a_plan_moves_every_tensor(mode: str) -> None:
     assert {tensor.device.type for tensor in all_tensors(moved)} == {"meta"}
     assert [t.shape for t in all_tensors(moved)] == [t.shape for t in all_tensors(plan)]
     assert {tensor.device.type for tensor in all_tensors(plan)} == {"cpu"}
-    blocks = [
-        block for item in moved.passes for level in item.levels for block in (level.self_block, *level.cross_blocks)
-    ]
+    blocks = [block for item in moved.passes for level in item.levels for block in level.blocks]
     assert all(str(getattr(block.host_offsets, "device", "")) == "cpu" for block in blocks), (
         "read on the host, wherever the others are"
     )

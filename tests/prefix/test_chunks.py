@@ -99,7 +99,7 @@ def visible_pairs(block: VarlenLayout) -> Iterator[tuple[int, int]]:
     """All (query row, key row) that a block connects."""
     assert len(block.cu_seqlens_q) == len(block.cu_seqlens_k)
     for (q0, q1), (k0, k1) in zip(pairwise(block.cu_seqlens_q), pairwise(block.cu_seqlens_k), strict=True):
-        yield from ((q, k) for q in range(q0, q1) for k in range(k0, k1) if not block.causal or k - k0 <= q - q0)
+        yield from ((q, k) for q in range(q0, q1) for k in range(k0, k1) if block.shape != "causal" or k - k0 <= q - q0)
 
 
 @given(cuts())

@@ -38,7 +38,7 @@ def visible_pairs(block: VarlenLayout) -> set[tuple[int, int]]:
     for (q0, q1), (k0, k1) in zip(pairwise(block.cu_seqlens_q), pairwise(block.cu_seqlens_k), strict=True):
         assert q1 >= q0
         assert k1 > k0
-        pairs |= {(q, k) for q in range(q0, q1) for k in range(k0, k1) if not block.causal or k - k0 <= q - q0}
+        pairs |= {(q, k) for q in range(q0, q1) for k in range(k0, k1) if block.shape != "causal" or k - k0 <= q - q0}
     return pairs
 
 
@@ -63,7 +63,7 @@ def test_blocks_connect_every_token_with_exactly_its_path(scored: Scored, limit:
     tree, layout = lay_out(scored, limit)
     for depth, level in enumerate(layout.levels):
         rows = rows_of(tree, depth)
-        assert level.self_block.causal
+        assert level.self_block.shape == "causal"
         assert visible_pairs(level.self_block) == {
             (q, k)
             for q, (index_q, offset_q) in enumerate(rows)
@@ -72,7 +72,8 @@ def test_blocks_connect_every_token_with_exactly_its_path(scored: Scored, limit:
         }
         assert len(level.cross_blocks) == depth
         for above, block in enumerate(level.cross_blocks):
-            assert not block.causal
+            assert block.shape == "rectangle"
+            assert block.source == above + 1
             assert block.cu_seqlens_q[-1] == len(rows)
             assert block.cu_seqlens_k[-1] == len(rows_of(tree, above))
             assert visible_pairs(block) == {

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.levels import Shape, VarlenLayout
 from kvpref.records.host_copies import to_device
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
@@ -29,6 +30,27 @@ class AttentionParams:
     scale: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockKind:
+    """What a block is apart from its offsets; see `VarlenBlock`."""
+
+    shape: Shape
+    source: int = 0
+    window: int | None = None
+
+    def flat(self) -> tuple[int, int, int]:
+        """As numbers, for operators."""
+        return _SHAPES.index(self.shape), self.source, self.window or 0
+
+    @classmethod
+    def from_flat(cls, shape: int, source: int, window: int) -> BlockKind:
+        """From what `flat` gave."""
+        return cls(shape=_SHAPES[shape], source=source, window=window or None)
+
+
+_SHAPES: tuple[Shape, ...] = get_args(Shape)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VarlenBlock:
     """Pairs of contiguous query and key ranges; the queries of a pair attend to its keys.
@@ -40,11 +62,15 @@ class VarlenBlock:
         max_seqlen_k: Longest key range, in tokens.
         num_queries: Rows of the query, over all pairs.
         num_keys: Rows of keys and values, over all pairs.
-        causal: Query j of a pair sees its keys up to and including j; both ranges are then equal.
+        shape: What a query sees of its pair's keys; see `VarlenLayout`, also for the next two.
+        source: Where the keys are: 0 for the pass's own rows, i for those of prefix i - 1.
+        window: Of a causal block whose queries are its keys: query q sees key k only where q - k < window.
         offsets_key: Both offsets on the host, as one key for what is computed from them once for all layers, without
             waiting for the device; see `read_offsets`.
-        host_offsets: (2, num_pairs + 1) int32, the same as a tensor, which stays in host memory: what operators take.
-            None for a block that no operator is given.
+        starts_key: First row of each pair's keys in the source, int32; None where that is their offset.
+        host_offsets: (2, num_pairs + 1) int32, the offsets as a tensor, which stays in host memory: what operators
+            take. One row more, ending in a 0, for the first rows of keys, where there are any. None for a block that no
+            operator is given.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -53,32 +79,56 @@ class VarlenBlock:
     max_seqlen_k: int
     num_queries: int
     num_keys: int
-    causal: bool
+    shape: Shape
     offsets_key: bytes = field(repr=False)
+    source: int = 0
+    window: int | None = None
+    starts_key: bytes | None = field(default=None, repr=False)
     host_offsets: torch.Tensor | None = field(default=None, metadata=STAYS_ON_THE_HOST)
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """The non-empty pairs as (q_start, q_end, k_start, k_end)."""
-        return _non_empty_pairs(self.offsets_key)
+        """The non-empty pairs as (q_start, q_end, k_start, k_end), rows of the source."""
+        return _non_empty_pairs(self.offsets_key, self.starts_key)
+
+    @property
+    def kind(self) -> BlockKind:
+        """What the block is apart from its offsets."""
+        return BlockKind(shape=self.shape, source=self.source, window=self.window)
 
     @property
     def num_attended_pairs(self) -> int:
         """Query-key pairs that attend to each other, per head."""
-        if self.causal:
-            return sum((q1 - q0) * (q1 - q0 + 1) // 2 for q0, q1, _, _ in self.pairs)
-        return sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in self.pairs)
+        if self.shape == "rectangle":
+            return sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in self.pairs)
+        return sum(_pairs_of_square(q1 - q0, self.window) for q0, q1, _, _ in self.pairs)
+
+    @property
+    def causal(self) -> bool:
+        """Whether query i of a pair sees its keys up to and including i."""
+        return self.shape == "causal"
 
     @classmethod
     def from_layout(cls, layout: VarlenLayout, device: torch.device | str = "cpu") -> VarlenBlock:
-        host_offsets = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32)
-        block = cls.from_offsets(
-            host_offsets.numpy().tobytes(), to_device(host_offsets, torch.device(device)), causal=layout.causal
-        )
-        return replace(block, host_offsets=host_offsets)
+        rows = [layout.cu_seqlens_q, layout.cu_seqlens_k]
+        if layout.key_starts is not None:
+            rows.append((*layout.key_starts, 0))
+        host_offsets = torch.tensor(rows, dtype=torch.int32)
+        cu_seqlens = to_device(host_offsets[:2], torch.device(device))
+        kind = BlockKind(shape=layout.shape, source=layout.source, window=layout.window)
+        return replace(cls.from_host(host_offsets, cu_seqlens, kind), host_offsets=host_offsets)
 
     @classmethod
-    def from_offsets(cls, offsets_key: bytes, cu_seqlens: Iterable[torch.Tensor], *, causal: bool) -> VarlenBlock:
+    def from_host(cls, host_offsets: torch.Tensor, cu_seqlens: Iterable[torch.Tensor], kind: BlockKind) -> VarlenBlock:
+        """The block of `host_offsets`, and of the same offsets of queries and keys on the device."""
+        offsets = host_offsets.numpy()
+        starts_key = offsets[2, :-1].tobytes() if len(offsets) == 3 else None
+        return cls.from_offsets(offsets[:2].tobytes(), cu_seqlens, kind, starts_key)
+
+    @classmethod
+    def from_offsets(
+        cls, offsets_key: bytes, cu_seqlens: Iterable[torch.Tensor], kind: BlockKind, starts_key: bytes | None = None
+    ) -> VarlenBlock:
         """The block of some offsets: of queries and keys on the host, and both as tensors on the device."""
         cu_seqlens_q, cu_seqlens_k = cu_seqlens
         (longest_q, num_queries), (longest_k, num_keys) = _longest_and_total(offsets_key)
@@ -89,8 +139,11 @@ class VarlenBlock:
             max_seqlen_k=longest_k,
             num_queries=num_queries,
             num_keys=num_keys,
-            causal=causal,
+            shape=kind.shape,
+            source=kind.source,
+            window=kind.window,
             offsets_key=offsets_key,
+            starts_key=starts_key,
         )
 
 
@@ -107,8 +160,15 @@ def _longest_and_total(offsets_key: bytes) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=64)
-def _non_empty_pairs(offsets_key: bytes) -> tuple[Pair, ...]:
+def _non_empty_pairs(offsets_key: bytes, starts_key: bytes | None) -> tuple[Pair, ...]:
     offsets_q, offsets_k = read_offsets(offsets_key).tolist()
+    starts = offsets_k[:-1] if starts_key is None else np.frombuffer(starts_key, dtype=np.int32).tolist()
+    spans = zip(pairwise(offsets_q), pairwise(offsets_k), starts, strict=True)
     # A zero-length query or key range kills the process inside PyTorch's CPU flash kernel.
-    spans = zip(pairwise(offsets_q), pairwise(offsets_k), strict=True)
-    return tuple((*q, *k) for q, k in spans if q[1] > q[0] and k[1] > k[0])
+    return tuple((*q, first, first + k[1] - k[0]) for q, k, first in spans if q[1] > q[0] and k[1] > k[0])
+
+
+def _pairs_of_square(length: int, window: int | None) -> int:
+    """Query-key pairs of a causal or anti-causal square, inside a window."""
+    outside = 0 if window is None else max(0, length - window)
+    return length * (length + 1) // 2 - outside * (outside + 1) // 2

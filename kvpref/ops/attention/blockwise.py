@@ -1,10 +1,11 @@
 """A layer's attention, block by block: what the operators in `kvpref.ops.attention.ops` do with the backend they chose.
 
-Shape legend: T queries, P_i keys of block i (P_0 = T), H heads, G key/value heads, D head dim.
+Shape legend: T queries, P_i keys of source i (P_0 = T), H heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,7 +13,7 @@ import torch
 from torch.autograd import profiler
 
 from kvpref.ops.attention.backends.interface import Backend
-from kvpref.ops.attention.block import AttentionParams, VarlenBlock
+from kvpref.ops.attention.block import AttentionParams, BlockKind, VarlenBlock
 from kvpref.ops.attention.calls import backward_block, forward_block
 from kvpref.ops.attention.merge import Partial, add_gradient, merge_partials
 from kvpref.tracing import PREFIX
@@ -29,7 +30,7 @@ def forward_blocks(
     values: Sequence[torch.Tensor],
     merge: Merge = merge_partials,
 ) -> Partial:
-    """Attention of every query (T, H, D) over the keys (P_i, G, D) of all blocks.
+    """Attention of every query (T, H, D) over the keys (P_i, G, D) of all blocks, each block's from its own source.
 
     Returns:
         out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
@@ -38,9 +39,9 @@ def forward_blocks(
     merged: Partial | None = None
     # Autocast would lower the backends' own fp32 arithmetic.
     with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
-        for index, (key, value, block) in enumerate(zip(keys, values, blocks, strict=True), start=1):
+        for index, block in enumerate(blocks, start=1):
             with _range_of(block):
-                partial = forward_block(backend, query, key, value, block, params)
+                partial = forward_block(backend, query, keys[block.source], values[block.source], block, params)
             if merged is None:
                 merged = partial
                 continue
@@ -64,35 +65,64 @@ def backward_blocks(
     """Gradients of `forward_blocks`: each block is handed the `merged` out and lse, as in ring attention.
 
     Returns:
-        dq (T, H, D), and per block dk and dv (P_i, G, D), in the dtypes of query, keys and values.
+        dq (T, H, D), and per source dk and dv (P_i, G, D), in the dtypes of query, keys and values.
     """
-    dq: torch.Tensor | None = None
-    dks, dvs = [], []
+    dq = _Sum(query, len(blocks))
+    readers = Counter(block.source for block in blocks)
+    dks = [_Sum(key, readers[source]) for source, key in enumerate(keys)]
+    dvs = [_Sum(value, readers[source]) for source, value in enumerate(values)]
     with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
-        for index, (key, value, block) in enumerate(zip(keys, values, blocks, strict=True), start=1):
+        for block in blocks:
+            source = block.source
             with _range_of(block):
-                part, dk, dv = backward_block(backend, dout, query, key, value, merged, block, params)
-                dks.append(dk.to(key.dtype).contiguous())
-                dvs.append(dv.to(value.dtype).contiguous())
-            if dq is None:
-                dq = part
-                continue
-            with _range("merge"):
-                dq = add_gradient(dq, part, is_last=index == len(blocks))
-        assert dq is not None
-        return dq.to(query.dtype).contiguous(), dks, dvs
+                part, dk, dv = backward_block(backend, dout, query, keys[source], values[source], merged, block, params)
+            dks[source].add(dk)
+            dvs[source].add(dv)
+            dq.add(part)
+        return dq.total(), [grad.total() for grad in dks], [grad.total() for grad in dvs]
 
 
-def unflatten_blocks(cu_seqlens: Sequence[torch.Tensor], host_offsets: Sequence[torch.Tensor]) -> list[VarlenBlock]:
+class _Sum:
+    """The gradient of a tensor, as its terms come."""
+
+    def __init__(self, of: torch.Tensor, num_terms: int) -> None:
+        self._of, self._left = of, num_terms
+        self._sum: torch.Tensor | None = None
+
+    def add(self, grad: torch.Tensor) -> None:
+        self._left -= 1
+        if self._sum is None:
+            self._sum = grad if self._left else self._rounded(grad)
+            return
+        with _range("merge"):
+            self._sum = add_gradient(self._sum, grad, is_last=not self._left)
+        if not self._left:
+            self._sum = self._rounded(self._sum)
+
+    def total(self) -> torch.Tensor:
+        """In the tensor's dtype; zeros where nothing read it."""
+        if self._sum is None:
+            return torch.zeros_like(self._of, memory_format=torch.contiguous_format)
+        return self._sum
+
+    def _rounded(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad.to(self._of.dtype).contiguous()
+
+
+def unflatten_blocks(
+    cu_seqlens: Sequence[torch.Tensor], host_offsets: Sequence[torch.Tensor], kinds: Sequence[int]
+) -> list[VarlenBlock]:
     """Blocks from an operator's arguments: per block its query and key offsets on the device, and both on the host."""
     return [
-        VarlenBlock.from_offsets(offsets.numpy().tobytes(), cu_seqlens[2 * index : 2 * index + 2], causal=index == 0)
+        VarlenBlock.from_host(
+            offsets, cu_seqlens[2 * index : 2 * index + 2], BlockKind.from_flat(*kinds[3 * index : 3 * index + 3])
+        )
         for index, offsets in enumerate(host_offsets)
     ]
 
 
 def _range_of(block: VarlenBlock) -> AbstractContextManager[object]:
-    return _range("self" if block.causal else "cross")
+    return _range("cross" if block.source else "self")
 
 
 def _range(part: str) -> AbstractContextManager[object]:

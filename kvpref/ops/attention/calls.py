@@ -106,6 +106,6 @@ def _cut(block: VarlenBlock, ranges: tuple[tuple[int, int], ...]) -> Iterator[_C
             (offsets - offsets[:, :1]).tobytes(),
             # On the device, without a copy from the host.
             (block.cu_seqlens_q[start : stop + 1] - q_start, block.cu_seqlens_k[start : stop + 1] - k_start),
-            causal=block.causal,
+            block.kind,
         )
         yield _Call(part, slice(q_start, q_stop), slice(k_start, k_stop))

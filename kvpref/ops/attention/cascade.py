@@ -1,6 +1,6 @@
 """Cascade attention: every token over its whole path from the root of the prefix tree.
 
-Shape legend: T queries (and own keys) of this pass, P_a keys of ancestor depth a, H heads, G key/value heads (H a
+Shape legend: T queries (and own keys) of this pass, P_i keys of source i, H heads, G key/value heads (H a
 multiple of G), D head dim.
 """
 
@@ -22,14 +22,12 @@ class CascadePlan:
     """All blocks of one pass and how to run them.
 
     Attributes:
-        self_block: Every segment of the pass over itself, causal.
-        cross_blocks: One block per ancestor depth, descendants over ancestors, not causal.
+        blocks: Which of its queries see which keys; each names the source that its keys are in.
         params: Scale of the layer.
         backend: Name of the backend, or ``auto``.
     """
 
-    self_block: VarlenBlock
-    cross_blocks: tuple[VarlenBlock, ...]
+    blocks: tuple[VarlenBlock, ...]
     params: AttentionParams
     backend: str = "auto"
 
@@ -54,7 +52,7 @@ def cascade_attention(
         query: (T, H, D), any float dtype the backend takes.
         key: (T, G, D), same dtype.
         value: (T, G, D), same dtype.
-        prefixes: Per ancestor depth, keys and values (P_a, G, D), same dtype.
+        prefixes: Keys and values (P_i, G, D) of each source but the pass's own,, same dtype.
         plan: Blocks, scale and backend.
 
     Returns:
@@ -64,15 +62,16 @@ def cascade_attention(
         ValueError: If shapes or dtypes do not fit together, or the backend cannot serve the query.
     """
     pairs = [(key, value), *prefixes]
-    blocks = (plan.self_block, *plan.cross_blocks)
-    if len(pairs) != len(blocks):
-        raise ValueError(f"the plan has {len(blocks) - 1} ancestor depths; got {len(prefixes)} prefixes")
+    blocks = plan.blocks
+    num_prefixes = max(block.source for block in blocks)
+    if num_prefixes > len(prefixes):
+        raise ValueError(f"the plan's blocks read {num_prefixes} prefixes; got {len(prefixes)}")
     host_offsets = [block.host_offsets for block in blocks if block.host_offsets is not None]
     if len(host_offsets) != len(blocks):
         raise ValueError("a plan's blocks need their offsets in host memory; make them with VarlenBlock.from_layout")
-    for index, (pair, block) in enumerate(zip(pairs, blocks, strict=True)):
-        names = ("key", "value") if index == 0 else (f"prefix {index - 1}",) * 2
-        for name, tensor in zip(names, pair, strict=True):
+    for block in blocks:
+        names = ("key", "value") if block.source == 0 else (f"prefix {block.source - 1}",) * 2
+        for name, tensor in zip(names, pairs[block.source], strict=True):
             _check_tensor(query, tensor, block, name)
     out, _ = cascade_forward(
         query,
@@ -80,6 +79,7 @@ def cascade_attention(
         [value for _, value in pairs],
         [offsets for block in blocks for offsets in (block.cu_seqlens_q, block.cu_seqlens_k)],
         host_offsets,
+        [number for block in blocks for number in block.kind.flat()],
         plan.params.scale,
         plan.backend,
     )
@@ -94,7 +94,7 @@ def _check_tensor(query: torch.Tensor, tensor: torch.Tensor, block: VarlenBlock,
             f"{name} {tuple(tensor.shape)} does not fit query {tuple(query.shape)}: head dims must be equal and "
             "the number of query heads a multiple of the number of key/value heads"
         )
-    if query.shape[0] != block.num_queries or tensor.shape[0] != block.num_keys:
+    if query.shape[0] != block.num_queries or (block.starts_key is None and tensor.shape[0] != block.num_keys):
         raise ValueError(
             f"the block of {name} is for {block.num_queries} queries and {block.num_keys} keys; "
             f"got {query.shape[0]} and {tensor.shape[0]}"

@@ -1,8 +1,7 @@
 """Cascade attention as PyTorch operators: what torch.compile, FLOP counters and autograd see as one call per layer.
 
-Both operators take their blocks flat, because operators take tensors and numbers only: block 0 is causal self
-attention, the others are cross attention. Shape legend: T queries, P_i keys of block i (P_0 = T), H heads, G key/value
-heads, D head dim.
+Both operators take their blocks flat, because operators take tensors and numbers only. Shape legend: T queries, P_i
+keys of source i (P_0 = T), H heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from kvpref.ops.attention.backends import select_backend
 from kvpref.ops.attention.block import AttentionParams
 from kvpref.ops.attention.blockwise import backward_blocks, forward_blocks, unflatten_blocks
 
-_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, Tensor[] host_offsets, float scale, str backend"
+_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, Tensor[] host_offsets, int[] kinds, float scale, str backend"
 
 
 @library.custom_op(
@@ -32,6 +31,7 @@ def cascade_forward(
     values: Sequence[torch.Tensor],
     cu_seqlens: Sequence[torch.Tensor],
     host_offsets: Sequence[torch.Tensor],
+    kinds: Sequence[int],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,16 +39,17 @@ def cascade_forward(
 
     Args:
         query: (T, H, D).
-        keys: Per block (P_i, G, D). values: the same.
+        keys: Per source (P_i, G, D). values: the same.
         cu_seqlens: Per block its query offsets and its key offsets, int32.
-        host_offsets: Per block both offsets in host memory, (2, num_pairs + 1) int32.
+        host_offsets: Per block `VarlenBlock.host_offsets`.
+        kinds: Per block three numbers, `BlockKind.flat`.
         scale: Factor on the dot products.
         backend: Name of the backend, or ``auto``.
 
     Returns:
         out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
     """
-    blocks = unflatten_blocks(cu_seqlens, host_offsets)
+    blocks = unflatten_blocks(cu_seqlens, host_offsets, kinds)
     return forward_blocks(select_backend(backend, query), AttentionParams(scale=scale), blocks, query, keys, values)
 
 
@@ -69,16 +70,17 @@ def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one b
     lse: torch.Tensor,
     cu_seqlens: Sequence[torch.Tensor],
     host_offsets: Sequence[torch.Tensor],
+    kinds: Sequence[int],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of `cascade_forward`: each block is handed the merged out and lse, as in ring attention.
 
     Returns:
-        dq (T, H, D), and per block dk and dv (P_i, G, D), in the dtypes of query, keys and values.
+        dq (T, H, D), and per source dk and dv (P_i, G, D), in the dtypes of query, keys and values.
     """
     kernels, params = select_backend(backend, query), AttentionParams(scale=scale)
-    blocks = unflatten_blocks(cu_seqlens, host_offsets)
+    blocks = unflatten_blocks(cu_seqlens, host_offsets, kinds)
     return backward_blocks(kernels, params, blocks, dout, query, keys, values, (out, lse))
 
 
@@ -100,8 +102,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, keys, values, cu_seqlens, host_offsets, ctx.scale, ctx.backend = inputs
-    ctx.num_blocks = len(keys)
+    query, keys, values, cu_seqlens, host_offsets, ctx.kinds, ctx.scale, ctx.backend = inputs
+    ctx.num_sources = len(keys)
+    ctx.num_blocks = len(host_offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, *output, *keys, *values, *host_offsets, *cu_seqlens)
 
@@ -110,48 +113,37 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     # The log-sum-exp leaves the operator for its own backward only; nothing differentiates through it.
     assert dlse is None
     query, out, lse, *rest = ctx.saved_tensors
-    count = ctx.num_blocks
-    keys, values, host_offsets = (rest[index * count : (index + 1) * count] for index in range(3))
-    cu_seqlens = rest[3 * count :]
-    none = [None] * count
-    no_offsets = [None] * len(cu_seqlens)
+    keys, values = rest[: ctx.num_sources], rest[ctx.num_sources : 2 * ctx.num_sources]
+    offsets = rest[2 * ctx.num_sources :]
+    host_offsets, cu_seqlens = offsets[: ctx.num_blocks], offsets[ctx.num_blocks :]
+    no_grad = [None] * len(cu_seqlens), [None] * len(host_offsets), None, None, None
     if dout is None:
-        return None, none, none, no_offsets, none, None, None
+        none = [None] * ctx.num_sources
+        return None, none, none, *no_grad
     dq, dks, dvs = cascade_backward(
-        dout, query, keys, values, out, lse, cu_seqlens, host_offsets, ctx.scale, ctx.backend
+        dout, query, keys, values, out, lse, cu_seqlens, host_offsets, ctx.kinds, ctx.scale, ctx.backend
     )
-    return dq, dks, dvs, no_offsets, none, None, None
+    return dq, dks, dvs, *no_grad
 
 
 cascade_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _count_products(query: torch.Tensor, host_offsets: Sequence[torch.Tensor]) -> int:
+def _count_products(query: torch.Tensor, host_offsets: Sequence[torch.Tensor], kinds: Sequence[int]) -> int:
     """Query-key pairs over all blocks times heads times head dim."""
-    blocks = unflatten_blocks([offsets for both in host_offsets for offsets in both], host_offsets)
+    blocks = unflatten_blocks([offsets for rows in host_offsets for offsets in rows[:2]], host_offsets, kinds)
     return sum(block.num_attended_pairs for block in blocks) * query.shape[1] * query.shape[2]
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_forward, get_raw=True)
-def _(
-    query: torch.Tensor, keys: Any, values: Any, cu_seqlens: Any, host_offsets: Any, *args: Any, **kwargs: Any
-) -> int:
-    """Two products per attended pair: scores and output. The masked half of causal blocks is not counted."""
-    return 2 * 2 * _count_products(query, host_offsets)
+def _(query: torch.Tensor, keys: Any, values: Any, *blocks: Any, **kwargs: Any) -> int:
+    """Two products per attended pair: scores and output. What a block's shape hides is not counted."""
+    _, host_offsets, kinds, *_ = blocks
+    return 2 * 2 * _count_products(query, host_offsets, kinds)
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_backward, get_raw=True)
-def _(
-    dout: Any,
-    query: torch.Tensor,
-    keys: Any,
-    values: Any,
-    out: Any,
-    lse: Any,
-    cu_seqlens: Any,
-    host_offsets: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
+def _(dout: Any, query: torch.Tensor, keys: Any, values: Any, out: Any, lse: Any, *blocks: Any, **kwargs: Any) -> int:
     """Five products per attended pair: scores again, dV, dP, dQ and dK."""
-    return 5 * 2 * _count_products(query, host_offsets)
+    _, host_offsets, kinds, *_ = blocks
+    return 5 * 2 * _count_products(query, host_offsets, kinds)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kvpref.ops.attention.backends.interface import Backend
-from kvpref.ops.attention.block import AttentionParams, VarlenBlock, read_offsets
+from kvpref.ops.attention.block import AttentionParams, BlockKind, VarlenBlock, read_offsets
 from kvpref.records.host_copies import to_device
 
 DEFAULT_KEYS_BELOW = 0
@@ -90,7 +90,7 @@ def _sum_of_copies(grads: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(block: VarlenBlock, query: torch.Tensor) -> Spread | None:
-    if block.causal or block.max_seqlen_k >= _keys_below:
+    if block.shape != "rectangle" or block.max_seqlen_k >= _keys_below:
         return None
     wanted = _BLOCKS_PER_PROCESSOR * _num_processors(query.device)
     return plan_spread(block.offsets_key, query.shape[1], wanted, query.device)
@@ -136,7 +136,7 @@ def plan_spread(offsets_key: bytes, num_heads: int, wanted_blocks: int, device: 
     offsets = np.array([new_q, new_k], dtype=np.int32)
     cu_seqlens = to_device(torch.from_numpy(offsets), device)
     return Spread(
-        block=VarlenBlock.from_offsets(offsets.tobytes(), cu_seqlens, causal=False),
+        block=VarlenBlock.from_offsets(offsets.tobytes(), cu_seqlens, BlockKind(shape="rectangle")),
         sources=to_device(torch.from_numpy(np.concatenate(sources)), device),
         copies=to_device(torch.from_numpy(copies), device),
     )

@@ -91,11 +91,12 @@ def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments
     values: Sequence[torch.Tensor],
     cu_seqlens: Sequence[torch.Tensor],
     host_offsets: Sequence[torch.Tensor],
+    kinds: Sequence[int],
     scale: float,
     backend: str,
 ) -> Partial:
     """What `kvpref::cascade_forward` does, with a backend that its fake tensors would not be given."""
-    blocks = _blocks(cu_seqlens, host_offsets)
+    blocks = _blocks(cu_seqlens, host_offsets, kinds)
     return forward_blocks(choose(query), AttentionParams(scale=scale), blocks, query, keys, values, merge)
 
 
@@ -109,19 +110,22 @@ def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
     lse: torch.Tensor,
     cu_seqlens: Sequence[torch.Tensor],
     host_offsets: Sequence[torch.Tensor],
+    kinds: Sequence[int],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """What `kvpref::cascade_backward` does, likewise."""
-    blocks = _blocks(cu_seqlens, host_offsets)
+    blocks = _blocks(cu_seqlens, host_offsets, kinds)
     params = AttentionParams(scale=scale)
     return backward_blocks(choose(query), params, blocks, dout, query, keys, values, (out, lse))
 
 
-def _blocks(cu_seqlens: Sequence[torch.Tensor], host_offsets: Sequence[torch.Tensor]) -> list[VarlenBlock]:
+def _blocks(
+    cu_seqlens: Sequence[torch.Tensor], host_offsets: Sequence[torch.Tensor], kinds: Sequence[int]
+) -> list[VarlenBlock]:
     """Their offsets are real; modes that make fake tensors of them must not see them read."""
     with _disable_current_modes():
-        return unflatten_blocks(cu_seqlens, host_offsets)
+        return unflatten_blocks(cu_seqlens, host_offsets, kinds)
 
 
 class _CpuFlash(cpu_flash.CpuFlash):

@@ -67,7 +67,7 @@ def test_a_row_attends_to_its_own_tokens_only() -> None:
     for level in shared.item.levels:
         start = level_starts[-1]
         for row in range(level.num_rows):
-            blocks = zip((*level.cross_blocks, level.self_block), level_starts, strict=True)
+            blocks = zip((*level.blocks[1:], level.blocks[0]), level_starts, strict=True)
             keys: list[int] = []
             for block, key_start in blocks:
                 for q0, q1, k0, k1 in block.pairs:

@@ -16,7 +16,9 @@ PARAMS = AttentionParams(scale=0.5)
 
 
 def block_of(q: tuple[int, ...], k: tuple[int, ...], causal: bool = False) -> VarlenBlock:
-    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, causal=causal))
+    return VarlenBlock.from_layout(
+        VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, shape="causal" if causal else "rectangle")
+    )
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

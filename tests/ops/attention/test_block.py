@@ -9,7 +9,7 @@ from kvpref.prefix.levels import VarlenLayout
 
 
 def test_from_layout() -> None:
-    layout = VarlenLayout(cu_seqlens_q=(0, 3, 3, 7), cu_seqlens_k=(0, 2, 7, 8), causal=False)
+    layout = VarlenLayout(cu_seqlens_q=(0, 3, 3, 7), cu_seqlens_k=(0, 2, 7, 8), shape="rectangle")
     block = VarlenBlock.from_layout(layout)
     assert block.cu_seqlens_q.tolist() == [0, 3, 3, 7]
     assert block.cu_seqlens_k.tolist() == [0, 2, 7, 8]
@@ -20,5 +20,5 @@ def test_from_layout() -> None:
 
 def test_pairs_without_queries_are_left_out_for_cpu_kernels() -> None:
     """A zero-length range kills the process inside PyTorch's CPU flash kernel."""
-    layout = VarlenLayout(cu_seqlens_q=(0, 3, 3, 7), cu_seqlens_k=(0, 2, 7, 8), causal=False)
+    layout = VarlenLayout(cu_seqlens_q=(0, 3, 3, 7), cu_seqlens_k=(0, 2, 7, 8), shape="rectangle")
     assert VarlenBlock.from_layout(layout).pairs == ((0, 3, 0, 2), (3, 7, 7, 8))

@@ -90,7 +90,9 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_several_launches_equal_one(name: str, places: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     cu_q, cu_k, causal = BLOCKS[name]
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=causal))
+    block = VarlenBlock.from_layout(
+        VarlenLayout(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, shape="causal" if causal else "rectangle")
+    )
     q, dout = random(cu_q[-1], 4, 8), random(cu_q[-1], 4, 8).flip(0)
     k, v = random(cu_k[-1], 2, 8), random(cu_k[-1], 2, 8).flip(0)
     reference, limited = get_backend("reference"), Limited()
@@ -134,8 +136,11 @@ def test_only_the_last_merge_rounds() -> None:
         dtypes.append(dtype)
         return merge_partials(first, second, dtype)
 
-    layout = VarlenLayout(cu_seqlens_q=(0, 3), cu_seqlens_k=(0, 3), causal=True)
-    blocks = [VarlenBlock.from_layout(replace(layout, causal=causal)) for causal in (True, False, False, False)]
+    layout = VarlenLayout(cu_seqlens_q=(0, 3), cu_seqlens_k=(0, 3), shape="causal")
+    blocks = [
+        VarlenBlock.from_layout(layout),
+        *(VarlenBlock.from_layout(replace(layout, shape="rectangle", source=i)) for i in (1, 2, 3)),
+    ]
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         q = random(3, 2, 8).to(dtype)
         out, lse = forward_blocks(Reference(), PARAMS, blocks, q, [q] * 4, [q] * 4, merge)
@@ -170,7 +175,7 @@ def test_no_pair_starts_where_32_bits_end(
     columns = num_heads * -(-head_dim // 32) * 32
     num_pairs = 2 * 2**31 // columns // 9000
     offsets = tuple(range(0, (num_pairs + 1) * 9000, 9000))
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True))
+    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, shape="causal"))
     kernels = Int32Offsets(columns)
     monkeypatch.setattr(kind, "backward", lambda self, *args: kernels.backward(*args))
     q = torch.empty(offsets[-1], num_heads, head_dim, dtype=torch.bfloat16, device="meta")
@@ -179,7 +184,7 @@ def test_no_pair_starts_where_32_bits_end(
     dq, dk, _ = backward_block(kind(), q, q, k, k, (q, lse), block, PARAMS)
     assert (dq.shape, dk.shape) == (q.shape, k.shape)
     assert kernels.num_calls in (2, 3)
-    whole = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True))
+    whole = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, shape="causal"))
     with pytest.raises(AssertionError):
         kernels.backward(q, q, k, k, whole)
 
@@ -205,7 +210,7 @@ def test_kernels_start_on_the_device_of_the_query(monkeypatch: pytest.MonkeyPatc
             return super().backward(dout, q, *args)
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=(0, 3), cu_seqlens_k=(0, 3), causal=True))
+    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=(0, 3), cu_seqlens_k=(0, 3), shape="causal"))
     q = random(3, 2, 8)
     merged = forward_blocks(Watching(), PARAMS, [block], q, [q], [q])
     backward_blocks(Watching(), PARAMS, [block], q, q, [q], [q], merged)

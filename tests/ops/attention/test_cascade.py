@@ -163,13 +163,12 @@ def test_prefix_gradients_add_up_in_fp32(backend: str) -> None:
     """4096 responses of one token in bf16: summing their shares in bf16 would stall near 256 of them."""
     num_responses, dtype = 4096, torch.bfloat16
     self_block = VarlenLayout(
-        cu_seqlens_q=tuple(range(num_responses + 1)), cu_seqlens_k=tuple(range(num_responses + 1)), causal=True
+        cu_seqlens_q=tuple(range(num_responses + 1)), cu_seqlens_k=tuple(range(num_responses + 1)), shape="causal"
     )
-    cross = VarlenLayout(cu_seqlens_q=(0, num_responses), cu_seqlens_k=(0, 1), causal=False)
+    cross = VarlenLayout(cu_seqlens_q=(0, num_responses), cu_seqlens_k=(0, 1), shape="rectangle", source=1)
     plan = make_plan(random_tree(0), 0, backend, SCALE)
     plan = CascadePlan(
-        self_block=VarlenBlock.from_layout(self_block),
-        cross_blocks=(VarlenBlock.from_layout(cross),),
+        blocks=(VarlenBlock.from_layout(self_block), VarlenBlock.from_layout(cross)),
         params=plan.params,
         backend=plan.backend,
     )
@@ -226,7 +225,7 @@ def bad_inputs() -> dict[str, tuple[Inputs, str]]:
         "prefix dtype": (good._replace(prefixes=[(key, value.float())]), r"query and prefix 0 must have one dtype"),
         "head dim": (good._replace(value=good.value[..., :4]), r"value .* does not fit query"),
         "heads": (good._replace(key=good.key.repeat(1, 2, 1)[:, :3]), r"number of key/value heads"),
-        "missing prefix": (good._replace(prefixes=[]), r"1 ancestor depths; got 0 prefixes"),
+        "missing prefix": (good._replace(prefixes=[]), r"blocks read 1 prefixes; got 0"),
         "short query": (good._replace(query=good.query[:-1]), r"queries .*; got"),
         "short key": (good._replace(key=good.key[:-1], value=good.value[:-1]), r"keys; got"),
         "short prefix": (good._replace(prefixes=[(key[:-1], value[:-1])]), r"keys; got"),

@@ -25,7 +25,7 @@ LENGTHS = {
 
 def make_block(lengths: list[int]) -> VarlenBlock:
     offsets = (0, *accumulate(lengths))
-    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True))
+    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, shape="causal"))
 
 
 def make_tensors(block: VarlenBlock, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:

@@ -51,7 +51,9 @@ def first_warning() -> Iterator[None]:
 
 
 def block_of(q: tuple[int, ...], k: tuple[int, ...], causal: bool = False) -> VarlenBlock:
-    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, causal=causal))
+    return VarlenBlock.from_layout(
+        VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, shape="causal" if causal else "rectangle")
+    )
 
 
 def run_backward(name: str, times: int = 2) -> list[str]:

@@ -18,7 +18,7 @@ BACKENDS = ("reference", "cpu_flash")
 
 def arguments(inputs: Inputs, plan: CascadePlan) -> tuple[Any, ...]:
     """What `cascade_attention` hands to the operator."""
-    blocks = (plan.self_block, *plan.cross_blocks)
+    blocks = plan.blocks
     pairs = [(inputs.key, inputs.value), *inputs.prefixes]
     return (
         inputs.query,
@@ -26,6 +26,7 @@ def arguments(inputs: Inputs, plan: CascadePlan) -> tuple[Any, ...]:
         [value for _, value in pairs],
         [offsets for block in blocks for offsets in (block.cu_seqlens_q, block.cu_seqlens_k)],
         [block.host_offsets for block in blocks],
+        [number for block in blocks for number in block.kind.flat()],
         plan.params.scale,
         plan.backend,
     )
@@ -62,7 +63,7 @@ def test_flop_counters_count_the_pairs_that_attend(depth: int) -> None:
         out.sum().backward()
     backward = counter.get_total_flops()
     num_pairs = 0
-    for block in (plan.self_block, *plan.cross_blocks):
+    for block in plan.blocks:
         for q0, q1, k0, k1 in block.pairs:
             sees = torch.ones(q1 - q0, k1 - k0).tril() if block.causal else torch.ones(q1 - q0, k1 - k0)
             num_pairs += int(sees.sum())

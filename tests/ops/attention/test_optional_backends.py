@@ -81,7 +81,9 @@ BLOCKS = {
 @pytest.mark.parametrize("block_name", BLOCKS)
 def test_blocks_equal_the_reference(block_name: str, heads: tuple[int, int], backend: str) -> None:
     cu_q, cu_k, causal = BLOCKS[block_name]
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=causal))
+    block = VarlenBlock.from_layout(
+        VarlenLayout(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, shape="causal" if causal else "rectangle")
+    )
     q, dout = random(cu_q[-1], heads[0], 8), random(cu_q[-1], heads[0], 8).flip(0)
     k, v = random(cu_k[-1], heads[1], 8), random(cu_k[-1], heads[1], 8).flip(0)
     true_out, true_lse = get_backend("reference").forward(q, k, v, block, PARAMS)
@@ -138,7 +140,7 @@ def test_pytorch_takes_the_forward_call(num_kv_heads: int) -> None:
     The backward operator has no meta kernel that takes its own arguments (torch 2.13), so its call is bound to the
     schema only, above.
     """
-    layout = VarlenLayout(cu_seqlens_q=(0, 3, 3, 40), cu_seqlens_k=(0, 5, 9, 12), causal=False)
+    layout = VarlenLayout(cu_seqlens_q=(0, 3, 3, 40), cu_seqlens_k=(0, 5, 9, 12), shape="rectangle")
     query, key = (torch.empty(rows, heads, 8, device="meta") for rows, heads in ((40, 4), (12, num_kv_heads)))
     out, lse = get_backend("efficient").forward(query, key, key, VarlenBlock.from_layout(layout, "meta"), PARAMS)
     assert out.shape == (40, 4, 8)

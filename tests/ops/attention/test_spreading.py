@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def block_of(q: tuple[int, ...], k: tuple[int, ...]) -> VarlenBlock:
-    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, causal=False))
+    return VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=q, cu_seqlens_k=k, shape="rectangle"))
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -139,7 +139,7 @@ def test_a_block_that_is_split_takes_less_workspace(monkeypatch: pytest.MonkeyPa
     """One response of 300 tokens among 400 of 2: padded to the longest, all together would take 200 times as much."""
     lengths = [300, *[2] * 400]
     offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=True))
+    block = VarlenBlock.from_layout(VarlenLayout(cu_seqlens_q=offsets, cu_seqlens_k=offsets, shape="causal"))
     monkeypatch.setattr(splitting, "MAX_WASTED_BYTES", 2**20)
     asked: list[int] = []
 
@@ -150,6 +150,6 @@ def test_a_block_that_is_split_takes_less_workspace(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(efficient, "workspace_bytes", workspace_bytes)
     with FakeTensorMode(allow_non_fake_inputs=True), running_on("cuda", lambda operator: None):
         tensors = [torch.empty(offsets[-1], 8, 64).requires_grad_() for _ in range(3)]
-        plan = CascadePlan(self_block=block, cross_blocks=(), params=AttentionParams(scale=1.0))
+        plan = CascadePlan(blocks=(block,), params=AttentionParams(scale=1.0))
         cascade_attention(*tensors, [], plan).sum().backward()
     assert sum(asked[-2:]) == 300 + 400 * 2

@@ -20,8 +20,8 @@ from kvpref.ops.attention.block import AttentionParams, VarlenBlock
 from kvpref.prefix.levels import VarlenLayout
 
 _LAYOUTS = (
-    VarlenLayout(cu_seqlens_q=(0, 3, 5), cu_seqlens_k=(0, 3, 5), causal=True),
-    VarlenLayout(cu_seqlens_q=(0, 3, 5), cu_seqlens_k=(0, 4, 9), causal=False),
+    VarlenLayout(cu_seqlens_q=(0, 3, 5), cu_seqlens_k=(0, 3, 5), shape="causal"),
+    VarlenLayout(cu_seqlens_q=(0, 3, 5), cu_seqlens_k=(0, 4, 9), shape="rectangle"),
 )
 _NUM_HEADS, _NUM_KV_HEADS = 4, 2
 _LONGEST_MESSAGE = 300
