@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from kvpref.models.attention import RunningPass, bind_pass
+from kvpref.models.backbone import max_attention_calls, run_backbone
+from kvpref.models.participation import check_all_took_part
+from kvpref.models.recomputation import recomputed_within
+from kvpref.models.running_pass import RunningPass, bind_pass
 from kvpref.plan.passes import PassPlan
 from kvpref.state.cache import KeyValues
 
@@ -37,28 +40,13 @@ def run_level_pass(
     running = RunningPass(
         item,
         key_values,
-        num_layers=model.config.num_hidden_layers,
+        max_calls=max_attention_calls(model),
         num_positions=num_positions,
         backend=backend,
         keep=keep,
     )
-    with bind_pass(running):
+    with bind_pass(running), recomputed_within(model, running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
         hidden = run_backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids))
-    running.finish()
-    return hidden
-
-
-def run_backbone(
-    model: PreTrainedModel, item: PassPlan, embeds: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """The final hidden states of a pass, (B, T, hidden_size)."""
-    output = model.base_model(
-        inputs_embeds=embeds,
-        position_ids=item.position_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        return_dict=True,
-    )
-    hidden: torch.Tensor = output.last_hidden_state
+    check_all_took_part(model, running.finish())
     return hidden

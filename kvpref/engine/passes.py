@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpref.engine.level_pass import run_backbone, run_level_pass
+from kvpref.engine.level_pass import run_level_pass
 from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.models.attach import run_inside
+from kvpref.models.backbone import run_backbone
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.head import head_outputs, is_reward_model
 from kvpref.models.support import check_training_state, unwrap

@@ -17,10 +17,10 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 class LayerSlot:
-    """One attention layer's place in a running pass: what it reads, and what it leaves.
+    """One attention call's place in a running pass: what it reads, and what it leaves.
 
-    Slots are chained and handed out in the order in which layers run. Looking a layer up by its identity or number
-    would make torch.compile specialise each layer's code on it, and compile every layer anew.
+    Most layers make one call. Slots are chained and handed out in the order in which calls are made. Looking a layer up
+    by its identity or number would make torch.compile specialise each layer's code on it, and compile every layer anew.
 
     Attributes:
         following: The next layer's slot. After the last layer's comes an end, which follows nothing and is no
@@ -47,14 +47,14 @@ class LayerSlot:
 class KeyValues(Protocol):
     """Where a running pass finds the keys and values that it reads, and leaves its own."""
 
-    def slots(self, num_layers: int) -> list[LayerSlot]:
-        """The slots of the next pass over `num_layers` attention layers, chained."""
+    def slots(self, max_calls: int) -> list[LayerSlot]:
+        """The slots of the next pass, one per attention call, chained; `max_calls` where their number is not known."""
 
     def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
-        """Whether the slots were taken by the attention modules of the passes before, in the same order."""
+        """Whether the taken slots are those of the attention modules of the passes before, in the same order."""
 
     def record(self, slots: Sequence[LayerSlot]) -> None:
-        """Take the keys and values that a pass left in its slots."""
+        """Take the keys and values that a pass left in its taken slots."""
 
 
 def chain_slots(prefixes: Sequence[tuple[KeyValue, ...]]) -> list[LayerSlot]:
@@ -66,7 +66,7 @@ def chain_slots(prefixes: Sequence[tuple[KeyValue, ...]]) -> list[LayerSlot]:
 
 
 class PrefixCacheLayer(CacheLayerMixin):
-    """One layer's slabs: per depth d, keys and values of shape (T_d, num_kv_heads, head_dim), keys after RoPE."""
+    """The slabs of one attention call: per depth d, keys (after RoPE) and values, (T_d, num_kv_heads, head_dim)."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class PrefixCache(Cache):
     Keys and values stay in the autograd graph, so gradients of the responses flow back through the prompts.
 
     Attributes:
-        layers: One `PrefixCacheLayer` per attention module, in the order in which they ran.
+        layers: One `PrefixCacheLayer` per attention call, in the order in which they are made.
         passes: The passes run so far.
         predictor_hidden: Per pass run so far, the hidden states (P_i, hidden_size) that predict scored tokens.
     """
@@ -137,9 +137,9 @@ class PrefixCache(Cache):
             raise InputError("the prefix cache was made by another model; encode the prefix with this one")
         self._model = model
 
-    def slots(self, num_layers: int) -> list[LayerSlot]:
-        """The slots of the next pass: every layer reads its slabs, one per pass so far."""
-        return chain_slots([tuple(layer.slabs) for layer in self.layers] or [()] * num_layers)
+    def slots(self, max_calls: int) -> list[LayerSlot]:
+        """The slots of the next pass: every call reads its slabs, one per pass so far."""
+        return chain_slots([tuple(layer.slabs) for layer in self.layers] or [()] * max_calls)
 
     def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
         """Whether the slots were taken by the attention modules that filled this cache, in the same order."""

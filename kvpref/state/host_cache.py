@@ -46,12 +46,12 @@ class HostPrefixes:
         # In place of leaves, of which autograd would collect the gradients.
         self._anchor = torch.empty(0, device=transfers.device, requires_grad=needs_grad)
 
-    def slots(self, num_layers: int) -> list[LayerSlot]:
-        """The slots of the layers, chained; what the first one reads is begun."""
+    def slots(self, max_calls: int) -> list[LayerSlot]:
+        """The slots of attention calls, chained; what the first one reads is begun."""
         if self._reads:
             self._begin(0)
         chain = [LayerSlot((), None)]
-        for layer in reversed(range(num_layers)):
+        for layer in reversed(range(len(self._reads) or max_calls)):
             chain.append(HostSlot(self, layer, chain[-1]))
         return chain[:0:-1]
 

@@ -152,9 +152,9 @@ class ChunkKeyValues:
             zip(*(store.leaves(place) for place in chunk.reads), strict=True)
         )
 
-    def slots(self, num_layers: int) -> list[LayerSlot]:
+    def slots(self, max_calls: int) -> list[LayerSlot]:
         """The slots of the chunk's layers, chained."""
-        return chain_slots(self._prefixes or [()] * num_layers)
+        return chain_slots(self._prefixes or [()] * max_calls)
 
     def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
         """Whether the layers of the first chunk took these slots, in the same order."""
@@ -196,8 +196,8 @@ class HostChunkKeyValues(ChunkKeyValues):
         self._host = HostPrefixes(transfers, reads, own)
         self._edges: list[GradientEdge | None] = []
 
-    def slots(self, num_layers: int) -> list[LayerSlot]:
-        return list(self._host.slots(num_layers))
+    def slots(self, max_calls: int) -> list[LayerSlot]:
+        return list(self._host.slots(max_calls))
 
     def saving(self) -> AbstractContextManager[Any]:
         return self._host.saving()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -11,6 +13,7 @@ from sample_groups import five_levels, pairs, tokens
 from tiny_models import tiny_model
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import kvpref
 from kvpref import Group, Sequence, UnsupportedModelError
@@ -152,16 +155,54 @@ def test_bidirectional_attention_is_refused() -> None:
 def test_a_layer_that_bypasses_the_attention_interface_is_refused() -> None:
     model = kvpref.attach(tiny_model("llama"))
     model.model.layers[1].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
-    with pytest.raises(UnsupportedModelError, match="1 attention layers ran through kvpref"):
+    with pytest.raises(UnsupportedModelError, match=r"model.layers.1 \(LlamaDecoderLayer\) mixes tokens"):
         kvpref.response_logps(model, batch_of(pairs()))
 
 
-def test_a_layer_that_runs_twice_is_refused() -> None:
-    """Its second call would read the keys of the first."""
-    model = kvpref.attach(tiny_model("llama"))
+@pytest.mark.parametrize("layers", ["plain", "checkpointed", "checkpointed by us"])
+def test_a_layer_that_runs_twice(layers: str) -> None:
+    """Each call reads the keys of its own, also where a checkpoint recomputes the second one first."""
+    model = tiny_model("llama", torch.float64)
     model.model.layers[1] = model.model.layers[0]
-    with pytest.raises(UnsupportedModelError, match="2 calls"):
-        kvpref.response_logps(model, batch_of(pairs()))
+    truth = oracle.naive(oracle.twin(model), five_levels())
+    kvpref.attach(model)
+    if layers == "checkpointed":
+        oracle.checkpoint_layers(model)
+    choice = "all" if layers == "checkpointed by us" else "none"
+    batch = batch_of(five_levels())
+    for changes in ({"mode": "two_pass"}, {"mode": "one_pass"}, {"schedule": "bounded", "max_tokens_per_chunk": 5}):
+        found = oracle.scheduled(model, batch, checkpoint=choice, **changes)
+        oracle.assert_same(found, truth, FP64_TOLERANCE)
+
+
+def test_a_layer_that_runs_twice_in_a_foreign_checkpoint_is_refused() -> None:
+    """It does not say which of the calls it recomputes."""
+    model = tiny_model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    kvpref.attach(model)
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    logps = kvpref.response_logps(model, batch_of(pairs())).token_logps
+    with pytest.raises(UnsupportedModelError, match="attends more than once"):
+        logps.sum().backward()
+
+
+def test_a_context_of_the_users_own_around_recomputation() -> None:
+    """Both run: the user's, and the one that takes the pass back to the layer."""
+    entered = []
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+
+    model = kvpref.attach(tiny_model("llama", torch.float64))
+    context_fn = lambda: (noted("first"), noted("again"))  # noqa: E731
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
+    truth = oracle.naive(tiny_model("llama", torch.float64), pairs())
+    oracle.assert_same(oracle.shared(model, batch_of(pairs())), truth, FP64_TOLERANCE)
+    assert entered == ["first"] * 4 + ["again"] * 4
 
 
 def test_unknown_attention_keywords_are_refused() -> None:

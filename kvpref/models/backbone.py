@@ -1,0 +1,66 @@
+"""The stack of decoder layers in a Hugging Face model, and how it is run on embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpref.plan.passes import PassPlan
+
+_CALLS_PER_LAYER = 4
+"""More than any layer makes attention calls."""
+
+
+def text_backbone(model: PreTrainedModel) -> nn.Module:
+    """The module that turns embeddings of text into final hidden states.
+
+    A model of several kinds of input keeps it beside its other towers, whose code asks for more than text.
+    """
+    base = model.base_model
+    found: nn.Module = getattr(base, "language_model", base)
+    return found
+
+
+def max_attention_calls(model: PreTrainedModel) -> int:
+    """An upper bound on the attention calls of one forward pass."""
+    num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+    return _CALLS_PER_LAYER * num_layers
+
+
+def run_backbone(
+    model: PreTrainedModel, item: PassPlan, embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The final hidden states of a pass, (B, T, hidden_size).
+
+    Args:
+        model: Whose layers run.
+        item: The pass.
+        embeds: (B, T, hidden_size), its input embeddings.
+        attention_mask: (B, T), 1 for tokens; None for all.
+    """
+    backbone = text_backbone(model)
+    output = backbone(
+        inputs_embeds=embeds,
+        position_ids=item.position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        return_dict=True,
+        **_embeddings_per_layer(backbone, item.input_ids, embeds),
+    )
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
+
+
+def _embeddings_per_layer(backbone: Any, input_ids: torch.Tensor, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What layers look up of each token besides its embedding (Gemma 3n and 4)."""
+    look_up = getattr(backbone, "get_per_layer_inputs", None)
+    if look_up is None or not getattr(backbone.config, "hidden_size_per_layer_input", 0):
+        return {}
+    try:
+        found: torch.Tensor = look_up(input_ids, embeds)
+    except TypeError:  # Gemma 3n asks for the tokens alone
+        found = look_up(input_ids)
+    return {"per_layer_inputs": found}

@@ -1,0 +1,170 @@
+"""A pass while it runs: what its layers read and leave, and how they find it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
+from kvpref.plan.passes import LevelBlocks, PassPlan
+from kvpref.state.cache import KeyValues, LayerSlot
+
+_active: ContextVar[RunningPass | None] = ContextVar("kvpref_active_pass", default=None)
+
+
+class RunningPass:
+    """One pass while it runs and, under gradient checkpointing, while its layers are recomputed.
+
+    Opaque to pytrees on purpose: FSDP maps over keyword arguments and would copy a list or a dict per layer.
+
+    Args:
+        plan: Blocks of the pass.
+        key_values: What earlier passes left; this pass adds its own when `keep` is set.
+        max_calls: More attention calls than any model of this size makes.
+        num_positions: Length of the longest sequence in the batch, in tokens.
+        backend: Name of the attention backend, or ``auto``.
+        keep: Whether later passes will read this pass's keys and values.
+    """
+
+    def __init__(
+        self, plan: PassPlan, key_values: KeyValues, *, max_calls: int, num_positions: int, backend: str, keep: bool
+    ) -> None:
+        self.plan, self.num_positions, self.backend, self.keep = plan, num_positions, backend, keep
+        self._key_values = key_values
+        self._slots = key_values.slots(max_calls)
+        self._next_slot = self._slots[0]
+        # Where a layer is recomputed: by whom a slot was taken.
+        self._slots_of: dict[nn.Module, list[LayerSlot]] | None = None
+        self._replays = False
+
+    def finish(self) -> list[nn.Module]:
+        """Close the pass: check that the layers of the passes before took part, and hand over what these leave.
+
+        Returns:
+            The modules that attended, call after call.
+
+        Raises:
+            UnsupportedModelError: If no layer came through, or not those of the pass before.
+        """
+        taken = [slot for slot in self._slots if slot.module is not None]
+        if not taken or not self._key_values.same_layers(taken):
+            raise UnsupportedModelError(
+                f"{len(taken)} attention calls ran through kvpref, and not those of the pass before; this model routes "
+                "attention in a way kvpref does not follow"
+                if taken
+                else "no attention layer ran through kvpref; this model does not route attention through "
+                "transformers' attention interface"
+            )
+        modules: list[nn.Module] = []
+        self._slots_of = {}
+        for slot in taken:
+            assert slot.module is not None
+            modules.append(slot.module)
+            self._slots_of.setdefault(slot.module, []).append(slot)
+        if self.keep:
+            self._key_values.record(taken)
+        return modules
+
+    def enter(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> LayerSlot:
+        """The slot of an attention call that is made now.
+
+        Raises:
+            UnsupportedModelError: If it is not known which call is made.
+        """
+        if self._slots_of is not None and not self._replays:
+            # A checkpoint that was not told of the pass recomputes this layer.
+            slots = self._slots_of[module]
+            if len(slots) > 1:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} attends more than once in a pass and is recomputed by a checkpoint of "
+                    "another kind than transformers' own; use gradient_checkpointing_enable, or checkpoint='all'"
+                )
+            return slots[0]
+        slot = self._next_slot
+        if slot.following is None:
+            raise UnsupportedModelError(
+                f"more than {len(self._slots)} attention calls in one pass, or more than in the pass before; this "
+                "model routes attention in a way kvpref does not follow"
+            )
+        self._next_slot = slot.following
+        if self._slots_of is None:  # else the layer only reads, and must not write again
+            slot.module = module
+            if self.keep:
+                slot.leave(key, value)
+        return slot
+
+    @property
+    def place(self) -> LayerSlot:
+        """The next attention call, which `recomputed_from` takes the pass back to."""
+        return self._next_slot
+
+    @contextmanager
+    def recomputed_from(self, place: LayerSlot) -> Iterator[None]:
+        """While a checkpoint recomputes layers, of which the first had `place` before it ran."""
+        before = self._next_slot, self._replays
+        self._next_slot, self._replays = place, True
+        try:
+            with bind_pass(self):
+                yield
+        finally:
+            self._next_slot, self._replays = before
+
+
+class LayersPass:
+    """The running pass as layers of one kind see it: what the mask function returns, and attention calls are given.
+
+    Args:
+        running: The pass.
+        levels: Its blocks under the rule of these layers.
+    """
+
+    def __init__(self, running: RunningPass, levels: tuple[LevelBlocks, ...]) -> None:
+        self.running, self.levels = running, levels
+
+    def attend(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        """Attention of this pass's rows over themselves and over the prefixes they continue.
+
+        Args:
+            query: (T, H, D). key, value: (T, G, D).
+
+        Returns:
+            (T, H, D).
+        """
+        running = self.running
+        if running.keep:
+            # One copy for this pass's own attention and for the passes that follow.
+            key, value = key.contiguous(), value.contiguous()
+        prefixes = running.enter(module, key, value).read()
+        outs: list[torch.Tensor] = []
+        for level, q, k, v in zip(self.levels, *map(self._split, (query, key, value)), strict=True):
+            plan = CascadePlan(blocks=level.blocks, params=params, backend=running.backend)
+            outs.append(cascade_attention(q, k, v, prefixes, plan))
+            prefixes = (*prefixes, (k, v))  # mode one_pass: later levels of the row see earlier ones
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows of each level."""
+        # Autograd would copy the gradient of a split, even of one into a single part.
+        return (tensor,) if len(self.levels) == 1 else tensor.split([level.num_rows for level in self.levels])
+
+
+def current_pass() -> RunningPass | None:
+    """The pass whose layers run now, or are recomputed now; None outside."""
+    return _active.get()
+
+
+@contextmanager
+def bind_pass(running: RunningPass) -> Iterator[None]:
+    """Let the layers that run inside find the pass."""
+    token = _active.set(running)
+    try:
+        yield
+    finally:
+        _active.reset(token)
