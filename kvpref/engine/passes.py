@@ -15,7 +15,8 @@ from kvpref.errors import InputError
 from kvpref.models.attach import run_inside
 from kvpref.models.backbone import run_backbone
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
-from kvpref.models.head import head_outputs, is_reward_model
+from kvpref.models.head import head_outputs
+from kvpref.models.head_form import is_reward_model
 from kvpref.models.support import check_training_state, unwrap
 from kvpref.plan.batch import Batch
 from kvpref.plan.chunks import MicroBatchChunks
@@ -161,7 +162,9 @@ def reads_of(model: nn.Module, reads: str) -> Reads:
             f"log-probs need a language model; {type(inner).__name__} has a scalar head instead of an LM head. Use a "
             "loss of rewards (bradley_terry, say) or kvpref.response_rewards"
         )
-    return Reads(kind=reads, pad_token_id=inner.config.pad_token_id if reads == "ends" else None)
+    # Configs of several parts keep it with the text's.
+    pad_token_id = getattr(inner.config.get_text_config(), "pad_token_id", None)
+    return Reads(kind=reads, pad_token_id=pad_token_id if reads == "ends" else None)
 
 
 def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> PrefixCache:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import InputError
 from kvpref.models import attention as interface
-from kvpref.models.head import verify_head
+from kvpref.models.head_form import verify_head
 from kvpref.models.support import check_architecture, unwrap
 
 M = TypeVar("M", bound=nn.Module)

@@ -5,31 +5,19 @@ To add one: a row in `FAMILIES`, a tiny config in tests/tiny_models.py; the exac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-
-def _identity(config: Any) -> float:
-    return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between families.
-
-    Attributes:
-        logit_scale: From the config, the factor between the LM head's output and the logits.
-    """
-
-    logit_scale: Callable[[Any], float] = _identity
+    """What differs between families: nothing yet that the model itself does not tell."""
 
 
 FAMILIES: dict[str, Family] = {
     "gemma": Family(),
     "gpt2": Family(),
     "gpt_neox": Family(),
-    "granite": Family(logit_scale=lambda config: 1.0 / config.logits_scaling),
+    "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
     "olmo2": Family(),

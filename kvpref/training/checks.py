@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name, registered_name
-from kvpref.models.head import is_reward_model
+from kvpref.models.head_form import is_reward_model
 from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
 from kvpref.ops.attention import select_backend

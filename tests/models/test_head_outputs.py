@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import odd_heads
 import oracle
 import pytest
 import torch
 from oracle_outputs import naive_outputs
 from sample_groups import SCENARIOS
-from tiny_models import tiny_model
+from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kvpref
 from kvpref import Batch, Group, HeadOptions, LossOutput, ResponseLogps
+from kvpref.models import own_head
 from kvpref.plan.passes import MODES
 from kvpref.records.outputs import WITHOUT_GRAD
 
@@ -38,7 +40,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make_model(family: str = "llama") -> PreTrainedModel:
-    model = tiny_model(family, torch.float64)
+    return give_value_head(tiny_model(family, torch.float64))
+
+
+def give_value_head(model: PreTrainedModel) -> PreTrainedModel:
     head = kvpref.add_value_head(model)
     with torch.no_grad():
         head.weight.copy_(torch.linspace(-1, 1, head.in_features))
@@ -103,6 +108,19 @@ def test_families_with_scaled_and_tied_heads(family: str, schedule: str) -> None
     model = make_model(family)
     truth = naive(model, groups)
     assert_same(run(kvpref.attach(model), groups, schedule=schedule), truth)
+
+
+@pytest.mark.parametrize("change", [odd_heads.softcapped, odd_heads.normed])
+@pytest.mark.parametrize("options", [{"mode": "one_pass"}, OPTIONS["bounded"], OPTIONS["checkpointed"]], ids=str)
+def test_heads_of_no_known_form(
+    change: odd_heads.Change, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own forward makes their logits, here of two rows at once."""
+    monkeypatch.setitem(own_head._PIECE_BYTES, "cpu", 2 * 4 * VOCAB_SIZE)
+    groups = SCENARIOS["story_questions_answers"]()
+    model = give_value_head(odd_heads.with_logits(change))
+    truth = naive(model, groups)
+    assert_same(run(kvpref.attach(model), groups, **options), truth)
 
 
 def test_two_passes_by_hand() -> None:

@@ -21,7 +21,7 @@ from kvpref.engine.passes import response_logps, response_rewards
 from kvpref.errors import InputError
 from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
 from kvpref.models.attach import Program, attach
-from kvpref.models.head import output_head
+from kvpref.models.head import logits_of
 from kvpref.records.outputs import ResponseLogps
 from kvpref.records.requests import HeadOptions
 
@@ -205,8 +205,8 @@ def _is_top1(model: PreTrainedModel, logps: ResponseLogps, targets: torch.Tensor
     assert logps.hidden is not None
     is_top1 = logps.token_logps.exp() > 0.5 + _BOUND_SLACK
     unclear = (~is_top1 & (logps.token_logps > -logps.entropy - _BOUND_SLACK)).nonzero().squeeze(1)
-    head = output_head(model)
-    tokens_per_tile = max(1, _MAX_TILE_BYTES // (head.weight.shape[0] * torch.float32.itemsize))
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens_per_tile = max(1, _MAX_TILE_BYTES // (vocab_size * torch.float32.itemsize))
     for index in unclear.split(tokens_per_tile):
-        is_top1[index] = head(logps.hidden[index]).argmax(dim=-1) == targets[index]
+        is_top1[index] = logits_of(model, logps.hidden[index]).argmax(dim=-1) == targets[index]
     return is_top1

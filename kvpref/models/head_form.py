@@ -1,0 +1,147 @@
+"""What lies between a model's final hidden states and its logits: found by the config's names, proved by comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+from transformers import PreTrainedModel
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.models.own_head import own_outputs
+from kvpref.models.value_head import trained_copy
+
+_NUM_PROBES = 3
+# A softcap of 30 changes logits around 1 by less than 16-bit rounding, and those around 1000 to 30.
+_PROBED_SIZES = (1.0, 30.0, 1000.0)
+# Two evaluations of one linear layer, in the model's own dtype, differ by rounding only.
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_TOLERANCE_16_BIT = 2e-2
+_LARGEST_FACTOR = 1e4  # of the range of fp16, with room for the largest of some thousand normal numbers
+_FORM = "_kvpref_head_form"
+
+# Factors on the logits, by where a model keeps them. What is right for one model is wrong for the next (Granite
+# divides by logits_scaling, HyperCLOVA X multiplies), so all are tried.
+_SCALES: dict[str, Callable[[Any], float]] = {
+    "logits_scaling": lambda value: 1.0 / value,
+    "logits_scaling, times": lambda value: float(value),
+    "logit_scale": lambda value: float(value),
+    "lm_head_multiplier": lambda value: float(value),
+    "logits_mup_width_multiplier": lambda value: 1.0 / value,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadForm:
+    """How hidden states become logits."""
+
+    fused: bool
+    """Whether the linear layer and what follows is known in full; if not, the model's own forward makes the logits."""
+
+    logit_scale: float = 1.0
+    """Factor on the linear layer's output."""
+
+
+OWN_FORWARD = HeadForm(fused=False)
+
+
+def is_reward_model(model: PreTrainedModel) -> bool:
+    """Whether the model ends in a scalar head instead of an LM head."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def head_module(model: PreTrainedModel) -> Any:
+    """The layer that makes the logits, or the reward; the trained copy where PEFT keeps one. None if it has no name."""
+    return trained_copy(getattr(model, "score", None) if is_reward_model(model) else model.get_output_embeddings())
+
+
+def head_form(model: PreTrainedModel) -> HeadForm:
+    """The form that holds now: what `verify_head` found, unless the head has been replaced since."""
+    form: HeadForm = getattr(model, _FORM)
+    return form if isinstance(head_module(model), nn.Linear) else OWN_FORWARD
+
+
+@torch.no_grad()
+def verify_head(model: PreTrainedModel) -> None:
+    """Run the model's own forward on made-up hidden states, and keep the form that makes the same logits.
+
+    The layers are skipped, so this costs a few rows of the LM head, whatever the size of the model.
+
+    Raises:
+        UnsupportedModelError: If the head reads more than the hidden state of each token.
+    """
+    head = head_module(model)
+    weight = getattr(head, "weight", None)
+    candidates = list(_candidates(model)) if isinstance(head, nn.Linear) else []
+    if isinstance(weight, torch.Tensor) and (weight.is_meta or isinstance(weight, FakeTensor)):
+        # Nothing to compare; the weights will be checked when the materialised model is attached.
+        setattr(model, _FORM, candidates[0] if candidates else OWN_FORWARD)
+        return
+    probes = _probes(model, head)
+    try:
+        found = [own_outputs(model, hidden) for hidden in probes]
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot make logits of given hidden states: {type(error).__name__}: {error}"
+        ) from error
+    for form in candidates:
+        if all(map(_agree, found, (_expected(model, head, form, hidden) for hidden in probes))):
+            setattr(model, _FORM, form)
+            return
+    _check_reads_rows_only(model, probes, found)
+    setattr(model, _FORM, OWN_FORWARD)
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[HeadForm]:
+    """Forms that the config's names speak of, the likeliest first."""
+    if not is_reward_model(model):
+        for key, factor in _SCALES.items():
+            value = getattr(model.config.get_text_config(), key.partition(",")[0], None)
+            if isinstance(value, int | float) and value not in (0, 1):
+                yield HeadForm(fused=True, logit_scale=factor(value))
+    yield HeadForm(fused=True)
+
+
+def _probes(model: PreTrainedModel, head: Any) -> list[torch.Tensor]:
+    """Hidden states (1, n, hidden_size) whose logits are about 1, 30 and 1000."""
+    weight: Any = getattr(head, "weight", None)
+    # Not the layer's in_features: PEFT's copy of a tied LM head has them the wrong way round.
+    is_matrix = isinstance(head, nn.Linear) and weight.ndim == 2 and weight.is_floating_point()
+    size = weight.shape[1] if is_matrix else model.config.get_text_config().hidden_size
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, _NUM_PROBES, size, generator=generator)
+    hidden = hidden.to(weight) if is_matrix else hidden.to(device=model.device, dtype=model.dtype)
+    largest = head(hidden).abs().max().float().item() if is_matrix else 1.0
+    return [hidden * min(wanted / (largest or 1.0), _LARGEST_FACTOR) for wanted in _PROBED_SIZES]
+
+
+def _expected(model: PreTrainedModel, head: nn.Linear, form: HeadForm, hidden: torch.Tensor) -> torch.Tensor:
+    outputs: torch.Tensor = head(hidden)
+    # A reward model reads its last token.
+    return outputs[:, -1] if is_reward_model(model) else outputs * form.logit_scale
+
+
+def _check_reads_rows_only(model: PreTrainedModel, probes: list[torch.Tensor], found: list[torch.Tensor]) -> None:
+    """Check that the model's forward gives each row the same, whatever the token, and whatever rows stand beside it."""
+    is_reward = is_reward_model(model)
+    for hidden, outputs in zip(probes, found, strict=True):
+        last_alone = own_outputs(model, hidden[:, -1:])
+        last = outputs if is_reward else outputs[:, -1:]
+        another_token = own_outputs(model, hidden, token=2)
+        if not (_agree(last_alone, last) and _agree(another_token, outputs)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} makes its logits of more than the hidden state of each token (other tokens "
+                "or their ids), which kvpref does not follow"
+            )
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    tolerance = max(_TOLERANCE.get(tensor.dtype, _TOLERANCE_16_BIT) for tensor in (found, expected))
+    found, expected = found.double(), expected.double()
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-30))
