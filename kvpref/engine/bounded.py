@@ -32,7 +32,7 @@ from kvpref.models.support import check_training_state, unwrap
 from kvpref.models.vocabulary_grads import embed
 from kvpref.plan.chunks import ChunkPlan
 from kvpref.plan.step import Step
-from kvpref.prefix.chunks import SHARED
+from kvpref.prefix.slab_reads import SHARED
 from kvpref.records.outputs import WITHOUT_GRAD
 from kvpref.records.requests import HeadOptions
 from kvpref.state.slabs import ChunkKeyValues, Incoming, SlabStore

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvpref.ops.attention.block import VarlenBlock
-from kvpref.plan.passes import LevelBlocks, PassPlan, Reads, int64
-from kvpref.prefix.chunks import SHARED, Chunk, SlabKey, build_chunks
+from kvpref.plan.passes import PassPlan, Reads, int64, level_blocks
+from kvpref.prefix.chunks import Chunk, build_chunks
 from kvpref.prefix.levels import build_layout, cut_prompts
+from kvpref.prefix.slab_reads import SHARED, SlabKey
 from kvpref.prefix.tree import PrefixTree
 from kvpref.records.groups import Sequence
 
@@ -159,16 +159,14 @@ def build_step_chunks(
 
 
 def _chunk_plan(chunk: Chunk) -> ChunkPlan:
-    blocks = LevelBlocks(
-        num_rows=len(chunk),
-        blocks=tuple(map(VarlenBlock.from_layout, (chunk.self_block, *(read.block for read in chunk.reads)))),
-    )
+    placed = chunk.placed
     item = PassPlan(
         input_ids=int64(chunk.input_ids).unsqueeze(0),
         position_ids=int64(chunk.position_ids).unsqueeze(0),
         attention_mask=None,
-        levels=(blocks,),
+        levels=(level_blocks(placed),),
         predictor_rows=int64(chunk.predictor_rows),
+        layouts=(placed,),
     )
     unique_ids, inverse = int64(chunk.input_ids).unique(return_inverse=True)
     writes = None

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from kvpref.ops.attention.block import VarlenBlock
-from kvpref.prefix.levels import Level, LevelLayout, LevelSegments, build_layout
+from kvpref.prefix.levels import Level, LevelLayout, PlacedBlocks, build_layout
+from kvpref.prefix.rules import CAUSAL, Rule
+from kvpref.prefix.shapes import blocks_under
 from kvpref.prefix.tree import PrefixTree, build_unshared_tree
 from kvpref.records.groups import Sequence
 from kvpref.records.requests import READS
+from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,8 +39,9 @@ class PassPlan:
         input_ids: (B, T) int64.
         position_ids: (B, T) int64, positions inside the sequences.
         attention_mask: (B, T) int64, 1 for tokens and 0 for padding; only in mode ``padded``.
-        levels: The levels packed in this row, one after another; empty in mode ``padded``.
+        levels: The levels packed in this row, one after another, under the causal rule; empty in mode ``padded``.
         predictor_rows: (P,) int64, rows of the flattened (B * T) hidden states that predict scored tokens.
+        layouts: What `levels` were made of, as integers.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +49,27 @@ class PassPlan:
     attention_mask: torch.Tensor | None
     levels: tuple[LevelBlocks, ...]
     predictor_rows: torch.Tensor
+    layouts: tuple[PlacedBlocks, ...] = field(repr=False, metadata=STAYS_ON_THE_HOST)
+    _under: dict[Rule, tuple[LevelBlocks, ...]] = field(
+        init=False, repr=False, default_factory=dict, metadata=STAYS_ON_THE_HOST
+    )
+
+    def levels_under(self, rule: Rule) -> tuple[LevelBlocks, ...]:
+        """The levels as layers of another rule see them, on the device of this pass; planned when first asked for.
+
+        Blocks that the rule leaves as they are stay the same objects, and so do all under `CAUSAL`.
+        """
+        if rule == CAUSAL:
+            return self.levels
+        if rule not in self._under:
+            # Asked for while the model runs: on fake tensors, say, or in inference mode, whose tensors no later
+            # backward pass may read.
+            with unset_fake_temporarily(), torch.inference_mode(False):
+                pairs = zip(self.layouts, self.levels, strict=True)
+                self._under[rule] = tuple(
+                    _blocks_under(layout, level, rule, self.input_ids.device) for layout, level in pairs
+                )
+        return self._under[rule]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,11 +146,21 @@ def int64(values: AbstractSequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def level_blocks(level: LevelSegments) -> LevelBlocks:
-    """The attention blocks of a level as tensors."""
+def level_blocks(level: PlacedBlocks) -> LevelBlocks:
+    """The attention blocks of a level under the causal rule as tensors."""
     return LevelBlocks(
         num_rows=level.num_rows,
         blocks=tuple(VarlenBlock.from_layout(block) for block in (level.self_block, *level.cross_blocks)),
+    )
+
+
+def _blocks_under(layout: PlacedBlocks, level: LevelBlocks, rule: Rule, device: torch.device) -> LevelBlocks:
+    known = dict(zip((layout.self_block, *layout.cross_blocks), level.blocks, strict=True))
+    return LevelBlocks(
+        num_rows=level.num_rows,
+        blocks=tuple(
+            known.get(block) or VarlenBlock.from_layout(block, device) for block in blocks_under(layout, rule)
+        ),
     )
 
 
@@ -141,6 +177,7 @@ def _pass_of_levels(levels: AbstractSequence[Level]) -> PassPlan:
         attention_mask=None,
         levels=tuple(level_blocks(level) for level in levels),
         predictor_rows=int64(predictor_rows),
+        layouts=tuple(level.placed for level in levels),
     )
 
 
@@ -190,6 +227,7 @@ def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, 
         attention_mask=attention_mask,
         levels=(),
         predictor_rows=int64(rows),
+        layouts=(),
     )
     return ModePlan(
         mode=mode,

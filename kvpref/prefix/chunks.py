@@ -16,43 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from kvpref.prefix.levels import LevelLayout, VarlenLayout, prompt_segments
+from kvpref.prefix.levels import LevelLayout, PlacedBlocks, VarlenLayout, prompt_segments
+from kvpref.prefix.slab_reads import SHARED, SlabKey, SlabRead, Span, slab_reads
 from kvpref.prefix.tree import PrefixTree
-
-SHARED = -1
-"""Owner of segments that sequences of several owners share."""
-
-
-@dataclass(frozen=True, order=True)
-class SlabKey:
-    """Which slab a segment's keys and values stand in."""
-
-    owner: int
-    """The micro-batch that alone reads it, or `SHARED`."""
-
-    depth: int
-    """Of the segments in it."""
-
-    is_prompt: bool
-    """Whether no token up to its end is scored. Told apart only where prompts get no gradient."""
-
-
-class Span(NamedTuple):
-    """The tokens [start, stop) of a segment."""
-
-    segment: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlabRead:
-    """The rows [start, stop) of a slab, and which queries of a chunk see which of them."""
-
-    slab: SlabKey
-    start: int
-    stop: int
-    block: VarlenLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +49,17 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def placed(self) -> PlacedBlocks:
+        """Its blocks, and where their tokens stand in the sequences."""
+        starts = self.self_block.cu_seqlens_q[:-1]
+        return PlacedBlocks(
+            self_block=self.self_block,
+            cross_blocks=tuple(read.block for read in self.reads),
+            query_positions=tuple(self.position_ids[start] for start in starts),
+            key_positions=tuple(read.key_positions for read in self.reads),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +105,7 @@ def build_chunks(
     predictors = _predictors(layout)
     chunks: dict[int, list[Chunk]] = {}
     for key, kept, spans in _runs(tree, slab_of, is_kept, limit):
-        reads = _reads(tree, spans, slab_of, rows)
+        reads = slab_reads(tree, spans, slab_of, rows)
         first = rows[spans[0].segment] + spans[0].start if kept else None
         chunks.setdefault(key.owner, []).append(_chunk(tree, spans, key, first, reads, predictors))
     return ChunkLayout(chunks={owner: tuple(runs) for owner, runs in chunks.items()}, slab_rows=slab_rows)
@@ -181,63 +158,6 @@ def _fill(tree: PrefixTree, segments: list[int], limit: int) -> Iterator[list[Sp
             spans.append(Span(index, start, stop))
             room -= stop - start
     yield spans
-
-
-class _Pair(NamedTuple):
-    """Queries of one or more spans that see the slab rows [start, stop)."""
-
-    num_queries: int
-    start: int
-    stop: int
-
-
-def _reads(tree: PrefixTree, spans: list[Span], slab_of: list[SlabKey], rows: dict[int, int]) -> tuple[SlabRead, ...]:
-    seen = [dict(_ancestor_ranges(tree, span, slab_of, rows)) for span in spans]
-    reads: list[SlabRead] = []
-    for key in sorted({key for ranges in seen for key in ranges}):
-        pairs: list[_Pair] = []
-        for span, ranges in zip(spans, seen, strict=True):
-            start, stop = ranges.get(key, (0, 0))
-            num_queries = span.stop - span.start
-            if pairs and (start, stop) == pairs[-1][1:]:  # one pair for all that see the same keys
-                num_queries += pairs.pop().num_queries
-            pairs.append(_Pair(num_queries, start, stop))
-        reads.append(_read(key, pairs, source=len(reads) + 1))
-    return tuple(reads)
-
-
-def _ancestor_ranges(
-    tree: PrefixTree, span: Span, slab_of: list[SlabKey], rows: dict[int, int]
-) -> Iterator[tuple[SlabKey, tuple[int, int]]]:
-    """What a span sees in the slabs: its ancestors, and the pieces of its own segment before it."""
-    if span.start:
-        yield slab_of[span.segment], (rows[span.segment], rows[span.segment] + span.start)
-    parent = tree.segments[span.segment].parent
-    while parent is not None:
-        yield slab_of[parent], (rows[parent], rows[parent] + len(tree.segments[parent]))
-        parent = tree.segments[parent].parent
-
-
-def _read(key: SlabKey, pairs: list[_Pair], source: int) -> SlabRead:
-    """One block over the rows between the first and the last that are seen; depth-first order keeps them sorted."""
-    seen = [pair for pair in pairs if pair.stop > pair.start]
-    position = first = seen[0].start
-    queries, keys = [], []
-    for pair in pairs:
-        if pair.stop > pair.start:
-            if pair.start > position:  # rows that no query of this chunk sees
-                queries.append(0)
-                keys.append(pair.start - position)
-            position = pair.stop
-        queries.append(pair.num_queries)
-        keys.append(pair.stop - pair.start)
-    block = VarlenLayout(
-        cu_seqlens_q=tuple(accumulate(queries, initial=0)),
-        cu_seqlens_k=tuple(accumulate(keys, initial=0)),
-        shape="rectangle",
-        source=source,
-    )
-    return SlabRead(slab=key, start=first, stop=position, block=block)
 
 
 class _Predictor(NamedTuple):

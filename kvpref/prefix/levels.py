@@ -46,23 +46,47 @@ class VarlenLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevelSegments:
-    """All segments of one depth, packed in one row in depth-first order.
+class PlacedBlocks:
+    """The attention blocks of one row of segments under the causal rule, and where their tokens stand in the sequences.
 
     Attributes:
-        segments: (S_d,) their places in the tree.
         self_block: Each segment over itself, causal; its offsets say where each segment's rows are.
-        cross_blocks: Per ancestor depth 0..d-1, the descendants of each segment there over that segment.
+        cross_blocks: Per prefix, the segments that continue a run of its rows over that run. A segment's queries are
+            in one pair.
+        query_positions: Per segment, the position of its first token inside the sequences.
+        key_positions: Per prefix and pair of its block, the position of the pair's first key.
     """
 
-    segments: tuple[int, ...]
     self_block: VarlenLayout
     cross_blocks: tuple[VarlenLayout, ...]
+    query_positions: tuple[int, ...]
+    key_positions: tuple[tuple[int, ...], ...]
 
     @property
     def num_rows(self) -> int:
         """T_d."""
         return self.self_block.cu_seqlens_q[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelSegments(PlacedBlocks):
+    """All segments of one depth, packed in one row in depth-first order; one prefix per ancestor depth 0..d-1.
+
+    Attributes:
+        segments: (S_d,) their places in the tree.
+    """
+
+    segments: tuple[int, ...]
+
+    @property
+    def placed(self) -> PlacedBlocks:
+        """The blocks alone."""
+        return PlacedBlocks(
+            self_block=self.self_block,
+            cross_blocks=self.cross_blocks,
+            query_positions=self.query_positions,
+            key_positions=self.key_positions,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +133,7 @@ def build_levels(tree: PrefixTree) -> tuple[LevelSegments, ...]:
         lines.append((index,) if segment.parent is None else (*lines[segment.parent], index))
         members[segment.depth].append(index)
     lengths = list(map(len, tree.segments))
+    starts = [tuple(tree.segments[index].start for index in level) for level in members]
 
     def cross_block(depth: int, ancestor: int) -> VarlenLayout:
         """Depth-first order makes the descendants of each segment one contiguous range of the deeper level."""
@@ -127,6 +152,8 @@ def build_levels(tree: PrefixTree) -> tuple[LevelSegments, ...]:
                 segments=tuple(segments),
                 self_block=VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, shape="causal"),
                 cross_blocks=tuple(cross_block(depth, ancestor) for ancestor in range(depth)),
+                query_positions=starts[depth],
+                key_positions=tuple(starts[:depth]),  # one pair per ancestor
             )
         )
     return tuple(levels)
@@ -158,6 +185,8 @@ def _with_tokens(tree: PrefixTree, level: LevelSegments, predictors: list[tuple[
         segments=level.segments,
         self_block=level.self_block,
         cross_blocks=level.cross_blocks,
+        query_positions=level.query_positions,
+        key_positions=level.key_positions,
         input_ids=tuple(token for segment in segments for token in segment.input_ids),
         position_ids=tuple(
             position for segment in segments for position in range(segment.start, segment.start + len(segment))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KINDS = ("causal", "window", "chunk", "dense")
 
@@ -13,10 +13,13 @@ class Rule:
 
     kind: str
     """``causal``: k <= q. ``window``: and q - k < size. ``chunk``: and k // size == q // size. ``dense``: some of
-    the keys k <= q that follow no such form; a mask of their own says which."""
+    the keys k <= q that follow no such form; `ranges` says which."""
 
     size: int = 0
     """Tokens of a window or a chunk; 0 for the others."""
+
+    ranges: tuple[tuple[tuple[int, int], ...], ...] = field(default=(), repr=False)
+    """``dense``: per query position the ranges [first, stop) of key positions that it sees, in order."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -25,6 +28,10 @@ class Rule:
         if sized != (self.size > 0) or self.size < 0:
             expected = "a size of at least 1" if sized else "no size"
             raise ValueError(f"a {self.kind} rule takes {expected}; got {self.size}")
+        if (self.kind == "dense") != bool(self.ranges):
+            raise ValueError(
+                f"a dense rule, and no other, takes the ranges that each query sees; this one is {self.kind}"
+            )
 
     def first_key(self, position: int) -> int:
         """The smallest position that a query at `position` may see under a causal, window or chunk rule."""

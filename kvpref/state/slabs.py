@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kvpref.plan.chunks import ChunkPlan, SlabSlice, StepChunks
-from kvpref.prefix.chunks import SlabKey
+from kvpref.prefix.slab_reads import SlabKey
 from kvpref.state.cache import KeyValue, LayerSlot, chain_slots
 from kvpref.state.host_cache import HostPrefixes, HostSlot
 from kvpref.state.host_slabs import HostLayer, HostRows, HostSlab

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from token_lists import scored_token_lists
 
-from kvpref.prefix.chunks import SHARED, Chunk, ChunkLayout, SlabKey, build_chunks
+from kvpref.prefix.chunks import Chunk, ChunkLayout, build_chunks
 from kvpref.prefix.levels import LevelLayout, VarlenLayout, build_layout
+from kvpref.prefix.slab_reads import SHARED, SlabKey
 from kvpref.prefix.tree import PrefixTree, build_tree
 
 

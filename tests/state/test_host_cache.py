@@ -24,7 +24,7 @@ from kvpref.engine.options import EngineOptions
 from kvpref.engine.schedules import score
 from kvpref.models.checkpointing import CHECKPOINTS
 from kvpref.plan.chunks import SlabSlice
-from kvpref.prefix.chunks import SlabKey
+from kvpref.prefix.slab_reads import SlabKey
 from kvpref.state import transfers
 from kvpref.state.device_buffers import NUM_BUFFERS, room
 from kvpref.state.host_cache import HostPrefixes

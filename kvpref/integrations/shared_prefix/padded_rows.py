@@ -159,6 +159,7 @@ def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, m
             attention_mask=None,
             levels=tuple(map(level_blocks, levels)),
             predictor_rows=int64(()),
+            layouts=tuple(level.placed for level in levels),
         ),
         unique_rows=torch.from_numpy(unique_rows),
         shape=(num_rows, num_columns),

@@ -1,0 +1,240 @@
+"""Masks as shapes: what a rule leaves of a level's blocks, as rectangles and causal or anti-causal squares.
+
+A query that sees the last W tokens sees a band of keys, and a band between two runs of tokens is a rectangle and a
+triangle. So attention kernels need not know of windows, and compute no more pairs than the mask has.
+Shape legend: a run is the rows of one segment, or of a piece of one, in a level.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from kvpref.prefix.levels import PlacedBlocks, Shape, VarlenLayout
+from kvpref.prefix.rules import Rule
+
+
+class Pair(NamedTuple):
+    """Query rows [query, query + num_queries) that see key rows [key, key + num_keys)."""
+
+    query: int
+    num_queries: int
+    key: int
+    num_keys: int
+
+
+class _Meeting(NamedTuple):
+    """A run of queries and the run of earlier keys that it sees under the causal rule; rows and positions."""
+
+    query: int
+    num_queries: int
+    query_position: int
+    key: int
+    num_keys: int
+    key_position: int
+
+    @property
+    def key_end(self) -> int:
+        """Position after the last key."""
+        return self.key_position + self.num_keys
+
+    def pair(self, queries: tuple[int, int], positions: tuple[int, int]) -> Pair:
+        """Queries [first, stop) of the run over the keys at positions [first, stop)."""
+        first, stop = queries
+        return Pair(self.query + first, stop - first, self.key + positions[0] - self.key_position, _length(positions))
+
+
+def blocks_under(level: PlacedBlocks, rule: Rule) -> tuple[VarlenLayout, ...]:
+    """The blocks of a level under a rule: over its own rows first, then over each prefix.
+
+    A prefix of which no row is seen has no block. Each pair of a query and a key that the rule lets meet is in exactly
+    one block.
+
+    Args:
+        level: Its blocks under the causal rule, and the positions of their rows.
+        rule: Causal, window or chunk; dense with its ranges.
+    """
+    if rule.kind == "causal":
+        return (level.self_block, *level.cross_blocks)
+    if rule.kind == "dense":
+        return tuple(_dense_blocks(level, rule))
+    blocks = [_SELF_BLOCKS[rule.kind](level, rule.size)]
+    for block, key_positions in zip(level.cross_blocks, level.key_positions, strict=True):
+        meetings = list(_meetings(level, block, key_positions))
+        if all(rule.first_key(run.query_position + run.num_queries - 1) <= run.key_position for run in meetings):
+            blocks.append(block)  # as it is: the rule takes nothing away
+        else:
+            blocks.extend(_CROSS_BLOCKS[rule.kind](meetings, block, rule.size))
+    return tuple(blocks)
+
+
+def window_blocks(cu_seqlens: AbstractSequence[int], window: int) -> tuple[VarlenLayout, ...]:
+    """Causal self attention of packed segments inside a window, as blocks without one.
+
+    Strips of `window` rows: each over itself is a causal square; over the strip before it an anti-causal square of one
+    row less, of which a last, shorter strip leaves a smaller square and a rectangle.
+
+    Args:
+        cu_seqlens: Row offsets of the segments, one more than segments.
+        window: A query sees this many tokens, itself included.
+    """
+    strips: list[int] = []
+    anti, rectangles = [], []
+    for start, stop in pairwise(cu_seqlens):
+        strips.extend(min(window, stop - first) for first in range(start, stop, window))
+        for first in range(start + window, stop, window):
+            rows = min(window - 1, stop - first)
+            keys = first - window + 1
+            anti.append(Pair(first, rows, keys, rows))
+            rectangles.append(Pair(first, rows, keys + rows, window - 1 - rows))
+    own = _offsets(strips)
+    total = (cu_seqlens[-1], cu_seqlens[-1])
+    blocks = [VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, shape="causal")]
+    blocks.extend(cover_rows(anti, total, "anti_causal", source=0))
+    blocks.extend(cover_rows(rectangles, total, "rectangle", source=0))
+    return tuple(blocks)
+
+
+def cover_rows(pairs: Iterable[Pair], num_rows: tuple[int, int], shape: Shape, source: int) -> Iterator[VarlenLayout]:
+    """One block of some pairs, or none if nothing is seen.
+
+    Args:
+        pairs: In the order of their queries, each query at most once.
+        num_rows: Of queries, and of the source.
+        shape: Of all of them.
+        source: Where the keys are.
+    """
+    kept = list(_merged((pair for pair in pairs if pair.num_queries and pair.num_keys), shape))
+    if not kept:
+        return
+    in_order = all(before.key + before.num_keys <= after.key for before, after in pairwise(kept))
+    queries, keys, starts = [], [], []
+    row = key = 0
+    for pair in (*kept, Pair(num_rows[0], 0, num_rows[1], 0)):
+        if pair.query > row:  # rows that see nothing here
+            queries.append(pair.query - row)
+            keys.append(0)
+            starts.append(pair.key)
+        if in_order and pair.key > key:  # rows of the source that nothing sees
+            queries.append(0)
+            keys.append(pair.key - key)
+            starts.append(key)
+        if pair.num_queries:
+            queries.append(pair.num_queries)
+            keys.append(pair.num_keys)
+            starts.append(pair.key)
+        row, key = pair.query + pair.num_queries, pair.key + pair.num_keys
+    yield VarlenLayout(
+        cu_seqlens_q=_offsets(queries),
+        cu_seqlens_k=_offsets(keys),
+        shape=shape,
+        source=source,
+        key_starts=None if in_order else tuple(starts),
+    )
+
+
+def _merged(pairs: Iterable[Pair], shape: Shape) -> Iterator[Pair]:
+    """With neighbours that see the same keys as one pair."""
+    last: Pair | None = None
+    for pair in pairs:
+        if last and shape == "rectangle" and pair == (last.query + last.num_queries, pair.num_queries, *last[2:]):
+            last = Pair(last.query, last.num_queries + pair.num_queries, *last[2:])
+            continue
+        if last:
+            yield last
+        last = pair
+    if last:
+        yield last
+
+
+def _meetings(level: PlacedBlocks, block: VarlenLayout, key_positions: AbstractSequence[int]) -> Iterator[_Meeting]:
+    for (start, stop), position in zip(pairwise(level.self_block.cu_seqlens_q), level.query_positions, strict=True):
+        pair = bisect_right(block.cu_seqlens_q, start) - 1
+        first, last = block.cu_seqlens_k[pair : pair + 2]
+        if last > first:
+            yield _Meeting(start, stop - start, position, first, last - first, key_positions[pair])
+
+
+def _window_self_block(level: PlacedBlocks, size: int) -> VarlenLayout:
+    longest = max(stop - start for start, stop in pairwise(level.self_block.cu_seqlens_q))
+    return replace(level.self_block, window=size) if longest > size else level.self_block
+
+
+def _chunk_self_block(level: PlacedBlocks, size: int) -> VarlenLayout:
+    """Each segment cut where chunks begin."""
+    rows: list[int] = []
+    for (start, stop), position in zip(pairwise(level.self_block.cu_seqlens_q), level.query_positions, strict=True):
+        end = position + stop - start
+        cuts = [position, *range((position // size + 1) * size, end, size), end]
+        rows.extend(after - before for before, after in pairwise(cuts))
+    own = _offsets(rows)
+    return replace(level.self_block, cu_seqlens_q=own, cu_seqlens_k=own)
+
+
+def _window_cross_blocks(meetings: list[_Meeting], block: VarlenLayout, size: int) -> Iterator[VarlenLayout]:
+    rectangles: list[Pair] = []
+    anti: list[Pair] = []
+    for run in meetings:
+        first_seen = run.query_position - size + 1  # by the first query
+        last_seen = first_seen + run.num_queries - 1  # first key of the last query: what comes after it, all see
+        start, stop = max(run.key_position, first_seen), min(run.key_end, last_seen)
+        if start >= stop:
+            keys = (min(max(run.key_position, last_seen), run.key_end), run.key_end)
+            rectangles.append(run.pair((0, run.num_queries), keys))
+            continue
+        num_all = start - first_seen  # queries that see all keys from `start` on
+        rectangles.append(run.pair((0, num_all), (start, run.key_end)))
+        rectangles.append(run.pair((num_all, run.num_queries), (stop, run.key_end)))
+        anti.append(run.pair((num_all, num_all + stop - start), (start, stop)))
+    total = (block.cu_seqlens_q[-1], block.cu_seqlens_k[-1])
+    yield from cover_rows(rectangles, total, "rectangle", block.source)
+    yield from cover_rows(anti, total, "anti_causal", block.source)
+
+
+def _chunk_cross_blocks(meetings: list[_Meeting], block: VarlenLayout, size: int) -> Iterator[VarlenLayout]:
+    pairs = []
+    for run in meetings:
+        chunk = run.query_position // size
+        num_queries = min(run.num_queries, (chunk + 1) * size - run.query_position)
+        keys = (min(max(run.key_position, chunk * size), run.key_end), run.key_end)
+        pairs.append(run.pair((0, num_queries), keys))
+    yield from cover_rows(pairs, (block.cu_seqlens_q[-1], block.cu_seqlens_k[-1]), "rectangle", block.source)
+
+
+def _dense_blocks(level: PlacedBlocks, rule: Rule) -> Iterator[VarlenLayout]:
+    """Row by row: the first range of keys that each query sees, then the second, and so on."""
+    own = level.self_block
+    runs = zip(pairwise(own.cu_seqlens_q), level.query_positions, strict=True)
+    sources = [(own, [_Meeting(q, stop - q, position, q, stop - q, position) for (q, stop), position in runs])]
+    for block, positions in zip(level.cross_blocks, level.key_positions, strict=True):
+        sources.append((block, list(_meetings(level, block, positions))))
+    for block, meetings in sources:
+        rows = [
+            [
+                run.pair((row, row + 1), (max(first, run.key_position), min(stop, run.key_end)))
+                for first, stop in rule.ranges[run.query_position + row]
+                if max(first, run.key_position) < min(stop, run.key_end)
+            ]
+            for run in meetings
+            for row in range(run.num_queries)
+        ]
+        for place in range(max(map(len, rows), default=0)):
+            pairs = (row[place] for row in rows if len(row) > place)
+            total = (block.cu_seqlens_q[-1], block.cu_seqlens_k[-1])
+            yield from cover_rows(pairs, total, "rectangle", block.source)
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _offsets(lengths: Iterable[int]) -> tuple[int, ...]:
+    return tuple(accumulate(lengths, initial=0))
+
+
+_SELF_BLOCKS = {"window": _window_self_block, "chunk": _chunk_self_block}
+_CROSS_BLOCKS = {"window": _window_cross_blocks, "chunk": _chunk_cross_blocks}
