@@ -1,0 +1,101 @@
+"""Which causal language models of transformers does kvpref run exactly? Tiny random models, all of the registry.
+
+    python benchmarks/census.py                         # every entry and variant
+    python benchmarks/census.py --models llama gpt_oss  # some
+    python benchmarks/census.py --modes two_pass --json out.json
+
+Prints one JSON line per model, verdict exact, refused (with the reason), wrong (with the errors), error or not built,
+and the counts at the end. Each model runs in a process of its own, forked from one that has imported torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MODES = ("two_pass", "one_pass", "packed", "bounded", "padded")
+_MEMORY_BYTES = 8 * 2**30
+
+
+def main() -> None:
+    args = _parsed()
+    from census_settings import VARIANTS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ENTRIES
+
+    names = args.models or [*ENTRIES, *(name for name in VARIANTS if name.partition(":")[0] in ENTRIES)]
+    if args.variants:
+        names += [name for name in VARIANTS if name.partition(":")[0] in names]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["census_check"])
+
+    def run(name: str) -> dict[str, Any]:
+        row = _run(context, name, args)
+        print(json.dumps(row), flush=True)
+        return row
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        rows = list(pool.map(run, names))
+    counts = Counter(row["verdict"] for row in rows)
+    if args.json:
+        args.json.write_text(json.dumps({"versions": _versions(), "counts": counts, "rows": rows}, indent=1) + "\n")
+    print(", ".join(f"{verdict} {count}" for verdict, count in counts.most_common()), file=sys.stderr)
+
+
+def _run(context: Any, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    start = time.perf_counter()
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_check, args=(name, tuple(args.modes), args.unlisted, sending))
+    process.start()
+    sending.close()
+    row: dict[str, Any] = {"model": name, "verdict": "error"}
+    try:
+        row = receiving.recv() if receiving.poll(args.seconds) else {**row, "reason": f"more than {args.seconds} s"}
+    except EOFError:
+        process.join()
+        row["reason"] = f"the process ended with {process.exitcode}"
+    process.kill()
+    process.join()
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _check(name: str, modes: tuple[str, ...], unlisted: bool, results: Connection) -> None:
+    import resource
+
+    import torch
+    from census_check import check
+    from transformers.utils import logging
+
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    results.send(check(name, modes, unlisted=unlisted))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers")}
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="registry entries or variants; all if left out")
+    parser.add_argument("--variants", action="store_true", help="with --models: their variants too")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--unlisted", action="store_true", help="set the list of refused families aside")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=120, help="time limit per model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and versions here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
