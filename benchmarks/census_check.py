@@ -109,9 +109,7 @@ def _compared(engine: Callable[[], Gradients], truth: Gradients, dtype: torch.dt
     return {"is": "exact", **errors} if is_exact else {"is": "wrong", **errors, "worst": worst}
 
 
-def _gradient_error(
-    found: dict[str, torch.Tensor | None], truth: dict[str, torch.Tensor | None]
-) -> tuple[str, float]:
+def _gradient_error(found: dict[str, torch.Tensor | None], truth: dict[str, torch.Tensor | None]) -> tuple[str, float]:
     floor = _FLOOR * torch.stack([grad.norm() for grad in truth.values() if grad is not None]).max()
     errors = {}
     for name, exact in truth.items():
@@ -123,9 +121,7 @@ def _gradient_error(
     return worst, errors[worst]
 
 
-def _engine(
-    model: PreTrainedModel, groups: list[kvpref.Group], mode: str, checkpoint: str
-) -> Gradients:
+def _engine(model: PreTrainedModel, groups: list[kvpref.Group], mode: str, checkpoint: str) -> Gradients:
     batch = kvpref.collate(groups, min_shared_tokens=1)
     options: dict[str, Any] = {"mode": mode, "checkpoint": checkpoint}
     if mode == "bounded":
@@ -170,8 +166,7 @@ def _prompt_moves(model: PreTrainedModel, groups: list[kvpref.Group]) -> float:
 
 def _grads_of(model: PreTrainedModel) -> dict[str, torch.Tensor | None]:
     return {
-        name: None if parameter.grad is None else parameter.grad.clone()
-        for name, parameter in model.named_parameters()
+        name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in model.named_parameters()
     }
 
 

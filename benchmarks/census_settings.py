@@ -111,7 +111,7 @@ SIZES: dict[str, Any] = {
     "index_topk": 4,
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
+    "indexer_head_dim": 16,
     "indexer_budget": 4,
     "indexer_compress_ratio": 2,
     # images and sound, which the census leaves out
@@ -135,8 +135,16 @@ _GEMMA_4 = {
     "layer_types": ["sliding_attention", "full_attention"],
     "global_head_dim": 24,
 }
-_INKLING = {"num_attention_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
-    "d_rel": 4, "rel_extent": 8, "unpadded_vocab_size": VOCAB_SIZE, "moe_intermediate_size": 24}
+_INKLING = {
+    "num_attention_heads": 4,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "d_rel": 4,
+    "rel_extent": 8,
+    "unpadded_vocab_size": VOCAB_SIZE,
+    "moe_intermediate_size": 24,
+}
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
 _MIXED_WINDOWS = {"num_hidden_layers": 3, **_WINDOWS}
 
@@ -159,7 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "flint": {"mlp_only_layers": [0]},
     "gemma3": {"text_config": {**_MIXED_WINDOWS}},
     "gemma3n_text": _GEMMA_3N,
-    "gemma3n": {"text_config": _GEMMA_3N},
+    "gemma3n": {"text_config": _GEMMA_3N, **_NO_TOWERS},
     "gemma4_text": _GEMMA_4,
     "gemma4": {"text_config": _GEMMA_4, **_NO_TOWERS},
     "gemma4_unified_text": _GEMMA_4,
@@ -177,10 +185,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "sliding_attention"]},
-    "llama4_text": {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "moe_layers": [1, 3],
-        "intermediate_size_mlp": 40},
-    "llama4": {"text_config": {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "moe_layers": [1, 3],
-        "intermediate_size_mlp": 40}},
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 0, 1, 0],
+        "moe_layers": [1, 3],
+        "intermediate_size_mlp": 40,
+    },
+    "llama4": {
+        "text_config": {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 0],
+            "moe_layers": [1, 3],
+            "intermediate_size_mlp": 40,
+        }
+    },
     "minicpm3": {"scale_emb": 3},
     "minimax": {"block_size": 8, "num_hidden_layers": 3},
     "moshi": {"audio_vocab_size": VOCAB_SIZE},
@@ -188,15 +206,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 128, "rope_parameters": _ROPE},
     "phimoe": {"input_jitter_noise": 0.0},
     "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
-    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16],
-        "attention_head_size": 8, "num_buckets": 4, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 16],
+        "attention_head_size": 8,
+        "num_buckets": 4,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
     "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
     "stablelm": {"use_qkv_bias": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4,
-        "attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 2},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4, "mamba_ngroups": 1,
-        "attention_head_dim": 16, "num_key_value_heads": 4, "n_mamba_heads": 8, "mamba_headdim": 8},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+        "mamba_ngroups": 1,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "num_hidden_layers": 2},
 }
 
