@@ -74,8 +74,7 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     form = head_form(model)
     if not form.fused:
         return own_logits(model, hidden)
-    logits: torch.Tensor = output_head(model)(hidden)
-    return logits * form.logit_scale
+    return form.logits(output_head(model)(hidden))
 
 
 def _fused_statistics(
@@ -88,16 +87,29 @@ def _fused_statistics(
     in_place: bool,
 ) -> dict[str, torch.Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    scale = form.logit_scale / options.temperature
-    params = HeadParams(logit_scale=scale, entropy=options.entropy, collision=options.collision)
+    params = HeadParams(
+        logit_scale=form.logit_scale,
+        softcap=form.softcap,
+        temperature=options.temperature,
+        entropy=options.entropy,
+        collision=options.collision,
+        # Without a cap there is a shorter way.
+        mean_logits=options.mean_logits and form.softcap is not None,
+    )
     weight_grad = grad_in_place(head.weight) if in_place else None
     statistics = token_statistics(hidden, head.weight, targets, bias=head.bias, params=params, weight_grad=weight_grad)
-    found = {"token_logps": statistics.logps, "entropy": statistics.entropy, "collision": statistics.collision}
+    found = {
+        "token_logps": statistics.logps,
+        "entropy": statistics.entropy,
+        "collision": statistics.collision,
+        "mean_logits": statistics.mean_logits,
+    }
     with torch.autocast(hidden.device.type, enabled=False):
-        if options.mean_logits:
-            found["mean_logits"] = _mean_logits(head, hidden.to(wide)) * scale
+        if options.mean_logits and form.softcap is None:
+            found["mean_logits"] = form.logits(_mean_logits(head, hidden.to(wide))) / options.temperature
         if options.logit_ids:
-            found["logits"] = _logits_of_ids(head, hidden.to(wide), options.logit_ids) * scale
+            logits = _logits_of_ids(head, hidden.to(wide), options.logit_ids)
+            found["logits"] = form.logits(logits) / options.temperature
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -33,6 +33,7 @@ _SCALES: dict[str, Callable[[Any], float]] = {
     "lm_head_multiplier": lambda value: float(value),
     "logits_mup_width_multiplier": lambda value: 1.0 / value,
 }
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,14 @@ class HeadForm:
 
     logit_scale: float = 1.0
     """Factor on the linear layer's output."""
+
+    softcap: float | None = None
+    """What bounds the logits after that: ``softcap * tanh(logits / softcap)``."""
+
+    def logits(self, linear: torch.Tensor) -> torch.Tensor:
+        """Logits of a linear layer's output."""
+        logits = linear * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 OWN_FORWARD = HeadForm(fused=False)
@@ -98,12 +107,20 @@ def verify_head(model: PreTrainedModel) -> None:
 
 def _candidates(model: PreTrainedModel) -> Iterator[HeadForm]:
     """Forms that the config's names speak of, the likeliest first."""
-    if not is_reward_model(model):
-        for key, factor in _SCALES.items():
-            value = getattr(model.config.get_text_config(), key.partition(",")[0], None)
-            if isinstance(value, int | float) and value not in (0, 1):
-                yield HeadForm(fused=True, logit_scale=factor(value))
-    yield HeadForm(fused=True)
+    if is_reward_model(model):
+        yield HeadForm(fused=True)
+        return
+    config = model.config.get_text_config()
+    scales = [factor(value) for key, factor in _SCALES.items() if (value := _number(config, key.partition(",")[0]))]
+    softcaps = [value for key in _SOFTCAPS if (value := _number(config, key))]
+    for softcap in (*softcaps, None):
+        for scale in (*(scale for scale in scales if scale != 1), 1.0):
+            yield HeadForm(fused=True, logit_scale=scale, softcap=softcap)
+
+
+def _number(config: Any, key: str) -> float | None:
+    value = getattr(config, key, None)
+    return value if isinstance(value, int | float) else None
 
 
 def _probes(model: PreTrainedModel, head: Any) -> list[torch.Tensor]:
@@ -122,7 +139,7 @@ def _probes(model: PreTrainedModel, head: Any) -> list[torch.Tensor]:
 def _expected(model: PreTrainedModel, head: nn.Linear, form: HeadForm, hidden: torch.Tensor) -> torch.Tensor:
     outputs: torch.Tensor = head(hidden)
     # A reward model reads its last token.
-    return outputs[:, -1] if is_reward_model(model) else outputs * form.logit_scale
+    return outputs[:, -1] if is_reward_model(model) else form.logits(outputs)
 
 
 def _check_reads_rows_only(model: PreTrainedModel, probes: list[torch.Tensor], found: list[torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import odd_heads
 import pytest
 import torch
 from sample_groups import pairs
@@ -54,7 +55,12 @@ def test_a_softcap_far_above_the_logits_is_seen(dtype: torch.dtype) -> None:
     """Logits of a new model are small beside a cap of 30, and would agree with none."""
     model = tiny_model("gemma2", dtype)
     model.config.final_logit_softcapping = 30.0
-    assert form_of(model) != HeadForm(fused=True)
+    assert form_of(model) == HeadForm(fused=True, softcap=30.0)
+
+
+def test_a_softcap_that_the_config_does_not_name_goes_through_the_models_own_forward() -> None:
+    assert form_of(odd_heads.with_logits(odd_heads.softcapped)) == OWN_FORWARD
+    assert form_of(tiny_model("gemma2", final_logit_softcapping=None)) == HeadForm(fused=True)
 
 
 def test_models_without_weights_take_the_form_that_their_config_speaks_of() -> None:

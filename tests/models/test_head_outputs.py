@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import kvpref
 from kvpref import Batch, Group, HeadOptions, LossOutput, ResponseLogps
 from kvpref.models import own_head
+from kvpref.models.head_form import head_form
 from kvpref.plan.passes import MODES
 from kvpref.records.outputs import WITHOUT_GRAD
 
@@ -121,6 +122,16 @@ def test_heads_of_no_known_form(
     model = give_value_head(odd_heads.with_logits(change))
     truth = naive(model, groups)
     assert_same(run(kvpref.attach(model), groups, **options), truth)
+
+
+@pytest.mark.parametrize("options", [{"mode": "two_pass"}, OPTIONS["bounded"]], ids=str)
+def test_heads_with_a_softcap(options: dict[str, Any]) -> None:
+    groups = SCENARIOS["story_questions_answers"]()
+    model = give_value_head(odd_heads.with_logits(odd_heads.softcapped))
+    model.config.final_logit_softcapping = 2.0
+    truth = naive(model, groups)
+    assert head_form(kvpref.attach(model)).softcap == 2.0
+    assert_same(run(model, groups, **options), truth)
 
 
 def test_two_passes_by_hand() -> None:

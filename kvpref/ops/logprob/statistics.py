@@ -23,11 +23,13 @@ class TokenStatistics(NamedTuple):
         logps: (S,) log-prob of each target, natural log.
         entropy: (S,) of each distribution, in nats; None if not asked for.
         collision: (S,) log of the sum of squared probabilities, without gradient; None if not asked for.
+        mean_logits: (S,) mean of the logits, without gradient; None if not asked for.
     """
 
     logps: torch.Tensor
     entropy: torch.Tensor | None
     collision: torch.Tensor | None
+    mean_logits: torch.Tensor | None
 
 
 def token_statistics(
@@ -39,8 +41,9 @@ def token_statistics(
     params: HeadParams | None = None,
     weight_grad: torch.Tensor | None = None,
 ) -> TokenStatistics:
-    """Statistics of ``log_softmax(logit_scale * (hidden @ weight.T + bias))``, without the (S, V) logits.
+    """Statistics of ``log_softmax(logits)``, without the (S, V) logits.
 
+    ``linear = hidden @ weight.T + bias``, and `HeadParams` says how that becomes logits: scale, softcap, temperature.
     The backward pass computes the tiles again from the saved log-sum-exp (Wijmans et al. 2024, arXiv 2411.09009).
     Sums are kept in fp32 (fp64 for fp64 inputs); under autocast the matrix products run in autocast's dtype on CUDA.
 
@@ -49,7 +52,7 @@ def token_statistics(
         weight: (V, K), float.
         targets: (S,), int64, in [0, V).
         bias: (V,), float.
-        params: Scale, what is computed, and tile size.
+        params: Scale, softcap, temperature, what is computed, and tile size.
         weight_grad: (V, K), the dtype of `weight`. If given, the backward pass adds the weight's gradient to it, tile
             by tile, and autograd gets none for the weight.
 
@@ -88,8 +91,12 @@ def naive_token_logprobs(
     bias: torch.Tensor | None = None,
     params: HeadParams | None = None,
 ) -> torch.Tensor:
-    """The definition of `token_logprobs` in two lines; builds the full logits. Its oracle."""
-    logits = torch.nn.functional.linear(hidden, weight, bias) * (params or HeadParams()).logit_scale
+    """The definition of `token_logprobs` in few lines; builds the full logits. Its oracle."""
+    params = params or HeadParams()
+    logits = torch.nn.functional.linear(hidden, weight, bias) * params.logit_scale
+    if params.softcap is not None:
+        logits = params.softcap * torch.tanh(logits / params.softcap)
+    logits = logits / params.temperature
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
 
@@ -101,9 +108,12 @@ class _Moments:
         self.lse = torch.full_like(like, float("-inf"))
         self.mean_logit = torch.zeros_like(like) if params.entropy else None
         self.lse_of_doubles = torch.full_like(like, float("-inf")) if params.collision else None
+        self.sum_of_logits = torch.zeros_like(like) if params.mean_logits else None
 
     def add(self, logits: torch.Tensor) -> None:
         """Take in one tile, (rows, columns), which is overwritten."""
+        if self.sum_of_logits is not None:
+            self.sum_of_logits += logits.sum(dim=1)
         # Finite where all columns are masked out, or differences would be NaN.
         lowest = torch.finfo(logits.dtype).min
         largest = logits.amax(dim=1).clamp_(min=lowest)
@@ -126,6 +136,9 @@ class _Moments:
 
     def collision(self) -> torch.Tensor | None:
         return None if self.lse_of_doubles is None else self.lse_of_doubles - 2 * self.lse
+
+    def mean_logits(self, vocab_size: int) -> torch.Tensor | None:
+        return None if self.sum_of_logits is None else self.sum_of_logits / vocab_size
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -158,17 +171,18 @@ class _TokenStatistics(torch.autograd.Function):
         lse = _joined([part.lse for part in parts], target_logits)
         entropy = _joined([part.entropy() for part in parts], target_logits) if tiles.params.entropy else None
         collision = _joined([part.collision() for part in parts], target_logits) if tiles.params.collision else None
+        means = [part.mean_logits(tiles.vocab_size) for part in parts]
+        mean_logits = _joined(means, target_logits) if tiles.params.mean_logits else None
         ctx.tiles, ctx.weight_grad = tiles, weight_grad
         ctx.set_materialize_grads(False)
-        if collision is not None:
-            ctx.mark_non_differentiable(collision)
+        ctx.mark_non_differentiable(*(each for each in (collision, mean_logits) if each is not None))
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        return target_logits - lse, entropy, collision
+        return target_logits - lse, entropy, collision, mean_logits
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: torch.Tensor | None, entropy_grad: torch.Tensor | None, _: torch.Tensor | None
+        ctx: Any, grad: torch.Tensor | None, entropy_grad: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         tiles: Tiles = ctx.tiles
@@ -193,19 +207,22 @@ class _TokenStatistics(torch.autograd.Function):
                     tile_weight = tiles.operand(weight[columns])
                     tile_bias = None if bias is None else bias[columns]
                     logits = tiles.logits(row_hidden, tile_weight, tile_bias, buffer)
+                    slope = tiles.cap_slope(logits)
                     probs = logits.sub_(lse[rows].unsqueeze(1)).exp_()
                     if entropy_grad is None:
                         dlogits = probs.mul_(row_grad.neg().unsqueeze(1))
                     else:
                         weights = entropy_grad[rows].to(tiles.sum_dtype) * tiles.scale
                         dlogits = _entropy_dlogits(probs, row_grad, weights, entropy[rows])
-                    # d logp / d logits = scale * (onehot - softmax)
+                    # d logp / d linear = scale * slope of the cap * (onehot - softmax)
                     inside, index = tiles.locate(targets[rows], columns)
                     dlogits.scatter_add_(1, index.unsqueeze(1), torch.where(inside, row_grad, 0.0).unsqueeze(1))
+                    if slope is not None:
+                        dlogits.mul_(slope)
                     if grad_bias is not None:
                         grad_bias[columns] += dlogits.sum(0)
                     operand = tiles.operand(dlogits)
-                    del logits, probs, dlogits  # one tile, of which at most a narrow copy is left
+                    del logits, slope, probs, dlogits  # one tile, of which at most a narrow copy is left
                     if grad_hidden is not None:
                         tiles.add_product(grad_hidden[rows], operand, tile_weight, first=columns.start == 0)
                     if grad_weight is not None:

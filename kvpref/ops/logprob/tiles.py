@@ -32,22 +32,32 @@ def tiles_for(device_type: str) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadParams:
-    """How a model turns hidden states into logits beyond the linear layer.
+    """How a model turns hidden states into logits beyond the linear layer, and what is computed.
+
+    ``logits = cap(logit_scale * linear) / temperature`` with ``cap(x) = softcap * tanh(x / softcap)``.
 
     Attributes:
-        logit_scale: Factor on the logits.
+        logit_scale: Factor on the linear layer's output.
+        softcap: Bound that `cap` keeps logits within; None leaves them.
+        temperature: Divides the logits at the end.
         max_tile_bytes: Bound on one tile of logits, in bytes (a tile has at least one token and 256 columns); None
             takes what was fastest for the device.
         entropy: Whether the entropy is computed.
         collision: Whether the sum of squared probabilities is computed.
+        mean_logits: Whether the mean of the logits is computed.
     """
 
     logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
     max_tile_bytes: int | None = None
     entropy: bool = False
     collision: bool = False
+    mean_logits: bool = False
 
     def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive; got {self.softcap}")
         if self.max_tile_bytes is not None and self.max_tile_bytes < 1:
             raise ValueError(f"max_tile_bytes must be positive; got {self.max_tile_bytes}")
 
@@ -56,7 +66,9 @@ class Tiles:
     """The tile grid and its arithmetic, shared by forward and backward."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, params: HeadParams, gemm_dtype: torch.dtype) -> None:
-        self.num_tokens, self.vocab_size, self.scale = hidden.shape[0], weight.shape[0], params.logit_scale
+        self.num_tokens, self.vocab_size = hidden.shape[0], weight.shape[0]
+        # d logits / d linear, where nothing is capped.
+        self.scale = params.logit_scale / params.temperature
         self.params = params
         self.sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         device = _tiled_for.get() or hidden.device.type
@@ -112,7 +124,17 @@ class Tiles:
         logits = self.product(hidden, weight.T, out=tile)
         if bias is not None:
             logits += bias
+        if self.params.softcap is not None:
+            cap = self.params.softcap
+            return logits.mul_(self.params.logit_scale / cap).tanh_().mul_(cap / self.params.temperature)
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def cap_slope(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The derivative of the softcap at a tile of (capped) logits, ``1 - tanh^2``; None without a cap."""
+        if self.params.softcap is None:
+            return None
+        tanh_per_logit = self.params.temperature / self.params.softcap
+        return logits.square().mul_(-(tanh_per_logit**2)).add_(1.0)
 
     def buffer(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Memory for one tile of logits; None where products come in memory of their own."""

@@ -61,6 +61,25 @@ def test_fp64_against_the_definition(vocab_size: int, scale: float, bias: bool) 
     assert_same(make_case(7, vocab_size, bias=bias), params)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 1e6])
+@pytest.mark.parametrize("vocab_size", [1, TILE - 1, 2 * TILE + 3])
+def test_softcap_against_the_definition(vocab_size: int, softcap: float, bias: bool) -> None:
+    params = HeadParams(logit_scale=0.7, softcap=softcap, temperature=1.3, max_tile_bytes=1)
+    assert_same(make_case(7, vocab_size, bias=bias), params)
+
+
+# Sums of 259 products in fp32, in two orders, with tanh between; 3e-7 measured.
+def test_fp32_softcap_against_fp64() -> None:
+    params = HeadParams(softcap=3.0, temperature=0.8, max_tile_bytes=1)
+    case = make_case(7, TILE + 3)
+    narrow = Case(*(None if each is None else each.detach().float().requires_grad_() for each in case[:2]), *case[2:])
+    narrow = narrow._replace(bias=case.bias.detach().float().requires_grad_())
+    for found, truth in zip(run(token_logprobs, narrow, params), run(naive_token_logprobs, case, params), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - truth).norm() <= 1e-6 * truth.norm()
+
+
 @pytest.mark.parametrize("max_tile_bytes", [1, 7 * 300 * 8, None])
 def test_tile_size_does_not_change_results(max_tile_bytes: int | None) -> None:
     assert_same(make_case(7, 4 * TILE), HeadParams(max_tile_bytes=max_tile_bytes))
