@@ -15,7 +15,7 @@ from kvpref import collate
 from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
 from kvpref.plan.flops import ModelShape, count_work
 from kvpref.plan.passes import ModePlan, PassPlan
-from kvpref.profiling.comparison import Case, Comparison, compare
+from kvpref.profiling.compare.comparison import Case, Comparison, compare
 
 TITLE = "attention alone, one layer, forward + backward"
 CASES = {"cascade": "two_pass", "unshared": "packed"}

@@ -104,7 +104,7 @@ def _defaults(kind: type[PreTrainedConfig], changes: Mapping[str, Any]) -> dict[
         own = {name: value for name, value in changes.items() if name != "class"}
         defaults = kind(**own).to_dict()
     # Names that a family gives to the usual attributes.
-    return {**defaults, **{name: None for name in kind.attribute_map.values()}}
+    return {**defaults, **dict.fromkeys(kind.attribute_map.values())}
 
 
 def _is_random(name: str, value: Any) -> bool:

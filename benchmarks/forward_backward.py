@@ -10,7 +10,7 @@ from options import SweepOptions
 from workloads import gpu_grid, grid
 
 from kvpref import Batch, LossOutput, ResponseLogps
-from kvpref.profiling.comparison import Comparison
+from kvpref.profiling.compare.comparison import Comparison
 
 TITLE = "forward + backward of a model"
 

@@ -14,7 +14,7 @@ import torch
 from options import SweepOptions
 
 from kvpref.ops.logprob.statistics import naive_token_logprobs, token_logprobs
-from kvpref.profiling.comparison import Case, Comparison, compare
+from kvpref.profiling.compare.comparison import Case, Comparison, compare
 
 TITLE = "LM head and log-softmax, forward + backward"
 

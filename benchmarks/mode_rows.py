@@ -12,8 +12,8 @@ from workloads import Workload
 
 from kvpref.errors import RunError
 from kvpref.losses import LossFunction, PreferenceLoss
-from kvpref.profiling.comparison import Comparison
-from kvpref.profiling.modes import compare_modes
+from kvpref.profiling.compare.comparison import Comparison
+from kvpref.profiling.compare.modes import compare_modes
 from kvpref.profiling.steps import BASELINE_MODE
 
 

@@ -15,7 +15,7 @@ from options import SweepOptions
 from workloads import Builders, Shape, Workload, make_groups, one_micro_batch
 
 from kvpref import Group, Sequence
-from kvpref.profiling.modes import Cut
+from kvpref.profiling.compare.modes import Cut
 
 TOKENIZER = "gpt_neox_20b"
 BAR = 0.88

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from options import MissingDataError, SweepOptions
 
 from kvpref.errors import RunError
-from kvpref.profiling.comparison import Comparison
+from kvpref.profiling.compare.comparison import Comparison
 
 
 def measure_here(module: str, row: str, options: SweepOptions) -> Comparison:

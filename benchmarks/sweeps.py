@@ -27,10 +27,10 @@ from places import results_folder
 from row_process import measure_apart, measure_here
 
 from kvpref.errors import RunError
-from kvpref.profiling.comparison import Comparison
-from kvpref.profiling.plot import draw
+from kvpref.profiling.compare.comparison import Comparison
+from kvpref.profiling.compare.plot import draw
+from kvpref.profiling.compare.report import Report, comparison_table
 from kvpref.profiling.provenance import Provenance
-from kvpref.profiling.report import Report, comparison_table
 from kvpref.profiling.timing import CLOCKS
 
 SWEEPS: dict[str, ModuleType] = {

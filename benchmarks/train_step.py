@@ -17,7 +17,7 @@ from workloads import Workload, gpu_grid, length_statistics
 
 from kvpref import Batch, Group, LossOutput, ResponseLogps
 from kvpref.losses import DPO, LossFunction, PreferenceLoss
-from kvpref.profiling.comparison import Comparison
+from kvpref.profiling.compare.comparison import Comparison
 
 TITLE = "training step: forward, backward, AdamW"
 

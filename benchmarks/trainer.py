@@ -18,8 +18,8 @@ from options import SweepOptions
 from workloads import Shape, make_groups
 
 from kvpref import forward_backward
-from kvpref.profiling.comparison import CaseResult, Comparison
-from kvpref.profiling.spread import Spread
+from kvpref.profiling.compare.comparison import CaseResult, Comparison
+from kvpref.profiling.compare.spread import Spread
 from kvpref.profiling.timing import CLOCKS
 
 TITLE = "training step: what PreferenceTrainer adds to the bare step"

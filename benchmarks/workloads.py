@@ -13,7 +13,7 @@ from llama_models import DRY_RUN, LAYERS_OF_8B, SMOLLM_LIKE, LlamaSizes
 from options import SweepOptions
 
 from kvpref import Group, Sequence
-from kvpref.profiling.modes import Cut
+from kvpref.profiling.compare.modes import Cut
 
 MODES = ("two_pass", "one_pass", "packed")
 GPU_MODES = ("two_pass", "packed")

@@ -17,7 +17,7 @@ import kvpref
 from gpu_run.rows import Figure, Finding, Rows, judged, measured, skipped
 from gpu_run.working_backends import NEWER_GENERATIONS, refusal
 from kvpref.ops.attention import select_backend
-from kvpref.profiling.comparison import Comparison
+from kvpref.profiling.compare.comparison import Comparison
 from kvpref.profiling.memory.peak import peak_bytes
 
 PUBLISHED = {"4096/2048/28": 1.62, "16384/2048/28": 3.74, "32768/2048/28": 6.00}

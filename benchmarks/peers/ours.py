@@ -17,8 +17,8 @@ from kvpref.models.shape import model_shape
 from kvpref.plan.flops import count_work
 from kvpref.records.groups import Group
 from kvpref.records.outputs import ResponseLogps
+from kvpref.training.loading.batcher import make_batcher
 from kvpref.training.loading.loader import make_loader
-from kvpref.training.loading.planner import make_planner
 from peers.interface import FirstBatch, Runner, StepWork, flat_gradient
 from peers.loop import TrainingLoop
 from peers.task import Task
@@ -48,11 +48,11 @@ class FixedOrderTrainer(kvpref.PreferenceTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         assert self.train_dataset is not None
-        planner = make_planner(
+        batcher = make_batcher(
             self.train_dataset, self.args, groups_per_device=self.args.per_device_train_batch_size, shuffle=False
         )
         return make_loader(
-            self.train_dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads), loss=self.loss
+            self.train_dataset, batcher, self.args, reads=reads_of(self.model, self.loss.reads), loss=self.loss
         )
 
 

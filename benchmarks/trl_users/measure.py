@@ -10,7 +10,7 @@ import torch
 from peers.task import Task
 
 from kvpref.errors import RunError
-from kvpref.profiling.spread import Spread
+from kvpref.profiling.compare.spread import Spread
 from kvpref.profiling.timing import TimingOptions, time_rounds
 from trl_users.interface import Workload
 from trl_users.ways import BASELINE, WAYS, Training

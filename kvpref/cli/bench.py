@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kvpref.losses import PreferenceLoss
-    from kvpref.profiling.comparison import CaseResult
-    from kvpref.profiling.modes import Cut, ModeComparison
-    from kvpref.profiling.report import Column, Report
+    from kvpref.profiling.compare.comparison import CaseResult
+    from kvpref.profiling.compare.modes import Cut, ModeComparison
+    from kvpref.profiling.compare.report import Column, Report
 
 DEFAULT_MODES = "two_pass,one_pass,packed,padded"
 
@@ -114,7 +114,7 @@ def _measure(
 ) -> ModeComparison:
     import torch
 
-    from kvpref.profiling.modes import compare_modes
+    from kvpref.profiling.compare.modes import compare_modes
     from kvpref.profiling.timing import TimingOptions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,9 +134,9 @@ def _measure(
 
 
 def _make_report(comparison: ModeComparison, *, title: str, settings: dict[str, Any], model: nn.Module) -> Report:
-    from kvpref.profiling.comparison import Comparison
+    from kvpref.profiling.compare.comparison import Comparison
+    from kvpref.profiling.compare.report import Report
     from kvpref.profiling.provenance import Provenance
-    from kvpref.profiling.report import Report
     from kvpref.profiling.steps import BASELINE_MODE
 
     outcomes = {mode: outcome._asdict() for mode, outcome in comparison.outcomes.items()}
@@ -152,8 +152,8 @@ def _make_report(comparison: ModeComparison, *, title: str, settings: dict[str, 
 def _show(report: Report, output: Path | None) -> None:
     from rich.console import Console
 
-    from kvpref.profiling.plot import draw
-    from kvpref.profiling.report import comparison_table
+    from kvpref.profiling.compare.plot import draw
+    from kvpref.profiling.compare.report import comparison_table
 
     console = Console()
     console.print(comparison_table(report, extra=_columns()))
@@ -167,7 +167,7 @@ def _show(report: Report, output: Path | None) -> None:
 
 
 def _columns() -> list[Column]:
-    from kvpref.profiling.report import Column
+    from kvpref.profiling.compare.report import Column
 
     def rate(fact: str) -> Any:
         return lambda result: f"{result.facts[fact] / result.time_ms.median * 1000:.0f}"

@@ -117,24 +117,24 @@ def _inspect_batches(
     precision: tuple[str, bool | None],
 ) -> dict[str, Any]:
     """Print and return what micro-batches there are, and with a model how long they take."""
-    from kvpref.data import CostModel, StepPlanner, summarize_batches
+    from kvpref.data import CostModel, StepBatcher, summarize_batches
     from kvpref.data.batching.budgets import default_budget
     from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
 
-    lengths = dataset.planned_lengths(DEFAULT_MIN_SHARED_TOKENS)
+    lengths = dataset.batching_lengths(DEFAULT_MIN_SHARED_TOKENS)
     if options.max_tokens_per_micro_batch is None:
         options = replace(options, max_tokens_per_micro_batch=default_budget(lengths, options.mode))
     clusters = dataset.clusters(options.groups_per_step, DEFAULT_MIN_SHARED_TOKENS)
     # Before a model is loaded: planning refuses a budget that is too small.
-    planner = StepPlanner(lengths, options, dataset.group_ids, clusters=clusters)
+    batcher = StepBatcher(lengths, options, dataset.group_ids, clusters=clusters)
     if model is None:
-        batches = summarize_batches(planner)
+        batches = summarize_batches(batcher)
         _print_batches(console, batches)
         return {"batches": asdict(batches)}
     shape, calibration = _measure(model, precision, options)
     # Steps are planned as training plans them, by FLOPs; seconds only say what they take on this device.
-    planner = StepPlanner(lengths, options, dataset.group_ids, CostModel.from_shape(shape), clusters)
-    batches = summarize_batches(planner, calibration.cost_model)
+    batcher = StepBatcher(lengths, options, dataset.group_ids, CostModel.from_shape(shape), clusters)
+    batches = summarize_batches(batcher, calibration.cost_model)
     prediction = {
         "device": calibration.device,
         "seconds_per_step": batches.costliest_rank_per_step,

@@ -119,20 +119,20 @@ def _score(
     from rich.progress import track
 
     import kvpref
-    from kvpref.data import StepOptions, StepPlanner
+    from kvpref.data import StepBatcher, StepOptions
     from kvpref.data.batching.budgets import default_budget
     from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)
-    lengths = groups.planned_lengths(DEFAULT_MIN_SHARED_TOKENS)
+    lengths = groups.batching_lengths(DEFAULT_MIN_SHARED_TOKENS)
     options = StepOptions(
         groups_per_step=len(groups),
         max_tokens_per_micro_batch=default_budget(lengths, mode) if max_tokens is None else max_tokens,
         mode=mode,  # type: ignore[arg-type]
         shuffle=False,
     )
-    micro_batches = StepPlanner(lengths, options, groups.group_ids).steps()[0][0]
+    micro_batches = StepBatcher(lengths, options, groups.group_ids).steps()[0][0]
     for micro_batch in track(micro_batches, description="scoring", console=Console(stderr=True)):
         batch = kvpref.collate([groups[index] for index in micro_batch.group_indices], device=device)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from kvpref.cli.given_settings import Settings
 from kvpref.cli.predicted_run import PredictedRun
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.sizes import size_in_words
-from kvpref.data import PreferenceDataset, StepPlanner, summarize_batches, summarize_dataset
+from kvpref.data import PreferenceDataset, StepBatcher, summarize_batches, summarize_dataset
 from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS
 from kvpref.losses import PreferenceLoss, registered_name
 from kvpref.ops.attention import select_backend
@@ -19,7 +19,7 @@ from kvpref.ops.attention.backends import choose_automatically
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 from kvpref.training.checks import sample_query
 from kvpref.training.defaults import AUTO, trains_an_adapter
-from kvpref.training.loading.planner import make_cost_model, make_planner
+from kvpref.training.loading.batcher import make_batcher, make_cost_model
 
 _STATES_PER_WEIGHT = {"adamw": 2, "adam": 2, "sgd": 0}
 """Numbers that an optimizer keeps for a weight, by how its name begins."""
@@ -52,10 +52,10 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
     args, dataset, loss = trainer.args, trainer.train_dataset, trainer.loss
     assert dataset is not None
     cost_model = make_cost_model(trainer.model)
-    planner = make_planner(
+    batcher = make_batcher(
         dataset, args, groups_per_device=args.per_device_train_batch_size, shuffle=True, cost_model=cost_model
     )
-    costs = _step_costs(planner, args.gradient_accumulation_steps)
+    costs = _step_costs(batcher, args.gradient_accumulation_steps)
     num_steps = args.max_steps if args.max_steps > 0 else ceil(len(costs) * args.num_train_epochs)
     predicted = PredictedRun(trainer, run, _per_run(costs, num_steps))
     memory = memory or predicted.peak()
@@ -67,7 +67,7 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
         "learning rate": _learning_rate(trainer, given, num_steps),
         "data": _data(dataset),
         "steps": _steps(args, num_steps, len(costs)),
-        **_batches(planner, given, args),
+        **_batches(batcher, given, args),
         "memory": ", ".join(filter(None, [_resident(trainer.model, args), memory])),
         "work": predicted.work(),
     }
@@ -147,9 +147,9 @@ def _steps(args: PreferenceTrainingArguments, num_steps: int, steps_per_epoch: i
     return f"{num_steps} of {groups} groups{devices}; epochs: {num_steps / max(1, steps_per_epoch):.3g}"
 
 
-def _batches(planner: StepPlanner, given: Settings, args: PreferenceTrainingArguments) -> dict[str, str]:
-    found = summarize_batches(planner)
-    budget = planner.options.max_tokens_per_micro_batch
+def _batches(batcher: StepBatcher, given: Settings, args: PreferenceTrainingArguments) -> dict[str, str]:
+    found = summarize_batches(batcher)
+    budget = batcher.options.max_tokens_per_micro_batch
     if "max_tokens_per_micro_batch" in given:
         why = given["max_tokens_per_micro_batch"].where
     elif budget is None:
@@ -160,7 +160,7 @@ def _batches(planner: StepPlanner, given: Settings, args: PreferenceTrainingArgu
         why = "what fits"
     bound = "without a bound" if budget is None else f"of at most {budget} tokens"
     run = found.tokens_per_micro_batch.mean * found.num_micro_batches
-    repeated = sum(lengths.total_tokens for lengths in planner.lengths)
+    repeated = sum(lengths.total_tokens for lengths in batcher.lengths)
     return {
         "micro-batches": f"{found.micro_batches_per_step:.3g} per step, {bound} ({why})",
         "saving": f"at least {repeated / run:.2f}x fewer tokens run in mode {found.mode} than with prompts repeated",
@@ -180,9 +180,9 @@ def _resident(model: nn.Module, args: PreferenceTrainingArguments) -> str:
     return f"{size_in_words(weights + trained * (1 + states))} of weights, gradients and optimizer state"
 
 
-def _step_costs(planner: StepPlanner, accumulation: int) -> list[float]:
+def _step_costs(batcher: StepBatcher, accumulation: int) -> list[float]:
     """Cost of each optimizer step of the first epoch, on the rank with the most."""
-    planned = [max(sum(map(planner.micro_batch_cost, rank)) for rank in step) for step in planner.steps(0)]
+    planned = [max(sum(map(batcher.micro_batch_cost, rank)) for rank in step) for step in batcher.steps(0)]
     return [sum(planned[start : start + accumulation]) for start in range(0, len(planned), accumulation)]
 
 

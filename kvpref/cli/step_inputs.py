@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import kvpref
 from kvpref.cli.loading import load_matching_tokenizer, load_model
-from kvpref.data import DataOptions, PreferenceDataset, StepOptions, StepPlanner, load_preferences
+from kvpref.data import DataOptions, PreferenceDataset, StepBatcher, StepOptions, load_preferences
 from kvpref.data.batching.budgets import default_budget
 from kvpref.losses import PreferenceLoss
 from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
@@ -75,7 +75,7 @@ def cut_micro_batches(dataset: PreferenceDataset, mode: str, max_tokens: int | N
     Raises:
         InputError: If a group alone exceeds the budget.
     """
-    lengths = dataset.planned_lengths(DEFAULT_MIN_SHARED_TOKENS)
+    lengths = dataset.batching_lengths(DEFAULT_MIN_SHARED_TOKENS)
     options = StepOptions(
         groups_per_step=len(dataset),
         max_tokens_per_micro_batch=default_budget(lengths, mode) if max_tokens is None else max_tokens,
@@ -83,5 +83,5 @@ def cut_micro_batches(dataset: PreferenceDataset, mode: str, max_tokens: int | N
         shuffle=False,
     )
     clusters = dataset.clusters(len(dataset), DEFAULT_MIN_SHARED_TOKENS)
-    (step,) = StepPlanner(lengths, options, dataset.group_ids, clusters=clusters).steps()
+    (step,) = StepBatcher(lengths, options, dataset.group_ids, clusters=clusters).steps()
     return [[dataset[index] for index in micro_batch.group_indices] for micro_batch in step[0]]

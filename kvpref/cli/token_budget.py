@@ -105,7 +105,7 @@ def fitting_budget(
         largest = largest_fitting(peak_of, usable, resident_bytes=resident, first=limit, limit=limit).number
     except InputError as error:
         return FittingBudget(max_tokens=None, note=f"peak not predicted: {error}")
-    lengths = groups.planned_lengths(args.min_shared_tokens, args.max_prefix_depth)
+    lengths = groups.batching_lengths(args.min_shared_tokens, args.max_prefix_depth)
     least = max(COUNTS[args.mode](counts)[0] for counts in lengths)
     if not largest:
         return FittingBudget(

@@ -5,9 +5,9 @@ Importing this package imports neither torch nor transformers nor datasets.
 
 from kvpref.data.batching.costs import CostModel, Mode, work_of
 from kvpref.data.batching.lengths import GroupLengths, measure_group
-from kvpref.data.batching.planning import MicroBatch, StepOptions, StepPlan, StepPlanner
-from kvpref.data.batching.sampling import PlannedStep, StepSampler
+from kvpref.data.batching.sampling import RankStep, StepSampler
 from kvpref.data.batching.sharing import Clusters, find_clusters
+from kvpref.data.batching.steps import BatchedStep, MicroBatch, StepBatcher, StepOptions
 from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset, load_preferences
 from kvpref.data.reading.tokenization import load_tokenizer
 from kvpref.data.report import BadRow, DataReport
@@ -22,6 +22,7 @@ from kvpref.data.statistics import (
 __all__ = [
     "BadRow",
     "BatchStatistics",
+    "BatchedStep",
     "Clusters",
     "CostModel",
     "DataOptions",
@@ -32,11 +33,10 @@ __all__ = [
     "MicroBatch",
     "Mode",
     "OnBadRow",
-    "PlannedStep",
     "PreferenceDataset",
+    "RankStep",
+    "StepBatcher",
     "StepOptions",
-    "StepPlan",
-    "StepPlanner",
     "StepSampler",
     "find_clusters",
     "load_preferences",

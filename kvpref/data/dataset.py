@@ -109,7 +109,7 @@ class PreferenceDataset:
         """Every token id that occurs in a group."""
         return self._groups.token_ids()
 
-    def planned_lengths(self, min_shared_tokens: int, max_depth: int | None = None) -> list[GroupLengths]:
+    def batching_lengths(self, min_shared_tokens: int, max_depth: int | None = None) -> list[GroupLengths]:
         """`lengths` as prefix trees under these limits come to: what is too short to be shared is repeated.
 
         Args:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from kvpref.data.batching.costs import CostModel, Mode
 from kvpref.data.batching.cutting import GroupCosts
-from kvpref.data.batching.planning import MicroBatch, StepPlanner
+from kvpref.data.batching.steps import MicroBatch, StepBatcher
 from kvpref.data.dataset import PreferenceDataset
 from kvpref.records.groups import Group
 
@@ -98,7 +98,7 @@ class BatchStatistics:
     """Mean, over all ranks, fillers left out."""
 
     num_sharing_groups: int
-    """Groups that begin like others and are planned into one step with them; 0 where the planner knows of none."""
+    """Groups that begin like others and are planned into one step with them; 0 where the batcher knows of none."""
 
     largest_cluster: int
     """The most groups that begin alike; 1 where all are alone."""
@@ -163,38 +163,38 @@ def _response_starts(group: Group) -> list[int]:
     return [sequence.scored.index(True) if True in sequence.scored else len(sequence) for sequence in group.sequences]
 
 
-def summarize_batches(planner: StepPlanner, cost_model: CostModel | None = None) -> BatchStatistics:
+def summarize_batches(batcher: StepBatcher, cost_model: CostModel | None = None) -> BatchStatistics:
     """Measure the micro-batches of the first epoch.
 
     Args:
-        planner: Plans the steps.
-        cost_model: What the planned micro-batches cost, where that is known better than by the planner's own model.
+        batcher: Of the steps.
+        cost_model: What the batched micro-batches cost, where that is known better than by the batcher's own model.
     """
-    steps = planner.steps(0)
+    steps = batcher.steps(0)
     planned = [micro_batch for step in steps for rank in step for micro_batch in rank]
     real = [micro_batch for micro_batch in planned if not micro_batch.is_filler]
-    tokens = [planner.micro_batch_tokens(micro_batch) for micro_batch in real]
-    budget = planner.options.max_tokens_per_micro_batch
+    tokens = [batcher.micro_batch_tokens(micro_batch) for micro_batch in real]
+    budget = batcher.options.max_tokens_per_micro_batch
     padding = 0
-    if planner.options.mode == "padded":
-        padding = sum(tokens) - sum(planner.micro_batch_lengths(micro_batch).total_tokens for micro_batch in real)
-    model = cost_model or planner.costs.cost_model
-    priced = GroupCosts(planner.lengths, planner.options.mode, model, clusters=planner.clusters)
+    if batcher.options.mode == "padded":
+        padding = sum(tokens) - sum(batcher.micro_batch_lengths(micro_batch).total_tokens for micro_batch in real)
+    model = cost_model or batcher.costs.cost_model
+    priced = GroupCosts(batcher.lengths, batcher.options.mode, model, clusters=batcher.clusters)
     costs = [[[priced.run_cost(item.group_indices) for item in rank] for rank in step] for step in steps]
     by_rank = [list(map(sum, step)) for step in costs]
     return BatchStatistics(
-        mode=planner.options.mode,
-        world_size=planner.options.world_size,
-        num_steps=planner.num_steps,
+        mode=batcher.options.mode,
+        world_size=batcher.options.world_size,
+        num_steps=batcher.num_steps,
         num_micro_batches=len(real),
         num_fillers=len(planned) - len(real),
-        micro_batches_per_step=len(real) / planner.num_steps,
-        num_sharing_groups=0 if planner.clusters is None else planner.clusters.num_sharing_groups,
-        largest_cluster=1 if planner.clusters is None else planner.clusters.largest,
+        micro_batches_per_step=len(real) / batcher.num_steps,
+        num_sharing_groups=0 if batcher.clusters is None else batcher.clusters.num_sharing_groups,
+        largest_cluster=1 if batcher.clusters is None else batcher.clusters.largest,
         tokens_per_micro_batch=summarize(tokens),
         budget_fill=None if budget is None else sum(tokens) / len(tokens) / budget,
         padding_share=padding / sum(tokens),
-        token_saving=_total_tokens(planner, real) / sum(tokens),
+        token_saving=_total_tokens(batcher, real) / sum(tokens),
         cost_unit=model.unit,
         imbalance=fmean(max(ranks) * len(ranks) / sum(ranks) - 1 for ranks in by_rank),
         costliest_rank_per_step=fmean(map(max, by_rank)),
@@ -202,8 +202,8 @@ def summarize_batches(planner: StepPlanner, cost_model: CostModel | None = None)
     )
 
 
-def _total_tokens(planner: StepPlanner, micro_batches: Sequence[MicroBatch]) -> int:
-    return sum(planner.lengths[index].total_tokens for item in micro_batches for index in item.group_indices)
+def _total_tokens(batcher: StepBatcher, micro_batches: Sequence[MicroBatch]) -> int:
+    return sum(batcher.lengths[index].total_tokens for item in micro_batches for index in item.group_indices)
 
 
 def summarize(values: Sequence[int]) -> LengthSummary:

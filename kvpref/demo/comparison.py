@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.data import PreferenceDataset, StepOptions, StepPlanner
+from kvpref.data import PreferenceDataset, StepBatcher, StepOptions
 from kvpref.engine.passes import response_logps
 from kvpref.engine.schedules import forward_backward
 from kvpref.losses import DPO
@@ -71,9 +71,9 @@ def prepare_batches(
     The trainer puts prompts of about equal length together, so ``padded`` is not charged for padding that it can avoid.
     """
     model.eval()
-    planner = StepPlanner(groups.lengths, StepOptions(groups_per_step=groups_per_step), groups.group_ids)
+    batcher = StepBatcher(groups.lengths, StepOptions(groups_per_step=groups_per_step), groups.group_ids)
     batches = []
-    for step in planner.steps()[:num_steps]:
+    for step in batcher.steps()[:num_steps]:
         indices = step[0][0].group_indices
         batch = collate([groups[index] for index in indices], modes=MODES)
         batches.append(ComparedBatch(batch, response_logps(model, batch)))

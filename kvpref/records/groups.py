@@ -1,6 +1,6 @@
 """The two records that every part of kvpref passes around: a `Sequence` of tokens and a `Group` of sequences.
 
-Pure Python integers: no tensors, so data workers, planners and tests can use them without torch.
+Pure Python integers: no tensors, so data workers, batchers and tests can use them without torch.
 """
 
 from __future__ import annotations

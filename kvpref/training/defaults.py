@@ -59,5 +59,5 @@ def token_budget(args: PreferenceTrainingArguments, groups: PreferenceDataset | 
     budget = args.max_tokens_per_micro_batch
     if not isinstance(budget, str):
         return budget
-    lengths = groups.planned_lengths(args.min_shared_tokens, args.max_prefix_depth) if groups is not None else ()
+    lengths = groups.batching_lengths(args.min_shared_tokens, args.max_prefix_depth) if groups is not None else ()
     return default_budget(lengths, args.mode)

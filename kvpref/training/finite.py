@@ -12,13 +12,13 @@ from kvpref.training.step_runner import StepResult
 
 
 class LossCheck:
-    """Keeps the losses of planned steps, unread, until the weights are about to change."""
+    """Keeps the losses of batched steps, unread, until the weights are about to change."""
 
     def __init__(self) -> None:
         self._unread: list[tuple[StepResult, StepInputs]] = []
 
     def add(self, result: StepResult, inputs: StepInputs) -> None:
-        """Keep a planned step's losses."""
+        """Keep a batched step's losses."""
         self._unread.append((result, inputs))
 
     def find_not_finite(self) -> tuple[float, str] | None:

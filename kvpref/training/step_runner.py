@@ -1,4 +1,4 @@
-"""Runs the micro-batches of one planned step: weights them, keeps count, and answers when memory runs out."""
+"""Runs the micro-batches of one batched step: weights them, keeps count, and answers when memory runs out."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StepResult:
 
 
 class StepRunner:
-    """Forward and backward of planned steps.
+    """Forward and backward of batched steps.
 
     Args:
         accelerator: Scales losses, and keeps distributed wrappers from synchronising too early.

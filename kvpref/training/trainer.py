@@ -33,9 +33,9 @@ from kvpref.training.datasets import PreferenceData, prepare_data
 from kvpref.training.defaults import token_budget, with_defaults
 from kvpref.training.finite import LossCheck, weights_are_finite
 from kvpref.training.kinds import check_types
+from kvpref.training.loading.batcher import make_batcher, make_cost_model
 from kvpref.training.loading.inputs import MicroBatchInputs, StepInputs
 from kvpref.training.loading.loader import make_loader
-from kvpref.training.loading.planner import make_cost_model, make_planner
 from kvpref.training.memory import MemoryMeter
 from kvpref.training.meters import MetricMeter, TokenMeter
 from kvpref.training.preflight import check_saving
@@ -133,10 +133,10 @@ class PreferenceTrainer(SavingTrainer):
         return loader
 
     def _make_loader(self, dataset: PreferenceDataset, groups_per_device: int, *, shuffle: bool) -> DataLoader[Any]:
-        planner = make_planner(
+        batcher = make_batcher(
             dataset, self.args, groups_per_device=groups_per_device, shuffle=shuffle, cost_model=self._cost_model
         )
-        return make_loader(dataset, planner, self.args, reads=reads_of(self.model, self.loss.reads), loss=self.loss)
+        return make_loader(dataset, batcher, self.args, reads=reads_of(self.model, self.loss.reads), loss=self.loss)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepInputs], num_batches: int, device: torch.device

@@ -134,7 +134,7 @@ BAD_SWEEP = """
 import os
 from functools import partial
 
-from kvpref.profiling.comparison import Comparison
+from kvpref.profiling.compare.comparison import Comparison
 
 TITLE = "bad rows"
 

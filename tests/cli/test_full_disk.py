@@ -19,7 +19,7 @@ from command_line_in_process import fail, run
 from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerState
 
-from kvpref.profiling.report import Report
+from kvpref.profiling.compare.report import Report
 from kvpref.training.references import choice, stored
 from kvpref.training.saving import is_complete
 

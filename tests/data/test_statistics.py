@@ -12,7 +12,7 @@ from group_lengths import make_lengths
 from typer.testing import CliRunner
 
 from kvpref.cli import data as data_command
-from kvpref.data import CostModel, PreferenceDataset, StepOptions, StepPlanner, summarize_batches, summarize_dataset
+from kvpref.data import CostModel, PreferenceDataset, StepBatcher, StepOptions, summarize_batches, summarize_dataset
 from kvpref.data.statistics import DATA_SAVING, TOKEN_SAVING, LengthSummary, summarize
 from kvpref.errors import InputError
 from kvpref.records.groups import Group, Sequence
@@ -66,7 +66,7 @@ def test_batch_figures():
     options = StepOptions(
         groups_per_step=2, mode="padded", max_tokens_per_micro_batch=80, shuffle=False, window_steps=9
     )
-    batches = summarize_batches(StepPlanner(dataset.lengths, options))
+    batches = summarize_batches(StepBatcher(dataset.lengths, options))
     # Costs 2 x 14, 3 x 24 and 1 x 2; the first two are too much together.
     assert (batches.num_steps, batches.num_micro_batches, batches.num_fillers) == (2, 3, 0)
     assert batches.micro_batches_per_step == 1.5
@@ -78,7 +78,7 @@ def test_batch_figures():
 
 def test_batch_figures_without_budget_or_padding_and_with_fillers():
     dataset = PreferenceDataset([make_group(10, 2, 4)])
-    batches = summarize_batches(StepPlanner(dataset.lengths, StepOptions(groups_per_step=2, world_size=3)))
+    batches = summarize_batches(StepBatcher(dataset.lengths, StepOptions(groups_per_step=2, world_size=3)))
     assert (batches.num_micro_batches, batches.num_fillers) == (1, 2)
     assert batches.budget_fill is None
     assert batches.padding_share == 0
@@ -86,14 +86,14 @@ def test_batch_figures_without_budget_or_padding_and_with_fillers():
 
 def test_imbalance_and_step_costs_by_hand():
     options = StepOptions(groups_per_step=3, world_size=2, shuffle=False)
-    planner = StepPlanner([make_lengths([length]) for length in (1, 2, 4)], options)
+    batcher = StepBatcher([make_lengths([length]) for length in (1, 2, 4)], options)
     # The step's best cut is 4 against 2 and 1.
-    batches = summarize_batches(planner)
+    batches = summarize_batches(batcher)
     assert (batches.world_size, batches.cost_unit) == (2, "tokens")
     assert batches.imbalance == pytest.approx(4 / 3.5 - 1)
     assert batches.costliest_rank_per_step == batches.costliest_micro_batches_per_step == 4
     # The same plan at other prices: 4 * 5 / 2 pairs against 3 + 1.
-    priced = summarize_batches(planner, CostModel(per_token=0.0, per_pair=2.0, per_micro_batch=1.0, unit="seconds"))
+    priced = summarize_batches(batcher, CostModel(per_token=0.0, per_pair=2.0, per_micro_batch=1.0, unit="seconds"))
     assert priced.cost_unit == "seconds"
     assert priced.imbalance == pytest.approx(21 / 15 - 1)
     assert priced.costliest_rank_per_step == 21
@@ -101,7 +101,7 @@ def test_imbalance_and_step_costs_by_hand():
 
 def test_rounds_cost_more_where_ranks_wait_in_each():
     options = StepOptions(groups_per_step=4, world_size=2, shuffle=False, max_tokens_per_micro_batch=9)
-    batches = summarize_batches(StepPlanner([make_lengths([length]) for length in (9, 6, 5, 4)], options))
+    batches = summarize_batches(StepBatcher([make_lengths([length]) for length in (9, 6, 5, 4)], options))
     # 9 + 4 against 6 + 5; round by round 9 and 5.
     assert batches.costliest_rank_per_step == 13
     assert batches.costliest_micro_batches_per_step == 14

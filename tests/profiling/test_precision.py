@@ -7,7 +7,7 @@ from tiny_models import tiny_model
 
 import kvpref
 from kvpref.losses import SFT
-from kvpref.profiling.modes import compare_modes
+from kvpref.profiling.compare.modes import compare_modes
 from kvpref.profiling.precision import compute_dtype, use_autocast
 from kvpref.profiling.timing import TimingOptions
 

@@ -1,4 +1,4 @@
-"""Losses of several planned steps are read at once, and the first that is not finite is named."""
+"""Losses of several batched steps are read at once, and the first that is not finite is named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvpref.training.loading.inputs import MicroBatchInputs, StepInputs
 from kvpref.training.step_runner import StepResult
 
 
-def planned_step(
+def rank_step(
     groups: list[kvpref.Group], losses: list[float], sums: list[list[float]]
 ) -> tuple[StepResult, StepInputs]:
     """A micro-batch per group."""
@@ -32,19 +32,19 @@ def planned_step(
 
 def test_the_first_of_all_kept_is_named_and_then_forgotten() -> None:
     nan, groups, check = float("nan"), make_groups(4), LossCheck()
-    check.add(*planned_step(groups[:1], [1.0], [[0.0, nan]]))  # a finite loss is fine
-    check.add(*planned_step(groups[1:3], [0.5, nan], [[0.0, 0.0], [0.0, nan]]))
-    check.add(*planned_step(groups[3:], [float("inf")], [[0.0, 0.0]]))
+    check.add(*rank_step(groups[:1], [1.0], [[0.0, nan]]))  # a finite loss is fine
+    check.add(*rank_step(groups[1:3], [0.5, nan], [[0.0, 0.0], [0.0, nan]]))
+    check.add(*rank_step(groups[3:], [float("inf")], [[0.0, 0.0]]))
     found = check.find_not_finite()
     assert found is not None
     assert found[0] != found[0]
     assert found[1] == "the log-probs of made:3 are not finite"
-    check.add(*planned_step(groups[3:], [float("inf")], [[0.0, 0.0]]))
+    check.add(*rank_step(groups[3:], [float("inf")], [[0.0, 0.0]]))
     assert check.find_not_finite() == (
         float("inf"),
         "all log-probs are finite in this micro-batch, which starts with made:4",
     )
-    check.add(*planned_step(groups[:1], [1.0], [[0.0, 0.0]]))
+    check.add(*rank_step(groups[:1], [1.0], [[0.0, 0.0]]))
     assert check.find_not_finite() is None
 
 

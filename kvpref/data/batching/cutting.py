@@ -111,7 +111,7 @@ def cut_by_cost(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Ru
 def waiting_cost(runs: Runs, costs: GroupCosts, world_size: int) -> float:
     """What a step costs where ranks wait for one another at every micro-batch: of each round the costliest.
 
-    Runs of about equal cost make up a round; see `StepPlanner`.
+    Runs of about equal cost make up a round; see `StepBatcher`.
     """
     return sum(sorted(map(costs.run_cost, runs), reverse=True)[::world_size])
 

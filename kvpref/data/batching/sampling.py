@@ -1,17 +1,17 @@
-"""The planned steps as a batch sampler for `torch.utils.data.DataLoader`."""
+"""The batched steps as a batch sampler for `torch.utils.data.DataLoader`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvpref.data.batching.planning import MicroBatch, StepPlanner
+from kvpref.data.batching.steps import MicroBatch, StepBatcher
 from kvpref.errors import InputError
 
 STEPS_AHEAD = 2
 """How many steps beyond the current one a sampler names, for whoever prepares them ahead of use."""
 
 
-class PlannedStep(tuple[MicroBatch, ...]):
+class RankStep(tuple[MicroBatch, ...]):
     """One rank's micro-batches of an optimizer step, which know what comes next.
 
     Attributes:
@@ -26,17 +26,17 @@ class StepSampler:
     """Yields this rank's micro-batches of each optimizer step; pass it as a DataLoader's ``batch_sampler``.
 
     Args:
-        planner: Plans the steps.
-        rank: This process's rank, below the planner's world size.
+        batcher: Of the steps.
+        rank: This process's rank, below the batcher's world size.
 
     Raises:
         InputError: If the rank is out of range.
     """
 
-    def __init__(self, planner: StepPlanner, rank: int = 0) -> None:
-        if not 0 <= rank < planner.options.world_size:
-            raise InputError(f"rank must be from 0 to world_size - 1 = {planner.options.world_size - 1}; got {rank}")
-        self.planner = planner
+    def __init__(self, batcher: StepBatcher, rank: int = 0) -> None:
+        if not 0 <= rank < batcher.options.world_size:
+            raise InputError(f"rank must be from 0 to world_size - 1 = {batcher.options.world_size - 1}; got {rank}")
+        self.batcher = batcher
         self.rank = rank
         self.epoch = 0
 
@@ -45,11 +45,11 @@ class StepSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.planner.num_steps
+        return self.batcher.num_steps
 
-    def __iter__(self) -> Iterator[PlannedStep]:
-        own = [step[self.rank] for step in self.planner.steps(self.epoch)]
+    def __iter__(self) -> Iterator[RankStep]:
+        own = [step[self.rank] for step in self.batcher.steps(self.epoch)]
         for index, micro_batches in enumerate(own):
-            step = PlannedStep(micro_batches)
+            step = RankStep(micro_batches)
             step.following = tuple(own[index + 1 : index + 1 + STEPS_AHEAD])
             yield step

@@ -1,1 +1,1 @@
-"""From groups to what one rank runs in one planned step."""
+"""From groups to what one rank runs in one batched step."""

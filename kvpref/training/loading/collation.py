@@ -1,4 +1,4 @@
-"""From planned micro-batches to collated inputs; runs in data workers, or in a thread ahead of use."""
+"""From batched micro-batches to collated inputs; runs in data workers, or in a thread ahead of use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 
 from torch.utils.data import Dataset
 
-from kvpref.data import MicroBatch, PlannedStep, PreferenceDataset
+from kvpref.data import MicroBatch, PreferenceDataset, RankStep
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
 from kvpref.plan.batch import collate
@@ -65,7 +65,7 @@ class StepDataset(Dataset[MicroBatchInputs]):
                 self.loss.prepare_batch(batch)
         return MicroBatchInputs(batch=batch, group_indices=micro_batch.group_indices, is_filler=micro_batch.is_filler)
 
-    def __getitems__(self, step: PlannedStep) -> StepInputs:
+    def __getitems__(self, step: RankStep) -> StepInputs:
         """The micro-batches of a whole step; DataLoader calls this with what the batch sampler yields."""
         if self._prefetcher is None:
             return self._collate_step(step)

@@ -1,4 +1,4 @@
-"""What one rank runs in one planned step."""
+"""What one rank runs in one batched step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MicroBatchInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepInputs:
-    """What one rank runs in one planned step.
+    """What one rank runs in one batched step.
 
     Attributes:
         micro_batches: In the order in which they run.

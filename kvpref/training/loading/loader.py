@@ -1,4 +1,4 @@
-"""The loader of planned steps."""
+"""The loader of batched steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from kvpref.data import PreferenceDataset, StepPlanner, StepSampler
+from kvpref.data import PreferenceDataset, StepBatcher, StepSampler
 from kvpref.losses import PreferenceLoss
 from kvpref.plan.passes import Reads
 from kvpref.training.arguments import PreferenceTrainingArguments
@@ -18,7 +18,7 @@ from kvpref.training.loading.inputs import StepInputs
 
 def make_loader(
     groups: PreferenceDataset,
-    planner: StepPlanner,
+    batcher: StepBatcher,
     args: PreferenceTrainingArguments,
     *,
     reads: Reads | None = None,
@@ -28,7 +28,7 @@ def make_loader(
 
     Args:
         groups: What is trained on.
-        planner: Of its steps.
+        batcher: Of its steps.
         args: Mode, sharing and workers.
         reads: As in `StepDataset`; for a loss's, see `kvpref.engine.passes.reads_of`.
         loss: As in `StepDataset`; left out of data workers that it cannot reach, and then makes its tensors itself.
@@ -37,7 +37,7 @@ def make_loader(
         loss = None
     return DataLoader(
         StepDataset(groups, args, ahead=collates_ahead(args), reads=reads, loss=loss),
-        batch_sampler=StepSampler(planner, rank=args.process_index),  # type: ignore[arg-type]
+        batch_sampler=StepSampler(batcher, rank=args.process_index),  # type: ignore[arg-type]
         collate_fn=_keep,  # type: ignore[arg-type]
         # In a data worker there is no device; without workers the thread that collates pins.
         pin_memory=args.dataloader_num_workers > 0 and pins_memory(args),

@@ -20,9 +20,9 @@ from kvpref.plan.batch import Batch
 from kvpref.records.host_copies import to_device
 from kvpref.records.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
+from kvpref.training.loading.batcher import make_batcher
 from kvpref.training.loading.inputs import MicroBatchInputs
 from kvpref.training.loading.loader import make_loader
-from kvpref.training.loading.planner import make_planner
 from kvpref.training.references.models import ModelReference
 
 
@@ -120,9 +120,9 @@ def _compute(
     args: PreferenceTrainingArguments,
     lengths: list[list[int]],
 ) -> torch.Tensor:
-    planner = make_planner(groups, args, groups_per_device=args.per_device_train_batch_size, shuffle=False)
+    batcher = make_batcher(groups, args, groups_per_device=args.per_device_train_batch_size, shuffle=False)
     found: dict[int, torch.Tensor] = {}
-    for step in _with_progress(make_loader(groups, planner, args), args):
+    for step in _with_progress(make_loader(groups, batcher, args), args):
         for inputs in step:
             token_logps = reference.for_batch(inputs, inputs.batch.to(args.device)).token_logps.cpu()
             parts = token_logps.split([sum(lengths[index]) for index in inputs.group_indices])

@@ -89,9 +89,9 @@ def test_weights_are_checked(weights):
 def test_planning_imports_no_torch():
     code = (
         "import sys\n"
-        "from kvpref.data import CostModel, GroupLengths, StepOptions, StepPlanner\n"
-        "planner = StepPlanner([GroupLengths(3, 4, 2, 2, 5, 6, 2, 2)], StepOptions(groups_per_step=1))\n"
-        "planner.micro_batch_cost(planner.steps()[0][0][0])\n"
+        "from kvpref.data import CostModel, GroupLengths, StepOptions, StepBatcher\n"
+        "batcher = StepBatcher([GroupLengths(3, 4, 2, 2, 5, 6, 2, 2)], StepOptions(groups_per_step=1))\n"
+        "batcher.micro_batch_cost(batcher.steps()[0][0][0])\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

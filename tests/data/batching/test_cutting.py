@@ -9,7 +9,7 @@ from group_lengths import group_lengths, random_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpref.data import CostModel, StepOptions, StepPlanner
+from kvpref.data import CostModel, StepBatcher, StepOptions
 from kvpref.data.batching.cutting import GroupCosts, Runs, cut_by_cost, cut_by_length, halve_to_multiple
 
 FLOPS = CostModel(per_token=100.0, per_pair=1.0, per_scored=300.0, per_micro_batch=2000.0)
@@ -108,7 +108,7 @@ def test_the_costliest_run_is_halved_until_the_number_fits(world_size, expected)
         assert max(map(costs.run_cost, pieces)) == min(max(map(costs.run_cost, way)) for way in ways)
 
 
-class SortedGreedily(StepPlanner):
+class SortedGreedily(StepBatcher):
     """The rule before costs were known: length-sorted groups, cut where the budget is full, then halved."""
 
     def cut(self, groups: list[int]) -> Runs:
@@ -127,15 +127,15 @@ class SortedGreedily(StepPlanner):
 def test_ranks_wait_less_than_with_greedy_cuts(mode, world_size, seed):
     options = StepOptions(groups_per_step=32, world_size=world_size, max_tokens_per_micro_batch=1500, mode=mode)
     lengths = random_pairs(320, seed)
-    now, before = (kind(lengths, options, cost_model=FLOPS) for kind in (StepPlanner, SortedGreedily))
+    now, before = (kind(lengths, options, cost_model=FLOPS) for kind in (StepBatcher, SortedGreedily))
     assert imbalance(now) < imbalance(before)
     assert num_micro_batches(now) <= num_micro_batches(before)
 
 
-def imbalance(planner: StepPlanner) -> float:
-    loads = [[sum(map(planner.micro_batch_cost, rank)) for rank in step] for step in planner.steps(0)]
+def imbalance(batcher: StepBatcher) -> float:
+    loads = [[sum(map(batcher.micro_batch_cost, rank)) for rank in step] for step in batcher.steps(0)]
     return sum(max(step) * len(step) / sum(step) - 1 for step in loads) / len(loads)
 
 
-def num_micro_batches(planner: StepPlanner) -> int:
-    return sum(len(rank) for step in planner.steps(0) for rank in step)
+def num_micro_batches(batcher: StepBatcher) -> int:
+    return sum(len(rank) for step in batcher.steps(0) for rank in step)

@@ -15,9 +15,9 @@ from preference_runs import make_args, make_groups, make_model
 import kvpref
 from kvpref.data import PreferenceDataset, StepSampler
 from kvpref.training.loading import loader as loading
+from kvpref.training.loading.batcher import make_batcher, make_cost_model
 from kvpref.training.loading.collation import StepDataset
 from kvpref.training.loading.loader import make_loader
-from kvpref.training.loading.planner import make_cost_model, make_planner
 from kvpref.training.loading.prefetch import Prefetcher
 
 NAME = "kvpref-prefetch"
@@ -87,11 +87,11 @@ def loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The same steps, collated ahead and not."""
     args = make_args(str(tmp_path))
     groups = PreferenceDataset(make_groups(20))
-    planner = make_planner(groups, args, groups_per_device=3, shuffle=True)
+    batcher = make_batcher(groups, args, groups_per_device=3, shuffle=True)
     made = {}
     for ahead in (False, True):
         monkeypatch.setattr(loading, "collates_ahead", lambda _, ahead=ahead: ahead)
-        made[ahead] = make_loader(groups, planner, args)
+        made[ahead] = make_loader(groups, batcher, args)
     yield made
     made.clear()  # pytest holds on to what a test was given
 
@@ -167,11 +167,11 @@ def test_no_thread_beside_data_workers(tmp_path: Path):
     assert not loading.collates_ahead(with_workers)
 
 
-def test_planner_balances_by_the_models_flops(tmp_path: Path):
+def test_batcher_balances_by_the_models_flops(tmp_path: Path):
     cost_model = make_cost_model(make_model())
     assert cost_model.unit == "FLOPs"
     assert min(cost_model.per_token, cost_model.per_pair, cost_model.per_scored) > 0
     groups = PreferenceDataset(make_groups(4))
     args = make_args(str(tmp_path))
-    planner = make_planner(groups, args, groups_per_device=4, shuffle=False, cost_model=cost_model)
-    assert planner.costs.cost_model == cost_model
+    batcher = make_batcher(groups, args, groups_per_device=4, shuffle=False, cost_model=cost_model)
+    assert batcher.costs.cost_model == cost_model

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kvpref.errors import InputError
+from kvpref.profiling.compare.spread import Spread
 from kvpref.profiling.memory.peak import peak_bytes
-from kvpref.profiling.spread import Spread
 from kvpref.profiling.timing import TimingOptions, time_rounds
 
 Fact = int | float | str

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvpref.atomic_files import write_text
-from kvpref.profiling.comparison import CaseResult, Comparison
+from kvpref.profiling.compare.comparison import CaseResult, Comparison
+from kvpref.profiling.compare.spread import Spread
 from kvpref.profiling.provenance import Provenance
-from kvpref.profiling.spread import Spread
 
 if TYPE_CHECKING:
     from rich.table import Table

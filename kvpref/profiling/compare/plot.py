@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvpref.atomic_files import replacing
-from kvpref.profiling.report import Report
+from kvpref.profiling.compare.report import Report
 
 _MEASURED, _IDEAL = "#7cc4a8", "#222222"
 

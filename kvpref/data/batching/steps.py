@@ -1,7 +1,7 @@
 """Which groups make up each optimizer step, and how a step is cut into micro-batches for the ranks.
 
 Pure Python numbers. Everything follows from the lengths, the clusters, the options, the cost model and the epoch, so
-every rank plans alike without communication, and a run resumes by skipping the steps that it has done.
+every rank finds the same without communication, and a run resumes by skipping the steps that it has done.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class MicroBatch(NamedTuple):
     """True for a repeated group that only keeps the ranks in step: run it with weight 0."""
 
 
-StepPlan = tuple[tuple[MicroBatch, ...], ...]
+BatchedStep = tuple[tuple[MicroBatch, ...], ...]
 """One optimizer step: per rank its micro-batches, the most costly first, the same number on every rank."""
 
 
-class StepPlanner:
+class StepBatcher:
     """Plans the steps of any epoch.
 
     The token budget bounds memory and so decides how many micro-batches a step has; the cost model decides which groups
@@ -126,9 +126,9 @@ class StepPlanner:
         """Optimizer steps per epoch, the same in every epoch."""
         return -(-len(self.lengths) // self.options.groups_per_step)
 
-    def steps(self, epoch: int = 0) -> list[StepPlan]:
+    def steps(self, epoch: int = 0) -> list[BatchedStep]:
         """The steps of one epoch in order; every group is in exactly one, fillers aside."""
-        return [self._plan_step(groups) for groups in self._group_steps(epoch)]
+        return [self._batch_step(groups) for groups in self._group_steps(epoch)]
 
     def micro_batch_tokens(self, micro_batch: MicroBatch) -> int:
         """Tokens that the model processes for a micro-batch, padding included where the mode pads."""
@@ -190,7 +190,7 @@ class StepPlanner:
     def _length(self, group: int) -> int:
         return self.lengths[group].max_sequence_tokens
 
-    def _plan_step(self, groups: list[int]) -> StepPlan:
+    def _batch_step(self, groups: list[int]) -> BatchedStep:
         world_size = self.options.world_size
         costed = sorted(((self.costs.run_cost(run), run) for run in self.cut(groups)), reverse=True)
         micro_batches = [(cost, MicroBatch(tuple(sorted(run, key=self._length)))) for cost, run in costed]

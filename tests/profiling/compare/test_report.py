@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 
 import kvpref
-from kvpref.profiling.comparison import CaseResult, Comparison
-from kvpref.profiling.plot import draw
+from kvpref.profiling.compare.comparison import CaseResult, Comparison
+from kvpref.profiling.compare.plot import draw
+from kvpref.profiling.compare.report import Column, Report, comparison_table, format_ms
+from kvpref.profiling.compare.spread import Spread
 from kvpref.profiling.provenance import Provenance
-from kvpref.profiling.report import Column, Report, comparison_table, format_ms
-from kvpref.profiling.spread import Spread
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpref.profiling import comparison
-from kvpref.profiling.comparison import Case, Comparison, compare
+from kvpref.profiling.compare import comparison
+from kvpref.profiling.compare.comparison import Case, Comparison, compare
 
 CPU = torch.device("cpu")
 

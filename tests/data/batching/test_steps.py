@@ -9,7 +9,7 @@ from group_lengths import group_lengths, make_lengths, random_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpref.data import CostModel, GroupLengths, MicroBatch, StepOptions, StepPlanner, StepSampler
+from kvpref.data import CostModel, GroupLengths, MicroBatch, StepBatcher, StepOptions, StepSampler
 from kvpref.data.batching.costs import COUNTS
 from kvpref.errors import InputError
 
@@ -17,11 +17,11 @@ WEIGHTS = ("per_pair", "per_scored", "per_micro_batch")
 
 
 @st.composite
-def planners(draw: st.DrawFn) -> StepPlanner:
+def batchers(draw: st.DrawFn) -> StepBatcher:
     lengths = draw(st.lists(group_lengths, min_size=1, max_size=40))
     mode = draw(st.sampled_from(sorted(COUNTS)))
     largest = max(COUNTS[mode](group)[0] for group in lengths)
-    return StepPlanner(
+    return StepBatcher(
         lengths,
         StepOptions(
             groups_per_step=draw(st.integers(1, 12)),
@@ -40,24 +40,24 @@ def real_groups(step) -> list[int]:
     return [group for rank in step for batch in rank if not batch.is_filler for group in batch.group_indices]
 
 
-def num_groups(planner: StepPlanner) -> int:
-    return len(planner.lengths)
+def num_groups(batcher: StepBatcher) -> int:
+    return len(batcher.lengths)
 
 
-@given(planners(), st.integers(0, 3))
-def test_every_group_is_in_exactly_one_step(planner, epoch):
-    steps = planner.steps(epoch)
-    assert Counter(group for step in steps for group in real_groups(step)) == Counter(range(num_groups(planner)))
-    assert len(steps) == planner.num_steps
+@given(batchers(), st.integers(0, 3))
+def test_every_group_is_in_exactly_one_step(batcher, epoch):
+    steps = batcher.steps(epoch)
+    assert Counter(group for step in steps for group in real_groups(step)) == Counter(range(num_groups(batcher)))
+    assert len(steps) == batcher.num_steps
     sizes = [len(real_groups(step)) for step in steps]
-    assert all(size == planner.options.groups_per_step for size in sizes[:-1])
-    assert 1 <= sizes[-1] <= planner.options.groups_per_step
+    assert all(size == batcher.options.groups_per_step for size in sizes[:-1])
+    assert 1 <= sizes[-1] <= batcher.options.groups_per_step
 
 
-@given(planners(), st.integers(0, 3))
-def test_ranks_have_equal_numbers_and_at_most_one_filler_each(planner, epoch):
-    for step in planner.steps(epoch):
-        assert len(step) == planner.options.world_size
+@given(batchers(), st.integers(0, 3))
+def test_ranks_have_equal_numbers_and_at_most_one_filler_each(batcher, epoch):
+    for step in batcher.steps(epoch):
+        assert len(step) == batcher.options.world_size
         assert len({len(rank) for rank in step}) == 1
         assert step[0]
         groups = real_groups(step)
@@ -72,13 +72,13 @@ def test_ranks_have_equal_numbers_and_at_most_one_filler_each(planner, epoch):
             assert all(len(batch.group_indices) == 1 for rank in step for batch in rank)
 
 
-@given(planners(), st.integers(0, 3))
-def test_budgets_are_respected(planner, epoch):
-    budget = planner.options.max_tokens_per_micro_batch
-    counts = COUNTS[planner.options.mode]
-    for step in planner.steps(epoch):
+@given(batchers(), st.integers(0, 3))
+def test_budgets_are_respected(batcher, epoch):
+    budget = batcher.options.max_tokens_per_micro_batch
+    counts = COUNTS[batcher.options.mode]
+    for step in batcher.steps(epoch):
         for batch in (batch for rank in step for batch in rank):
-            lengths = [planner.lengths[group] for group in batch.group_indices]
+            lengths = [batcher.lengths[group] for group in batch.group_indices]
             together = GroupLengths(
                 *(
                     (max if name == "max_sequence_tokens" else sum)(getattr(group, name) for group in lengths)
@@ -86,30 +86,30 @@ def test_budgets_are_respected(planner, epoch):
                 )
             )
             tokens = counts(together)[0]
-            assert planner.micro_batch_lengths(batch) == together
-            assert planner.micro_batch_tokens(batch) == tokens
-            assert planner.micro_batch_cost(batch) == planner.costs.cost_model.cost(counts(together))
+            assert batcher.micro_batch_lengths(batch) == together
+            assert batcher.micro_batch_tokens(batch) == tokens
+            assert batcher.micro_batch_cost(batch) == batcher.costs.cost_model.cost(counts(together))
             assert budget is None or tokens <= budget
 
 
-@given(planners(), st.integers(0, 3))
-def test_plans_repeat_and_resuming_is_skipping(planner, epoch):
-    again = StepPlanner(list(planner.lengths), planner.options, cost_model=planner.costs.cost_model)
-    for done in range(planner.num_steps + 1):
-        assert again.steps(epoch)[done:] == planner.steps(epoch)[done:]
-    for rank in range(planner.options.world_size):
+@given(batchers(), st.integers(0, 3))
+def test_plans_repeat_and_resuming_is_skipping(batcher, epoch):
+    again = StepBatcher(list(batcher.lengths), batcher.options, cost_model=batcher.costs.cost_model)
+    for done in range(batcher.num_steps + 1):
+        assert again.steps(epoch)[done:] == batcher.steps(epoch)[done:]
+    for rank in range(batcher.options.world_size):
         sampler = StepSampler(again, rank)
         sampler.set_epoch(epoch)
-        assert list(sampler) == [step[rank] for step in planner.steps(epoch)]
-        assert len(sampler) == planner.num_steps
+        assert list(sampler) == [step[rank] for step in batcher.steps(epoch)]
+        assert len(sampler) == batcher.num_steps
 
 
-@given(planners())
-def test_the_steps_groups_do_not_depend_on_world_size_budget_or_mode(planner):
+@given(batchers())
+def test_the_steps_groups_do_not_depend_on_world_size_budget_or_mode(batcher):
     # Nor on the cost model. Otherwise a mode could not be checked by its losses being those of another.
-    options = planner.options
-    alone = StepPlanner(
-        planner.lengths,
+    options = batcher.options
+    alone = StepBatcher(
+        batcher.lengths,
         StepOptions(
             groups_per_step=options.groups_per_step,
             seed=options.seed,
@@ -118,30 +118,30 @@ def test_the_steps_groups_do_not_depend_on_world_size_budget_or_mode(planner):
         ),
     )
     assert [sorted(real_groups(step)) for step in alone.steps(1)] == [
-        sorted(real_groups(step)) for step in planner.steps(1)
+        sorted(real_groups(step)) for step in batcher.steps(1)
     ]
 
 
 def test_order_changes_with_seed_and_epoch_and_is_fixed_across_machines():
     lengths = random_pairs(40)
-    planner = StepPlanner(lengths, StepOptions(groups_per_step=4, window_steps=2))
-    assert planner.steps(0) != planner.steps(1)
-    assert planner.steps(0) != StepPlanner(lengths, StepOptions(groups_per_step=4, window_steps=2, seed=1)).steps(0)
+    batcher = StepBatcher(lengths, StepOptions(groups_per_step=4, window_steps=2))
+    assert batcher.steps(0) != batcher.steps(1)
+    assert batcher.steps(0) != StepBatcher(lengths, StepOptions(groups_per_step=4, window_steps=2, seed=1)).steps(0)
     # Constants: a run that is resumed on another machine, or by a later version, must see the same order.
-    small = StepPlanner([make_lengths([n + 1]) for n in range(5)], StepOptions(groups_per_step=2, window_steps=1))
+    small = StepBatcher([make_lengths([n + 1]) for n in range(5)], StepOptions(groups_per_step=2, window_steps=1))
     assert [real_groups(step) for step in small.steps(0)] == [[0, 3], [1, 2], [4]]
 
 
 def test_without_shuffling_windows_keep_the_order_of_the_data():
     lengths = [make_lengths([length]) for length in (9, 3, 7, 1, 8, 2, 6)]
-    planner = StepPlanner(lengths, StepOptions(groups_per_step=2, window_steps=2, shuffle=False))
-    assert [real_groups(step) for step in planner.steps(5)] == [[3, 1], [2, 0], [5, 4], [6]]
+    batcher = StepBatcher(lengths, StepOptions(groups_per_step=2, window_steps=2, shuffle=False))
+    assert [real_groups(step) for step in batcher.steps(5)] == [[3, 1], [2, 0], [5, 4], [6]]
 
 
 def test_incomplete_step_is_last_and_not_made_of_the_longest_groups():
-    planner = StepPlanner(random_pairs(70), StepOptions(groups_per_step=32))
-    longest = set(sorted(range(70), key=lambda group: planner.lengths[group].unique_tokens)[-6:])
-    tails = [set(real_groups(planner.steps(epoch)[-1])) for epoch in range(10)]
+    batcher = StepBatcher(random_pairs(70), StepOptions(groups_per_step=32))
+    longest = set(sorted(range(70), key=lambda group: batcher.lengths[group].unique_tokens)[-6:])
+    tails = [set(real_groups(batcher.steps(epoch)[-1])) for epoch in range(10)]
     assert all(len(tail) == 6 for tail in tails)
     assert all(tail != longest for tail in tails)
     assert len(set.union(*tails)) > 20
@@ -152,8 +152,8 @@ def test_sorting_inside_windows_cuts_padding():
 
     def padded_tokens(window_steps: int) -> int:
         options = StepOptions(groups_per_step=8, mode="padded", window_steps=window_steps)
-        planner = StepPlanner(lengths, options)
-        return sum(planner.micro_batch_tokens(batch) for step in planner.steps(0) for batch in step[0])
+        batcher = StepBatcher(lengths, options)
+        return sum(batcher.micro_batch_tokens(batch) for step in batcher.steps(0) for batch in step[0])
 
     # Unsorted steps pad to the longest of 8; steps of like lengths should need less than 4/5 of that.
     assert padded_tokens(16) < 0.8 * padded_tokens(1)
@@ -161,18 +161,18 @@ def test_sorting_inside_windows_cuts_padding():
 
 def test_the_fewest_micro_batches_that_the_budget_allows_the_costliest_first():
     lengths = [make_lengths([length]) for length in (1, 2, 3, 4, 5, 6)]
-    planner = StepPlanner(
+    batcher = StepBatcher(
         lengths, StepOptions(groups_per_step=6, max_tokens_per_micro_batch=6, mode="packed", shuffle=False)
     )
-    (step,) = planner.steps()
+    (step,) = batcher.steps()
     assert len(step[0]) == 4  # 21 tokens take at least 4 times 6
-    costs = [planner.micro_batch_cost(batch) for batch in step[0]]
+    costs = [batcher.micro_batch_cost(batch) for batch in step[0]]
     assert costs == sorted(costs, reverse=True)
 
 
 def test_costliest_micro_batch_is_split_evenly_between_ranks():
     lengths = [make_lengths([length]) for length in (1, 1, 1, 1, 4)]
-    (step,) = StepPlanner(lengths, StepOptions(groups_per_step=5, world_size=2, shuffle=False)).steps()
+    (step,) = StepBatcher(lengths, StepOptions(groups_per_step=5, world_size=2, shuffle=False)).steps()
     assert step == ((MicroBatch((0, 1, 2, 3)),), (MicroBatch((4,)),)) or step == (
         (MicroBatch((4,)),),
         (MicroBatch((0, 1, 2, 3)),),
@@ -182,7 +182,7 @@ def test_costliest_micro_batch_is_split_evenly_between_ranks():
 def test_the_rank_that_did_least_gets_the_costliest_of_a_round():
     lengths = [make_lengths([length]) for length in (3, 4, 5, 6)]
     options = StepOptions(groups_per_step=4, world_size=2, max_tokens_per_micro_batch=6, shuffle=False)
-    (step,) = StepPlanner(lengths, options).steps()
+    (step,) = StepBatcher(lengths, options).steps()
     assert step == ((MicroBatch((3,)), MicroBatch((0,))), (MicroBatch((2,)), MicroBatch((1,))))
 
 
@@ -190,15 +190,15 @@ def test_the_rank_that_did_least_gets_the_costliest_of_a_round():
 def test_ranks_are_balanced_by_cost_and_not_by_tokens(mode):
     options = StepOptions(groups_per_step=64, world_size=4, max_tokens_per_micro_batch=1200, mode=mode)
     # Attention alone costs: groups of equal tokens differ by their lengths.
-    planner = StepPlanner(random_pairs(256), options, cost_model=CostModel(per_token=0.0, per_pair=1.0))
-    for step in planner.steps(0):
-        loads = [sum(planner.micro_batch_cost(batch) for batch in rank) for rank in step]
+    batcher = StepBatcher(random_pairs(256), options, cost_model=CostModel(per_token=0.0, per_pair=1.0))
+    for step in batcher.steps(0):
+        loads = [sum(batcher.micro_batch_cost(batch) for batch in rank) for rank in step]
         assert max(loads) <= 1.06 * sum(loads) / len(loads)
 
 
 def test_fewer_groups_than_ranks_are_filled_with_the_cheapest():
     lengths = [make_lengths([9]), make_lengths([2])]
-    (step,) = StepPlanner(lengths, StepOptions(groups_per_step=8, world_size=4)).steps()
+    (step,) = StepBatcher(lengths, StepOptions(groups_per_step=8, world_size=4)).steps()
     flat = [batch for rank in step for batch in rank]
     assert sorted(flat) == [MicroBatch((0,)), MicroBatch((1,)), MicroBatch((1,), True), MicroBatch((1,), True)]
 
@@ -206,10 +206,10 @@ def test_fewer_groups_than_ranks_are_filled_with_the_cheapest():
 @pytest.mark.parametrize(("mode", "cost"), [("two_pass", 16), ("one_pass", 16), ("packed", 26), ("padded", 28)])
 def test_group_beyond_the_budget_names_group_budget_and_options(mode, cost):
     lengths = [make_lengths([1]), make_lengths([2, 4], prompt=10)]
-    StepPlanner(lengths, StepOptions(groups_per_step=1, mode=mode, max_tokens_per_micro_batch=cost))
+    StepBatcher(lengths, StepOptions(groups_per_step=1, mode=mode, max_tokens_per_micro_batch=cost))
     options = StepOptions(groups_per_step=1, mode=mode, max_tokens_per_micro_batch=cost - 1)
     with pytest.raises(InputError) as caught:
-        StepPlanner(lengths, options, group_ids=["rows.jsonl:1", "rows.jsonl:2"])
+        StepBatcher(lengths, options, group_ids=["rows.jsonl:1", "rows.jsonl:2"])
     message = str(caught.value)
     assert message.startswith("rows.jsonl:2: ")
     assert f"{cost} tokens" in message
@@ -217,12 +217,12 @@ def test_group_beyond_the_budget_names_group_budget_and_options(mode, cost):
     assert "raise max_tokens_per_micro_batch" in message
     assert "lower max_prompt_tokens" in message
     with pytest.raises(InputError, match=r"^group 1: "):
-        StepPlanner(lengths, options)
+        StepBatcher(lengths, options)
 
 
 def test_no_groups():
     with pytest.raises(InputError, match="no groups"):
-        StepPlanner([], StepOptions(groups_per_step=1))
+        StepBatcher([], StepOptions(groups_per_step=1))
 
 
 @pytest.mark.parametrize(
@@ -242,13 +242,13 @@ def test_options_are_checked(options):
 
 def test_sampler_checks_its_rank_and_feeds_a_data_loader():
     data = pytest.importorskip("torch.utils.data")
-    planner = StepPlanner(
+    batcher = StepBatcher(
         random_pairs(10), StepOptions(groups_per_step=4, world_size=2, max_tokens_per_micro_batch=400)
     )
     for rank in (-1, 2):
         with pytest.raises(InputError, match="rank must be from 0 to world_size - 1 = 1"):
-            StepSampler(planner, rank)
-    sampler = StepSampler(planner, 1)
+            StepSampler(batcher, rank)
+    sampler = StepSampler(batcher, 1)
     sampler.set_epoch(2)
 
     class Identity(data.Dataset):
@@ -256,5 +256,5 @@ def test_sampler_checks_its_rank_and_feeds_a_data_loader():
             return micro_batch
 
     loader = data.DataLoader(Identity(), batch_sampler=sampler, collate_fn=tuple)
-    assert list(loader) == [step[1] for step in planner.steps(2)]
+    assert list(loader) == [step[1] for step in batcher.steps(2)]
     assert len(loader) == 3

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
-from kvpref.data import CostModel, PreferenceDataset, StepOptions, StepPlanner
+from kvpref.data import CostModel, PreferenceDataset, StepBatcher, StepOptions
 from kvpref.models.shape import model_shape
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.defaults import token_budget
 
 
-def make_planner(
+def make_batcher(
     groups: PreferenceDataset,
     args: PreferenceTrainingArguments,
     *,
     groups_per_device: int,
     shuffle: bool,
     cost_model: CostModel | None = None,
-) -> StepPlanner:
+) -> StepBatcher:
     """Plan steps of ``groups_per_device * world_size`` groups, those that begin alike together.
 
     Args:
@@ -27,7 +27,7 @@ def make_planner(
         shuffle: Whether the order is random.
         cost_model: What ranks are balanced by, the same on every rank; see `make_cost_model`. Tokens if None.
     """
-    lengths = groups.planned_lengths(args.min_shared_tokens, args.max_prefix_depth)
+    lengths = groups.batching_lengths(args.min_shared_tokens, args.max_prefix_depth)
     options = StepOptions(
         groups_per_step=groups_per_device * args.world_size,
         max_tokens_per_micro_batch=token_budget(args, groups),
@@ -41,7 +41,7 @@ def make_planner(
     # Prompts that share a beginning take one depth more than responses that share a prompt.
     if args.max_prefix_depth is None or args.max_prefix_depth > 1:
         clusters = groups.clusters(options.groups_per_step, args.min_shared_tokens)
-    return StepPlanner(lengths, options, groups.group_ids, cost_model, clusters)
+    return StepBatcher(lengths, options, groups.group_ids, cost_model, clusters)
 
 
 def make_cost_model(model: nn.Module) -> CostModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvpref.profiling.spread import Spread
+from kvpref.profiling.compare.spread import Spread
 
 
 def test_quartiles_interpolate() -> None:

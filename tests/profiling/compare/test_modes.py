@@ -14,7 +14,7 @@ from kvpref import Group, LossOutput
 from kvpref.losses import DPO, SFT
 from kvpref.plan.flops import Work
 from kvpref.profiling import steps
-from kvpref.profiling.modes import Cut, compare_modes, find_differences, step_case
+from kvpref.profiling.compare.modes import Cut, compare_modes, find_differences, step_case
 from kvpref.profiling.steps import StepOutcome, TrainStep, make_micro_batches
 from kvpref.profiling.timing import TimingOptions
 

@@ -11,7 +11,7 @@ from torch import nn
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, PreferenceLoss
 from kvpref.models.shape import model_shape
-from kvpref.profiling.comparison import Case, CaseResult, compare
+from kvpref.profiling.compare.comparison import Case, CaseResult, compare
 from kvpref.profiling.precision import compute_dtype
 from kvpref.profiling.steps import BASELINE_MODE, StepOutcome, TrainStep, make_micro_batches
 from kvpref.profiling.timing import TimingOptions

@@ -25,7 +25,7 @@ def test_what_is_too_short_to_be_shared_counts_in_every_sequence(
     num_prompt: int, num_responses: int, max_depth: int | None
 ) -> None:
     one = group(num_prompt, num_responses)
-    (planned,) = PreferenceDataset([one]).planned_lengths(MIN_SHARED, max_depth)
+    (planned,) = PreferenceDataset([one]).batching_lengths(MIN_SHARED, max_depth)
     batch = kvpref.collate([one], min_shared_tokens=MIN_SHARED, max_depth=max_depth)
     assert planned.unique_tokens == batch.num_unique_tokens
     shares = num_prompt >= MIN_SHARED and max_depth != 0 and num_responses > 1
