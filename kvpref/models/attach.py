@@ -25,7 +25,8 @@ Program = Callable[[PreTrainedModel], R]
 def attach(model: M) -> M:
     """Select kvpref's attention on a model, after checking that the model is supported.
 
-    The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention. Attach before wrapping
+    The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention, or the family's eager one
+    where `sdpa` has not what it needs. Attach before wrapping
     in DDP or sharding with FSDP; PEFT models may be attached before or after `get_peft_model`. Calling it again does
     nothing.
 
@@ -45,7 +46,7 @@ def attach(model: M) -> M:
     verify_head(inner)
     interface.register()
     _own_config(inner)
-    inner.set_attn_implementation(interface.ATTENTION_NAME)
+    inner.set_attn_implementation(interface.attention_name(inner))
     _accept_programs(inner)
     return model
 
@@ -56,7 +57,7 @@ def is_attached(model: PreTrainedModel) -> bool:
     forward: Any = model.__dict__.get("forward")
     while forward is not None and not getattr(forward, "accepts_programs", False):
         forward = getattr(forward, "__wrapped__", None)
-    return forward is not None and model.config._attn_implementation == interface.ATTENTION_NAME
+    return forward is not None and interface.is_selected(model.config)
 
 
 def run_inside(model: nn.Module, program: Program[R]) -> R:

@@ -8,12 +8,15 @@ as the layers of that kind see it: the mask function reads their rule and return
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpref.errors import UnsupportedModelError
@@ -22,6 +25,10 @@ from kvpref.models.running_pass import LayersPass, current_pass
 from kvpref.ops.attention import AttentionParams
 
 ATTENTION_NAME = "kvpref"
+EAGER_NAME = "kvpref_eager"
+"""The same for models whose ordinary forwards `sdpa` cannot run: those with softcapped scores or sinks."""
+
+_Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 # Keyword arguments of attention calls that do not change what a causal layer computes. `sliding_window` is not the
 # truth about the window: the mask function is, and it has been read.
@@ -31,23 +38,36 @@ _HARMLESS_KWARGS = frozenset(
 
 
 def register() -> None:
-    """Make both functions known to transformers under `ATTENTION_NAME`; idempotent."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, mask_function)
+    """Make the functions known to transformers, by both names; idempotent."""
+    for name, mask, attention in ((ATTENTION_NAME, sdpa_mask, _sdpa), (EAGER_NAME, eager_mask, _eager)):
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(attention_function, attention))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask_function, mask))
 
 
-def mask_function(*args: Any, **kwargs: Any) -> LayersPass | torch.Tensor | None:
-    """The running pass under the rule of the layers that ask; outside a pass, the mask that `sdpa` would get."""
+def attention_name(model: PreTrainedModel) -> str:
+    """The name under which a model's layers find kvpref's attention."""
+    return ATTENTION_NAME if model._supports_sdpa else EAGER_NAME
+
+
+def is_selected(config: Any) -> bool:
+    """Whether the layers that read a config run kvpref's attention."""
+    return config._attn_implementation in (ATTENTION_NAME, EAGER_NAME)
+
+
+def mask_function(
+    ordinary: Callable[..., torch.Tensor | None], *args: Any, **kwargs: Any
+) -> LayersPass | torch.Tensor | None:
+    """The running pass under the rule of the layers that ask; outside a pass, the `ordinary` mask."""
     running = current_pass()
     if running is None:
-        mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
-        return mask
+        return ordinary(*args, **kwargs)
     model_mask: MaskFunction = kwargs.get("mask_function", causal_mask_function)
     require_causal(model_mask, running.num_positions)
     return LayersPass(running, running.plan.levels)
 
 
 def attention_function(
+    ordinary: _Attention,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -56,15 +76,15 @@ def attention_function(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention for transformers models: cascade inside a pass, `sdpa` outside.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention for transformers models: cascade inside a pass, the `ordinary` one outside.
 
     Args:
         query: (B, H, T, D); key, value: (B, G, T, D). B is 1 inside a pass.
         attention_mask: What `mask_function` returned.
 
     Returns:
-        (B, T, H, D) and None in place of attention weights.
+        (B, T, H, D), and None in place of attention weights inside a pass.
 
     Raises:
         UnsupportedModelError: If the layer asks for something that would change the result: dropout, or a keyword
@@ -76,8 +96,7 @@ def attention_function(
                 f"{type(module).__name__} attends with a mask that was not made by transformers' mask functions, so "
                 "kvpref cannot read what it sees"
             )
-        sdpa: Callable[..., tuple[torch.Tensor, None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return ordinary(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout > 0:
         raise UnsupportedModelError(
             f"attention dropout {dropout} makes two forwards differ; set attention_dropout (attn_pdrop) to 0"
@@ -94,3 +113,20 @@ def attention_function(
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention_mask.attend(module, q, k, v, AttentionParams(scale=scale)).unsqueeze(0), None
+
+
+def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    attention: _Attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attention(module, *args, **kwargs)
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Each family's own, which stands beside the class of its attention."""
+    for kind in type(module).__mro__:  # wrappers such as FSDP2's make classes elsewhere
+        attention = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if attention is not None:
+            found: tuple[torch.Tensor, torch.Tensor | None] = attention(module, *args, **kwargs)
+            return found
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no eager attention beside it, and its model does not support sdpa"
+    )

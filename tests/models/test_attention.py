@@ -10,16 +10,32 @@ import oracle
 import pytest
 import torch
 from sample_groups import five_levels, pairs, tokens
-from tiny_models import tiny_model
+from tiny_models import build_model, tiny_config, tiny_model
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+from transformers import GptOssConfig, PreTrainedConfig
 
 import kvpref
 from kvpref import Group, Sequence, UnsupportedModelError
+from kvpref.models.attention import attention_name, is_selected, register
 
 # Only the order of additions differs; see test_exactness.
 FP64_TOLERANCE = 1e-10
+
+GPT_OSS = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "pad_token_id": 0,
+}
 
 
 def batch_of(groups: list[Group]) -> kvpref.Batch:
@@ -235,3 +251,17 @@ def test_unknown_modes_and_backends_are_refused_by_name() -> None:
         kvpref.response_logps(model, batch_of(pairs()), mode="three_pass")
     with pytest.raises(ValueError, match=r"'fastest'.*cpu_flash, cuda_flash, efficient, reference"):
         kvpref.response_logps(model, batch_of(pairs()), backend="fastest")
+
+
+@pytest.mark.parametrize("config", [tiny_config("gemma2"), GptOssConfig(**GPT_OSS)], ids=["gemma2", "gpt_oss"])
+def test_ordinary_forwards_keep_what_sdpa_cannot_compute(config: PreTrainedConfig) -> None:
+    """Softcapped scores and sinks: outside passes, and in mode `padded`, the family's own attention runs."""
+    model = build_model(config).eval()
+    ids = torch.tensor([tokens(9, 1), tokens(9, 2)])
+    padding = torch.ones_like(ids)
+    padding[1, :3] = 0
+    expected = model(input_ids=ids, attention_mask=padding).logits
+    register()
+    model.set_attn_implementation(attention_name(model))
+    assert is_selected(model.config)
+    assert torch.equal(model(input_ids=ids, attention_mask=padding).logits[padding.bool()], expected[padding.bool()])

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
-from kvpref.models.attention import ATTENTION_NAME, register
+from kvpref.models.attention import attention_name, register
 
 _FUNCTION = "_gradient_checkpointing_func"
 
@@ -70,7 +70,7 @@ def _named(model: PreTrainedModel) -> Iterator[None]:
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = ATTENTION_NAME
+            config._attn_implementation = attention_name(model)
         yield
     finally:
         for key, config in configs.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpref.integrations.trl.setup import Setup
-from kvpref.models.attention import ATTENTION_NAME
+from kvpref.models.attention import ATTENTION_NAME, EAGER_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,9 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     ),
     Replacement(
         name="model_init_kwargs={'attn_implementation': ...}",
-        applies=lambda setup: setup.loading_option("attn_implementation") not in (None, "sdpa", ATTENTION_NAME),
+        applies=lambda setup: (
+            setup.loading_option("attn_implementation") not in (None, "sdpa", ATTENTION_NAME, EAGER_NAME)
+        ),
         runs="kvpref's attention over shared prompts runs instead, and sdpa in generation",
         without=_without_attention,
     ),
