@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
 MODES = ("two_pass", "one_pass", "packed", "bounded", "padded")
 _MEMORY_BYTES = 8 * 2**30
 
@@ -33,6 +35,8 @@ def main() -> None:
     names = args.models or [*ENTRIES, *(name for name in VARIANTS if name.partition(":")[0] in ENTRIES)]
     if args.variants:
         names += [name for name in VARIANTS if name.partition(":")[0] in names]
+    # The server that is forked from imports torch once; Python 3.11 does not hand it this one's sys.path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["census_check"])
 

@@ -109,6 +109,8 @@ SIZES: dict[str, Any] = {
     "index_head_dim": 16,
     "index_n_heads": 2,
     "index_topk": 4,
+    "floor_scale": 4,
+    "log_scaling_n_floor": 4,
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
@@ -255,6 +257,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama:yarn": {"rope_parameters": _YARN},
     "mistral:full": {"sliding_window": None},
     "mixtral:full": {"sliding_window": None},
+    "ministral3:temperature": {
+        "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4}
+    },
     "phi3:window": {"sliding_window": 5, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
     "qwen2:windows": {"use_sliding_window": True, "max_window_layers": 1, **_MIXED_WINDOWS},
     "qwen3:windows": {"use_sliding_window": True, "max_window_layers": 1, **_MIXED_WINDOWS},

@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvpref.engine.attaching import attach
     from kvpref.engine.options import EngineOptions
     from kvpref.engine.passes import encode_prefix, response_logps, response_rewards, score_responses
     from kvpref.engine.schedules import forward_backward, forward_backward_step
     from kvpref.errors import InputError, RunError, UnsupportedModelError
     from kvpref.integrations.shared_prefix import shared_prefix
     from kvpref.losses import LossOutput, loss
-    from kvpref.models.attach import attach
     from kvpref.models.compilation import compile_layers
     from kvpref.models.value_head import add_value_head
     from kvpref.plan.batch import Batch, collate
@@ -43,7 +43,7 @@ _HOMES = {
     "Step": "kvpref.plan.step",
     "UnsupportedModelError": "kvpref.errors",
     "add_value_head": "kvpref.models.value_head",
-    "attach": "kvpref.models.attach",
+    "attach": "kvpref.engine.attaching",
     "collate": "kvpref.plan.batch",
     "compile_layers": "kvpref.models.compilation",
     "encode_prefix": "kvpref.engine.passes",

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from kvpref.models.backbone import max_attention_calls, run_backbone
 from kvpref.models.participation import check_all_took_part
 from kvpref.models.recomputation import recomputed_within
+from kvpref.models.rotary import long_frequencies
 from kvpref.models.running_pass import RunningPass, bind_pass
 from kvpref.plan.passes import PassPlan
 from kvpref.state.cache import KeyValues
@@ -45,7 +46,7 @@ def run_level_pass(
         backend=backend,
         keep=keep,
     )
-    with bind_pass(running), recomputed_within(model, running):
+    with long_frequencies(model, num_positions), bind_pass(running), recomputed_within(model, running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
         hidden = run_backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids))
     check_all_took_part(model, running.finish())

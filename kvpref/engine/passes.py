@@ -17,6 +17,7 @@ from kvpref.models.backbone import run_backbone
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.head import head_outputs
 from kvpref.models.head_form import is_reward_model
+from kvpref.models.rotary import check_lengths
 from kvpref.models.support import check_training_state, unwrap
 from kvpref.plan.batch import Batch
 from kvpref.plan.chunks import MicroBatchChunks
@@ -141,7 +142,9 @@ def batch_for(model: nn.Module, batch: Batch, reads: str) -> Batch:
 
     Raises:
         InputError: If the model has another head.
+        UnsupportedModelError: If lengths of sequences lead to different rotary embeddings.
     """
+    check_lengths(unwrap(model), batch.groups)
     return batch.reading(reads_of(model, reads))
 
 

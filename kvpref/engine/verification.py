@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from kvpref.engine.passes import response_logps
-from kvpref.models.attach import attach
+from kvpref.errors import UnsupportedModelError
+from kvpref.models.attach import attach, detach
+from kvpref.models.support import SAFE_FALLBACK
 from kvpref.plan.batch import Batch, collate
 from kvpref.records.groups import Group, Sequence
 
@@ -58,20 +62,57 @@ def compare_with_naive(
     attach(model)
     model.eval()
     batch = _random_batch(model, prompt_tokens, response_tokens)
-    weights = torch.linspace(0.5, 1.5, batch.num_scored_tokens, device=batch.device)
-    naive_logps, naive_grads = _gradients(model, _naive_logps(model, batch), weights)
-    logps, grads = _gradients(model, response_logps(model, batch, mode=mode).token_logps, weights)
+    return _errors(model, _naive(model, batch), _shared(model, batch, mode))
+
+
+def compare_unattached(model: PreTrainedModel) -> NumericErrors:
+    """Compare as `compare_with_naive` does, with the forward that the model has before it is attached here.
+
+    Its modules are left in training or evaluation mode as they were. Unless the errors are within tolerance, or if
+    this raises, the caller must not use it attached.
+
+    Raises:
+        UnsupportedModelError: If kvpref cannot run the model; it is then as it was.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        batch = _random_batch(model, 24, 10)
+        naive = _naive(model, batch)
+        attach(model, listed_only=False)
+        try:
+            return _errors(model, naive, *(_shared(model, batch, mode) for mode in ("two_pass", "packed")))
+        except Exception as error:
+            detach(model)
+            if isinstance(error, UnsupportedModelError):
+                raise
+            raise UnsupportedModelError(
+                f"{type(model).__name__} stops inside kvpref's passes: {type(error).__name__}: {error}. {SAFE_FALLBACK}"
+            ) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class _Run:
+    logps: torch.Tensor
+    grads: dict[str, torch.Tensor]
+
+
+def _errors(model: PreTrainedModel, naive: _Run, *runs: _Run) -> NumericErrors:
+    """How far the worst run is."""
     # Some gradients vanish exactly (a key bias without RoPE, say) and hold rounding only; they are measured against
     # the whole gradient instead of themselves.
-    floor = 1e-3 * torch.stack([grad.norm() for grad in naive_grads.values()]).norm()
+    floor = 1e-3 * torch.stack([grad.norm() for grad in naive.grads.values()]).norm()
     relative = {
-        name: ((grads[name] - naive).norm() / naive.norm().clamp(min=floor)).item()
-        for name, naive in naive_grads.items()
+        name: _largest(((_of(run, name, grad) - grad).norm() / grad.norm().clamp(min=floor)) for run in runs)
+        for name, grad in naive.grads.items()
     }
-    worst = max(relative, key=relative.__getitem__)
+    worst = max(relative, key=lambda name: math.inf if math.isnan(relative[name]) else relative[name])
     logp_tolerance, gradient_tolerance = _TOLERANCES.get(model.dtype, _TOLERANCES_16_BIT)
     return NumericErrors(
-        max_logp_error=(logps - naive_logps).abs().max().item(),
+        max_logp_error=_largest((run.logps - naive.logps).abs().max() for run in runs),
         max_gradient_error=relative[worst],
         worst_parameter=worst,
         logp_tolerance=logp_tolerance,
@@ -79,11 +120,20 @@ def compare_with_naive(
     )
 
 
+def _largest(values: Iterable[torch.Tensor]) -> float:
+    """NaN if one is."""
+    return torch.stack(list(values)).max().item()
+
+
+def _of(run: _Run, name: str, like: torch.Tensor) -> torch.Tensor:
+    return run.grads[name] if name in run.grads else torch.zeros_like(like)
+
+
 def _random_batch(model: PreTrainedModel, prompt_tokens: int, response_tokens: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
-        return torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+        return torch.randint(model.config.get_text_config().vocab_size, (length,), generator=generator).tolist()
 
     groups = []
     for num_responses in (2, 3):
@@ -99,7 +149,7 @@ def _random_batch(model: PreTrainedModel, prompt_tokens: int, response_tokens: i
     return collate(groups, device=model.device)
 
 
-def _naive_logps(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def _naive(model: PreTrainedModel, batch: Batch) -> _Run:
     logps = []
     for sequence in batch.sequences:
         input_ids = torch.tensor([sequence.input_ids], device=batch.device)
@@ -107,13 +157,16 @@ def _naive_logps(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         scored = torch.tensor(sequence.scored[1:], device=batch.device)
         logps.append(logits.log_softmax(-1).gather(1, input_ids[0, 1:, None]).squeeze(1)[scored])
-    return torch.cat(logps)
+    return _differentiated(model, torch.cat(logps))
 
 
-def _gradients(
-    model: PreTrainedModel, logps: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _shared(model: PreTrainedModel, batch: Batch, mode: str) -> _Run:
+    return _differentiated(model, response_logps(model, batch, mode=mode).token_logps)
+
+
+def _differentiated(model: PreTrainedModel, logps: torch.Tensor) -> _Run:
+    weights = torch.linspace(0.5, 1.5, len(logps), device=logps.device)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     grads = torch.autograd.grad((logps * weights).sum(), list(named.values()), allow_unused=True)
     found = {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
-    return logps.detach(), found
+    return _Run(logps.detach(), found)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpref.errors import InputError
+from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models import attention as interface
 from kvpref.models.head_form import verify_head
-from kvpref.models.support import check_architecture, unwrap
+from kvpref.models.support import SAFE_FALLBACK, check_architecture, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
@@ -22,7 +22,7 @@ R = TypeVar("R")
 Program = Callable[[PreTrainedModel], R]
 
 
-def attach(model: M) -> M:
+def attach(model: M, *, listed_only: bool = True) -> M:
     """Select kvpref's attention on a model, after checking that the model is supported.
 
     The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention, or the family's eager one
@@ -32,6 +32,7 @@ def attach(model: M) -> M:
 
     Args:
         model: A causal language model of a supported family, possibly inside PEFT.
+        listed_only: Whether families that nobody has checked are refused; who lets them in has to compare.
 
     Returns:
         The same model.
@@ -42,13 +43,27 @@ def attach(model: M) -> M:
     inner = unwrap(model)
     if is_attached(inner):
         return model
-    check_architecture(inner)
+    check_architecture(inner, listed_only=listed_only)
     verify_head(inner)
     interface.register()
     _own_config(inner)
-    inner.set_attn_implementation(interface.attention_name(inner))
-    _accept_programs(inner)
+    before, name = inner.config._attn_implementation, interface.attention_name(inner)
+    inner.set_attn_implementation(name)
+    if inner.config._attn_implementation != name:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} does not route attention through transformers' attention interface. "
+            f"{SAFE_FALLBACK.capitalize()}"
+        )
+    _accept_programs(inner, before)
     return model
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach` on a model that is not wrapped."""
+    forward: Any = model.__dict__.pop("forward")
+    if forward.patched is not None:
+        model.forward = forward.patched
+    model.set_attn_implementation(forward.attention_before)
 
 
 def is_attached(model: PreTrainedModel) -> bool:
@@ -85,7 +100,7 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = copies[id(config)]
 
 
-def _accept_programs(model: PreTrainedModel) -> None:
+def _accept_programs(model: PreTrainedModel, attention_before: str | None) -> None:
     """Let the model's forward take a program in place of inputs."""
     # An instance may already carry a patched forward (accelerate's hooks do that); it stays in charge of inputs.
     patched = model.__dict__.get("forward")
@@ -96,5 +111,6 @@ def _accept_programs(model: PreTrainedModel) -> None:
             return kvpref_program(self)
         return patched(*args, **kwargs) if patched is not None else type(self).forward(self, *args, **kwargs)
 
-    forward.accepts_programs = True  # type: ignore[attr-defined]
+    notes: Any = forward
+    notes.accepts_programs, notes.patched, notes.attention_before = True, patched, attention_before
     model.forward = MethodType(forward, model)

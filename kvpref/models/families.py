@@ -54,7 +54,3 @@ REFUSED: dict[str, tuple[str, str]] = {
     "recurrent_gemma": (_RECURRENT, "gemma"),
     "rwkv": (_RECURRENT, "gpt_neox"),
 }
-
-# Rotary embeddings whose frequencies depend on the longest position of the forward at hand, so that two passes over
-# one sequence could use different ones.
-LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})

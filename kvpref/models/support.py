@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
-from kvpref.models.families import FAMILIES, LENGTH_DEPENDENT_ROPE, REFUSED
+from kvpref.models.families import FAMILIES, REFUSED
 
 _REWARD_HEAD = "ForSequenceClassification"
-_HEADS = ("ForCausalLM", "LMHeadModel", _REWARD_HEAD)
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", _REWARD_HEAD)
 
 SAFE_FALLBACK = "train it with transformers.Trainer or TRL until kvpref supports it"
 
@@ -40,28 +39,32 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def check_config(config: Any) -> None:
-    """Check what a configuration alone tells: family and rotary embeddings.
+def check_config(config: Any, *, listed_only: bool = True) -> None:
+    """Check what a configuration alone tells: its family, and that of the language model in it.
+
+    Args:
+        config: Of a model.
+        listed_only: Whether families that nobody has checked are refused too.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
     """
-    name = config.model_type
-    if name in REFUSED:
-        reason, nearest = REFUSED[name]
+    if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"model type {name!r} is not supported: {reason}; nearest supported family: {nearest}. {SAFE_FALLBACK}"
+            f"model type {config.model_type!r} is not supported: prompts go through an encoder, and kvpref runs "
+            f"decoders; {SAFE_FALLBACK}"
         )
-    if name not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {name!r} is not supported: nobody has checked that it is exact; supported families: "
-            f"{', '.join(FAMILIES)}. {SAFE_FALLBACK}"
-        )
-    for rope_type in _rope_types(config):
-        if rope_type in LENGTH_DEPENDENT_ROPE:
+    for name in dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type)):
+        if name in REFUSED:
+            reason, nearest = REFUSED[name]
             raise UnsupportedModelError(
-                f"rope type {rope_type!r} picks frequencies from the longest position of each forward, so two passes "
-                "could disagree; remove the rope scaling from the config or choose 'linear', 'yarn' or 'llama3'"
+                f"model type {name!r} is not supported: {reason}; nearest supported family: {nearest}. {SAFE_FALLBACK}"
+            )
+        if listed_only and name not in FAMILIES:
+            raise UnsupportedModelError(
+                f"model type {name!r} is not among those known to be exact (docs/models.md lists them); "
+                "kvpref.attach(model, verify=True) compares it with its own forward on two short groups and lets it in "
+                f"if log-probs and gradients are equal. Otherwise {SAFE_FALLBACK}"
             )
 
 
@@ -70,18 +73,22 @@ def is_custom_code(model: PreTrainedModel) -> bool:
     return not type(model).__module__.startswith("transformers.")
 
 
-def check_architecture(model: PreTrainedModel) -> None:
+def check_architecture(model: PreTrainedModel, *, listed_only: bool = True) -> None:
     """Check what does not change after loading: the configuration, and that the class is transformers' own.
+
+    Args:
+        model: Not wrapped.
+        listed_only: Whether custom code and families that nobody has checked are refused too.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
     """
-    if is_custom_code(model):
+    if listed_only and is_custom_code(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} is custom code ({type(model).__module__}), which kvpref has not checked; load the "
             f"model with trust_remote_code=False where transformers has the architecture, else {SAFE_FALLBACK}"
         )
-    check_config(model.config)
+    check_config(model.config, listed_only=listed_only)
     if not type(model).__name__.endswith(_HEADS):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head and no reward head; load it with "
@@ -123,15 +130,3 @@ def check_training_state(model: PreTrainedModel) -> None:
                     "re-entrant gradient checkpointing loses the gradient through the prefix cache; enable it with "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
-
-
-def _rope_types(config: Any) -> Iterator[str]:
-    """Every rope type a config names, also where parameters are given per layer type."""
-    for name in ("rope_parameters", "rope_scaling"):
-        parameters = getattr(config, name, None)
-        if isinstance(parameters, dict):
-            nested = [value for value in parameters.values() if isinstance(value, dict)]
-            for mapping in (parameters, *nested):
-                rope_type = mapping.get("rope_type", mapping.get("type"))
-                if isinstance(rope_type, str):
-                    yield rope_type
