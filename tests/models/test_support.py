@@ -19,7 +19,6 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     MptConfig,
-    OPTConfig,
 )
 
 import kvpref
@@ -57,14 +56,6 @@ def test_every_refusal_names_a_real_type_and_a_supported_neighbour(name: str) ->
     assert name not in FAMILIES
 
 
-def test_unknown_types_are_refused_with_the_list_of_families() -> None:
-    config = OPTConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, dropout=0.0
-    )
-    with pytest.raises(UnsupportedModelError, match=r"'opt' is not supported.*gemma, gpt2, .*stablelm"):
-        kvpref.attach(build_model(config))
-
-
 def test_models_without_a_language_model_head_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no language-model head"):
         kvpref.attach(LlamaModel(tiny_config("llama")))
@@ -87,26 +78,6 @@ def test_custom_code_is_refused() -> None:
     model.__class__ = custom
     with pytest.raises(UnsupportedModelError, match="trust_remote_code=False"):
         kvpref.attach(model)
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-        {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 6,
-            "long_factor": [2.0] * 6,
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ],
-    ids=["dynamic", "longrope"],
-)
-def test_rope_that_depends_on_the_forwards_length_is_refused(rope: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match=rf"'{rope['rope_type']}'.*linear"):
-        kvpref.attach(tiny_model("llama", rope_parameters=rope))
 
 
 @pytest.mark.parametrize("mode", ["two_pass", "one_pass", "packed", "padded"])
