@@ -36,13 +36,14 @@ class FlashAttention2:
         seqused_k: Tensor | None = None,
         zero_tensors: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+        assert dropout_p == 0.0
         assert alibi_slopes is block_table is leftpad_k is seqused_k is None
         assert not return_softmax
         if max_seqlen_q == 1 and q.shape[1] > k.shape[1]:  # csrc/flash_attn/flash_api.cpp: seqlenq_ngroups_swapped
             q.reshape(cu_seqlens_q.shape[0] - 1, k.shape[1], -1, q.shape[2])
-        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        out, lse = compute_forward(q, k, v, block, softmax_scale)
+        window = (window_size_left, window_size_right)
+        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window)
+        out, lse = compute_forward(q, k, v, block, softmax_scale, softcap)
         return out, lse.masked_fill(lse == -INF, INF), torch.empty(0), torch.empty(2, dtype=torch.int64)
 
     def _flash_attn_varlen_backward(
@@ -71,11 +72,12 @@ class FlashAttention2:
         rng_state: Tensor | None = None,
         zero_tensors: bool = False,
     ) -> Tensor:
-        assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+        assert dropout_p == 0.0
         assert alibi_slopes is rng_state is None
         self.deterministic.append(deterministic)
-        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        write_gradients((dq, dk, dv), (dout, q, k, v, out, softmax_lse), block, softmax_scale)
+        window = (window_size_left, window_size_right)
+        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window)
+        write_gradients((dq, dk, dv), (dout, q, k, v, out, softmax_lse), block, softmax_scale, softcap)
         return torch.empty(q.shape[1], q.shape[0])
 
 

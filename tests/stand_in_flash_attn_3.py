@@ -52,9 +52,10 @@ class FlashAttention3:
         assert k_new is v_new is qv is out_ is cu_seqlens_k_new is seqused_q is seqused_k is page_table is None
         assert kv_batch_idx is leftpad_k is rotary_cos is rotary_sin is seqlens_rotary is None
         assert q_descale is k_descale is v_descale is None
-        assert (window_size_left, window_size_right, attention_chunk, softcap) == (-1, -1, 0, 0.0)
-        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        return *compute_forward(q, k, v, block, softmax_scale), torch.tensor([]), torch.tensor([])
+        assert attention_chunk == 0
+        window = (window_size_left, window_size_right)
+        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window)
+        return *compute_forward(q, k, v, block, softmax_scale, softcap), torch.tensor([]), torch.tensor([])
 
     def _flash_attn_backward(
         self,
@@ -82,10 +83,10 @@ class FlashAttention3:
         sm_margin: int = 0,
     ) -> Tensor:
         assert sequed_q is sequed_k is None
-        assert (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
         self.deterministic.append(deterministic)
-        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal)
-        write_gradients((dq, dk, dv), (dout, q, k, v, out, softmax_lse), block, softmax_scale)
+        window = (window_size_left, window_size_right)
+        block = block_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, window)
+        write_gradients((dq, dk, dv), (dout, q, k, v, out, softmax_lse), block, softmax_scale, softcap)
         return torch.empty(q.shape[1], q.shape[0])
 
 
@@ -128,12 +129,23 @@ class FlashAttention3Of2025(FlashAttention3):
         pack_gqa: bool | None = None,
         sm_margin: int = 0,
     ) -> tuple[Tensor, ...]:
-        assert (window_size, attention_chunk, softcap) == ((-1, -1), 0, 0.0)
+        assert attention_chunk == 0
         new = (k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k)
         paged = (page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary)
         descale = (q_descale, k_descale, v_descale)
         return super()._flash_attn_forward(
-            q, k, v, *new, max_seqlen_q, max_seqlen_k, *paged, *descale, softmax_scale, causal
+            q,
+            k,
+            v,
+            *new,
+            max_seqlen_q,
+            max_seqlen_k,
+            *paged,
+            *descale,
+            softmax_scale,
+            causal,
+            *window_size,
+            softcap=softcap,
         )
 
     def _flash_attn_backward(
@@ -160,10 +172,9 @@ class FlashAttention3Of2025(FlashAttention3):
         deterministic: bool = False,
         sm_margin: int = 0,
     ) -> tuple[Tensor, ...]:
-        assert (window_size, softcap) == ((-1, -1), 0.0)
         offsets = (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k)
         inputs = (dout, q, k, v, out, softmax_lse)
-        rest = (softmax_scale, causal)
+        rest = (softmax_scale, causal, *window_size, softcap)
         return (
             dq,
             dk,

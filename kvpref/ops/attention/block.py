@@ -25,9 +25,11 @@ class AttentionParams:
 
     Attributes:
         scale: Factor on the dot products, before the softmax.
+        softcap: Scaled scores s become ``softcap * tanh(s / softcap)``; None for scores as they are.
     """
 
     scale: float
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class VarlenBlock:
         max_seqlen_k: Longest key range, in tokens.
         num_queries: Rows of the query, over all pairs.
         num_keys: Rows of keys and values, over all pairs.
+        num_source_rows: Rows that the source has; with `starts_key`, at least.
         shape: What a query sees of its pair's keys; see `VarlenLayout`, also for the next two.
         source: Where the keys are: 0 for the pass's own rows, i for those of prefix i - 1.
         window: Of a causal block whose queries are its keys: query q sees key k only where q - k < window.
@@ -79,6 +82,7 @@ class VarlenBlock:
     max_seqlen_k: int
     num_queries: int
     num_keys: int
+    num_source_rows: int
     shape: Shape
     offsets_key: bytes = field(repr=False)
     source: int = 0
@@ -95,6 +99,11 @@ class VarlenBlock:
     def kind(self) -> BlockKind:
         """What the block is apart from its offsets."""
         return BlockKind(shape=self.shape, source=self.source, window=self.window)
+
+    @property
+    def every_pair_meets(self) -> bool:
+        """Whether no pair lacks queries or keys."""
+        return len(self.pairs) == len(self.offsets_key) // 8 - 1
 
     @property
     def num_attended_pairs(self) -> int:
@@ -139,6 +148,7 @@ class VarlenBlock:
             max_seqlen_k=longest_k,
             num_queries=num_queries,
             num_keys=num_keys,
+            num_source_rows=num_keys if starts_key is None else _last_row(offsets_key, starts_key),
             shape=kind.shape,
             source=kind.source,
             window=kind.window,
@@ -157,6 +167,11 @@ def read_offsets(offsets_key: bytes) -> NDArray[np.int32]:
 def _longest_and_total(offsets_key: bytes) -> list[tuple[int, int]]:
     """Of queries and keys: the longest range, and all rows."""
     return [(int(np.diff(row).max()), int(row[-1])) for row in read_offsets(offsets_key)]
+
+
+def _last_row(offsets_key: bytes, starts_key: bytes) -> int:
+    """One after the last row of the source that a query sees."""
+    return max((pair[3] for pair in _non_empty_pairs(offsets_key, starts_key)), default=0)
 
 
 @lru_cache(maxsize=64)

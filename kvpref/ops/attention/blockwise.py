@@ -1,6 +1,7 @@
 """A layer's attention, block by block: what the operators in `kvpref.ops.attention.ops` do with the backend they chose.
 
-Shape legend: T queries, P_i keys of source i (P_0 = T), H heads, G key/value heads, D head dim.
+Shape legend: T queries, P_i keys of source i (P_0 = T), H heads, G key/value heads, D head dim of
+queries and keys, E that of values.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.autograd import profiler
@@ -15,7 +17,8 @@ from torch.autograd import profiler
 from kvpref.ops.attention.backends.interface import Backend
 from kvpref.ops.attention.block import AttentionParams, BlockKind, VarlenBlock
 from kvpref.ops.attention.calls import backward_block, forward_block
-from kvpref.ops.attention.merge import Partial, add_gradient, merge_partials
+from kvpref.ops.attention.fitting import without_windows
+from kvpref.ops.attention.merge import Partial, add_gradient, merge_partials, merge_sink
 from kvpref.tracing import PREFIX
 
 Merge = Callable[[Partial, Partial, torch.dtype], Partial]
@@ -28,13 +31,19 @@ def forward_blocks(
     query: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
+    sink: torch.Tensor | None = None,
     merge: Merge = merge_partials,
 ) -> Partial:
     """Attention of every query (T, H, D) over the keys (P_i, G, D) of all blocks, each block's from its own source.
 
+    A sink (H,) is one more logit of every row, after all blocks.
+
     Returns:
-        out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
+        out (T, H, E), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
     """
+    blocks = list(without_windows(blocks, backend.can))
+    head_dims = HeadDims.of(backend, query, values)
+    query, keys, values = head_dims.pad(query), list(map(head_dims.pad, keys)), list(map(head_dims.pad, values))
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     merged: Partial | None = None
     # Autocast would lower the backends' own fp32 arithmetic.
@@ -47,9 +56,13 @@ def forward_blocks(
                 continue
             # Merged as they come: two results are held at a time, however deep the tree.
             with _range("merge"):
-                merged = merge(merged, partial, query.dtype if index == len(blocks) else wide)  # rounded once
+                is_last = index == len(blocks) and sink is None
+                merged = merge(merged, partial, query.dtype if is_last else wide)  # rounded once
         assert merged is not None
-        return merged[0].to(query.dtype).contiguous(), merged[1].contiguous()
+        if sink is not None:
+            with _range("merge"):
+                merged = merge_sink(merged, sink, query.dtype)
+        return head_dims.value(merged[0]).to(query.dtype).contiguous(), merged[1].contiguous()
 
 
 def backward_blocks(
@@ -65,8 +78,12 @@ def backward_blocks(
     """Gradients of `forward_blocks`: each block is handed the `merged` out and lse, as in ring attention.
 
     Returns:
-        dq (T, H, D), and per source dk and dv (P_i, G, D), in the dtypes of query, keys and values.
+        dq (T, H, D), and per source dk (P_i, G, D) and dv (P_i, G, E), in the dtypes of query, keys and values.
     """
+    blocks = list(without_windows(blocks, backend.can))
+    head_dims = HeadDims.of(backend, query, values)
+    query, keys, values = head_dims.pad(query), list(map(head_dims.pad, keys)), list(map(head_dims.pad, values))
+    dout, merged = head_dims.pad(dout), (head_dims.pad(merged[0]), merged[1])
     dq = _Sum(query, len(blocks))
     readers = Counter(block.source for block in blocks)
     dks = [_Sum(key, readers[source]) for source, key in enumerate(keys)]
@@ -79,7 +96,39 @@ def backward_blocks(
             dks[source].add(dk)
             dvs[source].add(dv)
             dq.add(part)
-        return dq.total(), [grad.total() for grad in dks], [grad.total() for grad in dvs]
+        return (
+            head_dims.key(dq.total()),
+            [head_dims.key(grad.total()) for grad in dks],
+            [head_dims.value(grad.total()) for grad in dvs],
+        )
+
+
+class HeadDims(NamedTuple):
+    """The head dims of a call, and the one that kernels see which take a single one."""
+
+    of_keys: int
+    of_values: int
+    padded: int | None
+
+    @classmethod
+    def of(cls, backend: Backend, query: torch.Tensor, values: Sequence[torch.Tensor]) -> HeadDims:
+        of_keys, of_values = query.shape[2], values[0].shape[2]
+        is_padded = of_keys != of_values and not backend.can.value_head_dims
+        return cls(of_keys, of_values, max(of_keys, of_values) if is_padded else None)
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """With zeros, which change neither scores nor the columns that are kept."""
+        if self.padded is None or rows.shape[-1] == self.padded:
+            return rows
+        return torch.nn.functional.pad(rows, (0, self.padded - rows.shape[-1]))
+
+    def key(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gradients of queries and keys."""
+        return rows[..., : self.of_keys].contiguous()
+
+    def value(self, rows: torch.Tensor) -> torch.Tensor:
+        """Outputs and gradients of values."""
+        return rows[..., : self.of_values].contiguous()
 
 
 class _Sum:

@@ -12,6 +12,7 @@ import torch
 
 from kvpref.ops.attention.backends.interface import Backend
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock, read_offsets
+from kvpref.ops.attention.fitting import fit
 from kvpref.ops.attention.splitting import split_pairs
 from kvpref.ops.attention.spreading import spread_backward
 
@@ -40,12 +41,26 @@ def forward_block(
     block: VarlenBlock,
     params: AttentionParams,
 ) -> Partial:
-    """`Backend.forward`, in as many launches as the backend's limits ask for."""
+    """`Backend.forward` of a block in the backend's form, in as many launches as the backend's limits ask for."""
+    fitted = fit(block, backend.can)
+    query, key, value = fitted.queries(query), fitted.keys(key), fitted.keys(value)
+    out, lse = _forward_launches(backend, query, key, value, fitted.block, params)
+    return fitted.queries(out), fitted.queries(lse, dim=1)
+
+
+def _forward_launches(
+    backend: Backend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block: VarlenBlock,
+    params: AttentionParams,
+) -> Partial:
     calls = _calls(backend, query, block)
     if len(calls) == 1:
         return backend.forward(query, key, value, block, params)
     partials = [
-        _without_keys(query[call.queries])
+        _without_keys(query[call.queries], value.shape[2])
         if call.is_empty
         else backend.forward(query[call.queries], key[call.keys], value[call.keys], call.block, params)
         for call in calls
@@ -63,7 +78,33 @@ def backward_block(
     block: VarlenBlock,
     params: AttentionParams,
 ) -> Gradients:
-    """`Backend.backward` likewise; no two launches write the same row."""
+    """`Backend.backward` likewise."""
+    fitted, (out, lse) = fit(block, backend.can), merged
+    num_rows = key.shape[0]
+    dq, dk, dv = _backward_launches(
+        backend,
+        fitted.queries(dout),
+        fitted.queries(query),
+        fitted.keys(key),
+        fitted.keys(value),
+        (fitted.queries(out), fitted.queries(lse, dim=1)),
+        fitted.block,
+        params,
+    )
+    return fitted.queries(dq), fitted.gradient_of_keys(dk, num_rows), fitted.gradient_of_keys(dv, num_rows)
+
+
+def _backward_launches(
+    backend: Backend,
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    merged: Partial,
+    block: VarlenBlock,
+    params: AttentionParams,
+) -> Gradients:
+    """No two launches write the same row."""
     calls, (out, lse) = _calls(backend, query, block), merged
     if len(calls) == 1:
         return spread_backward(backend, dout, query, key, value, merged, block, params)
@@ -80,10 +121,11 @@ def backward_block(
     return dq, dk, dv
 
 
-def _without_keys(query: torch.Tensor) -> Partial:
+def _without_keys(query: torch.Tensor, value_head_dim: int) -> Partial:
     """What queries get that see no key here."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(query), query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=dtype)
+    out = query.new_zeros((*query.shape[:2], value_head_dim))
+    return out, query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=dtype)
 
 
 def _calls(backend: Backend, query: torch.Tensor, block: VarlenBlock) -> list[_Call]:

@@ -1,7 +1,7 @@
 """Cascade attention: every token over its whole path from the root of the prefix tree.
 
 Shape legend: T queries (and own keys) of this pass, P_i keys of source i, H heads, G key/value heads (H a
-multiple of G), D head dim.
+multiple of G), D head dim of queries and keys, E that of values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CascadePlan:
 
     Attributes:
         blocks: Which of its queries see which keys; each names the source that its keys are in.
-        params: Scale of the layer.
+        params: Scale and softcap of the layer.
         backend: Name of the backend, or ``auto``.
     """
 
@@ -38,6 +38,7 @@ def cascade_attention(
     value: torch.Tensor,
     prefixes: Sequence[KeyValue],
     plan: CascadePlan,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of packed segments over themselves and over the prefixes they continue.
 
@@ -51,12 +52,14 @@ def cascade_attention(
     Args:
         query: (T, H, D), any float dtype the backend takes.
         key: (T, G, D), same dtype.
-        value: (T, G, D), same dtype.
-        prefixes: Keys and values (P_i, G, D) of each source but the pass's own,, same dtype.
-        plan: Blocks, scale and backend.
+        value: (T, G, E), same dtype.
+        prefixes: Keys (P_i, G, D) and values (P_i, G, E) of each source but the pass's own, same dtype.
+        plan: Blocks, scale, softcap and backend.
+        sink: (H,) one more logit of every row, whose value is zero (Xiao et al. 2023, arXiv 2309.17453; learned in
+            GPT-OSS); any float dtype. It gets a gradient.
 
     Returns:
-        (T, H, D), the dtype of `query`.
+        (T, H, E), the dtype of `query`.
 
     Raises:
         ValueError: If shapes or dtypes do not fit together, or the backend cannot serve the query.
@@ -69,33 +72,51 @@ def cascade_attention(
     host_offsets = [block.host_offsets for block in blocks if block.host_offsets is not None]
     if len(host_offsets) != len(blocks):
         raise ValueError("a plan's blocks need their offsets in host memory; make them with VarlenBlock.from_layout")
+    _check_tensors(query, pairs, sink)
     for block in blocks:
-        names = ("key", "value") if block.source == 0 else (f"prefix {block.source - 1}",) * 2
-        for name, tensor in zip(names, pairs[block.source], strict=True):
-            _check_tensor(query, tensor, block, name)
+        _check_rows(query, pairs[block.source], block)
     out, _ = cascade_forward(
         query,
         [key for key, _ in pairs],
         [value for _, value in pairs],
+        sink,
         [offsets for block in blocks for offsets in (block.cu_seqlens_q, block.cu_seqlens_k)],
         host_offsets,
         [number for block in blocks for number in block.kind.flat()],
         plan.params.scale,
+        plan.params.softcap or 0.0,
         plan.backend,
     )
     return out
 
 
-def _check_tensor(query: torch.Tensor, tensor: torch.Tensor, block: VarlenBlock, name: str) -> None:
-    if tensor.dtype != query.dtype:
-        raise ValueError(f"query and {name} must have one dtype; got {query.dtype} and {tensor.dtype}")
-    if tensor.shape[-1] != query.shape[-1] or query.shape[1] % tensor.shape[1]:
-        raise ValueError(
-            f"{name} {tuple(tensor.shape)} does not fit query {tuple(query.shape)}: head dims must be equal and "
-            "the number of query heads a multiple of the number of key/value heads"
-        )
-    if query.shape[0] != block.num_queries or (block.starts_key is None and tensor.shape[0] != block.num_keys):
-        raise ValueError(
-            f"the block of {name} is for {block.num_queries} queries and {block.num_keys} keys; "
-            f"got {query.shape[0]} and {tensor.shape[0]}"
-        )
+def _check_tensors(query: torch.Tensor, pairs: Sequence[KeyValue], sink: torch.Tensor | None) -> None:
+    num_heads, head_dim, value_head_dim = query.shape[1], query.shape[2], pairs[0][1].shape[2]
+    for source, pair in enumerate(pairs):
+        for name, tensor, expected in zip(_names(source), pair, (head_dim, value_head_dim), strict=True):
+            if tensor.dtype != query.dtype:
+                raise ValueError(f"query and {name} must have one dtype; got {query.dtype} and {tensor.dtype}")
+            if tensor.shape[2] != expected or tensor.shape[1] != pair[0].shape[1] or num_heads % tensor.shape[1]:
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} does not fit query {tuple(query.shape)} and values of head dim "
+                    f"{value_head_dim}: all keys need the query's head dim, all values one, and the number of query "
+                    "heads a multiple of the number of key/value heads"
+                )
+    if sink is not None and (sink.shape != (num_heads,) or not sink.is_floating_point()):
+        raise ValueError(f"a sink has one float for each of {num_heads} heads; got {sink.dtype} {tuple(sink.shape)}")
+
+
+def _check_rows(query: torch.Tensor, pair: KeyValue, block: VarlenBlock) -> None:
+    for name, tensor in zip(_names(block.source), pair, strict=True):
+        num_rows, expected = tensor.shape[0], block.num_source_rows
+        fits = num_rows == expected if block.starts_key is None else num_rows >= expected
+        if query.shape[0] != block.num_queries or not fits:
+            raise ValueError(
+                f"the block of {name} is for {block.num_queries} queries and {expected} keys; "
+                f"got {query.shape[0]} and {num_rows}"
+            )
+
+
+def _names(source: int) -> tuple[str, str]:
+    """Of a source's keys and values."""
+    return ("key", "value") if source == 0 else (f"prefix {source - 1}",) * 2

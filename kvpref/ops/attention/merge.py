@@ -17,7 +17,7 @@ def merge_partials(first: Partial, second: Partial, dtype: torch.dtype) -> Parti
 
     Args:
         first: out (T, H, D) and lse (H, T), natural log, fp32 or fp64; a row that saw no key has lse = -inf, or +inf as
-            FlashAttention-2 reports it. Every row must have seen a key in one of the two.
+            FlashAttention-2 reports it.
         second: The same over other keys.
         dtype: Of the result; the merge itself computes in the dtype of lse.
 
@@ -30,9 +30,38 @@ def merge_partials(first: Partial, second: Partial, dtype: torch.dtype) -> Parti
         return merge_two(first, second, dtype)
     first_lse, second_lse = (lse.masked_fill(lse == float("inf"), float("-inf")) for _, lse in (first, second))
     lse = torch.logaddexp(first_lse, second_lse)
-    first_weight, second_weight = (torch.exp(part - lse).T.unsqueeze(-1) for part in (first_lse, second_lse))
+    finite = _finite(lse)
+    first_weight, second_weight = (torch.exp(part - finite).T.unsqueeze(-1) for part in (first_lse, second_lse))
     out = torch.addcmul(first_weight * first[0], second_weight, second[0].to(lse.dtype))
     return out.to(dtype), lse
+
+
+def _finite(lse: torch.Tensor) -> torch.Tensor:
+    """With 0 for -inf: a row that saw no key has weights of zero, not inf - inf."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
+
+
+def merge_sink(partial: Partial, sink: torch.Tensor, dtype: torch.dtype) -> Partial:
+    """Let every row share its attention with a sink, one more logit whose value is zero.
+
+    ``lse' = log(exp(lse) + exp(sink))``, ``out' = exp(lse - lse') * out``.
+
+    Args:
+        partial: out (T, H, D) and lse (H, T) over all keys.
+        sink: (H,) a logit per head, any float dtype.
+        dtype: Of the result; the arithmetic is in the dtype of lse.
+    """
+    out, lse = partial
+    lse = lse.masked_fill(lse == float("inf"), float("-inf"))
+    total = torch.logaddexp(lse, sink.to(lse.dtype).unsqueeze(1))
+    return (torch.exp(lse - _finite(total)).T.unsqueeze(-1) * out).to(dtype), total
+
+
+def gradient_of_sink(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """``-sum_t exp(sink - lse_t) * <dout_t, out_t>`` per head, with the merged out and lse; (H,), the sink's dtype."""
+    share = torch.exp(sink.to(lse.dtype).unsqueeze(1) - lse)
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).T
+    return -(share * delta).sum(1).to(sink.dtype)
 
 
 @cache

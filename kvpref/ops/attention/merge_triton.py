@@ -41,6 +41,7 @@ def _merge_kernel(  # noqa: PLR0913 - a kernel takes pointers and sizes one by o
     first_lse = tl.where(first_lse == float("inf"), float("-inf"), first_lse)
     second_lse = tl.where(second_lse == float("inf"), float("-inf"), second_lse)
     largest = tl.maximum(first_lse, second_lse)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # neither saw a key: weights of zero, not inf - inf
     first_weight = tl.exp(first_lse - largest)
     second_weight = tl.exp(second_lse - largest)
     total = first_weight + second_weight
@@ -51,6 +52,7 @@ def _merge_kernel(  # noqa: PLR0913 - a kernel takes pointers and sizes one by o
     mask = row_mask[:, None] & (columns < HEAD_DIM)[None, :]
     first = tl.load(first_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(second_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    total = tl.where(total == 0.0, 1.0, total)
     merged = first * (first_weight / total)[:, None] + second * (second_weight / total)[:, None]
     tl.store(out_ptr + offsets, merged.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -59,8 +61,7 @@ def merge_two(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
     """Two partial results as one; arithmetic in fp32.
 
     Args:
-        first: out (T, H, D), float, and lse (H, T), float32; a row that saw no key has lse = -inf or +inf. No row may
-            be without keys in both.
+        first: out (T, H, D), float, and lse (H, T), float32; a row that saw no key has lse = -inf or +inf.
         second: The same over other keys.
         dtype: Of the merged out.
 

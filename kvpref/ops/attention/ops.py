@@ -1,7 +1,7 @@
 """Cascade attention as PyTorch operators: what torch.compile, FLOP counters and autograd see as one call per layer.
 
 Both operators take their blocks flat, because operators take tensors and numbers only. Shape legend: T queries, P_i
-keys of source i (P_0 = T), H heads, G key/value heads, D head dim.
+keys of source i (P_0 = T), H heads, G key/value heads, D head dim of queries and keys, E that of values.
 """
 
 from __future__ import annotations
@@ -14,43 +14,55 @@ from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from kvpref.ops.attention.backends import select_backend
+from kvpref.ops.attention.backends.interface import Needs
 from kvpref.ops.attention.block import AttentionParams
 from kvpref.ops.attention.blockwise import backward_blocks, forward_blocks, unflatten_blocks
+from kvpref.ops.attention.merge import gradient_of_sink
 
-_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, Tensor[] host_offsets, int[] kinds, float scale, str backend"
+_BLOCKS_SCHEMA = "Tensor[] cu_seqlens, Tensor[] host_offsets, int[] kinds, float scale, float softcap, str backend"
 
 
 @library.custom_op(
     "kvpref::cascade_forward",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor[] keys, Tensor[] values, {_BLOCKS_SCHEMA}) -> (Tensor, Tensor)",
+    schema=f"(Tensor query, Tensor[] keys, Tensor[] values, Tensor? sink, {_BLOCKS_SCHEMA}) -> (Tensor, Tensor)",
 )
-def cascade_forward(
+def cascade_forward(  # noqa: PLR0913 - an operator takes a block's parts one by one
     query: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
+    sink: torch.Tensor | None,
     cu_seqlens: Sequence[torch.Tensor],
     host_offsets: Sequence[torch.Tensor],
     kinds: Sequence[int],
     scale: float,
+    softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over the keys of all blocks.
 
     Args:
         query: (T, H, D).
-        keys: Per source (P_i, G, D). values: the same.
+        keys: Per source (P_i, G, D). values: (P_i, G, E).
+        sink: (H,) one more logit of every row, whose value is zero.
         cu_seqlens: Per block its query offsets and its key offsets, int32.
         host_offsets: Per block `VarlenBlock.host_offsets`.
         kinds: Per block three numbers, `BlockKind.flat`.
-        scale: Factor on the dot products.
+        scale, softcap: Of `AttentionParams`; a softcap of 0 is none.
         backend: Name of the backend, or ``auto``.
 
     Returns:
-        out (T, H, D), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
+        out (T, H, E), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
     """
     blocks = unflatten_blocks(cu_seqlens, host_offsets, kinds)
-    return forward_blocks(select_backend(backend, query), AttentionParams(scale=scale), blocks, query, keys, values)
+    kernels = select_backend(backend, query, needs_of(values, softcap))
+    params = AttentionParams(scale=scale, softcap=softcap or None)
+    return forward_blocks(kernels, params, blocks, query, keys, values, sink)
+
+
+def needs_of(values: Sequence[torch.Tensor], softcap: float) -> Needs:
+    """What a call needs of a backend."""
+    return Needs(value_head_dim=values[0].shape[2], softcap=softcap > 0)
 
 
 @library.custom_op(
@@ -72,22 +84,26 @@ def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one b
     host_offsets: Sequence[torch.Tensor],
     kinds: Sequence[int],
     scale: float,
+    softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of `cascade_forward`: each block is handed the merged out and lse, as in ring attention.
 
     Returns:
-        dq (T, H, D), and per source dk and dv (P_i, G, D), in the dtypes of query, keys and values.
+        dq (T, H, D), and per source dk (P_i, G, D) and dv (P_i, G, E), in the dtypes of query, keys and values.
     """
-    kernels, params = select_backend(backend, query), AttentionParams(scale=scale)
+    kernels = select_backend(backend, query, needs_of(values, softcap))
+    params = AttentionParams(scale=scale, softcap=softcap or None)
     blocks = unflatten_blocks(cu_seqlens, host_offsets, kinds)
     return backward_blocks(kernels, params, blocks, dout, query, keys, values, (out, lse))
 
 
 @cascade_forward.register_fake
-def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = query.new_empty((*query.shape[:2], values[0].shape[2]))
     return out, query.new_empty((query.shape[1], query.shape[0]), dtype=lse_dtype)
 
 
@@ -102,48 +118,56 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, keys, values, cu_seqlens, host_offsets, ctx.kinds, ctx.scale, ctx.backend = inputs
+    query, keys, values, sink, cu_seqlens, host_offsets, *ctx.settings = inputs
     ctx.num_sources = len(keys)
     ctx.num_blocks = len(host_offsets)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, *output, *keys, *values, *host_offsets, *cu_seqlens)
+    ctx.save_for_backward(query, *output, sink, *keys, *values, *host_offsets, *cu_seqlens)
 
 
 def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     # The log-sum-exp leaves the operator for its own backward only; nothing differentiates through it.
     assert dlse is None
-    query, out, lse, *rest = ctx.saved_tensors
+    query, out, lse, sink, *rest = ctx.saved_tensors
     keys, values = rest[: ctx.num_sources], rest[ctx.num_sources : 2 * ctx.num_sources]
     offsets = rest[2 * ctx.num_sources :]
     host_offsets, cu_seqlens = offsets[: ctx.num_blocks], offsets[ctx.num_blocks :]
-    no_grad = [None] * len(cu_seqlens), [None] * len(host_offsets), None, None, None
+    no_grad = [None] * len(cu_seqlens), [None] * len(host_offsets), *([None] * len(ctx.settings))
     if dout is None:
         none = [None] * ctx.num_sources
-        return None, none, none, *no_grad
-    dq, dks, dvs = cascade_backward(
-        dout, query, keys, values, out, lse, cu_seqlens, host_offsets, ctx.kinds, ctx.scale, ctx.backend
-    )
-    return dq, dks, dvs, *no_grad
+        return None, none, none, None, *no_grad
+    dq, dks, dvs = cascade_backward(dout, query, keys, values, out, lse, cu_seqlens, host_offsets, *ctx.settings)
+    dsink = gradient_of_sink(dout, out, lse, sink) if ctx.needs_input_grad[3] else None
+    return dq, dks, dvs, dsink, *no_grad
 
 
 cascade_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _count_products(query: torch.Tensor, host_offsets: Sequence[torch.Tensor], kinds: Sequence[int]) -> int:
-    """Query-key pairs over all blocks times heads times head dim."""
+def _count_pairs(query: torch.Tensor, host_offsets: Sequence[torch.Tensor], kinds: Sequence[int]) -> int:
+    """Query-key pairs that attend over all blocks and heads."""
     blocks = unflatten_blocks([offsets for rows in host_offsets for offsets in rows[:2]], host_offsets, kinds)
-    return sum(block.num_attended_pairs for block in blocks) * query.shape[1] * query.shape[2]
+    return sum(block.num_attended_pairs for block in blocks) * query.shape[1]
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_forward, get_raw=True)
-def _(query: torch.Tensor, keys: Any, values: Any, *blocks: Any, **kwargs: Any) -> int:
+def _(query: torch.Tensor, keys: Any, values: Sequence[torch.Tensor], *blocks: Any, **kwargs: Any) -> int:
     """Two products per attended pair: scores and output. What a block's shape hides is not counted."""
-    _, host_offsets, kinds, *_ = blocks
-    return 2 * 2 * _count_products(query, host_offsets, kinds)
+    _, _, host_offsets, kinds, *_ = blocks
+    return 2 * (query.shape[2] + values[0].shape[2]) * _count_pairs(query, host_offsets, kinds)
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_backward, get_raw=True)
-def _(dout: Any, query: torch.Tensor, keys: Any, values: Any, out: Any, lse: Any, *blocks: Any, **kwargs: Any) -> int:
+def _(
+    dout: Any,
+    query: torch.Tensor,
+    keys: Any,
+    values: Sequence[torch.Tensor],
+    out: Any,
+    lse: Any,
+    *blocks: Any,
+    **kwargs: Any,
+) -> int:
     """Five products per attended pair: scores again, dV, dP, dQ and dK."""
     _, host_offsets, kinds, *_ = blocks
-    return 5 * 2 * _count_products(query, host_offsets, kinds)
+    return 2 * (3 * query.shape[2] + 2 * values[0].shape[2]) * _count_pairs(query, host_offsets, kinds)

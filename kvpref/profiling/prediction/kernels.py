@@ -20,16 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from kvpref.ops.attention.backends import cpu_flash, efficient, flash_kernels
 from kvpref.ops.attention.backends.cuda_flash import CudaFlash
 from kvpref.ops.attention.backends.efficient import Efficient
-from kvpref.ops.attention.backends.interface import Backend
-from kvpref.ops.attention.backends.reference import Reference
+from kvpref.ops.attention.backends.interface import Backend, Needs
+from kvpref.ops.attention.backends.tiled import Tiled
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock
 from kvpref.ops.attention.blockwise import Merge, backward_blocks, forward_blocks, unflatten_blocks
 from kvpref.ops.attention.merge import Partial, merge_partials
+from kvpref.ops.attention.ops import needs_of
 from kvpref.ops.logprob.tiles import tiles_for
 
 _ATEN, _KVPREF = torch.ops.aten, torch.ops.kvpref
 
-Choose = Callable[[torch.Tensor], Backend]
+Choose = Callable[[torch.Tensor, Needs], Backend]
 
 
 @contextmanager
@@ -89,15 +90,19 @@ def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments
     query: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
+    sink: torch.Tensor | None,
     cu_seqlens: Sequence[torch.Tensor],
     host_offsets: Sequence[torch.Tensor],
     kinds: Sequence[int],
     scale: float,
+    softcap: float,
     backend: str,
 ) -> Partial:
     """What `kvpref::cascade_forward` does, with a backend that its fake tensors would not be given."""
     blocks = _blocks(cu_seqlens, host_offsets, kinds)
-    return forward_blocks(choose(query), AttentionParams(scale=scale), blocks, query, keys, values, merge)
+    kernels = choose(query, needs_of(values, softcap))
+    params = AttentionParams(scale=scale, softcap=softcap or None)
+    return forward_blocks(kernels, params, blocks, query, keys, values, sink, merge)
 
 
 def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
@@ -112,12 +117,15 @@ def _cascade_backward(  # noqa: PLR0913 - takes an operator's arguments
     host_offsets: Sequence[torch.Tensor],
     kinds: Sequence[int],
     scale: float,
+    softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """What `kvpref::cascade_backward` does, likewise."""
     blocks = _blocks(cu_seqlens, host_offsets, kinds)
-    params = AttentionParams(scale=scale)
-    return backward_blocks(choose(query), params, blocks, dout, query, keys, values, (out, lse))
+    params = AttentionParams(scale=scale, softcap=softcap or None)
+    return backward_blocks(
+        choose(query, needs_of(values, softcap)), params, blocks, dout, query, keys, values, (out, lse)
+    )
 
 
 def _blocks(
@@ -133,16 +141,22 @@ class _CpuFlash(cpu_flash.CpuFlash):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, *args: Any) -> Partial:
         with _disable_current_modes():
-            cpu_flash._calls(block.pairs, block.causal)
+            cpu_flash._calls(block.pairs, block.shape)
         return super().forward(q, k, v, block, *args)
 
 
-def _cuda_backend(query: torch.Tensor) -> Backend:
+def _cpu_backend(query: torch.Tensor, needs: Needs) -> Backend:
+    return Tiled() if needs.softcap else _CpuFlash()
+
+
+def _cuda_backend(query: torch.Tensor, needs: Needs) -> Backend:
     """What `auto` chooses for a CUDA tensor like this one; on a device of compute capability 8.0 or later."""
-    head_dim, is_16_bit = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    if needs.softcap:
+        return Tiled()
+    head_dim, is_16_bit = needs.head_dim(query), query.dtype in (torch.bfloat16, torch.float16)
     if is_16_bit and head_dim <= 256 and head_dim % 8 == 0:
         return CudaFlash()
-    return Efficient() if head_dim % (16 // query.dtype.itemsize) == 0 else Reference()
+    return Efficient() if head_dim % (16 // query.dtype.itemsize) == 0 else Tiled()
 
 
 def _merge_in_place(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
@@ -152,7 +166,7 @@ def _merge_in_place(first: Partial, second: Partial, dtype: torch.dtype) -> Part
 
 
 _BACKENDS: dict[str, tuple[Choose, Merge]] = {
-    "cpu": (lambda query: _CpuFlash(), merge_partials),
+    "cpu": (_cpu_backend, merge_partials),
     "cuda": (_cuda_backend, _merge_in_place),
 }
 

@@ -49,7 +49,7 @@ def make_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *i
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(OptionalPackage, "missing_reason", missing_reason)
     monkeypatch.setattr(OptionalPackage, "name_and_version", lambda package: f"{package.distribution} 3.0.0")
-    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, query: None)
+    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, *args: None)
 
 
 def activate(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -69,8 +69,8 @@ ALL = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
         (HOPPER, ALL, FakeQuery(), "flash_attn_3"),
         (HOPPER, ALL, FakeQuery(torch.float16, 256), "flash_attn_3"),
         (HOPPER, ALL, FakeQuery(torch.float32), "efficient"),
-        (HOPPER, ALL, FakeQuery(torch.float64), "reference"),
-        (HOPPER, ALL, FakeQuery(head_dim=60), "reference"),
+        (HOPPER, ALL, FakeQuery(torch.float64), "tiled"),
+        (HOPPER, ALL, FakeQuery(head_dim=60), "tiled"),
         (HOPPER, (), FakeQuery(), "cuda_flash"),
         (HOPPER, ("flash-attn", "flash-attn-4", "xformers"), FakeQuery(), "cuda_flash"),
         (AMPERE, ALL, FakeQuery(), "cuda_flash"),
@@ -112,7 +112,7 @@ def test_what_does_not_repeat_itself_is_passed_over_while_it_must(monkeypatch: p
 
 def test_a_package_whose_kernels_fail_is_passed_over_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     make_device(monkeypatch, HOPPER, *ALL)
-    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, query: "a tiny call on cuda:0 failed (why)")
+    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, *args: "a tiny call on cuda:0 failed (why)")
     query: Any = FakeQuery()
     assert auto(query) == "cuda_flash"
     assert str(choose_automatically(query)) == (
@@ -201,7 +201,7 @@ def test_layers_do_not_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             type(backend),
             "unsupported_reason",
-            lambda self, query, ask=ask: asked.append(self.name) or ask(self, query),
+            lambda self, *args, ask=ask: asked.append(self.name) or ask(self, *args),
         )
     for _ in range(50):
         auto(FakeQuery())

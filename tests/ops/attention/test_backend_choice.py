@@ -47,7 +47,7 @@ def fresh_selections() -> None:
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every package, with kernels that run."""
     monkeypatch.setattr(OptionalPackage, "missing_reason", lambda self: None)
-    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, query: None)
+    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, *args: None)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.float32, (8, 0), "efficient"),
         (torch.float32, (9, 0), "efficient"),
         (torch.float16, (7, 5), "efficient"),
-        (torch.float64, (9, 0), "reference"),
+        (torch.float64, (9, 0), "tiled"),
     ],
     ids=str,
 )
@@ -69,7 +69,7 @@ def test_auto_on_cuda_without_an_import(
     on_device(monkeypatch, capability)
     query = FakeQuery()
     query.dtype = dtype
-    # A tensor's method that the reference backend asks.
+    # A tensor's method that backends in plain torch ask.
     query.is_floating_point = lambda: True  # type: ignore[attr-defined]
 
     def refuse(package: OptionalPackage) -> str:
@@ -87,13 +87,15 @@ def test_auto_refuses_what_none_can_run() -> None:
 @pytest.mark.parametrize("name", ["efficient", *PACKAGED])
 def test_cpu_tensors_are_refused_without_an_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OptionalPackage, "missing_reason", lambda self: pytest.fail("imported"))
-    with pytest.raises(ValueError, match=rf"'{name}' cannot run here: .*CUDA.*'cpu'; these can: cpu_flash, reference"):
+    with pytest.raises(
+        ValueError, match=rf"'{name}' cannot run here: .*CUDA.*'cpu'; these can: cpu_flash, tiled, reference"
+    ):
         select_backend(name, torch.zeros(1, 1, 8))
 
 
 def test_names() -> None:
-    assert backend_names() == ("cpu_flash", "cuda_flash", "efficient", "reference", *PACKAGED)
-    assert available_backends(torch.zeros(1, 1, 8)) == ["cpu_flash", "reference"]
+    assert backend_names() == ("cpu_flash", "cuda_flash", "efficient", "tiled", "reference", *PACKAGED)
+    assert available_backends(torch.zeros(1, 1, 8)) == ["cpu_flash", "tiled", "reference"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from kvpref.ops.attention import AttentionParams, VarlenBlock, available_backend
 from kvpref.ops.attention.backends.cuda_flash import CudaFlash
 from kvpref.prefix.levels import VarlenLayout
 
-CPU_BACKENDS = ("reference", "cpu_flash")
+CPU_BACKENDS = ("reference", "tiled", "cpu_flash")
 PARAMS = AttentionParams(scale=0.5)
 
 
@@ -71,17 +71,19 @@ def test_unknown_names_are_answered_with_the_known() -> None:
 
 
 def test_a_backend_that_cannot_serve_names_those_that_can() -> None:
-    with pytest.raises(ValueError, match=r"'cuda_flash' cannot run here: .*'cpu'; these can: cpu_flash, reference"):
+    with pytest.raises(
+        ValueError, match=r"'cuda_flash' cannot run here: .*'cpu'; these can: cpu_flash, tiled, reference"
+    ):
         select_backend("cuda_flash", random(1, 1, 8))
     meta = torch.empty(1, 1, 8, device="meta")
-    with pytest.raises(ValueError, match=r"'cpu_flash' cannot run here: .*'meta'; these can: reference"):
+    with pytest.raises(ValueError, match=r"'cpu_flash' cannot run here: .*'meta'; these can: tiled, reference"):
         select_backend("cpu_flash", meta)
 
 
 def test_auto_takes_the_fast_one() -> None:
     assert select_backend("auto", random(1, 1, 8)).name == "cpu_flash"
-    assert select_backend("auto", torch.empty(1, 1, 8, device="meta")).name == "reference"
-    assert available_backends(random(1, 1, 8)) == ["cpu_flash", "reference"]
+    assert select_backend("auto", torch.empty(1, 1, 8, device="meta")).name == "tiled"
+    assert available_backends(random(1, 1, 8)) == ["cpu_flash", "tiled", "reference"]
 
 
 def test_integer_queries_are_refused() -> None:

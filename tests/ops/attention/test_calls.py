@@ -143,7 +143,7 @@ def test_only_the_last_merge_rounds() -> None:
     ]
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         q = random(3, 2, 8).to(dtype)
-        out, lse = forward_blocks(Reference(), PARAMS, blocks, q, [q] * 4, [q] * 4, merge)
+        out, lse = forward_blocks(Reference(), PARAMS, blocks, q, [q] * 4, [q] * 4, merge=merge)
         assert dtypes == [wide, wide, dtype]
         assert (out.dtype, lse.dtype) == (dtype, wide)
         dtypes.clear()

@@ -223,7 +223,9 @@ def bad_inputs() -> dict[str, tuple[Inputs, str]]:
     return {
         "dtype": (good._replace(key=good.key.float()), r"query and key must have one dtype"),
         "prefix dtype": (good._replace(prefixes=[(key, value.float())]), r"query and prefix 0 must have one dtype"),
-        "head dim": (good._replace(value=good.value[..., :4]), r"value .* does not fit query"),
+        "head dim": (good._replace(key=good.key[..., :4]), r"key .* does not fit query"),
+        "value head dim": (good._replace(value=good.value[..., :4]), r"prefix 0 .* values of head dim 4"),
+        "value heads": (good._replace(value=good.value[:, :1]), r"value .* does not fit query"),
         "heads": (good._replace(key=good.key.repeat(1, 2, 1)[:, :3]), r"number of key/value heads"),
         "missing prefix": (good._replace(prefixes=[]), r"blocks read 1 prefixes; got 0"),
         "short query": (good._replace(query=good.query[:-1]), r"queries .*; got"),

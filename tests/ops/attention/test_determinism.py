@@ -135,7 +135,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """A device with every package, whose kernels run."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(OptionalPackage, "missing_reason", lambda self: None)
-    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, query: None)
+    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, *args: None)
 
 
 @pytest.fixture

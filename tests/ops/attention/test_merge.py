@@ -7,7 +7,7 @@ from functools import reduce
 import pytest
 import torch
 
-from kvpref.ops.attention.merge import Partial, add_gradient, merge_partials
+from kvpref.ops.attention.merge import Partial, add_gradient, gradient_of_sink, merge_partials, merge_sink
 
 
 def partials(num_parts: int, num_keys: int = 3) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
@@ -100,3 +100,24 @@ def test_gradients_are_rounded_once() -> None:
         assert torch.equal(add_all(terms).bfloat16(), exact.bfloat16())
     wide = [torch.rand(3, generator=generator, dtype=torch.float64) for _ in range(3)]
     assert torch.equal(add_all(wide), wide[0] + wide[1] + wide[2])
+
+
+def test_a_sink_is_one_more_logit() -> None:
+    """As attention over one more key whose value is zero; a row without keys gives all its weight to the sink."""
+    torch.manual_seed(0)
+    scores, values = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    sink = torch.tensor([0.3, -2.0], dtype=torch.bfloat16, requires_grad=True)
+    out, lse = torch.einsum("htk,khd->thd", scores.softmax(-1), values), scores.logsumexp(-1)
+    out[4], lse[:, 4] = 0.0, float("inf")  # as FlashAttention-2 reports it
+    found, total = merge_sink((out, lse), sink.detach(), torch.float64)
+    wide = sink.double()
+    with_sink = torch.cat([scores, wide[:, None, None].expand(-1, 5, 1)], dim=-1)
+    expected = torch.einsum("htk,khd->thd", with_sink.softmax(-1)[..., :3], values)
+    torch.testing.assert_close(found[:4], expected[:4], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(total[:, :4], with_sink.logsumexp(-1)[:, :4], rtol=1e-13, atol=1e-13)
+    assert found[4].count_nonzero() == 0
+    assert torch.equal(total[:, 4], wide.detach())
+    dout = torch.randn(5, 2, 4, dtype=torch.float64)
+    (true_grad,) = torch.autograd.grad((expected[:4] * dout[:4]).sum(), [wide])
+    grad = gradient_of_sink(dout, found, total, sink.detach())
+    torch.testing.assert_close(grad, true_grad.to(torch.bfloat16), rtol=0, atol=0)

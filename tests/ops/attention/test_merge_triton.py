@@ -107,3 +107,15 @@ def test_non_contiguous_parts(merge_triton: ModuleType) -> None:
     assert not any(tensor.is_contiguous() for part in strided for tensor in part)
     found, _ = merge_triton.merge_two(*strided, torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("no_keys", [float("-inf"), float("inf")])
+def test_rows_without_keys_in_both(no_keys: float, merge_triton: ModuleType) -> None:
+    (first, first_lse), (second, second_lse) = make_partials(2, (7, 2, 16), torch.float32)
+    first[3], second[3] = 0.0, 0.0
+    first_lse[:, 3], second_lse[:, 3] = no_keys, float("-inf")
+    for merge_two in (merge_triton.merge_two, merge.merge_partials):
+        out, lse = merge_two((first.clone(), first_lse.clone()), (second, second_lse), torch.float32)
+        assert out[3].count_nonzero() == 0
+        assert (lse[:, 3] == float("-inf")).all()
+        assert lse[:, :3].isfinite().all()

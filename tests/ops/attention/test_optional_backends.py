@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import stand_in_efficient
 import torch
 from dense_attention import Inputs, dense_attention, make_inputs, make_plan, random_tree
-from stand_in_flash_attn import FlashAttention2, FlashAttention4, FlashAttention4WithExtras
-from stand_in_flash_attn_3 import FlashAttention3, FlashAttention3Of2025
-from stand_in_kernels import module_like
-from stand_in_xformers import Xformers
+from stand_in_backends import STAND_INS, running_on_stand_in
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, cascade_attention, get_backend
-from kvpref.ops.attention.backends import optional_package
 from kvpref.prefix.levels import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.37)
@@ -26,30 +21,11 @@ TOLERANCE = 1e-12
 INF = float("inf")
 
 
-INSTALLED: dict[str, tuple[str, str, Callable[[], object]]] = {
-    "flash_attn": ("flash_attn", "flash_attn.flash_attn_interface", FlashAttention2),
-    "flash_attn_3": ("flash_attn_3", "flash_attn_interface", FlashAttention3),
-    "flash_attn_3 of 2025": ("flash_attn_3", "flash_attn_interface", FlashAttention3Of2025),
-    "flash_attn_4": ("flash_attn_4", "flash_attn.cute.interface", FlashAttention4),
-    "flash_attn_4 with extras": ("flash_attn_4", "flash_attn.cute.interface", FlashAttention4WithExtras),
-    "xformers": ("xformers", "xformers.ops.fmha", Xformers),
-    "efficient": ("efficient", "", object),
-}
-
-
-@pytest.fixture(params=INSTALLED)
+@pytest.fixture(params=[name for name in STAND_INS if name != "cuda_flash"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a backend that runs on its stand-in and takes CPU tensors."""
-    name, module, kernels = INSTALLED[request.param]
-    optional_package._load.cache_clear()
-    if module:
-        monkeypatch.setitem(sys.modules, module, module_like(kernels()))
-    for direction in ("forward", "backward"):
-        stand_in = getattr(stand_in_efficient, f"efficient_attention_{direction}")
-        monkeypatch.setattr(torch.ops.aten, f"_efficient_attention_{direction}", stand_in)
-    monkeypatch.setattr(type(get_backend(name)), "unsupported_reason", lambda self, query: None)
-    yield name
-    optional_package._load.cache_clear()
+    with running_on_stand_in(request.param, monkeypatch) as name:
+        yield name
 
 
 @pytest.fixture

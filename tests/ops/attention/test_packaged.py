@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
 from kvpref.ops.attention.backends import flash_kernels, optional_package, packaged
+from kvpref.ops.attention.backends.interface import Needs
 from kvpref.ops.attention.backends.optional_package import OptionalPackage
 from kvpref.ops.attention.backends.packaged import PackagedBackend
 from kvpref.ops.attention.backends.reference import Reference
@@ -117,7 +118,7 @@ def test_memory_that_ran_out_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_cpu_tensors_are_refused_without_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OptionalPackage, "missing_reason", lambda self: None)
-    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, query: pytest.fail("called"))
+    monkeypatch.setattr(PackagedBackend, "probe_failure", lambda self, *args: pytest.fail("called"))
     for name in ("flash_attn", "flash_attn_3", "flash_attn_4", "xformers"):
         assert "CUDA tensors only" in str(get_backend(name).unsupported_reason(query()))
 
@@ -132,8 +133,8 @@ class Recorder(PackagedBackend, Reference):
         self.queries: list[tuple[torch.dtype, int]] = []
         self.directions: list[str] = []
 
-    def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        return self.probe_failure(query)
+    def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
+        return self.probe_failure(query, needs)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
@@ -195,3 +196,5 @@ def test_it_is_made_once_per_kind_of_query() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(recorder.queries) == 8, "deterministic kernels are others"
+    recorder.unsupported_reason(query(), Needs(value_head_dim=192, softcap=True))
+    assert recorder.queries[8:] == [(torch.bfloat16, 192)] * 2, "as are those with a softcap or for wider values"

@@ -15,21 +15,22 @@ from kvpref.ops.attention.backends.cpu_flash import CpuFlash
 from kvpref.ops.attention.backends.cuda_flash import CudaFlash
 from kvpref.ops.attention.backends.efficient import Efficient
 from kvpref.ops.attention.backends.flash_attn import FlashAttn, FlashAttn3, FlashAttn4
-from kvpref.ops.attention.backends.interface import Backend
+from kvpref.ops.attention.backends.interface import PLAIN, Backend, Needs
 from kvpref.ops.attention.backends.packaged import PackagedBackend
 from kvpref.ops.attention.backends.reference import Reference
+from kvpref.ops.attention.backends.tiled import Tiled
 from kvpref.ops.attention.backends.xformers import Xformers
 
 _BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        *(CpuFlash(), CudaFlash(), Efficient(), Reference()),
+        *(CpuFlash(), CudaFlash(), Efficient(), Tiled(), Reference()),
         # Their packages are imported when somebody names one, or where `auto` prefers it.
         *(FlashAttn(), FlashAttn3(), FlashAttn4(), Xformers()),
     )
 }
 _AUTOMATIC = {"cpu": (CpuFlash.name,), "cuda": (CudaFlash.name, Efficient.name)}
-"""What `auto` tries before the reference, by type of device."""
+"""What `auto` tries before `tiled`, by type of device."""
 _HOPPER = 9
 """Major compute capability."""
 
@@ -59,12 +60,12 @@ def backend_names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def available_backends(query: torch.Tensor) -> list[str]:
-    """Names of the backends that can run attention for a query like this (device, dtype, head dim).
+def available_backends(query: torch.Tensor, needs: Needs = PLAIN) -> list[str]:
+    """Names of the backends that can run attention for a query like this (device, dtype, head dim) and its needs.
 
     Imports the optional packages that are installed, and runs a tiny call of each.
     """
-    return [name for name, backend in _BACKENDS.items() if backend.unsupported_reason(query) is None]
+    return [name for name, backend in _BACKENDS.items() if backend.unsupported_reason(query, needs) is None]
 
 
 def get_backend(name: str) -> Backend:
@@ -78,35 +79,36 @@ def get_backend(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def choose_automatically(query: torch.Tensor) -> AutomaticChoice:
-    """What `auto` takes for a query like this (device, dtype, head dim), and why not what it prefers.
+def choose_automatically(query: torch.Tensor, needs: Needs = PLAIN) -> AutomaticChoice:
+    """What `auto` takes for a query like this (device, dtype, head dim) and its needs, and why not what it prefers.
 
     Raises:
         InputError: If no backend can serve.
     """
     refusals: dict[str, str] = {}
-    for name in _candidates(query.device):
-        reason = _BACKENDS[name].unsupported_reason(query)
+    for name in _candidates(query.device, needs):
+        reason = _BACKENDS[name].unsupported_reason(query, needs)
         if reason is None:
             return AutomaticChoice(backend=_BACKENDS[name], refusals=refusals)
         refusals[name] = reason
     raise InputError(f"no attention backend can run {query.dtype} on {query.device}; use a float dtype")
 
 
-def select_backend(name: str, query: torch.Tensor) -> Backend:
-    """Resolve a backend name, where ``auto`` takes the best that serves the query's device, dtype and head dim.
+def select_backend(name: str, query: torch.Tensor, needs: Needs = PLAIN) -> Backend:
+    """Resolve a backend name, where ``auto`` takes the best that serves the query's device, dtype, head dim and needs.
 
     Raises:
         InputError: If a backend that was named cannot serve; the message gives the reason and the ones that can.
             For ``auto``, if none can.
     """
     if query.device.type != "cuda":
-        return _select(name, query)
+        return _select(name, query, needs)
     # Every layer of every pass asks; on CUDA finding the answer takes longer than starting a kernel.
-    kind = (name, query.device, query.dtype, query.shape[-1], determinism.is_required(), torch_flash.activated())
+    rules = (determinism.is_required(), torch_flash.activated())
+    kind = (name, query.device, query.dtype, query.shape[-1], needs, *rules)
     found = _selected.get(kind)
     if found is None:
-        found = _selected[kind] = _select(name, query)
+        found = _selected[kind] = _select(name, query, needs)
     return found
 
 
@@ -114,34 +116,36 @@ _selected: dict[tuple[object, ...], Backend] = {}
 """What was selected on CUDA, by all that the selection depends on."""
 
 
-def _select(name: str, query: torch.Tensor) -> Backend:
+def _select(name: str, query: torch.Tensor, needs: Needs) -> Backend:
     if name == "auto":
-        choice = choose_automatically(query)
+        choice = choose_automatically(query, needs)
         if _logger.isEnabledFor(logging.INFO):
             _announce(str(choice), query.device, query.dtype)
         return choice.backend
     backend = get_backend(name)
-    reason = backend.unsupported_reason(query)
+    reason = backend.unsupported_reason(query, needs)
     if reason is not None:
-        raise InputError(
-            f"attention backend {name!r} cannot run here: {reason}; these can: {', '.join(available_backends(query))}"
-        )
+        others = ", ".join(available_backends(query, needs))
+        raise InputError(f"attention backend {name!r} cannot run here: {reason}; these can: {others}")
     return backend
 
 
-def _candidates(device: torch.device) -> Iterator[str]:
+def _candidates(device: torch.device, needs: Needs) -> Iterator[str]:
     """What `auto` tries on a device, in order.
 
     What a user has activated in PyTorch's own operator comes first, as kvpref's backend for the same kernels. On Hopper
     FlashAttention-3 comes next, which was written for it. FlashAttention-4 is not taken unasked: it is in beta, and
-    compiles its kernels for each kind of call while a run goes on.
+    compiles its kernels for each kind of call while a run goes on. PyTorch's own kernels have no softcap, so where it
+    is needed flash-attn is asked before `tiled`.
     """
     preferred = []
     if device.type == "cuda":
         preferred = [name for name in (torch_flash.backend_of_activated(),) if name is not None]
         if torch.cuda.get_device_capability(device)[0] == _HOPPER:
             preferred.append(FlashAttn3.name)
-    yield from dict.fromkeys([*preferred, *_AUTOMATIC.get(device.type, ()), Reference.name])
+    own = _AUTOMATIC.get(device.type, ())
+    capped = [FlashAttn.name] if device.type == "cuda" and needs.softcap else []
+    yield from dict.fromkeys([*preferred, *own, *capped, Tiled.name])
 
 
 @cache  # once per process and kind of query

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvpref.ops.attention.backends.interface import Backend
+from kvpref.ops.attention.backends.interface import Abilities, Backend, Needs
 from kvpref.ops.attention.block import AttentionParams, Pair, VarlenBlock
+from kvpref.prefix.levels import Shape
 
 # Up to here calls cost more than arithmetic; beyond, the kernel is busy and padding and copies cost more than calls.
 _MAX_BUCKETED_TOKENS = 20
@@ -23,12 +24,14 @@ class CpuFlash(Backend):
     """Native GQA, fp64 and fp32; 16-bit inputs are computed in fp32.
 
     The kernel accumulates dK and dV in the input's dtype, which would lose the sum over many responses in bf16, so
-    16-bit inputs are widened first.
+    16-bit inputs are widened first. An anti-causal square is a causal one with both orders reversed, so its rows are
+    copied in reversed order.
     """
 
     name = "cpu_flash"
+    can = Abilities(anti_causal=True, key_ranges=True)
 
-    def unsupported_reason(self, query: torch.Tensor) -> str | None:
+    def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
         if query.device.type != "cpu":
             return f"it runs on CPU tensors only, got device {query.device.type!r}"
         return None if query.is_floating_point() else f"it needs a float dtype, got {query.dtype}"
@@ -39,9 +42,10 @@ class CpuFlash(Backend):
         q, k, v = _widen(q), _widen(k), _widen(v)
         out = torch.zeros_like(q)
         lse = q.new_full((q.shape[0], q.shape[1]), float("-inf"))
-        for queries, keys in _calls(block.pairs, block.causal):
+        is_causal = block.shape != "rectangle"
+        for queries, keys in _calls(block.pairs, block.shape):
             call_out, call_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                queries.take(q), keys.take(k), keys.take(v), 0.0, block.causal, scale=params.scale
+                queries.take(q), keys.take(k), keys.take(v), 0.0, is_causal, scale=params.scale
             )
             queries.put(out, call_out)
             queries.put(lse, call_lse)
@@ -60,7 +64,9 @@ class CpuFlash(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, out, dout = _widen(q), _widen(k), _widen(v), _widen(out), _widen(dout)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys in _calls(block.pairs, block.causal):
+        is_causal = block.shape != "rectangle"
+        overlap = block.starts_key is not None
+        for queries, keys in _calls(block.pairs, block.shape):
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 queries.take_gradient(dout),
                 queries.take(q),
@@ -69,13 +75,16 @@ class CpuFlash(Backend):
                 queries.take(out),
                 queries.take(lse.T),
                 0.0,
-                block.causal,
+                is_causal,
                 scale=params.scale,
             )
-            # Every row of a block belongs to at most one pair, so the shares are written, not added.
+            # Queries are in one pair at most, and keys too unless they come as ranges: written, not added.
             queries.put(dq, grads[0])
-            keys.put(dk, grads[1])
-            keys.put(dv, grads[2])
+            for whole, part in ((dk, grads[1]), (dv, grads[2])):
+                if overlap:
+                    keys.add(whole, part)
+                else:
+                    keys.put(whole, part)
         return dq, dk, dv
 
 
@@ -84,14 +93,16 @@ class _Run(NamedTuple):
 
     start: int
     end: int
+    is_reversed: bool = False
 
     def length(self) -> int:
         """Rows."""
         return self.end - self.start
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """These rows as the kernel wants them; a view."""
-        return rows[self.start : self.end].transpose(0, 1).unsqueeze(0)
+        """These rows as the kernel wants them; a view, unless they are reversed."""
+        own = rows[self.start : self.end]
+        return (own.flip(0) if self.is_reversed else own).transpose(0, 1).unsqueeze(0)
 
     def take_gradient(self, rows: torch.Tensor) -> torch.Tensor:
         """The same for the output's gradient."""
@@ -99,7 +110,15 @@ class _Run(NamedTuple):
 
     def put(self, rows: torch.Tensor, part: torch.Tensor) -> None:
         """Write what the kernel computed for these rows."""
-        rows[self.start : self.end] = part[0].transpose(0, 1)
+        rows[self.start : self.end] = self._in_order(part)
+
+    def add(self, rows: torch.Tensor, part: torch.Tensor) -> None:
+        """Add it instead."""
+        rows[self.start : self.end] += self._in_order(part)
+
+    def _in_order(self, part: torch.Tensor) -> torch.Tensor:
+        own = part[0].transpose(0, 1)
+        return own.flip(0) if self.is_reversed else own
 
 
 class _Bucket(NamedTuple):
@@ -115,11 +134,14 @@ class _Bucket(NamedTuple):
 
     @classmethod
     def of(cls, runs: list[_Run]) -> _Bucket:
-        length = max(map(_Run.length, runs))
+        lengths = torch.tensor([run.length() for run in runs]).unsqueeze(1)
+        offsets = torch.arange(int(lengths.max())).expand(len(runs), -1)
+        is_padding = offsets >= lengths
+        offsets = torch.minimum(offsets, lengths - 1)
+        starts = torch.tensor([run.start for run in runs]).unsqueeze(1)
         ends = torch.tensor([run.end for run in runs]).unsqueeze(1)
-        places = torch.tensor([run.start for run in runs]).unsqueeze(1) + torch.arange(length)
-        is_padding = places >= ends
-        return cls(torch.minimum(places, ends - 1), is_padding, (~is_padding).flatten().nonzero().squeeze(1))
+        places = ends - 1 - offsets if runs[0].is_reversed else starts + offsets
+        return cls(places, is_padding, (~is_padding).flatten().nonzero().squeeze(1))
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """These rows as the kernel wants them; a copy."""
@@ -135,35 +157,56 @@ class _Bucket(NamedTuple):
         """Write what the kernel computed for these rows."""
         rows[self.places.flatten()[self.own]] = part.transpose(1, 2).flatten(0, 1)[self.own]
 
+    def add(self, rows: torch.Tensor, part: torch.Tensor) -> None:
+        """Add it instead; rows may be in several segments."""
+        rows.index_add_(0, self.places.flatten()[self.own], part.transpose(1, 2).flatten(0, 1)[self.own])
+
 
 _Rows = _Run | _Bucket
 
 
+class _Square(NamedTuple):
+    """A pair under a causal mask: as many queries as keys."""
+
+    queries: _Run
+    keys: _Run
+
+    def length(self) -> int:
+        """Queries."""
+        return self.queries.length()
+
+
 @lru_cache(maxsize=64)  # every layer of a pass asks for the same few blocks
-def _calls(pairs: tuple[Pair, ...], causal: bool) -> tuple[tuple[_Rows, _Rows], ...]:
+def _calls(pairs: tuple[Pair, ...], shape: Shape) -> tuple[tuple[_Rows, _Rows], ...]:
     """The rows of queries and of keys of each kernel call."""
-    if not causal:  # padded keys would be seen
+    if shape == "rectangle":  # padded keys would be seen
         return tuple((_Run(q0, q1), _Run(k0, k1)) for q0, q1, k0, k1 in pairs)
-    runs = [_Run(q0, q1) for q0, q1, _, _ in pairs]
-    return tuple((rows, rows) for rows in _in_buckets(runs))
+    backwards = shape == "anti_causal"
+    squares = [_Square(_Run(q0, q1, backwards), _Run(k0, k1, backwards)) for q0, q1, k0, k1 in pairs]
+    return tuple(_in_buckets(squares))
 
 
-def _in_buckets(runs: list[_Run]) -> Iterator[_Rows]:
-    """Short runs of like length together where there are enough of them, others alone."""
-    bucket: list[_Run] = []
-    for run in sorted(runs, key=_Run.length):
-        if bucket and run.length() > max(_ALWAYS_TOGETHER_TOKENS, _MAX_STRETCH * bucket[0].length()):
+def _in_buckets(squares: list[_Square]) -> Iterator[tuple[_Rows, _Rows]]:
+    """Short squares of like length together where there are enough of them, others alone."""
+    bucket: list[_Square] = []
+    for square in sorted(squares, key=_Square.length):
+        if bucket and square.length() > max(_ALWAYS_TOGETHER_TOKENS, _MAX_STRETCH * bucket[0].length()):
             yield from _close(bucket)
             bucket = []
-        if run.length() > _MAX_BUCKETED_TOKENS:
-            yield run
+        if square.length() > _MAX_BUCKETED_TOKENS:
+            yield square.queries, square.keys
         else:
-            bucket.append(run)
+            bucket.append(square)
     yield from _close(bucket)
 
 
-def _close(runs: list[_Run]) -> list[_Run] | list[_Bucket]:
-    return runs if len(runs) < _MIN_BUCKET_SEGMENTS else [_Bucket.of(runs)]
+def _close(squares: list[_Square]) -> Iterator[tuple[_Rows, _Rows]]:
+    if len(squares) < _MIN_BUCKET_SEGMENTS:
+        yield from ((square.queries, square.keys) for square in squares)
+        return
+    queries = _Bucket.of([square.queries for square in squares])
+    is_self = all(square.queries == square.keys for square in squares)
+    yield queries, queries if is_self else _Bucket.of([square.keys for square in squares])
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

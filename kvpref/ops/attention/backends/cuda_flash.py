@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpref.ops.attention.backends import flash_kernels, torch_flash
-from kvpref.ops.attention.backends.interface import Backend
+from kvpref.ops.attention.backends.interface import Abilities, Backend, Needs
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock
 from kvpref.ops.attention.splitting import CallLimits
 
@@ -13,18 +13,19 @@ from kvpref.ops.attention.splitting import CallLimits
 class CudaFlash(Backend):
     """fp16 and bf16 on compute capability 8.0 and later, native GQA, no extra package.
 
-    The kernel's causal mask is aligned to the bottom right, which equals the usual one here because causal blocks
-    have equal query and key ranges. Determinism is the kernel's own rule, which all backends follow. Refused while
+    The kernel's masks are aligned to the bottom right, which equals the usual place here because they are on squares
+    only. Determinism is the kernel's own rule, which all backends follow. Refused while
     other kernels stand in for the operator, because results would be those of another package under this name.
     """
 
     name = "cuda_flash"
+    can = Abilities(windows=True, anti_causal=True)
 
     def provider(self) -> str:
         return f"FlashAttention-2 of {super().provider()}"
 
-    def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        return flash_kernels.refusal(query) or torch_flash.replaced_reason()
+    def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
+        return flash_kernels.refusal(query, needs) or torch_flash.replaced_reason()
 
     def call_limits(self, query: torch.Tensor) -> CallLimits:
         return flash_kernels.call_limits(query)
@@ -44,6 +45,8 @@ class CudaFlash(Backend):
             block.causal,
             False,
             scale=params.scale,
+            window_size_left=flash_kernels.window_of(block)[0],
+            window_size_right=flash_kernels.window_of(block)[1],
         )
         return out, lse
 
@@ -77,5 +80,7 @@ class CudaFlash(Backend):
             rng_state,
             unused,
             scale=params.scale,
+            window_size_left=flash_kernels.window_of(block)[0],
+            window_size_right=flash_kernels.window_of(block)[1],
         )
         return dq, dk, dv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpref.ops.attention.backends.interface import Backend
+from kvpref.ops.attention.backends.interface import Backend, Needs
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock
 from kvpref.ops.attention.splitting import CallLimits
 
@@ -30,14 +30,15 @@ class Efficient(Backend):
         "grouped keys and values are copied per query head, forward and backward: 2 x keys x heads x head dim numbers"
     )
 
-    def unsupported_reason(self, query: torch.Tensor) -> str | None:
+    def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
         if query.device.type != "cuda":
             return f"it runs on CUDA tensors only, got device {query.device.type!r}"
         if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"it needs float32, float16 or bfloat16, got {query.dtype}"
         multiple = _ALIGNMENT_BYTES // query.dtype.itemsize
-        if query.shape[-1] % multiple:
-            return f"it needs a head dim that is a multiple of {multiple} for {query.dtype}, got {query.shape[-1]}"
+        head_dim = needs.head_dim(query)
+        if head_dim % multiple:
+            return f"it needs a head dim that is a multiple of {multiple} for {query.dtype}, got {head_dim}"
         if query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) < (8, 0):
             return "it needs compute capability 8.0 or later (Ampere) for bfloat16"
         return None
@@ -64,7 +65,7 @@ class Efficient(Backend):
             scale=params.scale,
         )
         lse = _pack_lse(padded_lse, block.cu_seqlens_q, q.shape[0])
-        if block.causal:  # every row sees at least itself
+        if block.every_pair_meets:
             return out[0], lse
         keyless = _rows_without_partner(block.cu_seqlens_q, block.cu_seqlens_k, q.shape[0])
         # A row without keys divides zero by zero in the kernel.
@@ -103,7 +104,7 @@ class Efficient(Backend):
             scale=params.scale,
         )
         dk, dv = (grad[0].unflatten(1, (num_kv_heads, -1)).sum(dim=2) for grad in (dk, dv))
-        if block.causal:
+        if block.every_pair_meets:
             return dq[0], dk, dv
         # The kernel starts no work for an empty range, so the rows of the other side stay as the allocator left them.
         keyless = _rows_without_partner(block.cu_seqlens_q, block.cu_seqlens_k, q.shape[0])

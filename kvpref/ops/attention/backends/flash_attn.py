@@ -7,11 +7,13 @@ at the versions that each class names.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import inspect
+from typing import Any, ClassVar
 
 import torch
 
 from kvpref.ops.attention.backends import determinism, flash_kernels
+from kvpref.ops.attention.backends.interface import Abilities, Needs
 from kvpref.ops.attention.backends.optional_package import OptionalPackage
 from kvpref.ops.attention.backends.packaged import PackagedBackend
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock
@@ -21,16 +23,16 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _FlashAttention(PackagedBackend):
-    """What the generations share: dtypes, native GQA, varlen log-sum-exp (H, T), causal masks aligned to the bottom
-    right (the usual ones here, because causal blocks have equal query and key ranges).
+    """What the generations share: dtypes, native GQA, varlen log-sum-exp (H, T), masks aligned to the bottom right
+    (the usual place here, because they are on squares only).
     """
 
     max_head_dim: ClassVar[int] = 256
     min_capability: ClassVar[tuple[int, int]] = flash_kernels.AMPERE
     below_capability: ClassVar[tuple[int, int] | None] = None
 
-    def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        reason = flash_kernels.refusal(query, self.max_head_dim, self.min_capability)
+    def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
+        reason = flash_kernels.refusal(query, needs, self.max_head_dim, self.min_capability)
         if reason is not None:
             return reason
         capability, bound = torch.cuda.get_device_capability(query.device), self.below_capability
@@ -39,10 +41,10 @@ class _FlashAttention(PackagedBackend):
             return f"it needs compute capability below {limit}, got {found}"
         missing = self.package.missing_reason()
         if missing is None and determinism.is_required():
-            missing = self._nondeterministic_reason(query)
-        return missing or self.probe_failure(query)
+            missing = self._nondeterministic_reason(query, needs)
+        return missing or self.probe_failure(query, needs)
 
-    def _nondeterministic_reason(self, query: torch.Tensor) -> str | None:
+    def _nondeterministic_reason(self, query: torch.Tensor, needs: Needs) -> str | None:
         """Why its sources have no deterministic backward for this query, or None when they have."""
         return None
 
@@ -57,6 +59,7 @@ class FlashAttn(_FlashAttention):
     """
 
     name = "flash_attn"
+    can = Abilities(windows=True, anti_causal=True, softcap=True)
     package = OptionalPackage(
         module="flash_attn.flash_attn_interface",
         distribution="flash-attn",
@@ -78,6 +81,9 @@ class FlashAttn(_FlashAttention):
             dropout_p=0.0,
             softmax_scale=params.scale,
             causal=block.causal,
+            window_size_left=flash_kernels.window_of(block)[0],
+            window_size_right=flash_kernels.window_of(block)[1],
+            softcap=params.softcap or 0.0,
         )
         return out, lse
 
@@ -110,9 +116,9 @@ class FlashAttn(_FlashAttention):
             dropout_p=0.0,
             softmax_scale=params.scale,
             causal=block.causal,
-            window_size_left=-1,
-            window_size_right=-1,
-            softcap=0.0,
+            window_size_left=flash_kernels.window_of(block)[0],
+            window_size_right=flash_kernels.window_of(block)[1],
+            softcap=params.softcap or 0.0,
             alibi_slopes=None,
             deterministic=determinism.chosen_for(self.name),
         )
@@ -128,6 +134,7 @@ class FlashAttn3(_FlashAttention):
     """
 
     name = "flash_attn_3"
+    can = Abilities(windows=True, softcap=True)
     below_capability = (10, 0)
     package = OptionalPackage(
         module="flash_attn_interface",
@@ -135,9 +142,9 @@ class FlashAttn3(_FlashAttention):
         install="build it from the folder hopper of github.com/Dao-AILab/flash-attention",
     )
 
-    def _nondeterministic_reason(self, query: torch.Tensor) -> str | None:
+    def _nondeterministic_reason(self, query: torch.Tensor, needs: Needs) -> str | None:
         # hopper/flash_api.cpp rounds the head dim up to 64, 96, 128, 192 or 256 and refuses 256.
-        head_dim = query.shape[-1]
+        head_dim = needs.head_dim(query)
         return f"it has no deterministic backward for head dims above 192, got {head_dim}" if head_dim > 192 else None
 
     def forward(
@@ -146,7 +153,8 @@ class FlashAttn3(_FlashAttention):
         new_keys_and_out = (None, None, None, None)  # k_new, v_new, qv, out
         new_offsets_and_used = (None, None, None)  # cu_seqlens_k_new, seqused_q, seqused_k
         paging_rotary_descale = (None,) * 9
-        out, lse, *_ = self.package.load()._flash_attn_forward(
+        kernel = self.package.load()._flash_attn_forward
+        out, lse, *_ = kernel(
             q,
             k,
             v,
@@ -159,6 +167,8 @@ class FlashAttn3(_FlashAttention):
             *paging_rotary_descale,
             params.scale,
             block.causal,
+            **_window_arguments(kernel, block),
+            softcap=params.softcap or 0.0,
         )
         return out, lse
 
@@ -174,7 +184,8 @@ class FlashAttn3(_FlashAttention):
         params: AttentionParams,
     ) -> Gradients:
         dq, dk, dv = _zeros(q, k, v)
-        self.package.load()._flash_attn_backward(
+        kernel = self.package.load()._flash_attn_backward
+        kernel(
             dout.contiguous(),
             q,
             k,
@@ -192,6 +203,8 @@ class FlashAttn3(_FlashAttention):
             dv,
             params.scale,
             block.causal,
+            **_window_arguments(kernel, block),
+            softcap=params.softcap or 0.0,
             deterministic=determinism.chosen_for(self.name),
         )
         return dq, dk, dv
@@ -212,7 +225,7 @@ class FlashAttn4(_FlashAttention):
         module="flash_attn.cute.interface", distribution="flash-attn-4", install="pip install --pre flash-attn-4"
     )
 
-    def _nondeterministic_reason(self, query: torch.Tensor) -> str | None:
+    def _nondeterministic_reason(self, query: torch.Tensor, needs: Needs) -> str | None:
         # flash_attn/cute/interface.py asserts this; betas 0 to 4 refuse Hopper too, which the tiny call finds.
         major, minor = torch.cuda.get_device_capability(query.device)
         return f"it has no deterministic backward on compute capability {major}.{minor}" if major == 12 else None
@@ -265,6 +278,16 @@ class FlashAttn4(_FlashAttention):
             dv=dv,
         )
         return dq, dk, dv
+
+
+def _window_arguments(kernel: Any, block: VarlenBlock) -> dict[str, Any]:
+    """FlashAttention-3's arguments for the block's window: one pair, or two numbers since November 2025."""
+    left, right = flash_kernels.window_of(block)
+    # Since then the functions are operators, whose own signature is of any arguments.
+    names = inspect.signature(getattr(kernel, "_init_fn", kernel)).parameters
+    if "window_size" in names:
+        return {"window_size": (left, right)}
+    return {"window_size_left": left, "window_size_right": right}
 
 
 def _zeros(*tensors: torch.Tensor) -> Gradients:

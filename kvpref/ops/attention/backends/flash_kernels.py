@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from kvpref.ops.attention.backends.interface import Needs
 from kvpref.ops.attention.block import VarlenBlock
 from kvpref.ops.attention.splitting import CallLimits
 
 AMPERE = (8, 0)
 
 
-def refusal(query: torch.Tensor, max_head_dim: int = 256, min_capability: tuple[int, int] = AMPERE) -> str | None:
+def refusal(
+    query: torch.Tensor, needs: Needs, max_head_dim: int = 256, min_capability: tuple[int, int] = AMPERE
+) -> str | None:
     """Why the kernels cannot serve a query (T, H, D) like this, or None when they can."""
     if query.device.type != "cuda":
         return f"it runs on CUDA tensors only, got device {query.device.type!r}"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, got {query.dtype}; load the model in bf16 or use autocast"
-    if query.shape[-1] > max_head_dim or query.shape[-1] % 8:
-        return f"it needs a head dim that is a multiple of 8 and at most {max_head_dim}, got {query.shape[-1]}"
+    head_dim = needs.head_dim(query)
+    if head_dim > max_head_dim or head_dim % 8:
+        return f"it needs a head dim that is a multiple of 8 and at most {max_head_dim}, got {head_dim}"
     capability = torch.cuda.get_device_capability(query.device)
     if capability < min_capability:
         return f"it needs compute capability {dotted(min_capability)} or later, got {dotted(capability)}"
@@ -27,6 +31,17 @@ def refusal(query: torch.Tensor, max_head_dim: int = 256, min_capability: tuple[
 def dotted(capability: tuple[int, int]) -> str:
     """(9, 0) -> 9.0"""
     return f"{capability[0]}.{capability[1]}"
+
+
+def window_of(block: VarlenBlock) -> tuple[int, int]:
+    """Keys that a query sees to the left of its own and to the right, -1 for all.
+
+    A window of W tokens counts the query's own. With a causal mask the kernels set the right side to 0; without one,
+    (0, -1) is the anti-causal square (`set_params_fprop` in PyTorch 2.13 and flash-attn 2.8.3).
+    """
+    if block.shape == "anti_causal":
+        return 0, -1
+    return (-1, -1) if block.window is None else (block.window - 1, 0)
 
 
 def longest_query(block: VarlenBlock) -> int:

@@ -1,11 +1,12 @@
 """What a backend offers: forward and backward of one varlen attention block.
 
-Shape legend: T queries, P keys, H heads, G key/value heads, D head dim.
+Shape legend: T queries, P keys, H heads, G key/value heads, D head dim of queries and keys, E that of values.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,10 +15,49 @@ from kvpref.ops.attention.block import AttentionParams, VarlenBlock
 from kvpref.ops.attention.splitting import CallLimits
 
 
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What kernels do themselves. `kvpref.ops.attention.fitting` brings calls into the form of those that do not."""
+
+    windows: bool = False
+    """Of a causal block; without, it runs as squares and rectangles."""
+
+    anti_causal: bool = False
+    """Anti-causal squares; without, both orders are reversed."""
+
+    key_ranges: bool = False
+    """Key ranges that overlap or leave rows out; without, keys and values are gathered."""
+
+    value_head_dims: bool = False
+    """Values of another head dim than keys; without, the smaller of the two is padded with zeros."""
+
+    softcap: bool = False
+    """Scores go through ``cap * tanh(score / cap)``; without, a call that needs it is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a call asks of a backend besides the query's device, dtype and head dim."""
+
+    value_head_dim: int = 0
+    """Elements per head of the values; 0 where it is that of the query."""
+
+    softcap: bool = False
+    """Whether scores are capped."""
+
+    def head_dim(self, query: torch.Tensor) -> int:
+        """The larger of both head dims, which kernels see that take only one."""
+        return max(query.shape[-1], self.value_head_dim)
+
+
+PLAIN = Needs()
+
+
 class Backend(ABC):
     """Kernels for one varlen block; stateless."""
 
     name: ClassVar[str]
+    can: ClassVar[Abilities] = Abilities()
     cost: ClassVar[str | None] = None
     """What a user pays for in this backend and not in others, if anything; `kvpref doctor` says it."""
 
@@ -25,9 +65,15 @@ class Backend(ABC):
         """Whose kernels these are, with the version."""
         return f"torch {torch.__version__}"
 
-    @abstractmethod
-    def unsupported_reason(self, query: torch.Tensor) -> str | None:
+    def unsupported_reason(self, query: torch.Tensor, needs: Needs = PLAIN) -> str | None:
         """Why a query like this (device, dtype, head dim) cannot be served, or None when it can."""
+        if needs.softcap and not self.can.softcap:
+            return "it has no softcap"
+        return self.refusal(query, needs)
+
+    @abstractmethod
+    def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
+        """The same, of a call whose needs are among the backend's abilities."""
 
     def call_limits(self, query: torch.Tensor) -> CallLimits | None:
         """What one launch over many pairs costs for a query (T, H, D); None where it is never worth splitting."""
@@ -41,13 +87,13 @@ class Backend(ABC):
 
         Args:
             q: (T, H, D).
-            k: (P, G, D).
-            v: (P, G, D).
-            block: The pairs.
-            params: Scale.
+            k: (P, G, D). With the ability `key_ranges`, all rows of the source.
+            v: (P, G, E), where E is D without the ability `value_head_dims`.
+            block: The pairs, in a form that is among the abilities.
+            params: Scale and softcap.
 
         Returns:
-            out (T, H, D) in the kernel's dtype (at least that of q), and lse (H, T): natural log, fp32 or wider. A
+            out (T, H, E) in the kernel's dtype (at least that of q), and lse (H, T): natural log, fp32 or wider. A
             row that belongs to no pair, or to one without keys, has out 0 and lse -inf or +inf.
         """
 
@@ -66,10 +112,10 @@ class Backend(ABC):
         """This block's share of the gradients, given the *merged* out and lse of all blocks.
 
         Args:
-            dout: (T, H, D) gradient of the merged output.
-            out: (T, H, D) merged output.
+            dout: (T, H, E) gradient of the merged output.
+            out: (T, H, E) merged output.
             lse: (H, T) merged log-sum-exp.
 
         Returns:
-            dq (T, H, D), dk and dv (P, G, D), in the kernel's dtype (at least that of q).
+            dq (T, H, D), dk (P, G, D) and dv (P, G, E), in the kernel's dtype (at least that of q).
         """

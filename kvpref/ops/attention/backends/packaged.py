@@ -8,13 +8,13 @@ PyTorch's, without a backward pass, for another architecture, or without the hea
 from __future__ import annotations
 
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kvpref.ops.attention.backends import determinism
-from kvpref.ops.attention.backends.interface import Backend
+from kvpref.ops.attention.backends.interface import Backend, Needs
 from kvpref.ops.attention.backends.optional_package import OptionalPackage
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock
 from kvpref.prefix.levels import VarlenLayout
@@ -35,37 +35,46 @@ class PackagedBackend(Backend):
     def provider(self) -> str:
         return self.package.name_and_version()
 
-    def probe_failure(self, query: torch.Tensor) -> str | None:
+    def probe_failure(self, query: torch.Tensor, needs: Needs) -> str | None:
         """What a tiny forward and backward on the query's device raised and what to do; None when they ran.
 
-        Runs once per device, dtype, head dim and rule of determinism, on tensors of its own. For CUDA queries only.
+        Runs once per device, dtype, head dim, softcap or none, and rule of determinism, on tensors of its own. For CUDA
+        queries only.
 
         Raises:
             torch.OutOfMemoryError: If there is no memory left for it, which tells nothing about the kernels.
         """
-        return _probe_failure(self, query.device, query.dtype, query.shape[-1], determinism.is_required())
+        head_dim, softcap = needs.head_dim(query), 30.0 if needs.softcap else None
+        params = AttentionParams(scale=head_dim**-0.5, softcap=softcap)
+        return _probe_failure(self, _Probe(query.device, query.dtype, head_dim, params), determinism.is_required())
+
+
+class _Probe(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    params: AttentionParams
 
 
 @cache
-def _probe_failure(
-    backend: PackagedBackend, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
-) -> str | None:
+def _probe_failure(backend: PackagedBackend, probe: _Probe, deterministic: bool) -> str | None:
     try:
-        _run(backend, device, dtype, head_dim)
+        _run(backend, probe)
     except torch.OutOfMemoryError:
         raise  # not kept: there may be memory the next time, and until then no other kernels should run unasked
     except Exception as error:  # a package fails in its own way; whatever it raises is the user's answer
         what = "a tiny deterministic call" if deterministic else "a tiny call"
         return (
-            f"{what} on {device} failed ({type(error).__name__}: {_shortened(str(error))}) with "
+            f"{what} on {probe.device} failed ({type(error).__name__}: {_shortened(str(error))}) with "
             f"{backend.provider()}, torch {torch.__version__}, CUDA {torch.version.cuda}; "
             f"install a build for these ({backend.package.install}), or choose another backend"
         )
     return None
 
 
-def _run(backend: PackagedBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _run(backend: PackagedBackend, probe: _Probe) -> None:
     """Forward and backward of a few rows. The caller may be in any mode: these tensors are real, without gradients."""
+    device, dtype, head_dim, params = probe
     with (
         _disable_current_modes(),
         torch.inference_mode(False),
@@ -75,7 +84,7 @@ def _run(backend: PackagedBackend, device: torch.device, dtype: torch.dtype, hea
         for layout in _LAYOUTS:
             query = torch.ones(layout.cu_seqlens_q[-1], _NUM_HEADS, head_dim, device=device, dtype=dtype)
             key = torch.ones(layout.cu_seqlens_k[-1], _NUM_KV_HEADS, head_dim, device=device, dtype=dtype)
-            block, params = VarlenBlock.from_layout(layout, device), AttentionParams(scale=head_dim**-0.5)
+            block = VarlenBlock.from_layout(layout, device)
             with torch.cuda.device_of(query):
                 out, lse = backend.forward(query, key, key, block, params)
                 backend.backward(query, query, key, key, out, lse, block, params)

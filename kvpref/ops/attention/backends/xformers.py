@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvpref.ops.attention.backends import determinism, flash_kernels, torch_flash
+from kvpref.ops.attention.backends.interface import Needs
 from kvpref.ops.attention.backends.optional_package import OptionalPackage
 from kvpref.ops.attention.backends.packaged import PackagedBackend
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock
@@ -33,8 +34,8 @@ class Xformers(PackagedBackend):
         install='pip install "kvpref[xformers]"',
     )
 
-    def unsupported_reason(self, query: torch.Tensor) -> str | None:
-        reason = flash_kernels.refusal(query) or self.package.missing_reason()
+    def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
+        reason = flash_kernels.refusal(query, needs) or self.package.missing_reason()
         if reason is not None:
             return reason
         if not self.package.load().flash.FwOp.is_available():
@@ -46,7 +47,7 @@ class Xformers(PackagedBackend):
         elif determinism.is_required():
             operator = self.package.load().flash.BwOp.NAME
             reason = f"its operator {operator} has no deterministic backward; choose cuda_flash or flash_attn"
-        return reason or self.probe_failure(query)
+        return reason or self.probe_failure(query, needs)
 
     def _runs_torch_kernels(self) -> bool:
         return str(self.package.load().flash.FwOp.NAME).endswith("-pt")
@@ -108,13 +109,16 @@ def _bias(attn_bias: Any, block: VarlenBlock) -> Any:
 
     Its public constructors take lengths on the host and copy them to the device, once per layer.
     """
-    queries = _lengths(attn_bias, block.cu_seqlens_q, flash_kernels.longest_query(block), block.num_queries)
+    ends = (block.num_queries, block.num_keys)
     if block.causal:
-        return attn_bias.BlockDiagonalCausalMask(q_seqinfo=queries, k_seqinfo=queries)
-    keys = _lengths(attn_bias, block.cu_seqlens_k, block.max_seqlen_k, block.num_keys)
-    return attn_bias.BlockDiagonalMask(q_seqinfo=queries, k_seqinfo=keys)
+        # Its check of squares compares the lists on the host, and would not see those that lack queries or keys.
+        ends = (block.num_queries, block.num_queries)
+    queries = _lengths(attn_bias, block.cu_seqlens_q, flash_kernels.longest_query(block), ends[0])
+    keys = _lengths(attn_bias, block.cu_seqlens_k, block.max_seqlen_k, ends[1])
+    bias = attn_bias.BlockDiagonalCausalMask if block.causal else attn_bias.BlockDiagonalMask
+    return bias(q_seqinfo=queries, k_seqinfo=keys)
 
 
 def _lengths(attn_bias: Any, cu_seqlens: torch.Tensor, longest: int, num_rows: int) -> Any:
-    # The FlashAttention operators read `seqstart_py` only to see that causal queries and keys agree.
+    # The FlashAttention operators read `seqstart_py` only for that check.
     return attn_bias._SeqLenInfo(seqstart=cu_seqlens, max_seqlen=longest, min_seqlen=0, seqstart_py=[0, num_rows])
