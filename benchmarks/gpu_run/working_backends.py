@@ -8,7 +8,7 @@ from options import SweepOptions
 from kvpref.ops.attention import get_backend
 from kvpref.ops.attention.backends import backend_names
 
-REFERENCE = "reference"
+WITHOUT_KERNELS = ("tiled", "reference")
 NEWER_GENERATIONS = ("flash_attn_3", "flash_attn_4")
 FLASH_ATTENTION_2 = ("cuda_flash", "flash_attn", "xformers")
 """Those whose backward computes an offset in 32 bits in some release."""
@@ -21,5 +21,5 @@ def refusal(name: str, options: SweepOptions, head_dim: int = 128) -> str | None
 
 
 def fast_backends(options: SweepOptions) -> list[str]:
-    """All that serve here but the slow reference."""
-    return [name for name in backend_names() if name != REFERENCE and refusal(name, options) is None]
+    """All that serve here with kernels."""
+    return [name for name in backend_names() if name not in WITHOUT_KERNELS and refusal(name, options) is None]

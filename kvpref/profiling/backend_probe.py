@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
+from kvpref.ops.attention.backends.plain_torch import PlainTorch
 from kvpref.ops.attention.backends import backend_names
 from kvpref.prefix.levels import VarlenLayout
 from kvpref.profiling.automatic import NO_MEMORY
@@ -49,8 +50,8 @@ class BackendProbe:
 
     @property
     def is_fast(self) -> bool:
-        """Whether it works and is more than the slow reference."""
-        return self.works and self.name != REFERENCE
+        """Whether it works and has kernels, which plain torch is not."""
+        return self.works and not isinstance(get_backend(self.name), PlainTorch)
 
 
 def probe_backends(names: Sequence[str] | None = None) -> list[BackendProbe]:

@@ -82,7 +82,7 @@ def test_auto_selects_it_for_16_bit_only() -> None:
     has_newer = is_hopper and get_backend("flash_attn_3").unsupported_reason(query) is None
     assert select_backend("auto", query).name == ("flash_attn_3" if has_newer else "cuda_flash")
     assert select_backend("auto", torch.empty(1, 1, 64, device="cuda")).name == "efficient"
-    with pytest.raises(ValueError, match=r"float16 or bfloat16.*these can: efficient, reference"):
+    with pytest.raises(ValueError, match=r"float16 or bfloat16.*these can: efficient, tiled, reference"):
         select_backend("cuda_flash", torch.empty(1, 1, 64, device="cuda"))
 
 

@@ -249,7 +249,7 @@ def test_unknown_modes_and_backends_are_refused_by_name() -> None:
     model = kvpref.attach(tiny_model("llama"))
     with pytest.raises(ValueError, match=r"'three_pass'.*two_pass, one_pass, packed, padded"):
         kvpref.response_logps(model, batch_of(pairs()), mode="three_pass")
-    with pytest.raises(ValueError, match=r"'fastest'.*cpu_flash, cuda_flash, efficient, reference"):
+    with pytest.raises(ValueError, match=r"'fastest'.*cpu_flash, cuda_flash, efficient, tiled, reference"):
         kvpref.response_logps(model, batch_of(pairs()), backend="fastest")
 
 
