@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
-from kvpref.ops.attention.backends.plain_torch import PlainTorch
 from kvpref.ops.attention.backends import backend_names
+from kvpref.ops.attention.backends.plain_torch import PlainTorch
 from kvpref.prefix.levels import VarlenLayout
 from kvpref.profiling.automatic import NO_MEMORY
 
