@@ -1,72 +1,166 @@
-"""Read a layer's attention pattern from the model's own mask function.
+"""Read the rule of a kind of layers from the model's own mask function.
 
 transformers hands the registered mask function each layer type's `mask_function(batch, head, query, key) -> bool`.
-It is evaluated here on positions inside a sequence, never on row indices, and only on a few rows of O(T) each.
+It is evaluated here on positions inside a sequence, never on row indices, and only on a few rows of O(T) each. Shape
+legend: T positions.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import causal_mask_function
 
 from kvpref.errors import UnsupportedModelError
+from kvpref.prefix.rules import CAUSAL, Rule
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+MAX_DENSE_POSITIONS = 2048
+"""Longest sequence under a mask of no known form, which is evaluated and planned pair by pair."""
+
 _NUM_RANDOM_ROWS = 4
+_PADDED = "use mode 'padded' for this model"
 
 
-def require_causal(mask_function: MaskFunction, num_positions: int) -> None:
-    """Check that a layer's mask is plain causal over sequences of up to `num_positions` tokens.
+def read_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
+    """The rule of a mask function over sequences of up to `num_positions` tokens.
+
+    What these cannot tell from causal is causal: a window at least as long, say.
 
     Raises:
-        UnsupportedModelError: If any probed row differs; the message says whether it is a sliding window.
+        UnsupportedModelError: If tokens see later ones or none at all, or the mask has no form that is known here and
+            sequences are longer than `MAX_DENSE_POSITIONS`, or depends on more than positions.
     """
     if mask_function is cast(MaskFunction, causal_mask_function):
-        return
-    with unset_fake_temporarily():  # a step planned on fake tensors probes real positions
-        visible = {row: _row(mask_function, row, num_positions) for row in _probed_rows(num_positions)}
-        window = _window(visible, num_positions)
-    if window == num_positions:
-        return
-    if window is not None:
+        return CAUSAL
+    inner = _unpacked(mask_function)
+    # One number at most: the padding of a pass's only row. More would say something of each token, such as which are
+    # of an image, which a few probed rows may miss.
+    if any(tensor.numel() > 1 for tensor in _tensors_in(inner)):
         raise UnsupportedModelError(
-            f"a layer sees only the last {window} tokens (sliding window) and this batch holds a sequence of "
-            f"{num_positions} tokens; keep sequences within the window (max_prompt_tokens, max_response_tokens) or "
-            "use mode 'padded'"
+            f"a layer's attention mask depends on more than positions inside the sequence; {_PADDED}"
         )
-    raise UnsupportedModelError(
-        "a layer's attention mask is neither causal nor a sliding window; use mode 'padded' for this model"
-    )
+    try:
+        with unset_fake_temporarily(), torch.inference_mode(False), _OnTheHost():
+            return _known_rule(inner, num_positions) or _dense_rule(inner, num_positions)
+    except UnsupportedModelError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModelError(
+            f"a layer's mask function cannot be evaluated on positions ({reason}); {_PADDED}"
+        ) from error
 
 
-def _probed_rows(num_positions: int) -> list[int]:
-    rows = {0, num_positions // 2, num_positions - 1}
-    # A seeded generator of its own: probing must not move the user's random state.
-    rows.update(random.Random(num_positions).randrange(num_positions) for _ in range(_NUM_RANDOM_ROWS))
-    return sorted(rows)
-
-
-def _window(visible: dict[int, torch.Tensor], num_positions: int) -> int | None:
-    """How many tokens the probed rows see at most; all if they are causal, None if they are not a sliding window."""
-    window = int(visible[num_positions - 1].sum())
-    if all(torch.equal(mask, _causal_row(row, num_positions, window)) for row, mask in visible.items()):
-        return window
+def _known_rule(mask_function: MaskFunction, num_positions: int) -> Rule | None:
+    """The causal, window or chunk rule that all probed rows follow."""
+    sees_first = _visible(mask_function, torch.arange(num_positions), torch.tensor(0), num_positions)
+    size = int(sees_first.sum())  # under all three rules the first queries see the first key, and no others do
+    rules = [CAUSAL] if size == num_positions else [Rule("window", size), Rule("chunk", size)] if size else []
+    visible = {
+        row: _visible(mask_function, torch.tensor(row), torch.arange(num_positions), num_positions)
+        for row in _probed_rows(num_positions, size)
+    }
+    for rule in rules:
+        if all(torch.equal(mask, _row_under(rule, row, num_positions)) for row, mask in visible.items()):
+            return rule
     return None
 
 
-def _row(mask_function: MaskFunction, row: int, num_positions: int) -> torch.Tensor:
-    """Which keys the query at position `row` sees, (num_positions,) bool."""
-    zero = torch.zeros((), dtype=torch.int64)
-    visible = mask_function(zero, zero, torch.tensor(row), torch.arange(num_positions))
-    return visible.expand(num_positions)
+def _probed_rows(num_positions: int, size: int) -> list[int]:
+    # Where windows and chunks differ, and where chunks begin.
+    rows = {0, num_positions // 2, num_positions - 1, size - 1, size, size + 1, 2 * size - 1, 2 * size}
+    # A seeded generator of its own: probing must not move the user's random state.
+    rows.update(random.Random(num_positions).randrange(num_positions) for _ in range(_NUM_RANDOM_ROWS))
+    return sorted(row for row in rows if 0 <= row < num_positions)
 
 
-def _causal_row(row: int, num_positions: int, window: int) -> torch.Tensor:
+def _row_under(rule: Rule, row: int, num_positions: int) -> torch.Tensor:
     keys = torch.arange(num_positions)
-    return (keys <= row) & (keys > row - window)
+    return (keys <= row) & (keys >= rule.first_key(row))
+
+
+def _dense_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
+    """What every row sees, one by one."""
+    if num_positions > MAX_DENSE_POSITIONS:
+        raise UnsupportedModelError(
+            f"a layer's attention mask is neither causal nor a window nor in chunks, and this batch holds a sequence of "
+            f"{num_positions} tokens; such masks go up to {MAX_DENSE_POSITIONS} (max_prompt_tokens, "
+            f"max_response_tokens), or {_PADDED}"
+        )
+    positions = torch.arange(num_positions)
+    mask = mask_function(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
+    visible = mask.expand(num_positions, num_positions).numpy()
+    if np.triu(visible, 1).any():
+        raise UnsupportedModelError(f"a layer's attention lets tokens see later ones; {_PADDED}")
+    if not visible.any(axis=1).all():
+        raise UnsupportedModelError(f"a layer's attention lets some tokens see nothing; {_PADDED}")
+    return Rule("dense", ranges=tuple(map(_ranges, visible)))
+
+
+def _ranges(visible: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The runs of true values in a row, as (first, stop)."""
+    edges = np.flatnonzero(np.diff(visible, prepend=False, append=False))
+    return tuple(map(tuple, edges.reshape(-1, 2).tolist()))
+
+
+def _visible(
+    mask_function: MaskFunction, queries: torch.Tensor, keys: torch.Tensor, num_positions: int
+) -> torch.Tensor:
+    """Which of the pairs of one query and all keys, or of all queries and one key, meet: (T,) bool."""
+    zero = torch.zeros((), dtype=torch.int64)
+    return mask_function(zero, zero, queries, keys).expand(num_positions)
+
+
+def _unpacked(mask_function: Any) -> MaskFunction:
+    """The mask inside the wrapper that transformers puts around it where it takes a row for several packed sequences.
+
+    The wrapper goes by rows; the passes' own blocks keep sequences apart.
+    """
+    parts = _captured(mask_function).get("mask_functions", ())
+    names = [getattr(part, "__qualname__", "").split(".")[0] for part in parts]
+    if names == ["packed_sequence_mask_function", "remap_positions_for_packed_sequence"]:
+        return cast(MaskFunction, _captured(parts[1])["mask_function"])
+    return cast(MaskFunction, mask_function)
+
+
+def _captured(function: Any) -> dict[str, Any]:
+    """The variables of a function that it takes from where it was made."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)} if cells else {}
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a function was made with."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    inside: Iterable[Any] = value if isinstance(value, list | tuple) else _captured(value).values()
+    if isinstance(value, partial):
+        inside = (value.func, *value.args, *value.keywords.values())
+    for item in inside:
+        yield from _tensors_in(item)
+
+
+class _OnTheHost(TorchFunctionMode):
+    """Tensors that a mask function brings along are read in host memory.
+
+    Of a fake tensor nothing is known; those of masks count padding, and a pass has none.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map(_on_the_host, args), **(kwargs or {}))
+
+
+def _on_the_host(value: Any) -> Any:
+    if isinstance(value, FakeTensor):
+        return torch.zeros(value.shape, dtype=value.dtype)
+    return value.cpu() if isinstance(value, torch.Tensor) and value.device.type != "cpu" else value
