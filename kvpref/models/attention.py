@@ -20,8 +20,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpref.errors import UnsupportedModelError
-from kvpref.models.masks import MaskFunction, require_causal
+from kvpref.models.masks import MaskFunction, read_rule
 from kvpref.models.running_pass import LayersPass, current_pass
+from kvpref.models.temperature import at_positions
 from kvpref.ops.attention import AttentionParams
 
 ATTENTION_NAME = "kvpref"
@@ -30,8 +31,8 @@ EAGER_NAME = "kvpref_eager"
 
 _Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
-# Keyword arguments of attention calls that do not change what a causal layer computes. `sliding_window` is not the
-# truth about the window: the mask function is, and it has been read.
+# Keyword arguments of attention calls that do not change what a layer computes. `sliding_window` is not the truth about
+# the window: the mask function is, and it has been read.
 _HARMLESS_KWARGS = frozenset(
     {"position_ids", "cache_position", "use_cache", "sliding_window", "is_causal", "output_attentions"}
 )
@@ -62,8 +63,7 @@ def mask_function(
     if running is None:
         return ordinary(*args, **kwargs)
     model_mask: MaskFunction = kwargs.get("mask_function", causal_mask_function)
-    require_causal(model_mask, running.num_positions)
-    return LayersPass(running, running.plan.levels)
+    return LayersPass(running, read_rule(model_mask, running.num_positions))
 
 
 def attention_function(
@@ -80,11 +80,12 @@ def attention_function(
     """Attention for transformers models: cascade inside a pass, the `ordinary` one outside.
 
     Args:
-        query: (B, H, T, D); key, value: (B, G, T, D). B is 1 inside a pass.
+        query: (B, H, T, D); key (B, G, T, D); value (B, G, T, E). B is 1 inside a pass.
         attention_mask: What `mask_function` returned.
+        kwargs: Among them ``s_aux``, the sinks (H,), and ``softcap``; see `AttentionParams`.
 
     Returns:
-        (B, T, H, D), and None in place of attention weights inside a pass.
+        (B, T, H, E), and None in place of attention weights inside a pass.
 
     Raises:
         UnsupportedModelError: If the layer asks for something that would change the result: dropout, or a keyword
@@ -101,6 +102,7 @@ def attention_function(
         raise UnsupportedModelError(
             f"attention dropout {dropout} makes two forwards differ; set attention_dropout (attn_pdrop) to 0"
         )
+    sink, softcap = kwargs.pop("s_aux", None), kwargs.pop("softcap", None)
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS_KWARGS]
     if unknown:
         raise UnsupportedModelError(
@@ -112,7 +114,9 @@ def attention_function(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention_mask.attend(module, q, k, v, AttentionParams(scale=scale)).unsqueeze(0), None
+    q = at_positions(module, q, attention_mask.running.plan.position_ids)
+    params = AttentionParams(scale=scale, softcap=softcap)
+    return attention_mask.attend(module, q, k, v, params, sink).unsqueeze(0), None
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

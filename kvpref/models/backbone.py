@@ -19,7 +19,9 @@ def text_backbone(model: PreTrainedModel) -> nn.Module:
 
     A model of several kinds of input keeps it beside its other towers, whose code asks for more than text.
     """
-    base = model.base_model
+    base: Any = model.base_model
+    if base is model:  # Llama 4's text model names its prefix otherwise than its backbone
+        base = model.model
     found: nn.Module = getattr(base, "language_model", base)
     return found
 

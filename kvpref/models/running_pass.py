@@ -11,7 +11,8 @@ from torch import nn
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
-from kvpref.plan.passes import LevelBlocks, PassPlan
+from kvpref.plan.passes import PassPlan
+from kvpref.prefix.rules import Rule
 from kvpref.state.cache import KeyValues, LayerSlot
 
 _active: ContextVar[RunningPass | None] = ContextVar("kvpref_active_pass", default=None)
@@ -120,22 +121,44 @@ class LayersPass:
 
     Args:
         running: The pass.
-        levels: Its blocks under the rule of these layers.
+        rule: Which keys a query of these layers sees.
     """
 
-    def __init__(self, running: RunningPass, levels: tuple[LevelBlocks, ...]) -> None:
-        self.running, self.levels = running, levels
+    def __init__(self, running: RunningPass, rule: Rule) -> None:
+        self.running, self.rule = running, rule
+        self.levels = running.plan.levels_under(rule)
+
+    def __getitem__(self, places: tuple[slice, ...]) -> LayersPass:
+        """All of it: some models slice their masks, also where nothing is cut off (Gemma 4).
+
+        Raises:
+            UnsupportedModelError: If something is.
+        """
+        if any(place not in (slice(None), slice(0, None)) for place in places):
+            raise UnsupportedModelError(f"the model cuts rows or columns off its attention mask ({places})")
+        return self
 
     def attend(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        params: AttentionParams,
+        sink: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of this pass's rows over themselves and over the prefixes they continue.
 
         Args:
-            query: (T, H, D). key, value: (T, G, D).
+            module: The layer's attention.
+            query: (T, H, D).
+            key: (T, G, D).
+            value: (T, G, E).
+            params: Numbers of the layer.
+            sink: (H,) one more logit of every row.
 
         Returns:
-            (T, H, D).
+            (T, H, E).
         """
         running = self.running
         if running.keep:
@@ -145,7 +168,7 @@ class LayersPass:
         outs: list[torch.Tensor] = []
         for level, q, k, v in zip(self.levels, *map(self._split, (query, key, value)), strict=True):
             plan = CascadePlan(blocks=level.blocks, params=params, backend=running.backend)
-            outs.append(cascade_attention(q, k, v, prefixes, plan))
+            outs.append(cascade_attention(q, k, v, prefixes, plan, sink))
             prefixes = (*prefixes, (k, v))  # mode one_pass: later levels of the row see earlier ones
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
