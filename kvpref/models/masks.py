@@ -92,8 +92,8 @@ def _dense_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
     """What every row sees, one by one."""
     if num_positions > MAX_DENSE_POSITIONS:
         raise UnsupportedModelError(
-            f"a layer's attention mask is neither causal nor a window nor in chunks, and this batch holds a sequence of "
-            f"{num_positions} tokens; such masks go up to {MAX_DENSE_POSITIONS} (max_prompt_tokens, "
+            "a layer's attention mask is neither causal nor a window nor in chunks, and this batch holds a sequence "
+            f"of {num_positions} tokens; such masks go up to {MAX_DENSE_POSITIONS} (max_prompt_tokens, "
             f"max_response_tokens), or {_PADDED}"
         )
     positions = torch.arange(num_positions)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.families import FAMILIES, REFUSED
+from kvpref.models.randomness import random_numbers
 
 _REWARD_HEAD = "ForSequenceClassification"
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", _REWARD_HEAD)
@@ -116,12 +117,11 @@ def check_training_state(model: PreTrainedModel) -> None:
                 f"dropout {module.p} in {name} makes two forwards of one token differ; set it to 0 in the config "
                 "(attention_dropout, resid_pdrop, embd_pdrop, hidden_dropout, lora_dropout) or call model.eval()"
             )
-        # Most families keep attention dropout as a number, and mode `padded` never hands it to kvpref.
-        attention_dropout = getattr(module, "attention_dropout", 0.0)
-        if isinstance(attention_dropout, int | float) and attention_dropout > 0:
+        # Most families keep dropout as a number, and mode `padded` never hands that of attention to kvpref.
+        for setting, value in random_numbers(module):
             raise UnsupportedModelError(
-                f"attention dropout {attention_dropout} in {name} makes two forwards of one token differ; set "
-                "attention_dropout to 0 in the config or call model.eval()"
+                f"{setting.replace('_', ' ')} {value} in {name or 'the model'} makes two forwards of one token differ; "
+                "set it to 0 in the config (attention_dropout, dropout, router_jitter_noise) or call model.eval()"
             )
         if getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)

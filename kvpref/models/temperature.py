@@ -1,5 +1,5 @@
-"""Llama 4 scales the queries of layers without rotary embeddings by how far along they are, and takes a token's place in
-the row for its place in the sequence. In a pass these differ.
+"""Llama 4 scales the queries of layers without rotary embeddings by how far along they are. It takes a token's place in
+the row for its place in the sequence, and in a pass these differ.
 """
 
 from __future__ import annotations
