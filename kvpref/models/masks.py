@@ -92,7 +92,7 @@ def _dense_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
     """What every row sees, one by one."""
     if num_positions > MAX_DENSE_POSITIONS:
         raise UnsupportedModelError(
-            "a layer's attention mask is neither causal nor a window nor in chunks, and this batch holds a sequence "
+            f"a layer's attention mask is neither causal nor a window nor in chunks, and this batch holds a sequence "
             f"of {num_positions} tokens; such masks go up to {MAX_DENSE_POSITIONS} (max_prompt_tokens, "
             f"max_response_tokens), or {_PADDED}"
         )
@@ -109,7 +109,7 @@ def _dense_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
 def _ranges(visible: np.ndarray) -> tuple[tuple[int, int], ...]:
     """The runs of true values in a row, as (first, stop)."""
     edges = np.flatnonzero(np.diff(visible, prepend=False, append=False))
-    return tuple(map(tuple, edges.reshape(-1, 2).tolist()))
+    return tuple((first, stop) for first, stop in edges.reshape(-1, 2).tolist())
 
 
 def _visible(
@@ -134,7 +134,8 @@ def _unpacked(mask_function: Any) -> MaskFunction:
 
 def _captured(function: Any) -> dict[str, Any]:
     """The variables of a function that it takes from where it was made."""
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    code: Any = getattr(function, "__code__", None)
+    cells = getattr(function, "__closure__", None)
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)} if cells else {}
 
 
