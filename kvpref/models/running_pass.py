@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -137,6 +138,19 @@ class LayersPass:
         if any(place not in (slice(None), slice(0, None)) for place in places):
             raise UnsupportedModelError(f"the model cuts rows or columns off its attention mask ({places})")
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """A tensor's attribute, say, of a model that computes with its masks.
+
+        Raises:
+            UnsupportedModelError: If a tensor would have it.
+        """
+        if not name.startswith("__") and hasattr(torch.Tensor, name):
+            raise UnsupportedModelError(
+                f"the model computes with its attention masks (asks for {name!r}), so kvpref cannot say what its "
+                "layers see"
+            )
+        raise AttributeError(name)
 
     def attend(
         self,

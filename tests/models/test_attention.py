@@ -220,6 +220,17 @@ def test_unknown_attention_keywords_are_refused() -> None:
         kvpref.response_logps(model, batch_of(pairs()))
 
 
+def test_models_that_compute_with_their_masks_are_refused() -> None:
+    for use in (lambda mask: mask[:, :, :, :5], lambda mask: mask[:, 0], lambda mask: mask.to(torch.float32)):
+        model = kvpref.attach(tiny_model("llama"))
+        model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, use=use: (args, {**kwargs, "attention_mask": use(kwargs["attention_mask"])}),
+            with_kwargs=True,
+        )
+        with pytest.raises(UnsupportedModelError, match="attention mask"):
+            kvpref.response_logps(model, batch_of(pairs()))
+
+
 def test_a_failed_pass_leaves_nothing_behind() -> None:
     """The pass is bound only while masks are built, so that an ordinary forward after an error is ordinary."""
     model = tiny_model("llama").eval()
