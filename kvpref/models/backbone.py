@@ -14,15 +14,23 @@ _CALLS_PER_LAYER = 4
 """More than any layer makes attention calls."""
 
 
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """What a model's own forward calls to get the hidden states that its head reads."""
+    base: Any = model.base_model
+    if base is model:  # Llama 4's text model names its prefix otherwise than its backbone
+        base = model.model
+    decoder = getattr(base, "decoder", None)  # OPT's head calls a part of the backbone
+    found: PreTrainedModel = decoder if isinstance(decoder, PreTrainedModel) else base
+    return found
+
+
 def text_backbone(model: PreTrainedModel) -> nn.Module:
     """The module that turns embeddings of text into final hidden states.
 
     A model of several kinds of input keeps it beside its other towers, whose code asks for more than text.
     """
-    base: Any = model.base_model
-    if base is model:  # Llama 4's text model names its prefix otherwise than its backbone
-        base = model.model
-    found: nn.Module = getattr(base, "language_model", base)
+    whole = backbone(model)
+    found: nn.Module = getattr(whole, "language_model", whole)
     return found
 
 
@@ -43,23 +51,23 @@ def run_backbone(
         embeds: (B, T, hidden_size), its input embeddings.
         attention_mask: (B, T), 1 for tokens; None for all.
     """
-    backbone = text_backbone(model)
-    output = backbone(
+    layers = text_backbone(model)
+    output = layers(
         inputs_embeds=embeds,
         position_ids=item.position_ids,
         attention_mask=attention_mask,
         use_cache=False,
         return_dict=True,
-        **_embeddings_per_layer(backbone, item.input_ids, embeds),
+        **_embeddings_per_layer(layers, item.input_ids, embeds),
     )
     hidden: torch.Tensor = output.last_hidden_state
     return hidden
 
 
-def _embeddings_per_layer(backbone: Any, input_ids: torch.Tensor, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+def _embeddings_per_layer(layers: Any, input_ids: torch.Tensor, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
     """What layers look up of each token besides its embedding (Gemma 3n and 4)."""
-    look_up = getattr(backbone, "get_per_layer_inputs", None)
-    if look_up is None or not getattr(backbone.config, "hidden_size_per_layer_input", 0):
+    look_up = getattr(layers, "get_per_layer_inputs", None)
+    if look_up is None or not getattr(layers.config, "hidden_size_per_layer_input", 0):
         return {}
     try:
         found: torch.Tensor = look_up(input_ids, embeds)

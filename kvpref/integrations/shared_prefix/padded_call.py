@@ -24,7 +24,7 @@ _KNOWN = frozenset(
     {"input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "num_items_in_batch", "ignore_index"}
 )
 # Outputs that a pass over unique tokens does not have in the padded batch's shape. Left out or False is fine.
-_OUTPUTS = frozenset({"use_cache", "output_attentions", "output_hidden_states"})
+_OUTPUTS = frozenset({"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"})
 # PEFT hands these to its layers by hooks, one entry per row of the batch.
 _PER_ROW_ADAPTERS = frozenset({"adapter_names", "alora_offsets"})
 
@@ -55,7 +55,8 @@ def check_arguments(arguments: dict[str, Any], config: Any) -> None:
     """Check what the backbone is asked for: input ids, and nothing that a pass over unique tokens cannot give."""
     for name, value in arguments.items():
         harmless = value is None or name in _KNOWN or (value is False and name in _OUTPUTS)
-        if not (harmless or (value is True and name == "return_dict") or name == "self"):
+        keeps_all = name == "logits_to_keep" and isinstance(value, int) and value == 0
+        if not (harmless or keeps_all or (value is True and name == "return_dict") or name == "self"):
             raise UnservedError(name)
     for name in ("output_attentions", "output_hidden_states"):
         if arguments.get(name) is None and getattr(config, name, False):
@@ -133,5 +134,6 @@ def _check_pooling(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 _HEADS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
     "ForCausalLM": _check_labels,
     "LMHeadModel": _check_labels,
+    "ForConditionalGeneration": _check_labels,
     "ForSequenceClassification": _check_pooling,
 }

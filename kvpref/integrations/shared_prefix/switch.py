@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kvpref.engine.level_pass import run_level_pass
 from kvpref.errors import InputError, UnsupportedModelError
@@ -21,6 +20,8 @@ from kvpref.integrations.shared_prefix.padded_call import CallReader, check_argu
 from kvpref.integrations.shared_prefix.padded_plans import LastPlan, SharingWorth
 from kvpref.integrations.shared_prefix.padded_rows import SharedRows, UnservedError
 from kvpref.integrations.shared_prefix.selected_attention import selected_attention
+from kvpref.models.backbone import backbone
+from kvpref.models.own_head import GivenHidden
 from kvpref.models.support import check_architecture, unwrap
 from kvpref.ops.attention.backends import backend_names
 from kvpref.state.cache import PrefixCache
@@ -107,12 +108,12 @@ class SharedPrefix:
     def __init__(self, model: PreTrainedModel, plans: LastPlan, backend: str) -> None:
         self.stats = SharedPrefixStats()
         self._model, self._plans, self._backend = model, plans, backend
-        self._readers = {"model": CallReader(model), "backbone": CallReader(model.base_model)}
+        self._readers = {"model": CallReader(model), "backbone": CallReader(backbone(model))}
         self._passing = False  # whether the backbone's calls are kvpref's own
         self._caller: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments of the model's own call
         self._interceptions = (
             Interception(model, self._call_model),
-            Interception(model.base_model, self._call_backbone),
+            Interception(backbone(model), self._call_backbone),
         )
 
     def close(self) -> None:
@@ -146,7 +147,7 @@ class SharedPrefix:
             return forward(*args, **kwargs)
         self.stats.num_calls += 1
         try:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._serve(args, kwargs))
+            return GivenHidden(last_hidden_state=self._serve(args, kwargs))
         except UnservedError as unserved:
             self.stats.unserved[str(unserved)] += 1
         return forward(*args, **kwargs)

@@ -61,6 +61,14 @@ def test_logits_loss_and_gradients_of_every_family(variant: str, side: str) -> N
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("window", [1, 8])
+def test_windows_shorter_than_the_rows(window: int, side: str) -> None:
+    inputs = padded(sharing_rows(), side)
+    model = tiny_model("mistral", torch.float64, sliding_window=window)
+    assert_served(model, inputs, real=inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("variant", REWARD_FAMILIES)
 def test_reward_models(variant: str, side: str) -> None:
     inputs = padded([row[:20] + row[-1:] for row in one_prompt()] + sharing_rows(), side)

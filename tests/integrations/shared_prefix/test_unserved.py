@@ -187,8 +187,9 @@ def test_noise_on_embeddings() -> None:
     assert_unchanged(model, served_inputs(), "neftune_noise_alpha")
 
 
-def test_a_window_shorter_than_the_rows() -> None:
-    model = tiny_model("mistral", sliding_window=8)
+def test_tokens_that_see_later_ones() -> None:
+    model = tiny_model("llama")
+    model.config.is_causal = False
     assert_unchanged(model, served_inputs(), "attention that kvpref does not follow in these rows")
     assert model.config._attn_implementation == "eager"
 
