@@ -17,7 +17,7 @@ import kvpref
 from gpu_run.rows import Figure, Finding, Rows, judged, measured
 from gpu_run.wide_models import make_groups, make_model
 from kvpref import Group
-from kvpref.engine.passes import reads_of
+from kvpref.engine.reads import reads_of
 from kvpref.losses import make_loss
 from kvpref.profiling.steps import StepMicroBatch, TrainStep
 from kvpref.profiling.timing import time_once

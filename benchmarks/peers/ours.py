@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import kvpref
-from kvpref.engine.passes import reads_of
+from kvpref.engine.reads import reads_of
 from kvpref.losses import make_loss
 from kvpref.models.shape import model_shape
 from kvpref.plan.flops import count_work

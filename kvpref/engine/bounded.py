@@ -23,15 +23,18 @@ from transformers import PreTrainedModel
 from kvpref.engine.level_pass import run_level_pass
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.passes import responses
+from kvpref.engine.router_balance import StepBalance
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.attach import run_inside
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.compilation import is_compiled
+from kvpref.models.experts import RouterSums, RouterTally
 from kvpref.models.head import head_outputs
 from kvpref.models.rotary import check_lengths
 from kvpref.models.support import check_training_state, unwrap
 from kvpref.models.vocabulary_grads import embed
 from kvpref.plan.chunks import ChunkPlan
+from kvpref.plan.occurrences import row_counts
 from kvpref.plan.step import Step
 from kvpref.prefix.slab_reads import SHARED
 from kvpref.records.outputs import WITHOUT_GRAD
@@ -39,9 +42,9 @@ from kvpref.records.requests import HeadOptions
 from kvpref.state.slabs import ChunkKeyValues, Incoming, SlabStore
 from kvpref.tracing import mark, region
 
-Evaluate = Callable[[int, Any], None]
-"""Called with the number of a micro-batch and its log-probs (or rewards), made of leaves, in which it leaves the loss's
-gradient."""
+Evaluate = Callable[[int, Any, torch.Tensor | None], None]
+"""Called with the number of a micro-batch, its log-probs (or rewards) and its load-balancing loss where that is asked
+for; they are made of leaves, in which it leaves the loss's gradient."""
 
 
 def run_chunks(model: nn.Module, step: Step, evaluate: Evaluate, options: EngineOptions, head: HeadOptions) -> None:
@@ -70,6 +73,9 @@ class _ChunkGraph:
     outputs: dict[str, torch.Tensor]
     """What the head makes of its P predictor rows, by name; empty if there are none."""
 
+    routers: RouterSums | None = None
+    """Its share in the sums of the load-balancing loss."""
+
     incoming: Incoming = tuple
     """The gradients of its keys and values, and where they enter the graph; not the tensors, which would stay."""
 
@@ -89,6 +95,8 @@ class _ChunkRunner:
         check_lengths(unwrap(model), [group for batch in step.batches for group in batch.groups])
         self._store = SlabStore(step.chunks, self._device, on_host=on_host, prompts_get_grad=options.prefix_grad)
         self._graphs: dict[ChunkPlan, _ChunkGraph] = {}
+        balances = options.router_aux_loss_coef is not None
+        self._balance = StepBalance(len(step.batches)) if balances else None
         # What the head made of every unique row, and the loss's gradient with respect to it.
         self._outputs: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.Tensor] = {}
@@ -126,6 +134,8 @@ class _ChunkRunner:
                 if name not in self._outputs:
                     self._make_room(name, values)
                 self._outputs[name][chunk.logp_index] = values.detach()
+            if self._balance is not None and graph.routers is not None:
+                self._balance.add(chunk, graph.routers)
             if with_graph:
                 self._graphs[chunk] = graph
 
@@ -144,7 +154,8 @@ class _ChunkRunner:
             name: values.detach().clone().requires_grad_(name not in WITHOUT_GRAD)
             for name, values in self._outputs.items()
         }
-        evaluate(index, self._responses(index, leaves))
+        balance_loss = None if self._balance is None else self._balance.loss(index)
+        evaluate(index, self._responses(index, leaves), balance_loss)
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 self._weights[name] += leaf.grad
@@ -173,7 +184,8 @@ class _ChunkRunner:
             options=self._options,
             head=self._head,
         )
-        graph = _ChunkGraph(outputs=run_inside(self._model, program))
+        outputs, routers = run_inside(self._model, program)
+        graph = _ChunkGraph(outputs=outputs, routers=routers)
         if chunk.writes is not None:
             if writes:
                 self._store.write(chunk.writes, key_values.own)
@@ -189,6 +201,10 @@ class _ChunkRunner:
                 roots.append(get_gradient_edge(values))
                 grads.append(self._weights[name][chunk.logp_index])
         for edge, grad in graph.incoming():
+            roots.append(edge)
+            grads.append(grad)
+        if self._balance is not None and graph.routers is not None and graph.routers.probabilities.requires_grad:
+            edge, grad = self._balance.roots(chunk, graph.routers)
             roots.append(edge)
             grads.append(grad)
         if roots:
@@ -208,8 +224,16 @@ def _run_chunk(
     num_positions: int,
     options: EngineOptions,
     head: HeadOptions,
-) -> dict[str, torch.Tensor]:
-    """One chunk through the layers and the head; what it makes of the P predictor rows, nothing if there are none."""
+) -> tuple[dict[str, torch.Tensor], RouterSums | None]:
+    """One chunk through the layers and the head.
+
+    Returns:
+        What it makes of the P predictor rows, nothing if there are none; and the sums of its expert layers' routers,
+        where the options ask for the load-balancing loss.
+    """
+    routers = None
+    if options.router_aux_loss_coef is not None:
+        routers = RouterTally(model, [row_counts(chunk.occurrences, chunk.targets.device)])
     checkpoints = torch.is_grad_enabled() and checkpoints_pass(options.checkpoint, is_prefix=chunk.writes is not None)
     with _without_cast_cache(chunk.targets.device), key_values.saving(), checkpointed(model, checkpoints):
         embeds = embed(model.get_input_embeddings(), chunk.item.input_ids, chunk.unique_ids, chunk.inverse)
@@ -221,12 +245,14 @@ def _run_chunk(
             num_positions=num_positions,
             backend=options.backend,
             keep=chunk.writes is not None,
+            routers=routers,
         )
+        sums = None if routers is None else routers.sums()
         rows = hidden.flatten(0, 1).index_select(0, chunk.item.predictor_rows)
         if not rows.shape[0]:
-            return {}
+            return {}, sums
         with region("lm head"):
-            return head_outputs(model, rows, chunk.targets, head, in_place=True)
+            return head_outputs(model, rows, chunk.targets, head, in_place=True), sums
 
 
 @contextmanager

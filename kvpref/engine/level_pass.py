@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvpref.models.backbone import max_attention_calls, run_backbone
+from kvpref.models.experts import RouterTally
 from kvpref.models.participation import check_all_took_part
 from kvpref.models.recomputation import recomputed_within
 from kvpref.models.rotary import long_frequencies
@@ -23,6 +24,7 @@ def run_level_pass(
     num_positions: int,
     backend: str,
     keep: bool,
+    routers: RouterTally | None = None,
 ) -> torch.Tensor:
     """Run one pass of the model's layers.
 
@@ -34,6 +36,7 @@ def run_level_pass(
         num_positions: Length of the longest sequence, in tokens.
         backend: Attention backend, or ``auto``.
         keep: Whether later passes will read this one's keys and values.
+        routers: Takes in the router logits of expert layers; None leaves them.
 
     Returns:
         (1, T, hidden_size), the final hidden states.
@@ -48,6 +51,6 @@ def run_level_pass(
     )
     with long_frequencies(model, num_positions), bind_pass(running), recomputed_within(model, running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
-        hidden = run_backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids))
+        hidden = run_backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids), routers=routers)
     check_all_took_part(model, running.finish())
     return hidden

@@ -41,6 +41,10 @@ class EngineOptions:
     prefix_grad: bool = True
     """False stops gradients at the keys and values of prompts: an approximation that skips the prompts' backward."""
 
+    router_aux_loss_coef: float | None = None
+    """Factor on the load-balancing loss of a mixture of experts, which is added to the loss; None leaves it out. That
+    loss is the one that transformers computes over the sequences of a micro-batch, each token as often as it occurs."""
+
     def __post_init__(self) -> None:
         for name, valid in (
             ("mode", MODES),
@@ -55,6 +59,7 @@ class EngineOptions:
         self._check_mode()
         if self.max_tokens_per_chunk is not None and self.max_tokens_per_chunk < 1:
             raise InputError(f"max_tokens_per_chunk must be at least 1; got {self.max_tokens_per_chunk}")
+        self._check_router_loss()
         if self.schedule != "bounded":
             for name, is_set in (
                 ("max_tokens_per_chunk", self.max_tokens_per_chunk is not None),
@@ -79,6 +84,18 @@ class EngineOptions:
             raise InputError(
                 f"mode 'padded' runs the model's own attention (transformers' sdpa), so backend {self.backend!r} has "
                 "no part in it; leave backend at auto, or choose mode two_pass, one_pass or packed"
+            )
+
+    def _check_router_loss(self) -> None:
+        coefficient = self.router_aux_loss_coef
+        if coefficient is None:
+            return
+        if not 0 <= coefficient < float("inf"):
+            raise InputError(f"router_aux_loss_coef must be a number of at least 0; got {coefficient}")
+        if not self.prefix_grad:
+            raise InputError(
+                "router_aux_loss_coef is a loss of all tokens, and prefix_grad=False leaves prompts without gradient; "
+                "leave one of them out"
             )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, overload
 
@@ -11,21 +13,24 @@ from transformers import PreTrainedModel
 
 from kvpref.engine.level_pass import run_level_pass
 from kvpref.engine.options import EngineOptions
+from kvpref.engine.reads import batch_for
 from kvpref.errors import InputError
 from kvpref.models.attach import run_inside
 from kvpref.models.backbone import run_backbone
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
+from kvpref.models.experts import RouterTally
 from kvpref.models.head import head_outputs
-from kvpref.models.head_form import is_reward_model
-from kvpref.models.rotary import check_lengths
-from kvpref.models.support import check_training_state, unwrap
+from kvpref.models.support import check_training_state
 from kvpref.plan.batch import Batch
 from kvpref.plan.chunks import MicroBatchChunks
-from kvpref.plan.passes import ModePlan, PassPlan, Reads
+from kvpref.plan.occurrences import pass_counts
+from kvpref.plan.passes import ModePlan, PassPlan
 from kvpref.records.outputs import ResponseLogps, ResponseRewards, Responses
 from kvpref.records.requests import HeadOptions
 from kvpref.state.cache import PrefixCache
 from kvpref.tracing import region
+
+_BALANCE_LOSS = "router_aux_loss"
 
 
 def response_logps(
@@ -129,45 +134,26 @@ def run_mode(
     Raises:
         As `response_logps`.
     """
+    return run_with_routers(model, batch, replace(options, router_aux_loss_coef=None), reads, head=head)[0]
+
+
+def run_with_routers(
+    model: nn.Module, batch: Batch, options: EngineOptions, reads: str, *, head: HeadOptions | None = None
+) -> tuple[Responses, torch.Tensor | None]:
+    """As `run_mode`, and the load-balancing loss of a mixture of experts where the options ask for it, a scalar."""
     batch = batch_for(model, batch, reads)
     plan = batch.plan(options.mode)
     program = partial(
-        _run_plan, plan=plan, backend=options.backend, checkpoint=options.checkpoint, head=head or HeadOptions()
+        _run_plan,
+        plan=plan,
+        backend=options.backend,
+        checkpoint=options.checkpoint,
+        head=head or HeadOptions(),
+        counts=None if options.router_aux_loss_coef is None else pass_counts(batch, options.mode),
     )
-    return responses(run_inside(model, program), plan, batch)
-
-
-def batch_for(model: nn.Module, batch: Batch, reads: str) -> Batch:
-    """The batch whose plans read what a loss reads from this model.
-
-    Raises:
-        InputError: If the model has another head.
-        UnsupportedModelError: If lengths of sequences lead to different rotary embeddings.
-    """
-    check_lengths(unwrap(model), batch.groups)
-    return batch.reading(reads_of(model, reads))
-
-
-def reads_of(model: nn.Module, reads: str) -> Reads:
-    """Which hidden states are read for ``tokens`` (log-probs) or ``ends`` (rewards) of a model.
-
-    Raises:
-        InputError: If the model has another head.
-    """
-    inner = unwrap(model)
-    if reads == "ends" and not is_reward_model(inner):
-        raise InputError(
-            f"rewards need a model with a scalar head; {type(inner).__name__} has none. Load it with "
-            "AutoModelForSequenceClassification and num_labels=1"
-        )
-    if reads == "tokens" and is_reward_model(inner):
-        raise InputError(
-            f"log-probs need a language model; {type(inner).__name__} has a scalar head instead of an LM head. Use a "
-            "loss of rewards (bradley_terry, say) or kvpref.response_rewards"
-        )
-    # Configs of several parts keep it with the text's.
-    pad_token_id = getattr(inner.config.get_text_config(), "pad_token_id", None)
-    return Reads(kind=reads, pad_token_id=pad_token_id if reads == "ends" else None)
+    unique = run_inside(model, program)
+    balance_loss = unique.pop(_BALANCE_LOSS, None)
+    return responses(unique, plan, batch), balance_loss
 
 
 def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> PrefixCache:
@@ -225,12 +211,28 @@ def _run_plan(
     head: HeadOptions,
     cache: PrefixCache | None = None,
     checkpoint: str = "none",
+    counts: Sequence[torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """All passes not yet in `cache`, then the head; what it makes of the U unique rows that are read."""
+    """All passes not yet in `cache`, then the head; what it makes of the U unique rows that are read.
+
+    With `counts`, how often the rows of each pass occur in the sequences, also the load-balancing loss.
+    """
     cache = PrefixCache() if cache is None else cache
-    _run_passes(model, plan=plan, cache=cache, backend=backend, stop=len(plan.passes), checkpoint=checkpoint)
+    routers = None if counts is None else RouterTally(model, counts)
+    _run_passes(
+        model,
+        plan=plan,
+        cache=cache,
+        backend=backend,
+        stop=len(plan.passes),
+        checkpoint=checkpoint,
+        routers=routers,
+    )
     with region("lm head"):
-        return head_outputs(model, torch.cat(cache.predictor_hidden), plan.targets, head)
+        found = head_outputs(model, torch.cat(cache.predictor_hidden), plan.targets, head)
+    if routers is not None:
+        found[_BALANCE_LOSS] = routers.sums().balance_losses().squeeze(0)
+    return found
 
 
 def _run_passes(
@@ -241,6 +243,7 @@ def _run_passes(
     backend: str,
     stop: int,
     checkpoint: str = "none",
+    routers: RouterTally | None = None,
 ) -> None:
     check_training_state(model)
     passes = plan.passes[cache.num_passes : stop]
@@ -252,7 +255,7 @@ def _run_passes(
             checkpointed(model, checkpoints_pass(checkpoint, is_prefix=is_prefix)),
         ):
             if plan.mode == "padded":
-                hidden = run_backbone(model, item, embedded, attention_mask=item.attention_mask)
+                hidden = run_backbone(model, item, embedded, item.attention_mask, routers)
             else:
                 cache.claim(model)
                 hidden = run_level_pass(
@@ -263,6 +266,7 @@ def _run_passes(
                     num_positions=plan.max_sequence_tokens,
                     backend=backend,
                     keep=is_prefix,
+                    routers=routers,
                 )
         cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
 

@@ -12,9 +12,12 @@ from torch import nn
 from kvpref.engine.bounded import run_chunks, score_chunks
 from kvpref.engine.options import SCHEDULES as SCHEDULES
 from kvpref.engine.options import EngineOptions, with_changes
-from kvpref.engine.passes import batch_for, reads_of, run_mode
-from kvpref.errors import InputError
+from kvpref.engine.passes import run_mode, run_with_routers
+from kvpref.engine.reads import batch_for, reads_of
+from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
+from kvpref.models.compilation import is_compiled
+from kvpref.models.support import unwrap
 from kvpref.parallel.ddp import local_module, synchronise_gradients
 from kvpref.plan.batch import Batch
 from kvpref.plan.step import Step, join_batches
@@ -61,6 +64,7 @@ def forward_backward(
         As `response_logps` otherwise.
     """
     options, loss = with_changes(options, changes), as_loss(loss_fn)
+    _check_router_loss(model, options)
     run_backward = backward or torch.Tensor.backward
     batch = batch_for(model, batch, loss.reads)
     if options.runs_chunks:
@@ -69,8 +73,8 @@ def forward_backward(
             model, step, loss, options, references=[reference], backward=lambda total, _: run_backward(total)
         )
         return outputs[0]
-    policy = run_mode(model, batch, options, loss.reads, head=loss.head)
-    return _differentiate(policy, reference, batch, loss, run_backward)
+    policy, balance_loss = run_with_routers(model, batch, options, loss.reads, head=loss.head)
+    return _differentiate(policy, reference, batch, _balanced(loss, options, balance_loss), run_backward)
 
 
 def forward_backward_step(
@@ -102,6 +106,7 @@ def forward_backward_step(
     Raises:
         As `forward_backward`.
     """
+    _check_router_loss(model, options)
     limit = options.chunk_tokens
     if step.prefix_grad != options.prefix_grad or (limit is not None and step.chunks.max_chunk_tokens > limit):
         raise InputError(
@@ -117,20 +122,45 @@ def forward_backward_step(
         )
     outputs: list[LossOutput] = []
 
-    def evaluate(index: int, policy: Responses) -> None:
+    def evaluate(index: int, policy: Responses, balance_loss: torch.Tensor | None) -> None:
         batch, reference = step.batches[index], references[index]
-        outputs.append(_differentiate(policy, reference, batch, loss, lambda total: backward(total, index)))
+        whole = _balanced(loss, options, balance_loss)
+        outputs.append(_differentiate(policy, reference, batch, whole, lambda total: backward(total, index)))
 
     run_chunks(local_module(model), step, evaluate, options, loss.head)
     synchronise_gradients(model)
     return outputs
 
 
+def _check_router_loss(model: nn.Module, options: EngineOptions) -> None:
+    if options.router_aux_loss_coef is not None and is_compiled(unwrap(model)):
+        raise UnsupportedModelError(
+            "router_aux_loss_coef reads router logits inside the layers, which compiled layers do not hand out; use "
+            "one without the other"
+        )
+
+
+def _balanced(loss: PreferenceLoss, options: EngineOptions, balance_loss: torch.Tensor | None) -> LossFunction:
+    """A loss with the load-balancing loss added to it, where there is one."""
+    coefficient = options.router_aux_loss_coef
+    if balance_loss is None or coefficient is None:
+        return loss
+
+    def balanced(policy: Any, reference: Any, batch: Batch) -> LossOutput:
+        output = check_output(loss(policy, reference, batch), loss)
+        return LossOutput(
+            loss=output.loss + coefficient * balance_loss.to(output.loss),
+            metrics={**output.metrics, "router_aux_loss": balance_loss.detach()},
+        )
+
+    return balanced
+
+
 def _differentiate(
     policy: Responses,
     reference: ResponseLogps | None,
     batch: Batch,
-    loss: PreferenceLoss,
+    loss: PreferenceLoss | LossFunction,
     backward: Callable[[torch.Tensor], None],
 ) -> LossOutput:
     with region("loss"):
@@ -175,6 +205,7 @@ def score(
     with torch.no_grad():
         if options.runs_chunks:
             step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens)
+            options = replace(options, router_aux_loss_coef=None)
             return score_chunks(local_module(model), step, options, head or HeadOptions())
         return run_mode(model, batch, replace(options, checkpoint="none"), reads, head=head)
 

@@ -34,7 +34,15 @@ _Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 # Keyword arguments of attention calls that do not change what a layer computes. `sliding_window` is not the truth about
 # the window: the mask function is, and it has been read.
 _HARMLESS_KWARGS = frozenset(
-    {"position_ids", "cache_position", "use_cache", "sliding_window", "is_causal", "output_attentions"}
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "sliding_window",
+        "is_causal",
+        "output_attentions",
+        "output_router_logits",
+    }
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvpref.models.experts import RouterTally
 from kvpref.plan.passes import PassPlan
 
 _CALLS_PER_LAYER = 4
@@ -41,7 +42,11 @@ def max_attention_calls(model: PreTrainedModel) -> int:
 
 
 def run_backbone(
-    model: PreTrainedModel, item: PassPlan, embeds: torch.Tensor, attention_mask: torch.Tensor | None
+    model: PreTrainedModel,
+    item: PassPlan,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    routers: RouterTally | None = None,
 ) -> torch.Tensor:
     """The final hidden states of a pass, (B, T, hidden_size).
 
@@ -50,6 +55,7 @@ def run_backbone(
         item: The pass.
         embeds: (B, T, hidden_size), its input embeddings.
         attention_mask: (B, T), 1 for tokens; None for all.
+        routers: Takes in the router logits of expert layers; None leaves them.
     """
     layers = text_backbone(model)
     output = layers(
@@ -59,7 +65,10 @@ def run_backbone(
         use_cache=False,
         return_dict=True,
         **_embeddings_per_layer(layers, item.input_ids, embeds),
+        **({} if routers is None else {"output_router_logits": True}),
     )
+    if routers is not None:
+        routers.add(output)
     hidden: torch.Tensor = output.last_hidden_state
     return hidden
 

@@ -31,8 +31,8 @@ class GivenHidden(BaseModelOutputWithPast):
 
 
 @contextmanager
-def given_hidden(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
-    """Let the model's backbone return `hidden`, (B, T, hidden_size), whatever it is called with.
+def given_outputs(model: PreTrainedModel, given: GivenHidden) -> Iterator[None]:
+    """Let the model's backbone return `given`, whatever it is called with.
 
     Some forwards call a part of the backbone (`model.decoder`), so the parts that are models themselves do the same.
     """
@@ -40,7 +40,7 @@ def given_hidden(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]
     backbones = [module for module in inside if module is not model]
     saved = [module.__dict__.get("forward") for module in backbones]
     for module in backbones:
-        module.forward = lambda *args, **kwargs: GivenHidden(last_hidden_state=hidden)
+        module.forward = lambda *args, **kwargs: given
     try:
         yield
     finally:
@@ -64,11 +64,15 @@ def own_outputs(model: PreTrainedModel, hidden: torch.Tensor, token: int | None 
     if token is None:
         token = 1 if _pad_token_id(model) == 0 else 0  # a reward model passes over padding
     input_ids = torch.full(hidden.shape[:2], token, dtype=torch.int64, device=hidden.device)
-    with given_hidden(model, hidden):
-        # Not a call of the module: inside a pass, wrappers' hooks around it have run already.
-        outputs: Any = model.forward(input_ids=input_ids, use_cache=False, return_dict=True)
-    logits: torch.Tensor = outputs.logits
+    logits: torch.Tensor = run_own_forward(model, GivenHidden(last_hidden_state=hidden), input_ids=input_ids).logits
     return logits
+
+
+def run_own_forward(model: PreTrainedModel, given: GivenHidden, **inputs: Any) -> Any:
+    """The model's own forward, on what its backbone is said to return."""
+    with given_outputs(model, given):
+        # Not a call of the module: inside a pass, wrappers' hooks around it have run already.
+        return model.forward(use_cache=False, return_dict=True, **inputs)
 
 
 def own_rewards(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

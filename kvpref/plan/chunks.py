@@ -15,9 +15,11 @@ import torch
 from kvpref.plan.passes import PassPlan, Reads, int64, level_blocks
 from kvpref.prefix.chunks import Chunk, build_chunks
 from kvpref.prefix.levels import build_layout, cut_prompts
+from kvpref.prefix.occurrences import Occurrences
 from kvpref.prefix.slab_reads import SHARED, SlabKey
 from kvpref.prefix.tree import PrefixTree
 from kvpref.records.groups import Sequence
+from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class ChunkPlan:
         is_prompt: Whether its segments are prompts that get no gradient.
         targets: (P,) int64, the tokens that its predictor rows predict.
         logp_index: (P,) int64, where their log-probs go among the U.
+        occurrences: How often its rows occur in the sequences of each micro-batch.
     """
 
     item: PassPlan
@@ -54,6 +57,7 @@ class ChunkPlan:
     is_prompt: bool
     targets: torch.Tensor
     logp_index: torch.Tensor
+    occurrences: Occurrences = field(metadata=STAYS_ON_THE_HOST, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -182,4 +186,5 @@ def _chunk_plan(chunk: Chunk) -> ChunkPlan:
         is_prompt=chunk.slab.is_prompt,
         targets=int64(chunk.targets),
         logp_index=int64(chunk.logp_index),
+        occurrences=chunk.occurrences,
     )

@@ -9,7 +9,7 @@ scored tokens.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from kvpref.prefix.levels import LevelLayout, PlacedBlocks, VarlenLayout, prompt_segments
+from kvpref.prefix.occurrences import Occurrences, count_holders, occurrences_of
 from kvpref.prefix.slab_reads import SHARED, SlabKey, SlabRead, Span, slab_reads
 from kvpref.prefix.tree import PrefixTree
 
@@ -35,6 +36,7 @@ class Chunk:
         predictor_rows: (P,) rows whose hidden state predicts a scored token.
         targets: (P,) the token ids they predict.
         logp_index: (P,) where their log-probs go among the U of the whole layout.
+        occurrences: How often its rows occur in the sequences.
     """
 
     slab: SlabKey
@@ -46,6 +48,7 @@ class Chunk:
     predictor_rows: tuple[int, ...]
     targets: tuple[int, ...]
     logp_index: tuple[int, ...]
+    occurrences: Occurrences
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -102,12 +105,12 @@ def build_chunks(
         if segment.parent is not None:
             is_kept[segment.parent] = True
     rows, slab_rows = _slab_rows(tree, slab_of, is_kept)
-    predictors = _predictors(layout)
+    predictors, holders = _predictors(layout), count_holders(tree, owners)
     chunks: dict[int, list[Chunk]] = {}
     for key, kept, spans in _runs(tree, slab_of, is_kept, limit):
         reads = slab_reads(tree, spans, slab_of, rows)
         first = rows[spans[0].segment] + spans[0].start if kept else None
-        chunks.setdefault(key.owner, []).append(_chunk(tree, spans, key, first, reads, predictors))
+        chunks.setdefault(key.owner, []).append(_chunk(tree, spans, key, first, reads, predictors, holders))
     return ChunkLayout(chunks={owner: tuple(runs) for owner, runs in chunks.items()}, slab_rows=slab_rows)
 
 
@@ -188,6 +191,7 @@ def _chunk(
     slab_start: int | None,
     reads: tuple[SlabRead, ...],
     predictors: dict[int, list[_Predictor]],
+    holders: list[Counter[int]],
 ) -> Chunk:
     offsets = tuple(accumulate((span.stop - span.start for span in spans), initial=0))
     rows: list[tuple[int, _Predictor]] = []
@@ -213,4 +217,5 @@ def _chunk(
         predictor_rows=tuple(row for row, _ in rows),
         targets=tuple(item.target for _, item in rows),
         logp_index=tuple(item.logp_index for _, item in rows),
+        occurrences=occurrences_of(holders, ((span.segment, span.stop - span.start) for span in spans)),
     )

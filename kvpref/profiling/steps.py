@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvpref.engine.passes import reads_of, response_logps
+from kvpref.engine.passes import response_logps
+from kvpref.engine.reads import reads_of
 from kvpref.engine.schedules import forward_backward
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.losses.recording import RecordingLoss

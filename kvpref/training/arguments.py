@@ -67,6 +67,13 @@ class PreferenceTrainingArguments(TrainingArguments):
     prefix_grad: bool = field(
         default=True, metadata={"help": "False stops gradients at the prompts' keys and values: an approximation."}
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on the load-balancing loss of a mixture of experts, which is added to each micro-batch's "
+            "loss (TRL: router_aux_loss_coef); None leaves it out."
+        },
+    )
     share_across_micro_batches: bool = field(
         default=True,
         metadata={"help": "Schedule bounded: encode what micro-batches of a step share once per step."},

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from kvpref.data import PreferenceDataset, StepSampler
-from kvpref.engine.passes import reads_of
+from kvpref.engine.reads import reads_of
 from kvpref.engine.schedules import score
 from kvpref.errors import InputError, RunError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name

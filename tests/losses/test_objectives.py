@@ -16,7 +16,7 @@ from torch import nn
 
 import kvpref
 from kvpref import Batch, Group, LossOutput, ResponseLogps, Sequence
-from kvpref.engine.passes import reads_of
+from kvpref.engine.reads import reads_of
 from kvpref.losses import LOSSES, PreferenceLoss, make_loss
 from kvpref.plan.passes import MODES
 

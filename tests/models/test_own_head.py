@@ -10,7 +10,7 @@ from tiny_models import VOCAB_SIZE, tiny_model, tiny_reward_model
 
 import kvpref
 from kvpref.models import own_head
-from kvpref.models.own_head import given_hidden, own_outputs, own_statistics
+from kvpref.models.own_head import GivenHidden, given_outputs, own_outputs, own_statistics
 from kvpref.records.requests import HeadOptions
 
 HIDDEN = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
@@ -29,7 +29,7 @@ def test_the_layers_are_left_out_and_put_back(family: str) -> None:
     found = own_outputs(model, HIDDEN.unsqueeze(0))
     assert torch.equal(found[0], model.get_output_embeddings()(HIDDEN))
     assert torch.equal(model(input_ids=torch.tensor([[5, 6, 7]])).logits, before)
-    with pytest.raises(RuntimeError), given_hidden(model, HIDDEN):
+    with pytest.raises(RuntimeError), given_outputs(model, GivenHidden(last_hidden_state=HIDDEN)):
         raise RuntimeError
     assert "forward" not in model.base_model.__dict__
 

@@ -1,0 +1,45 @@
+"""Which hidden states of a model a loss reads."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kvpref.errors import InputError
+from kvpref.models.head_form import is_reward_model
+from kvpref.models.rotary import check_lengths
+from kvpref.models.support import unwrap
+from kvpref.plan.batch import Batch
+from kvpref.plan.passes import Reads
+
+
+def batch_for(model: nn.Module, batch: Batch, reads: str) -> Batch:
+    """The batch whose plans read what a loss reads from this model.
+
+    Raises:
+        InputError: If the model has another head.
+        UnsupportedModelError: If lengths of sequences lead to different rotary embeddings.
+    """
+    check_lengths(unwrap(model), batch.groups)
+    return batch.reading(reads_of(model, reads))
+
+
+def reads_of(model: nn.Module, reads: str) -> Reads:
+    """Which hidden states are read for ``tokens`` (log-probs) or ``ends`` (rewards) of a model.
+
+    Raises:
+        InputError: If the model has another head.
+    """
+    inner = unwrap(model)
+    if reads == "ends" and not is_reward_model(inner):
+        raise InputError(
+            f"rewards need a model with a scalar head; {type(inner).__name__} has none. Load it with "
+            "AutoModelForSequenceClassification and num_labels=1"
+        )
+    if reads == "tokens" and is_reward_model(inner):
+        raise InputError(
+            f"log-probs need a language model; {type(inner).__name__} has a scalar head instead of an LM head. Use a "
+            "loss of rewards (bradley_terry, say) or kvpref.response_rewards"
+        )
+    # Configs of several parts keep it with the text's.
+    pad_token_id = getattr(inner.config.get_text_config(), "pad_token_id", None)
+    return Reads(kind=reads, pad_token_id=pad_token_id if reads == "ends" else None)
