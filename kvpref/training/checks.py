@@ -67,6 +67,7 @@ def check_run(
     """
     check_backend(model, args, has_reference=loss.needs_reference)
     warn_of_lost_steps(model, args.learning_rate or 0.0, OptimizerNames(args.optim).value)
+    _say_what_routers_miss(model, args)
     for name, dataset in datasets.items():
         if dataset is not None:
             check_data(dataset, model, loss)
@@ -75,6 +76,18 @@ def check_run(
                 print(line, file=sys.stderr)
     if datasets["eval"] is not None:
         check_best_metric(args, datasets["eval"], loss, model_shape(model).hidden_size)
+
+
+def _say_what_routers_miss(model: nn.Module, args: PreferenceTrainingArguments) -> None:
+    """Say on stderr that a loss which the model's config asks for is left out."""
+    config = unwrap(model).config.get_text_config()
+    if args.router_aux_loss_coef is None and getattr(config, "output_router_logits", False) and args.process_index == 0:
+        own = getattr(config, "router_aux_loss_coef", None)
+        print(
+            "the model's config has output_router_logits=True, with which transformers and TRL add a load-balancing "
+            f"loss of the experts; kvpref adds it with router_aux_loss_coef={0.001 if own is None else own} only",
+            file=sys.stderr,
+        )
 
 
 def check_data(dataset: PreferenceDataset, model: nn.Module, loss: PreferenceLoss) -> None:
