@@ -22,20 +22,20 @@ def cut(generator: random.Random, total: int, longest: int) -> list[int]:
     return lengths
 
 
-def self_layout(generator: random.Random, num_rows: int, window: int | None = None) -> VarlenLayout:
+def self_layout(generator: random.Random, num_rows: int, window: int | None = None, longest: int = 23) -> VarlenLayout:
     """Packed segments over themselves."""
-    own = (0, *accumulate(cut(generator, num_rows, 23)))
+    own = (0, *accumulate(cut(generator, num_rows, longest)))
     return VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, shape="causal", window=window)
 
 
 def layout_with_ranges(
-    generator: random.Random, shape: Shape, num_queries: int, num_rows: int, source: int
+    generator: random.Random, shape: Shape, num_queries: int, num_rows: int, source: int, longest: int = 12
 ) -> VarlenLayout:
     """Pairs whose key ranges overlap, in any order; some without keys."""
-    queries = cut(generator, num_queries, 12)
+    queries = cut(generator, num_queries, longest)
     keys, starts = [], []
     for length in queries:
-        wanted = generator.randint(1, 9) if shape == "rectangle" else length
+        wanted = generator.randint(1, longest) if shape == "rectangle" else length
         keys.append(wanted if wanted <= num_rows and generator.random() < 0.8 else 0)
         starts.append(generator.randint(0, num_rows - keys[-1]))
     return VarlenLayout(

@@ -30,11 +30,7 @@ class Tile(NamedTuple):
 
 
 class PlainTorch(Backend):
-    """Every shape, window and softcap, any device, any float dtype; computes in fp32, or fp64 for fp64 inputs.
-
-    Rows of a tile that no other row shares a key with are independent of the tiles before, so results are the same
-    however pairs are cut.
-    """
+    """Every shape, window and softcap, any device, any float dtype; computes in fp32, or fp64 for fp64 inputs."""
 
     can: ClassVar[Abilities] = Abilities(
         windows=True, anti_causal=True, key_ranges=True, value_head_dims=True, softcap=True
@@ -50,17 +46,18 @@ class PlainTorch(Backend):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: VarlenBlock, params: AttentionParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q = _upcast(q)
+        q, num_kv_heads = _upcast(q), k.shape[1]
         out = q.new_zeros((*q.shape[:2], v.shape[2]))
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"))
         for tile in self.tiles(block, q.shape[1]):
             queries, keys = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            scores, _ = _scores(q[queries], _upcast(k[keys]), params)
+            scores, _ = _scores(_by_group(q[queries], num_kv_heads), _heads_first(k[keys]), params)
             scores = _masked(scores, block, tile)
-            tile_lse = torch.logsumexp(scores, dim=-1)
-            probs = torch.exp(scores - tile_lse.unsqueeze(-1))
-            out[queries] = _merge_heads(torch.einsum("ghij,jgd->ghid", probs, _upcast(v[keys])))
-            lse[:, queries] = tile_lse.flatten(0, 1)
+            largest = scores.amax(dim=-1, keepdim=True)
+            probs = scores.sub_(largest).exp_()
+            total = probs.sum(dim=-1, keepdim=True)
+            out[queries] = _by_row(torch.bmm(probs, _heads_first(v[keys])).div_(total), tile)
+            lse[:, queries] = (largest + total.log()).view(q.shape[1], -1)
         return out, lse
 
     def backward(
@@ -79,19 +76,16 @@ class PlainTorch(Backend):
         delta = (dout * _upcast(out)).sum(-1).T  # (H, T)
         for tile in self.tiles(block, q.shape[1]):
             queries, keys = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            tile_lse, tile_delta = (
-                rows[:, queries].unflatten(0, (num_kv_heads, -1)).unsqueeze(-1) for rows in (lse, delta)
-            )
-            tile_k = _upcast(k[keys])
-            scores, slope = _scores(q[queries], tile_k, params)
-            probs = torch.exp(_masked(scores, block, tile) - tile_lse)
-            heads = _split_heads(dout[queries], num_kv_heads)
-            dv[keys] += torch.einsum("ghij,ghid->jgd", probs, heads)
-            dscores = probs * (torch.einsum("ghid,jgd->ghij", heads, _upcast(v[keys])) - tile_delta) * params.scale
-            if slope is not None:
-                dscores = dscores * slope
-            dq[queries] += _merge_heads(torch.einsum("ghij,jgd->ghid", dscores, tile_k))
-            dk[keys] += torch.einsum("ghij,ghid->jgd", dscores, _split_heads(q[queries], num_kv_heads))
+            tile_lse, tile_delta = (rows[:, queries].reshape(num_kv_heads, -1, 1) for rows in (lse, delta))
+            tile_q, tile_dout = _by_group(q[queries], num_kv_heads), _by_group(dout[queries], num_kv_heads)
+            tile_k = _heads_first(k[keys])
+            scores, slope = _scores(tile_q, tile_k, params)
+            probs = _masked(scores, block, tile).sub_(tile_lse).exp_()
+            dv[keys] += torch.bmm(probs.transpose(1, 2), tile_dout).transpose(0, 1)
+            dscores = torch.bmm(tile_dout, _heads_first(v[keys]).transpose(1, 2)).sub_(tile_delta).mul_(probs)
+            dscores = dscores.mul_(params.scale) if slope is None else dscores.mul_(slope).mul_(params.scale)
+            dq[queries] += _by_row(torch.bmm(dscores, tile_k), tile)
+            dk[keys] += torch.bmm(dscores.transpose(1, 2), tile_q).transpose(0, 1)
         return dq, dk, dv
 
 
@@ -103,32 +97,39 @@ def _zeros_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _split_heads(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """(T, H, D) -> (G, H/G, T, D)."""
-    return tensor.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+def _by_group(rows: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """(I, H, D) -> (G, H/G * I, D): the query heads that share keys are rows of one matrix."""
+    return rows.transpose(0, 1).reshape(num_kv_heads, -1, rows.shape[2])
 
 
-def _merge_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """(G, H/G, T, D) -> (T, H, D)."""
-    return tensor.permute(2, 0, 1, 3).flatten(1, 2)
+def _by_row(grouped: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """(G, H/G * I, D) -> (I, H, D)."""
+    return grouped.view(-1, tile.q1 - tile.q0, grouped.shape[2]).transpose(0, 1)
+
+
+def _heads_first(rows: torch.Tensor) -> torch.Tensor:
+    """(J, G, D) -> (G, J, D)."""
+    return _upcast(rows).transpose(0, 1)
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, params: AttentionParams) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(G, H/G, I, J), scaled and capped, and the slope of the cap there; None without one."""
-    scores = torch.einsum("ghid,jgd->ghij", _split_heads(q, k.shape[1]), k) * params.scale
+    """(G, H/G * I, J), scaled and capped, and the slope of the cap there; None without one."""
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(params.scale)
     if params.softcap is None:
         return scores, None
-    share = torch.tanh(scores / params.softcap)
-    return params.softcap * share, 1 - share.square()
+    share = scores.div_(params.softcap).tanh_()
+    return share * params.softcap, 1 - share.square()
 
 
 def _masked(scores: torch.Tensor, block: VarlenBlock, tile: Tile) -> torch.Tensor:
-    """With -inf where a query does not see a key."""
+    """The scores with -inf, in place, where a query does not see a key."""
     if block.shape == "rectangle":
         return scores
-    queries = torch.arange(tile.query, tile.query + scores.shape[-2], device=scores.device).unsqueeze(1)
-    keys = torch.arange(tile.key, tile.key + scores.shape[-1], device=scores.device)
+    num_queries, num_keys = tile.q1 - tile.q0, tile.k1 - tile.k0
+    queries = torch.arange(tile.query, tile.query + num_queries, device=scores.device).unsqueeze(1)
+    keys = torch.arange(tile.key, tile.key + num_keys, device=scores.device)
     hidden = keys > queries if block.causal else keys < queries
     if block.window is not None:
         hidden = hidden | (queries - keys >= block.window)
-    return scores.masked_fill(hidden, float("-inf"))
+    scores.view(-1, num_queries, num_keys).masked_fill_(hidden, float("-inf"))
+    return scores
