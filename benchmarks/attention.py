@@ -13,7 +13,7 @@ from workloads import VOCABULARIES, Builders, Workload, gpu_attention_grid, grid
 
 from kvpref import collate
 from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
-from kvpref.plan.flops import ModelShape, count_work
+from kvpref.plan.flops import AttentionShape, ModelShape, count_work
 from kvpref.plan.passes import ModePlan, PassPlan
 from kvpref.profiling.compare.comparison import Case, Comparison, compare
 
@@ -56,9 +56,14 @@ def _case(name: str, plan: ModePlan, sizes: LlamaSizes, options: SweepOptions) -
     work = count_work(plan)
     layer = ModelShape(
         linear_weights=0,
-        num_layers=1,
-        num_heads=sizes.num_heads,
-        head_dim=sizes.head_dim,
+        attention=(
+            AttentionShape(
+                num_heads=sizes.num_heads,
+                num_kv_heads=sizes.num_kv_heads,
+                head_dim=sizes.head_dim,
+                value_dim=sizes.head_dim,
+            ),
+        ),
         hidden_size=sizes.hidden_size,
         vocab_size=sizes.vocab_size,
     )

@@ -133,7 +133,7 @@ def _inspect_batches(
         return {"batches": asdict(batches)}
     shape, calibration = _measure(model, precision, options)
     # Steps are planned as training plans them, by FLOPs; seconds only say what they take on this device.
-    batcher = StepBatcher(lengths, options, dataset.group_ids, CostModel.from_shape(shape), clusters)
+    batcher = StepBatcher(lengths, options, dataset.group_ids, CostModel.from_shape(shape, options.mode), clusters)
     batches = summarize_batches(batcher, calibration.cost_model)
     prediction = {
         "device": calibration.device,

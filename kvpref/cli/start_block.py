@@ -51,7 +51,7 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
     """
     args, dataset, loss = trainer.args, trainer.train_dataset, trainer.loss
     assert dataset is not None
-    cost_model = make_cost_model(trainer.model)
+    cost_model = make_cost_model(trainer.model, args.mode)
     batcher = make_batcher(
         dataset, args, groups_per_device=args.per_device_train_batch_size, shuffle=True, cost_model=cost_model
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
+from kvpref.models.attention_shapes import attention_shapes
+from kvpref.models.backbone import text_backbone
 from kvpref.models.head import output_head
+from kvpref.models.recurrent_shapes import recurrent_flops
 from kvpref.models.support import unwrap
 from kvpref.plan.flops import ModelShape
 
@@ -17,22 +22,26 @@ def model_shape(model: nn.Module) -> ModelShape:
         UnsupportedModelError: If its LM head is not a linear layer.
     """
     plain = unwrap(model)
-    config, head = plain.config, output_head(plain)
+    head, backbone = output_head(plain), text_backbone(plain)
     outside = {id(head.weight), id(plain.get_input_embeddings().weight)}
-    weights = {id(weight): weight for module in plain.modules() if (weight := _linear_weight(module)) is not None}
-    num_heads = config.num_attention_heads
+    per_token = getattr(plain.config.get_text_config(decoder=True), "num_experts_per_tok", None)
+    # By identity: layers may share their weights. Such a weight is counted once, as it is held.
+    weights = {id(weight): count for module in backbone.modules() for weight, count in _used_weights(module, per_token)}
     return ModelShape(
-        linear_weights=sum(weight.numel() for key, weight in weights.items() if key not in outside),
-        num_layers=config.num_hidden_layers,
-        num_heads=num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        linear_weights=sum(count for key, count in weights.items() if key not in outside),
+        attention=attention_shapes(plain),
         hidden_size=head.weight.shape[1],
         vocab_size=head.weight.shape[0],
+        recurrent_flops=recurrent_flops(backbone),
     )
 
 
-def _linear_weight(module: nn.Module) -> torch.Tensor | None:
-    """The matrix that a module multiplies every token by, if it does."""
+def _used_weights(module: nn.Module, experts_per_token: int | None) -> Iterator[tuple[torch.Tensor, int]]:
+    """The matrices of a module itself, and how many of their weights every token is multiplied by."""
     weight = getattr(module, "weight", None)
-    is_matrix = isinstance(weight, torch.Tensor) and weight.ndim == 2
-    return weight if is_matrix and not isinstance(module, nn.Embedding) else None
+    if isinstance(weight, torch.Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+        yield weight, weight.numel()
+    num_experts = getattr(module, "num_experts", None)
+    for stacked in module.parameters(recurse=False):
+        if isinstance(num_experts, int) and stacked.ndim == 3 and stacked.shape[0] == num_experts:
+            yield stacked, stacked.numel() // num_experts * min(experts_per_token or num_experts, num_experts)

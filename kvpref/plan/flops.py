@@ -6,28 +6,45 @@ norms, activations, softmax and the optimizer are not counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import mul
 from typing import NamedTuple
 
 from kvpref.plan.passes import ModePlan, PassPlan
+from kvpref.prefix.rules import CAUSAL, Rule
 
 
 class Work(NamedTuple):
-    """Counts of one micro-batch that do not depend on the model; they add up over micro-batches."""
+    """Counts of one micro-batch that do not depend on the model's sizes; they add up over micro-batches."""
 
     num_tokens: int
     """Tokens that run through the layers, padding included."""
 
     num_pairs: int
-    """Query-key pairs that attention computes, per head and layer."""
+    """Query-key pairs that attention computes, per head and layer, where layers see all earlier tokens."""
 
     num_scored: int
     """Rows that the LM head turns into a log-prob."""
 
+    ruled_pairs: tuple[tuple[Rule, int], ...] = ()
+    """The same under each other rule that was asked for, in layers of that rule."""
+
+    def pairs_under(self, rule: Rule) -> int:
+        """Query-key pairs of layers of a rule.
+
+        Raises:
+            KeyError: If these were not counted.
+        """
+        return self.num_pairs if rule == CAUSAL else dict(self.ruled_pairs)[rule]
+
     def plus(self, other: Work) -> Work:
         """The counts of both together."""
-        return Work(*(first + second for first, second in zip(self, other, strict=True)))
+        ruled = Counter(dict(self.ruled_pairs))
+        ruled.update(dict(other.ruled_pairs))
+        sums = map(sum, zip(self[:3], other[:3], strict=True))
+        return Work(*sums, tuple(ruled.items()))
 
 
 class Flops(NamedTuple):
@@ -42,10 +59,50 @@ class Flops(NamedTuple):
     head: int
     """The LM head."""
 
+    recurrent: int = 0
+    """Recurrences and convolutions along the sequence."""
+
     @property
     def total(self) -> int:
         """All of them."""
-        return self.linear + self.attention + self.head
+        return sum(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """The sizes of attention layers of one kind."""
+
+    num_layers: int = 1
+    """How many there are."""
+
+    num_heads: int
+    """Query heads per layer."""
+
+    num_kv_heads: int
+    """Key/value heads per layer."""
+
+    head_dim: int
+    """Elements of a query or key, per head."""
+
+    value_dim: int
+    """Elements of a value, per head."""
+
+    rule: Rule = CAUSAL
+    """What a token sees in them."""
+
+    @property
+    def pair_flops(self) -> int:
+        """FLOPs of one query-key pair, forward and backward, over all heads and layers.
+
+        Two products forward and five backward: scores again, dV, dP, dQ, dK (Dao 2023, arXiv 2307.08691). Four of them
+        are as long as a key, three as a value.
+        """
+        return 2 * (4 * self.head_dim + 3 * self.value_dim) * self.num_heads * self.num_layers
+
+    @property
+    def kv_elements(self) -> int:
+        """Numbers that the keys and values of one token hold, over all layers."""
+        return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +110,10 @@ class ModelShape:
     """The sizes that decide a model's FLOPs."""
 
     linear_weights: int
-    """Weights of the linear layers that every token runs through, over all layers."""
+    """Weights of the linear layers that a token runs through, over all layers; of experts, as many as it is sent to."""
 
-    num_layers: int
-    """Attention layers."""
-
-    num_heads: int
-    """Query heads per layer."""
-
-    head_dim: int
-    """Elements per head."""
+    attention: tuple[AttentionShape, ...]
+    """Attention layers, by kind."""
 
     hidden_size: int
     """Elements of a hidden state."""
@@ -70,26 +121,54 @@ class ModelShape:
     vocab_size: int
     """Rows of the LM head."""
 
+    recurrent_flops: int = 0
+    """FLOPs per token of recurrences and convolutions along the sequence, forward, over all layers."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Of the attention layers."""
+        return tuple({kind.rule: None for kind in self.attention})
+
+    @property
+    def kv_elements(self) -> int:
+        """Numbers that the keys and values of one token hold."""
+        return sum(kind.kv_elements for kind in self.attention)
+
+    def mean_pairs(self, work: Work) -> float:
+        """Query-key pairs per head and layer, over all layers; those of larger heads count for more."""
+        weights = [kind.pair_flops for kind in self.attention]
+        pairs = [work.pairs_under(kind.rule) for kind in self.attention]
+        return sum(map(mul, weights, pairs)) / max(1, sum(weights))
+
     def flops(self, work: Work) -> Flops:
         """FLOPs of a forward and backward that trains every weight.
 
-        A linear layer costs one product forward and two backward. Attention costs two forward and five backward
-        (scores again, dV, dP, dQ, dK; Dao 2023, arXiv 2307.08691). The head costs one forward and three backward,
-        because its logits are computed again (Wijmans et al. 2024, arXiv 2411.09009).
+        A linear layer costs one product forward and two backward, and recurrences are taken alike. The head costs one
+        forward and three backward, because its logits are computed again (Wijmans et al. 2024, arXiv 2411.09009).
+
+        Args:
+            work: Counted with the rules of this shape.
         """
         return Flops(
             linear=3 * 2 * self.linear_weights * work.num_tokens,
-            attention=7 * 2 * self.num_heads * self.head_dim * self.num_layers * work.num_pairs,
+            attention=sum(kind.pair_flops * work.pairs_under(kind.rule) for kind in self.attention),
             head=4 * 2 * self.vocab_size * self.hidden_size * work.num_scored,
+            recurrent=3 * self.recurrent_flops * work.num_tokens,
         )
 
 
-def count_work(plan: ModePlan) -> Work:
-    """Count what running `plan` computes. In mode ``padded`` attention computes the masked half and the padding too."""
+def count_work(plan: ModePlan, rules: Iterable[Rule] = ()) -> Work:
+    """Count what running `plan` computes. In mode ``padded`` attention computes what it masks and the padding too.
+
+    Args:
+        plan: What is run.
+        rules: Of the model's layers, besides causal.
+    """
     return Work(
         num_tokens=plan.num_forward_tokens,
-        num_pairs=sum(map(_num_pairs, plan.passes)),
+        num_pairs=_num_pairs(plan, CAUSAL),
         num_scored=len(plan.targets),
+        ruled_pairs=tuple((rule, _num_pairs(plan, rule)) for rule in rules if rule != CAUSAL),
     )
 
 
@@ -101,8 +180,12 @@ def total_work(works: Iterable[Work]) -> Work:
     return total
 
 
-def _num_pairs(item: PassPlan) -> int:
+def _num_pairs(plan: ModePlan, rule: Rule) -> int:
+    return sum(_pass_pairs(item, rule) for item in plan.passes)
+
+
+def _pass_pairs(item: PassPlan, rule: Rule) -> int:
     if not item.levels:
         num_rows, width = item.input_ids.shape
         return num_rows * width * width
-    return sum(block.num_attended_pairs for level in item.levels for block in level.blocks)
+    return sum(block.num_attended_pairs for level in item.levels_under(rule) for block in level.blocks)

@@ -7,20 +7,23 @@ pair, per scored row, and per micro-batch. See `CostModel`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from kvpref.data import CostModel
+from kvpref.data.batching.costs import pair_weights
 from kvpref.engine.schedules import forward_backward
 from kvpref.errors import InputError
 from kvpref.losses import LossOutput
+from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
 from kvpref.plan.batch import Batch, collate
 from kvpref.plan.flops import Work, count_work
@@ -97,10 +100,10 @@ def calibrate(
             f"calibration needs max_tokens of at least {MIN_TOKENS} and repeats of at least 1; "
             f"got {max_tokens} and {repeats}"
         )
-    config = unwrap(model).config
+    config = unwrap(model).config.get_text_config(decoder=True)
     device = next(model.parameters()).device
     longest = getattr(config, "max_position_embeddings", None) or max_tokens
-    make_ups = _make_ups(max_tokens, longest)
+    make_ups, shape = _make_ups(max_tokens, longest), model_shape(model)
     batches = [_make_batch(make_up, config.vocab_size, mode).to(device) for make_up in make_ups]
     cases = {
         str(index): partial(forward_backward, model, batch, _mean_logp, mode=mode, backend=backend)
@@ -109,16 +112,23 @@ def calibrate(
     with _training_without_traces(model):
         rounds_ms = time_rounds(cases, device, TimingOptions(num_rounds=repeats))
     measurements = tuple(
-        Measurement(count_work(batch.plan(mode)), statistics.median(times) / 1000)
+        Measurement(count_work(batch.plan(mode), shape.rules), statistics.median(times) / 1000)
         for batch, times in zip(batches, rounds_ms.values(), strict=True)
     )
-    cost_model, relative_error = fit_cost_model(measurements)
+    fitted, relative_error = fit_cost_model(measurements, shape.mean_pairs)
+    cost_model = replace(fitted, **pair_weights(shape, fitted.per_pair, mode))
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return Calibration(cost_model=cost_model, relative_error=relative_error, device=name, measurements=measurements)
 
 
-def fit_cost_model(measurements: Sequence[Measurement]) -> tuple[CostModel, float]:
+def fit_cost_model(
+    measurements: Sequence[Measurement], mean_pairs: Callable[[Work], float] = attrgetter("num_pairs")
+) -> tuple[CostModel, float]:
     """The cost model whose relative errors have the least sum of squares, and their root mean square.
+
+    Args:
+        measurements: What was timed.
+        mean_pairs: The query-key pairs of a head and layer, on average over layers.
 
     Raises:
         ValueError: If there are fewer measurements than weights (four), or one took no time.
@@ -126,7 +136,9 @@ def fit_cost_model(measurements: Sequence[Measurement]) -> tuple[CostModel, floa
     if any(measurement.seconds <= 0 for measurement in measurements):
         raise ValueError("a measurement took no time")
     seconds = torch.tensor([measurement.seconds for measurement in measurements], dtype=torch.float64)
-    counts = torch.tensor([[*measurement.work, 1] for measurement in measurements], dtype=torch.float64)
+    counts = torch.tensor(
+        [[work.num_tokens, mean_pairs(work), work.num_scored, 1] for work, _ in measurements], dtype=torch.float64
+    )
     # Each equation is divided by its seconds, so that a short micro-batch weighs as much as a long one.
     weighted, ones = counts / seconds[:, None], torch.ones_like(seconds)
     weights = fit_non_negative(weighted, ones)

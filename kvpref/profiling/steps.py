@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.losses.recording import RecordingLoss
 from kvpref.plan.batch import Batch, collate
 from kvpref.plan.flops import Work, count_work, total_work
+from kvpref.prefix.rules import Rule
 from kvpref.records.groups import Group
 from kvpref.records.outputs import ResponseLogps, ResponseRewards
 from kvpref.records.requests import HeadOptions
@@ -91,9 +92,9 @@ class TrainStep:
         values = torch.cat(seen)
         return StepOutcome(loss, float(values.sum()) / max(1, values.numel()))
 
-    def work(self) -> Work:
-        """Counts of what one run computes."""
-        return total_work(count_work(item.batch.plan(self.mode)) for item in self.micro_batches)
+    def work(self, rules: Iterable[Rule] = ()) -> Work:
+        """Counts of what one run computes; of attention under these rules too."""
+        return total_work(count_work(item.batch.plan(self.mode), rules) for item in self.micro_batches)
 
     def resident_bytes(self) -> int:
         """Bytes of the weights, the buffers and the optimizer's state, as they are now."""

@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name, registered_name
+from kvpref.models.attention_shapes import attention_shapes
 from kvpref.models.head_form import is_reward_model
 from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
@@ -156,4 +157,6 @@ def sample_query(model: nn.Module, args: PreferenceTrainingArguments, device: to
     """(1, 1, D): a query of the dtype and head dim that the run's attention has, for the choice of a backend."""
     weights = (weight.dtype for weight in model.parameters() if weight.dtype.is_floating_point)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else next(weights, torch.float32)
-    return torch.empty(1, 1, model_shape(model).head_dim, dtype=dtype, device=device)
+    # The largest: backends have an upper bound.
+    head_dim = max((kind.head_dim for kind in attention_shapes(unwrap(model))), default=1)
+    return torch.empty(1, 1, head_dim, dtype=dtype, device=device)

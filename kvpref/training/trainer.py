@@ -92,7 +92,7 @@ class PreferenceTrainer(SavingTrainer):
         attach(model)
         if args.compile_layers:
             compile_layers(model)
-        self._cost_model = make_cost_model(model)
+        self._cost_model = make_cost_model(model, args.mode)
         self._metric_meter, self.token_meter, self._loss_check = MetricMeter(), TokenMeter(), LossCheck()
         super().__init__(
             model=model,

@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import kvpref
 from kvpref.models.shape import model_shape
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
-from kvpref.plan.flops import Flops, ModelShape, Work, count_work, total_work
+from kvpref.plan.flops import AttentionShape, Flops, ModelShape, Work, count_work, total_work
 from kvpref.plan.passes import MODES
 from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.rules import CAUSAL, Rule
 
 MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
@@ -52,10 +53,8 @@ def test_attention_is_seven_products_per_pair(queries: tuple[int, ...], keys: tu
         backend.backward(dout, q, k, v, out, lse, block, params)
     lengths = zip(pairwise(queries), pairwise(keys), strict=True)
     dense_pairs = sum((q1 - q0) * (k1 - k0) for (q0, q1), (k0, k1) in lengths)
-    layer = ModelShape(
-        linear_weights=0, num_layers=1, num_heads=num_heads, head_dim=head_dim, hidden_size=24, vocab_size=7
-    )
-    assert counter.get_total_flops() == layer.flops(Work(0, dense_pairs, 0)).attention
+    layer = AttentionShape(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=head_dim)
+    assert counter.get_total_flops() == layer.pair_flops * dense_pairs
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -82,7 +81,36 @@ def test_work_against_brute_force(scenario: str) -> None:
     assert count_work(batch.plan("padded")) == Work(len(rows) * width, len(rows) * width**2, num_scored)
 
 
+def test_work_under_rules_is_what_positions_say() -> None:
+    batch = kvpref.collate(five_levels() + pairs(), min_shared_tokens=1)
+    rules = (Rule("window", 3), Rule("chunk", 4), CAUSAL)
+    for mode in ("two_pass", "one_pass", "packed"):
+        plan = batch.plan(mode)
+        work = count_work(plan, rules)
+        positions = [position for item in plan.passes for position in item.position_ids.flatten().tolist()]
+        for rule in rules:
+            assert work.pairs_under(rule) == sum(position - rule.first_key(position) + 1 for position in positions)
+    padded = count_work(batch.plan("padded"), rules)
+    assert {padded.pairs_under(rule) for rule in rules} == {padded.num_pairs}  # what is masked is computed
+
+
+def test_flops_of_layers_of_several_kinds() -> None:
+    window = Rule("window", 3)
+    wide = AttentionShape(num_layers=2, num_heads=4, num_kv_heads=1, head_dim=6, value_dim=5)
+    near = AttentionShape(num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, value_dim=8, rule=window)
+    shape = ModelShape(linear_weights=0, attention=(wide, near), hidden_size=1, vocab_size=0, recurrent_flops=10)
+    flops = shape.flops(Work(7, 100, 0, ((window, 30),)))
+    assert flops.attention == 2 * 2 * 4 * (4 * 6 + 3 * 5) * 100 + 3 * 2 * 2 * 7 * 8 * 30
+    assert flops.recurrent == 3 * 10 * 7
+    assert shape.kv_elements == 2 * 11 + 3 * 16
+    with pytest.raises(KeyError):
+        shape.flops(Work(7, 100, 0))
+
+
 def test_counts_add_up() -> None:
+    window, chunk = Rule("window", 2), Rule("chunk", 3)
+    together = total_work([Work(1, 2, 3, ((window, 1),)), Work(1, 2, 3, ((window, 2), (chunk, 4)))])
+    assert (together.num_pairs, together.pairs_under(window), together.pairs_under(chunk)) == (4, 3, 4)
     assert total_work([Work(1, 2, 3), Work(10, 20, 30)]) == Work(11, 22, 33)
     assert total_work([]) == Work(0, 0, 0)
     assert Flops(linear=1, attention=20, head=300).total == 321

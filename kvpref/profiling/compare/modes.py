@@ -85,12 +85,13 @@ def compare_modes(
 
 def step_case(step: TrainStep) -> Case:
     """A step as a case, named after its mode, with its counts."""
-    work = step.work()
+    shape = model_shape(step.model)
+    work = step.work(shape.rules)
     batches = [item.batch for item in step.micro_batches]
     return Case(
         name=step.mode,
         run=step.run,
-        flops=model_shape(step.model).flops(work).total,
+        flops=shape.flops(work).total,
         resident_bytes=step.resident_bytes,
         facts={
             "num_micro_batches": len(batches),

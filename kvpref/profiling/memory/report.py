@@ -75,7 +75,7 @@ class MemoryReport:
 def _profile_to_json(profile: MemoryProfile) -> dict[str, Any]:
     size = profile.prefix_size
     return asdict(profile) | {
-        "prefix_size": asdict(size) | {"num_bytes": size.num_bytes},
+        "prefix_size": asdict(size) | {"layers": [*map(asdict, size.layers)], "num_bytes": size.num_bytes},
         "timeline": timeline_columns(profile.timeline),
     }
 

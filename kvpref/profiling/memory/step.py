@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +13,10 @@ from kvpref.engine.options import EngineOptions
 from kvpref.engine.schedules import forward_backward
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, PreferenceLoss
-from kvpref.models.shape import model_shape
+from kvpref.models.attention_shapes import attention_shapes
 from kvpref.models.support import unwrap
 from kvpref.plan.batch import Batch
+from kvpref.plan.flops import AttentionShape
 from kvpref.profiling.precision import compute_dtype
 from kvpref.profiling.steps import StepMicroBatch, make_micro_batches
 from kvpref.records.groups import Group
@@ -65,8 +67,8 @@ class MemoryCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixSize:
-    """What the keys and values of shared prefixes take by the formula: 2 x all fields."""
+class KeyValueSize:
+    """What attention layers of one size keep of a token."""
 
     num_layers: int
     """Attention layers."""
@@ -74,8 +76,30 @@ class PrefixSize:
     num_kv_heads: int
     """Key/value heads."""
 
-    head_dim: int
-    """Dimensions of a head."""
+    key_dim: int
+    """Dimensions of a head's key."""
+
+    value_dim: int
+    """Dimensions of a head's value."""
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers per token."""
+        return self.num_layers * self.num_kv_heads * (self.key_dim + self.value_dim)
+
+    def __str__(self) -> str:
+        heads = f"{self.num_layers} layers x {self.num_kv_heads} KV heads"
+        if self.key_dim == self.value_dim:
+            return f"2 x {heads} x {self.key_dim} dims"
+        return f"{heads} x ({self.key_dim} + {self.value_dim}) dims"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixSize:
+    """What the keys and values of shared prefixes take by the formula: all layers x tokens x itemsize."""
+
+    layers: tuple[KeyValueSize, ...]
+    """The model's attention layers, those of one size together."""
 
     num_tokens: int
     """Unique tokens whose keys and values are kept for later passes, in the largest micro-batch."""
@@ -86,13 +110,11 @@ class PrefixSize:
     @property
     def num_bytes(self) -> int:
         """The bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.num_tokens * self.itemsize
+        return sum(layers.num_elements for layers in self.layers) * self.num_tokens * self.itemsize
 
     def __str__(self) -> str:
-        return (
-            f"2 x {self.num_layers} layers x {self.num_kv_heads} KV heads x {self.head_dim} dims x "
-            f"{self.num_tokens} tokens x {self.itemsize} bytes"
-        )
+        layers = " + ".join(map(str, self.layers))
+        return f"{f'({layers})' if len(self.layers) > 1 else layers} x {self.num_tokens} tokens x {self.itemsize} bytes"
 
 
 class ProfiledStep:
@@ -139,11 +161,8 @@ class ProfiledStep:
 
     def prefix_size(self) -> PrefixSize:
         """What the prefix keys and values of the largest micro-batch take."""
-        shape, config = model_shape(self.model), unwrap(self.model).config
         return PrefixSize(
-            num_layers=shape.num_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or shape.num_heads,
-            head_dim=shape.head_dim,
+            layers=_key_value_sizes(attention_shapes(unwrap(self.model))),
             num_tokens=max(self._num_prefix_tokens(item.batch) for item in self.micro_batches),
             itemsize=compute_dtype(self.model).itemsize,
         )
@@ -168,3 +187,14 @@ class ProfiledStep:
             reference=item.reference,
             backward=lambda value: (value * item.weight).backward(),  # type: ignore[no-untyped-call]
         )
+
+
+def _key_value_sizes(kinds: Iterable[AttentionShape]) -> tuple[KeyValueSize, ...]:
+    """What a token's keys and values take, whatever the rules of the layers that read them."""
+    counts = Counter[tuple[int, int, int]]()
+    for kind in kinds:
+        counts[kind.num_kv_heads, kind.head_dim, kind.value_dim] += kind.num_layers
+    return tuple(
+        KeyValueSize(num_layers=num_layers, num_kv_heads=num_heads, key_dim=key_dim, value_dim=value_dim)
+        for (num_heads, key_dim, value_dim), num_layers in counts.items()
+    )

@@ -44,10 +44,10 @@ def make_batcher(
     return StepBatcher(lengths, options, groups.group_ids, cost_model, clusters)
 
 
-def make_cost_model(model: nn.Module) -> CostModel:
-    """The FLOPs of a micro-batch under `model`, as yet unwrapped.
+def make_cost_model(model: nn.Module, mode: str) -> CostModel:
+    """The FLOPs of a micro-batch under `model`, as yet unwrapped, in a mode.
 
     FLOPs and not seconds: every rank must plan alike, and measured seconds differ. Call it before FSDP shards the
     model, when the sizes of the weights are still the same everywhere.
     """
-    return CostModel.from_shape(model_shape(model))
+    return CostModel.from_shape(model_shape(model), mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,10 +16,12 @@ from kvpref.data.batching.costs import COUNTS
 from kvpref.data.batching.lengths import combine
 from kvpref.errors import InputError
 from kvpref.plan.batch import collate
-from kvpref.plan.flops import ModelShape, Work, count_work
+from kvpref.plan.flops import AttentionShape, ModelShape, Work, count_work
+from kvpref.prefix.rules import Rule
 from kvpref.records.groups import Group, Sequence
 
-SHAPE = ModelShape(linear_weights=1000, num_layers=2, num_heads=4, head_dim=8, hidden_size=32, vocab_size=101)
+LAYERS = AttentionShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8)
+SHAPE = ModelShape(linear_weights=1000, attention=(LAYERS,), hidden_size=32, vocab_size=101)
 
 
 @st.composite
@@ -72,6 +75,17 @@ def test_costs_of_a_shape_are_its_flops():
     work = Work(123, 4567, 89)
     assert model.unit == "FLOPs"
     assert model.cost(work) == SHAPE.flops(work).total
+
+
+@pytest.mark.parametrize(("rule", "reach"), [(Rule("window", 6), 6.0), (Rule("chunk", 6), 3.0)])
+def test_layers_that_see_less_cost_no_more_than_all_pairs_and_than_their_reach(rule, reach):
+    shape = replace(SHAPE, attention=(LAYERS, replace(LAYERS, num_layers=6, rule=rule)))
+    model = CostModel.from_shape(shape)
+    assert model.cost((10, 20, 5)) == shape.flops(Work(10, 20, 5, ((rule, 20),))).total
+    long = model.cost((100, 5000, 5))
+    assert long == shape.flops(Work(100, 5000, 5, ((rule, int(reach * 100)),))).total
+    padded = CostModel.from_shape(shape, "padded")  # computes what it masks
+    assert padded.cost((100, 5000, 5)) == shape.flops(Work(100, 5000, 5, ((rule, 5000),))).total
 
 
 def test_cost_is_a_weighted_sum_and_tokens_by_default():

@@ -17,7 +17,7 @@ from kvpref import InputError
 from kvpref.profiling.memory import plot as memory_plot
 from kvpref.profiling.memory.profile import MemoryProfile
 from kvpref.profiling.memory.report import MemoryReport, format_bytes, peaks_table, timeline_columns
-from kvpref.profiling.memory.step import PrefixSize
+from kvpref.profiling.memory.step import KeyValueSize, PrefixSize
 from kvpref.profiling.memory.style import fill_style, in_order, line_style
 from kvpref.profiling.memory.timeline import MemorySnapshot
 from kvpref.profiling.provenance import Provenance
@@ -48,7 +48,9 @@ def make_profile(variant: str, count: int) -> MemoryProfile:
         reserved_bytes=None,
         peak_by_region={"backward": peak},
         prefix_bytes=960,
-        prefix_size=PrefixSize(num_layers=2, num_kv_heads=3, head_dim=4, num_tokens=5, itemsize=4),
+        prefix_size=PrefixSize(
+            layers=(KeyValueSize(num_layers=2, num_kv_heads=3, key_dim=4, value_dim=4),), num_tokens=5, itemsize=4
+        ),
         timeline=points,
         allocator_snapshot=None,
     )

@@ -168,7 +168,7 @@ def test_no_thread_beside_data_workers(tmp_path: Path):
 
 
 def test_batcher_balances_by_the_models_flops(tmp_path: Path):
-    cost_model = make_cost_model(make_model())
+    cost_model = make_cost_model(make_model(), "two_pass")
     assert cost_model.unit == "FLOPs"
     assert min(cost_model.per_token, cost_model.per_pair, cost_model.per_scored) > 0
     groups = PreferenceDataset(make_groups(4))
