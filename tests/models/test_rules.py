@@ -1,0 +1,92 @@
+"""Layers that see a window or a chunk, and models where layers of several kinds alternate: exact in every mode."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from tiny_models import build_model
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import kvpref
+from kvpref import Group, Sequence
+
+FP64_TOLERANCE = 1e-10  # the same numbers summed in other orders
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5},
+    "ministral": {"sliding_window": 5},
+    "gemma3_text": {
+        "sliding_window": 5,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "llama4_text": {
+        "attention_chunk_size": 6,
+        "num_hidden_layers": 4,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 24,
+        "attn_temperature_tuning": False,
+    },
+}
+
+
+def groups() -> list[Group]:
+    """Prompts of 13, 7 and 3 tokens, two of them alike in the first 6; responses of 1 to 11, some alike at first."""
+    generator = random.Random(0)
+
+    def draw(num_tokens: int) -> list[int]:
+        return [generator.randrange(3, 101) for _ in range(num_tokens)]
+
+    long = draw(13)
+    prompts = [long, long[:6] + draw(1), draw(3)]
+    made = []
+    for prompt, lengths in zip(prompts, [(11, 4, 1), (2, 9), (7, 5, 1, 3)], strict=True):
+        begin = draw(2)
+        responses = [begin + draw(length - 2) if length > 4 else draw(length) for length in lengths]
+        made.append(Group([Sequence.from_prompt_and_response(prompt, response) for response in responses]))
+    return made
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
+    return build_model(CONFIG_MAPPING[name](**{**SIZES, **MODELS[name], **changes}), dtype)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "two_pass": {"mode": "two_pass"},
+    "one_pass": {"mode": "one_pass"},
+    "packed": {"mode": "packed"},
+    **{f"bounded {size}": {"schedule": "bounded", "max_tokens_per_chunk": size} for size in (3, 7, 64)},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_in_every_mode_and_chunk_size(name: str) -> None:
+    model = model_of(name)
+    truth = oracle.naive(oracle.twin(model), groups())
+    kvpref.attach(model)
+    batch = kvpref.collate(groups(), min_shared_tokens=1)
+    for checkpoint in ("none", "all"):
+        for way in WAYS.values():
+            found = oracle.scheduled(model, batch, checkpoint=checkpoint, **way)
+            oracle.assert_same(found, truth, FP64_TOLERANCE)
