@@ -21,9 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.masks import MaskFunction, read_rule
-from kvpref.models.running_pass import LayersPass, current_pass
+from kvpref.models.running_pass import LayersPass, RunningPass, current_pass
 from kvpref.models.temperature import at_positions
 from kvpref.ops.attention import AttentionParams
+from kvpref.prefix.rules import CAUSAL
 
 ATTENTION_NAME = "kvpref"
 EAGER_NAME = "kvpref_eager"
@@ -71,7 +72,24 @@ def mask_function(
     if running is None:
         return ordinary(*args, **kwargs)
     model_mask: MaskFunction = kwargs.get("mask_function", causal_mask_function)
-    return LayersPass(running, read_rule(model_mask, running.num_positions))
+    try:
+        return LayersPass(running, read_rule(model_mask, running.num_positions))
+    except UnsupportedModelError as error:
+        return _Refused(running, error)
+
+
+class _Refused(LayersPass):
+    """For layers that see what no blocks can say: they are refused once they attend.
+
+    Not before: Qwen2-MoE makes masks for windows of no tokens, which none of its layers has.
+    """
+
+    def __init__(self, running: RunningPass, error: UnsupportedModelError) -> None:
+        super().__init__(running, CAUSAL)
+        self._error = error
+
+    def attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise self._error
 
 
 def attention_function(

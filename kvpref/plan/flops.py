@@ -43,8 +43,12 @@ class Work(NamedTuple):
         """The counts of both together."""
         ruled = Counter(dict(self.ruled_pairs))
         ruled.update(dict(other.ruled_pairs))
-        sums = map(sum, zip(self[:3], other[:3], strict=True))
-        return Work(*sums, tuple(ruled.items()))
+        return Work(
+            self.num_tokens + other.num_tokens,
+            self.num_pairs + other.num_pairs,
+            self.num_scored + other.num_scored,
+            tuple(ruled.items()),
+        )
 
 
 class Flops(NamedTuple):
