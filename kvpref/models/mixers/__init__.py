@@ -1,0 +1,1 @@
+"""Recurrent and convolution layers: which are known, and how they run in a pass."""

@@ -1,0 +1,52 @@
+"""One mixer while it runs in a pass: what it begins with, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kvpref.ops.recurrent import SegmentRows
+
+Advance = Callable[
+    [SegmentRows, tuple[torch.Tensor, ...], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
+]
+"""From a level's segments, their rows of some tensors (T, ...) and the states (P, ...) that were left before to the
+output (T, ...) and the states (K, ...) that kept segments leave."""
+
+
+class MixerCall:
+    """The states of one mixer in one pass. A mixer may have several, which it meets in one order.
+
+    Attributes:
+        left: What the last level's kept segments leave, state after state; empty where none is kept.
+
+    Args:
+        levels: The levels of the pass's row, one after another.
+        before: The states that earlier passes left, (P, ...) each; empty where the first level begins with zeros.
+    """
+
+    def __init__(self, levels: Sequence[SegmentRows], before: Sequence[torch.Tensor]) -> None:
+        self.left: list[torch.Tensor] = []
+        self._levels, self._before = levels, list(reversed(before))
+
+    def advance(self, step: Advance, *tensors: torch.Tensor) -> torch.Tensor:
+        """Carry the next state through the row, level after level.
+
+        Args:
+            step: The recurrence.
+            tensors: (T, ...) each, over all levels.
+
+        Returns:
+            (T, ...).
+        """
+        states = self._before.pop() if self._before else None
+        outs = []
+        num_rows = [level.layout.num_rows for level in self._levels]
+        parts = zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
+        for level, rows in zip(self._levels, parts, strict=True):
+            out, states = step(level, rows, states)
+            outs.append(out)
+        if states is not None:
+            self.left.append(states)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)

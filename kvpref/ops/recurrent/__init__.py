@@ -1,0 +1,8 @@
+"""Layers with a state that is carried from token to token, over segments of a prefix tree."""
+
+from kvpref.ops.recurrent.convolution import segment_convolution
+from kvpref.ops.recurrent.lightning import decayed_attention
+from kvpref.ops.recurrent.rows import SegmentRows
+from kvpref.ops.recurrent.selective import selective_scan
+
+__all__ = ["SegmentRows", "decayed_attention", "segment_convolution", "selective_scan"]
