@@ -39,6 +39,8 @@ class ChunkPlan:
         item: The pass; its only level reads each slice in `reads` as a prefix.
         reads: The keys and values that it reads.
         writes: Where its own T keys and values go; None where nothing reads them later.
+        state_reads: In layers that carry a state from token to token, the states that its segments begin with.
+        state_writes: Where the states that its segments leave go; None where nothing reads them later.
         unique_ids: (V,) int64, the distinct token ids.
         inverse: (T,) int64, where each token's id stands among them.
         depth: Of its segments.
@@ -51,6 +53,8 @@ class ChunkPlan:
     item: PassPlan
     reads: tuple[SlabSlice, ...]
     writes: SlabSlice | None
+    state_reads: tuple[SlabSlice, ...]
+    state_writes: SlabSlice | None
     unique_ids: torch.Tensor
     inverse: torch.Tensor
     depth: int
@@ -87,6 +91,7 @@ class StepChunks:
         shared: Chunks of segments that several micro-batches share; they run before all others.
         micro_batches: What each micro-batch needs besides.
         slab_rows: Rows of each slab.
+        slab_states: States of each slab.
         num_logps: U.
         max_sequence_tokens: Length of the longest sequence.
     """
@@ -94,6 +99,7 @@ class StepChunks:
     shared: tuple[ChunkPlan, ...]
     micro_batches: tuple[MicroBatchChunks, ...]
     slab_rows: Mapping[SlabKey, int] = field(repr=False)
+    slab_states: Mapping[SlabKey, int] = field(repr=False)
     num_logps: int
     max_sequence_tokens: int
 
@@ -157,6 +163,7 @@ def build_step_chunks(
         shared=tuple(map(_chunk_plan, cut.chunks.get(SHARED, ()))),
         micro_batches=tuple(parts),
         slab_rows=dict(cut.slab_rows),
+        slab_states=dict(cut.slab_states),
         num_logps=sum(len(level.targets) for level in layout.levels),
         max_sequence_tokens=layout.max_position + 1,
     )
@@ -171,15 +178,20 @@ def _chunk_plan(chunk: Chunk) -> ChunkPlan:
         levels=(level_blocks(placed),),
         predictor_rows=int64(chunk.predictor_rows),
         layouts=(placed,),
+        segments=(chunk.states.layout,),
     )
     unique_ids, inverse = int64(chunk.input_ids).unique(return_inverse=True)
     writes = None
     if chunk.slab_start is not None:
         writes = SlabSlice(slab=chunk.slab, start=chunk.slab_start, stop=chunk.slab_start + len(chunk))
+    first, num_states = chunk.states.first, len(chunk.states.layout.kept)
+    left = SlabSlice(slab=chunk.slab, start=first, stop=first + num_states) if num_states else None
     return ChunkPlan(
         item=item,
         reads=tuple(SlabSlice(slab=read.slab, start=read.start, stop=read.stop) for read in chunk.reads),
         writes=writes,
+        state_reads=tuple(SlabSlice(slab=slab, start=start, stop=stop) for slab, start, stop in chunk.states.reads),
+        state_writes=left,
         unique_ids=unique_ids,
         inverse=inverse,
         depth=chunk.slab.depth,

@@ -17,6 +17,7 @@ from kvpref.ops.attention.block import VarlenBlock
 from kvpref.prefix.levels import Level, LevelLayout, PlacedBlocks, build_layout
 from kvpref.prefix.rules import CAUSAL, Rule
 from kvpref.prefix.shapes import blocks_under
+from kvpref.prefix.segments import SegmentLayout, level_segments
 from kvpref.prefix.tree import PrefixTree, build_unshared_tree
 from kvpref.records.groups import Sequence
 from kvpref.records.requests import READS
@@ -42,6 +43,8 @@ class PassPlan:
         levels: The levels packed in this row, one after another, under the causal rule; empty in mode ``padded``.
         predictor_rows: (P,) int64, rows of the flattened (B * T) hidden states that predict scored tokens.
         layouts: What `levels` were made of, as integers.
+        segments: Per level, where its segments begin and what they leave, for layers that carry a state from token to
+            token; empty where the pass was planned without.
     """
 
     input_ids: torch.Tensor
@@ -50,6 +53,7 @@ class PassPlan:
     levels: tuple[LevelBlocks, ...]
     predictor_rows: torch.Tensor
     layouts: tuple[PlacedBlocks, ...] = field(repr=False, metadata=STAYS_ON_THE_HOST)
+    segments: tuple[SegmentLayout, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
     _under: dict[Rule, tuple[LevelBlocks, ...]] = field(
         init=False, repr=False, default_factory=dict, metadata=STAYS_ON_THE_HOST
     )
@@ -164,7 +168,7 @@ def _blocks_under(layout: PlacedBlocks, level: LevelBlocks, rule: Rule, device: 
     )
 
 
-def _pass_of_levels(levels: AbstractSequence[Level]) -> PassPlan:
+def _pass_of_levels(levels: AbstractSequence[Level], segments: tuple[SegmentLayout, ...]) -> PassPlan:
     """Pack whole levels, one after another, in one row."""
     predictor_rows: list[int] = []
     num_rows = 0
@@ -178,6 +182,7 @@ def _pass_of_levels(levels: AbstractSequence[Level]) -> PassPlan:
         levels=tuple(level_blocks(level) for level in levels),
         predictor_rows=int64(predictor_rows),
         layouts=tuple(level.placed for level in levels),
+        segments=segments,
     )
 
 
@@ -195,12 +200,14 @@ def _plan_of_layout(mode: str, layout: LevelLayout, passes: tuple[PassPlan, ...]
 
 def _two_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
     layout = build_layout(tree, flags)
-    return _plan_of_layout(mode, layout, tuple(_pass_of_levels([level]) for level in layout.levels))
+    segments = level_segments(tree, layout.levels)
+    passes = (_pass_of_levels([level], (own,)) for level, own in zip(layout.levels, segments, strict=True))
+    return _plan_of_layout(mode, layout, tuple(passes))
 
 
 def _one_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
     layout = build_layout(tree, flags)
-    return _plan_of_layout(mode, layout, (_pass_of_levels(layout.levels),))
+    return _plan_of_layout(mode, layout, (_pass_of_levels(layout.levels, level_segments(tree, layout.levels)),))
 
 
 def _packed(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from kvpref.prefix.levels import LevelLayout, PlacedBlocks, VarlenLayout, prompt_segments
 from kvpref.prefix.occurrences import Occurrences, count_holders, occurrences_of
 from kvpref.prefix.slab_reads import SHARED, SlabKey, SlabRead, Span, slab_reads
+from kvpref.prefix.segments import ChunkStates, StatePlaces
 from kvpref.prefix.tree import PrefixTree
 
 
@@ -37,6 +38,7 @@ class Chunk:
         targets: (P,) the token ids they predict.
         logp_index: (P,) where their log-probs go among the U of the whole layout.
         occurrences: How often its rows occur in the sequences.
+        states: What its spans begin with and leave in layers that carry a state from token to token.
     """
 
     slab: SlabKey
@@ -49,6 +51,7 @@ class Chunk:
     targets: tuple[int, ...]
     logp_index: tuple[int, ...]
     occurrences: Occurrences
+    states: ChunkStates
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -72,10 +75,12 @@ class ChunkLayout:
     Attributes:
         chunks: Owner -> its chunks in an order in which they can run: `SHARED` first, then owner after owner.
         slab_rows: Rows of each slab.
+        slab_states: States of each slab.
     """
 
     chunks: Mapping[int, tuple[Chunk, ...]]
     slab_rows: Mapping[SlabKey, int]
+    slab_states: Mapping[SlabKey, int]
 
 
 def build_chunks(
@@ -106,12 +111,18 @@ def build_chunks(
             is_kept[segment.parent] = True
     rows, slab_rows = _slab_rows(tree, slab_of, is_kept)
     predictors, holders = _predictors(layout), count_holders(tree, owners)
+    places = StatePlaces(tree, slab_of)
     chunks: dict[int, list[Chunk]] = {}
     for key, kept, spans in _runs(tree, slab_of, is_kept, limit):
         reads = slab_reads(tree, spans, slab_of, rows)
         first = rows[spans[0].segment] + spans[0].start if kept else None
-        chunks.setdefault(key.owner, []).append(_chunk(tree, spans, key, first, reads, predictors, holders))
-    return ChunkLayout(chunks={owner: tuple(runs) for owner, runs in chunks.items()}, slab_rows=slab_rows)
+        chunk = _chunk(tree, spans, (key, first), reads, predictors, holders, places.chunk(spans))
+        chunks.setdefault(key.owner, []).append(chunk)
+    return ChunkLayout(
+        chunks={owner: tuple(runs) for owner, runs in chunks.items()},
+        slab_rows=slab_rows,
+        slab_states=places.num_states,
+    )
 
 
 def _segment_owners(tree: PrefixTree, owners: AbstractSequence[int]) -> list[int]:
@@ -187,11 +198,11 @@ def _predictors(layout: LevelLayout) -> dict[int, list[_Predictor]]:
 def _chunk(
     tree: PrefixTree,
     spans: list[Span],
-    key: SlabKey,
-    slab_start: int | None,
+    place: tuple[SlabKey, int | None],
     reads: tuple[SlabRead, ...],
     predictors: dict[int, list[_Predictor]],
     holders: list[Counter[int]],
+    states: ChunkStates,
 ) -> Chunk:
     offsets = tuple(accumulate((span.stop - span.start for span in spans), initial=0))
     rows: list[tuple[int, _Predictor]] = []
@@ -200,8 +211,8 @@ def _chunk(
         rows.extend((first + item.offset - span.start, item) for item in inside)
     segments = [tree.segments[span.segment] for span in spans]
     return Chunk(
-        slab=key,
-        slab_start=slab_start,
+        slab=place[0],
+        slab_start=place[1],
         input_ids=tuple(
             token
             for segment, span in zip(segments, spans, strict=True)
@@ -218,4 +229,5 @@ def _chunk(
         targets=tuple(item.target for _, item in rows),
         logp_index=tuple(item.logp_index for _, item in rows),
         occurrences=occurrences_of(holders, ((span.segment, span.stop - span.start) for span in spans)),
+        states=states,
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from kvpref.ops.recurrent import SegmentRows
+from kvpref.ops.recurrent import Scan, SegmentRows
+
+Function = Callable[..., Any]
 
 Advance = Callable[
     [SegmentRows, tuple[torch.Tensor, ...], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
@@ -43,10 +46,26 @@ class MixerCall:
         states = self._before.pop() if self._before else None
         outs = []
         num_rows = [level.layout.num_rows for level in self._levels]
-        parts = zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
-        for level, rows in zip(self._levels, parts, strict=True):
+        # Autograd would copy the gradient of a split, even of one into a single part.
+        parts = [(tensor,) if len(num_rows) == 1 else tensor.split(num_rows) for tensor in tensors]
+        for level, rows in zip(self._levels, zip(*parts, strict=True), strict=True):
             out, states = step(level, rows, states)
             outs.append(out)
         if states is not None:
             self.left.append(states)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def scan(self, scan: Scan, *tensors: torch.Tensor) -> torch.Tensor:
+        """`advance` by a recurrence over rows of one segment each."""
+
+        def step(
+            segments: SegmentRows, rows: tuple[torch.Tensor, ...], states: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return segments.scan(scan, rows, states)
+
+        return self.advance(step, *tensors)
+
+
+def in_wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp32, or wider where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from kvpref.models.mixers.call import MixerCall
-from kvpref.ops.recurrent import SegmentRows, decayed_attention
+from kvpref.ops.recurrent import decayed_attention
 
 
 def lightning_forward(module: Any, call: MixerCall, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -17,16 +17,11 @@ def lightning_forward(module: Any, call: MixerCall, hidden_states: torch.Tensor)
     qkv = module.act_fn(module.qkv_proj(hidden_states[0])).unflatten(-1, (num_heads, 3 * head_dim))
     slopes = module.slope_rate.flatten()
 
-    def step(
-        segments: SegmentRows, rows: tuple[torch.Tensor, ...], states: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def scan(padded: tuple[torch.Tensor, ...], initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            query, key, value, is_token = padded
-            return decayed_attention(query, key, value, slopes, is_token, initial)
+    def scan(rows: tuple[torch.Tensor, ...], initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, is_token = rows
+        return decayed_attention(query, key, value, slopes, is_token, initial)
 
-        is_token = slopes.new_ones(len(rows[0]))
-        return segments.scan(scan, (*rows, is_token), states)
-
-    out = call.advance(step, *qkv.split(head_dim, dim=-1)).flatten(1)
+    is_token = slopes.new_ones(hidden_states.shape[1])
+    out = call.scan(scan, *qkv.split(head_dim, dim=-1), is_token).flatten(1)
     gate = functional.sigmoid(module.output_gate(hidden_states[0]))
     return module.out_proj(gate * module.norm(out)).unsqueeze(0), None

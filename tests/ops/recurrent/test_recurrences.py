@@ -79,7 +79,9 @@ def test_decayed_attention(seed: int, dtype: torch.dtype) -> None:
     def advance(segments: Any, rows: Any, states: Any) -> Any:
         is_token = slopes.new_ones(len(rows[0]))
         return segments.scan(
-            lambda padded, initial: decayed_attention(*padded[:3], slopes, padded[3], initial), (*rows, is_token), states
+            lambda padded, initial: decayed_attention(*padded[:3], slopes, padded[3], initial),
+            (*rows, is_token),
+            states,
         )
 
     def whole(rows: Any) -> torch.Tensor:
