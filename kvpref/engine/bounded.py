@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ from kvpref.plan.step import Step
 from kvpref.prefix.slab_reads import SHARED
 from kvpref.records.outputs import WITHOUT_GRAD
 from kvpref.records.requests import HeadOptions
-from kvpref.state.slabs import ChunkKeyValues, Incoming, SlabStore
+from kvpref.state.recurrent import Incoming
+from kvpref.state.slabs import ChunkKeyValues, SlabStore
 from kvpref.tracing import mark, region
 
 Evaluate = Callable[[int, Any, torch.Tensor | None], None]
@@ -76,8 +78,9 @@ class _ChunkGraph:
     routers: RouterSums | None = None
     """Its share in the sums of the load-balancing loss."""
 
-    incoming: Incoming = tuple
-    """The gradients of its keys and values, and where they enter the graph; not the tensors, which would stay."""
+    incoming: tuple[Incoming, ...] = ()
+    """The gradients of its keys and values, of its states, and where they enter the graph; not the tensors, which would
+    stay."""
 
 
 class _ChunkRunner:
@@ -189,8 +192,9 @@ class _ChunkRunner:
         if chunk.writes is not None:
             if writes:
                 self._store.write(chunk.writes, key_values.own)
+                key_values.recurrent.write()
             if torch.is_grad_enabled():
-                graph.incoming = key_values.incoming()
+                graph.incoming = (key_values.incoming(), key_values.recurrent.incoming())
         return graph
 
     def _backward_of(self, chunk: ChunkPlan, graph: _ChunkGraph) -> None:
@@ -200,7 +204,7 @@ class _ChunkRunner:
             if values.requires_grad:
                 roots.append(get_gradient_edge(values))
                 grads.append(self._weights[name][chunk.logp_index])
-        for edge, grad in graph.incoming():
+        for edge, grad in chain.from_iterable(incoming() for incoming in graph.incoming):
             roots.append(edge)
             grads.append(grad)
         if self._balance is not None and graph.routers is not None and graph.routers.probabilities.requires_grad:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models import attention as interface
 from kvpref.models.head_form import verify_head
+from kvpref.models.mixers.forwards import attach_mixers
 from kvpref.models.support import SAFE_FALLBACK, check_architecture, unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,6 +46,7 @@ def attach(model: M, *, listed_only: bool = True) -> M:
         return model
     check_architecture(inner, listed_only=listed_only)
     verify_head(inner)
+    attach_mixers(inner)
     interface.register()
     _own_config(inner)
     before, name = inner.config._attn_implementation, interface.attention_name(inner)

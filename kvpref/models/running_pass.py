@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kvpref.errors import UnsupportedModelError
+from kvpref.models.mixers.passes import PassMixers
 from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
 from kvpref.plan.passes import PassPlan
 from kvpref.prefix.rules import Rule
@@ -23,6 +24,9 @@ class RunningPass:
     """One pass while it runs and, under gradient checkpointing, while its layers are recomputed.
 
     Opaque to pytrees on purpose: FSDP maps over keyword arguments and would copy a list or a dict per layer.
+
+    Attributes:
+        mixers: What its recurrent and convolution layers begin with, and leave.
 
     Args:
         plan: Blocks of the pass.
@@ -38,6 +42,7 @@ class RunningPass:
     ) -> None:
         self.plan, self.num_positions, self.backend, self.keep = plan, num_positions, backend, keep
         self._key_values = key_values
+        self.mixers = PassMixers(plan.segments, key_values.recurrent.before())
         self._slots = key_values.slots(max_calls)
         self._next_slot = self._slots[0]
         # Where a layer is recomputed: by whom a slot was taken.
@@ -48,13 +53,14 @@ class RunningPass:
         """Close the pass: check that the layers of the passes before took part, and hand over what these leave.
 
         Returns:
-            The modules that attended, call after call.
+            The modules that attended, call after call, and the mixers that ran.
 
         Raises:
             UnsupportedModelError: If no layer came through, or not those of the pass before.
         """
         taken = [slot for slot in self._slots if slot.module is not None]
-        if not taken or not self._key_values.same_layers(taken):
+        mixers, states = self.mixers.finish()
+        if not (taken or mixers) or not self._key_values.same_layers(taken):
             raise UnsupportedModelError(
                 f"{len(taken)} attention calls ran through kvpref, and not those of the pass before; this model routes "
                 "attention in a way kvpref does not follow"
@@ -70,7 +76,8 @@ class RunningPass:
             self._slots_of.setdefault(slot.module, []).append(slot)
         if self.keep:
             self._key_values.record(taken)
-        return modules
+            self._key_values.recurrent.record(states)
+        return [*modules, *mixers]
 
     def enter(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> LayerSlot:
         """The slot of an attention call that is made now.

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from kvpref.ops.attention.block import VarlenBlock
 from kvpref.prefix.levels import Level, LevelLayout, PlacedBlocks, build_layout
 from kvpref.prefix.rules import CAUSAL, Rule
-from kvpref.prefix.shapes import blocks_under
 from kvpref.prefix.segments import SegmentLayout, level_segments
+from kvpref.prefix.shapes import blocks_under
 from kvpref.prefix.tree import PrefixTree, build_unshared_tree
 from kvpref.records.groups import Sequence
 from kvpref.records.requests import READS

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvpref.errors import InputError
 from kvpref.plan.passes import ModePlan, PassPlan
+from kvpref.state.recurrent import HeldStates, RecurrentStates
 from kvpref.tracing import mark
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -46,6 +47,10 @@ class LayerSlot:
 
 class KeyValues(Protocol):
     """Where a running pass finds the keys and values that it reads, and leaves its own."""
+
+    @property
+    def recurrent(self) -> RecurrentStates:
+        """The same for the states of mixers."""
 
     def slots(self, max_calls: int) -> list[LayerSlot]:
         """The slots of the next pass, one per attention call, chained; `max_calls` where their number is not known."""
@@ -107,10 +112,12 @@ class PrefixCache(Cache):
         layers: One `PrefixCacheLayer` per attention call, in the order in which they are made.
         passes: The passes run so far.
         predictor_hidden: Per pass run so far, the hidden states (P_i, hidden_size) that predict scored tokens.
+        recurrent: What the mixers of the last pass left.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self.recurrent = HeldStates()
         self.passes: list[PassPlan] = []
         self.predictor_hidden: list[torch.Tensor] = []
         self._model: nn.Module | None = None
@@ -124,8 +131,9 @@ class PrefixCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values held."""
-        return sum(tensor.nbytes for layer in self.layers for slab in layer.slabs for tensor in slab)
+        """Bytes of all keys and values held, and of recurrent states."""
+        own = sum(tensor.nbytes for layer in self.layers for slab in layer.slabs for tensor in slab)
+        return own + self.recurrent.num_bytes
 
     def claim(self, model: nn.Module) -> None:
         """Tie this cache to the model that fills it.
@@ -182,6 +190,7 @@ class PrefixCache(Cache):
         forked.passes = list(self.passes)
         forked.predictor_hidden = list(self.predictor_hidden)
         forked._model = self._model
+        forked.recurrent.record(self.recurrent.before())
         for layer in self.layers:
             forked.layers.append(PrefixCacheLayer(layer.module))
             forked.layers[-1].slabs = list(layer.slabs)

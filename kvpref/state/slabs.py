@@ -6,61 +6,23 @@ its backward pass leaves there is added up, in fp32 or wider, until the chunk th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from kvpref.plan.chunks import ChunkPlan, SlabSlice, StepChunks
 from kvpref.prefix.slab_reads import SlabKey
 from kvpref.state.cache import KeyValue, LayerSlot, chain_slots
 from kvpref.state.host_cache import HostPrefixes, HostSlot
 from kvpref.state.host_slabs import HostLayer, HostRows, HostSlab
+from kvpref.state.recurrent import ChunkRecurrent, Incoming, RecurrentSlabs
+from kvpref.state.slab import Slab, edge_of
 from kvpref.state.transfers import Transfers
-from kvpref.tracing import mark
-
-Incoming = Callable[[], Iterable[tuple[GradientEdge, torch.Tensor]]]
-"""Called for the backward pass of a chunk: where gradients enter its graph, and what to hand in there."""
-
-
-class Slab:
-    """One tensor of keys or values, (rows, num_kv_heads, head_dim), and its gradient.
-
-    Args:
-        num_rows: Rows.
-        like: (any, num_kv_heads, head_dim), what it will hold.
-    """
-
-    def __init__(self, num_rows: int, like: torch.Tensor) -> None:
-        self.data = torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype, device=like.device)
-        self.grad: torch.Tensor | None = None
-        mark("prefix K/V", self.data)
-
-    def leaf(self, start: int, stop: int, *, requires_grad: bool) -> torch.Tensor:
-        """A view of rows as a leaf; its gradients go to `grad` as soon as they are there."""
-        # `.data` has a version counter of its own: graphs may go on while other rows are written.
-        leaf = self.data.data[start:stop].requires_grad_(requires_grad)
-        if requires_grad:
-            leaf.register_post_accumulate_grad_hook(lambda tensor: self._take(tensor, start, stop))
-        return leaf
-
-    def _take(self, leaf: torch.Tensor, start: int, stop: int) -> None:
-        grad, leaf.grad = leaf.grad, None
-        assert grad is not None
-        if self.grad is None:
-            # Many chunks add to the same rows; 16-bit sums would lose what each of them adds.
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            if wide == grad.dtype and grad.shape == self.data.shape:
-                self.grad = grad
-            else:
-                self.grad = torch.zeros(self.data.shape, dtype=wide, device=self.data.device)
-            mark("prefix K/V gradients", self.grad)
-        if self.grad is not grad:
-            self.grad[start:stop].add_(grad)
 
 
 class SlabStore:
@@ -68,6 +30,7 @@ class SlabStore:
 
     Attributes:
         modules: The attention modules, in the order in which they run, once it is known.
+        recurrent: What mixers leave; on the device wherever keys and values are, because it is little.
 
     Args:
         chunks: What will run.
@@ -82,6 +45,7 @@ class SlabStore:
         self._slab_rows, self._prompts_get_grad = chunks.slab_rows, prompts_get_grad
         self._make: type[Slab] | type[HostSlab] = HostSlab if on_host else Slab
         self._slabs: dict[SlabKey, list[tuple[Any, Any]]] = {}
+        self.recurrent = RecurrentSlabs(chunks.slab_states, prompts_get_grad=prompts_get_grad)
 
     def key_values(self, chunk: ChunkPlan) -> ChunkKeyValues:
         """What a chunk reads here, and leaves."""
@@ -131,6 +95,7 @@ class SlabStore:
         """Free the slabs of an owner."""
         for key in [key for key in self._slabs if key.owner == owner]:
             del self._slabs[key]
+        self.recurrent.drop(owner)
 
     def close(self) -> None:
         """Free what is on the device to bring slabs there."""
@@ -143,10 +108,12 @@ class ChunkKeyValues:
 
     Attributes:
         own: After the pass, the keys and values of the chunk, one pair per layer.
+        recurrent: The states that its mixers begin with, and leave.
     """
 
     def __init__(self, store: SlabStore, chunk: ChunkPlan) -> None:
         self.own: list[KeyValue] = []
+        self.recurrent = ChunkRecurrent(store.recurrent, chunk)
         self._store, self._writes = store, chunk.writes
         self._prefixes: list[tuple[KeyValue, ...]] = list(
             zip(*(store.leaves(place) for place in chunk.reads), strict=True)
@@ -178,7 +145,7 @@ class ChunkKeyValues:
 
         It is all that may know their places in the graph: the graph may hold this object, to recompute layers.
         """
-        edges = [(_edge(key), _edge(value)) for key, value in self.own]
+        edges = [(edge_of(key), edge_of(value)) for key, value in self.own]
         self.own = []
         assert self._writes is not None
         return partial(_incoming, self._store, self._writes, edges)
@@ -189,6 +156,7 @@ class HostChunkKeyValues(ChunkKeyValues):
 
     def __init__(self, store: SlabStore, chunk: ChunkPlan, transfers: Transfers) -> None:
         self.own = []
+        self.recurrent = ChunkRecurrent(store.recurrent, chunk)
         self._store = store
         layers = zip(*(store.host_rows(place) for place in chunk.reads), strict=True)
         reads = [tuple(rows for pair in pairs for rows in pair) for pairs in layers]
@@ -219,7 +187,3 @@ def _incoming(
             # An adapter on the queries alone leaves keys and values of the first layer without a graph.
             if edge is not None and grad is not None:
                 yield edge, grad
-
-
-def _edge(tensor: torch.Tensor) -> GradientEdge | None:
-    return get_gradient_edge(tensor) if tensor.requires_grad else None

@@ -1,0 +1,104 @@
+"""Mixers of an attached model: in a pass they see segments of the prefix tree, elsewhere they run as ever."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.models.mixers.call import MixerCall
+from kvpref.models.mixers.kinds import KINDS, MixerKind
+from kvpref.models.mixers.lightning import lightning_forward
+from kvpref.models.mixers.seams import SEAMS
+from kvpref.models.running_pass import current_pass
+
+Forward = Callable[..., Any]
+
+_CACHES = ("cache_params", "past_key_values")
+
+
+def find_mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MixerKind]]:
+    """The known mixers of a model, by name."""
+    for name, module in model.named_modules():
+        kind = KINDS.get(type(module).__name__)
+        if kind is not None:
+            yield name, module, kind
+
+
+def attach_mixers(model: nn.Module) -> None:
+    """Let the model's mixers take part in passes.
+
+    Raises:
+        UnsupportedModelError: If a mixer's forward is not the one that kvpref knows.
+    """
+    found = list(find_mixers(model))
+    made: dict[type[nn.Module], Forward] = {}
+    for name, module, kind in found:
+        if "forward" in vars(module):
+            raise UnsupportedModelError(
+                f"the forward of {name} ({type(module).__name__}) was replaced, by kernels of the hub or by hooks of "
+                "accelerate, so kvpref cannot hand it the state of a prompt; load the model without use_kernels and "
+                "device_map"
+            )
+        if type(module) not in made:
+            made[type(module)] = _make_forward(type(module), kind)
+    for _, module, _ in found:
+        module.forward = MethodType(made[type(module)], module)
+
+
+def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
+    own: Forward = mixer.forward
+    inner = inspect.unwrap(own)
+    signature = inspect.signature(inner)
+    used = _seams(mixer, kind, inner)
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running = current_pass()
+        if running is None:
+            return own(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        for name in _CACHES:
+            if bound.arguments.get(name) is not None:
+                raise UnsupportedModelError(f"{mixer.__name__} got a cache of its own inside a pass")
+        # Of ones, or the attention layers'.
+        if "attention_mask" in signature.parameters:
+            bound.arguments["attention_mask"] = None
+        hidden_states = bound.arguments["hidden_states"]
+        call = running.mixers.call(self, hidden_states.device)
+        if kind.seams:
+            out = _with_seams(inner, used, call)(*bound.args, **bound.kwargs)
+        else:
+            out = lightning_forward(self, call, hidden_states)
+        running.mixers.leave(self, call)
+        return out
+
+    return forward
+
+
+def _seams(mixer: type[nn.Module], kind: MixerKind, inner: Forward) -> list[str]:
+    """The names of functions to replace in a mixer's forward, once it is known that there are no others."""
+    called = {name for name in inner.__code__.co_names if name in inner.__globals__}
+    missing = [name for name in kind.seams if name not in called]
+    unknown = [name for name in called if name in SEAMS and name not in (*kind.seams, *kind.optional)]
+    if missing or unknown:
+        raise UnsupportedModelError(
+            f"{mixer.__name__} of this release of transformers does not compute its {kind.name} as kvpref knows it "
+            f"({'without' if missing else 'with'} {', '.join(missing or unknown)}); use transformers 5.17 to 5.23"
+        )
+    return [name for name in (*kind.seams, *kind.optional) if name in called]
+
+
+def _with_seams(inner: Forward, names: list[str], call: MixerCall) -> Forward:
+    """The same code, where these names mean other functions."""
+    replaced = {name: SEAMS[name](inner.__globals__[name], call) for name in names}
+    function = FunctionType(
+        inner.__code__, {**inner.__globals__, **replaced}, inner.__name__, inner.__defaults__, inner.__closure__
+    )
+    function.__kwdefaults__ = inner.__kwdefaults__
+    return function
