@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from torch.utils.checkpoint import checkpoint
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,7 +34,7 @@ def checkpointed(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = list(_outermost(model))
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layers that can be checkpointed; use checkpoint none"
@@ -50,3 +51,12 @@ def checkpointed(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
             for name in _ATTRIBUTES:
                 del vars(layer)[name]
             vars(layer).update(attributes)
+
+
+def _outermost(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    """Layers that are in no other; recomputation of one inside another would not find its settings again."""
+    for child in module.children():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield child
+        else:
+            yield from _outermost(child)
