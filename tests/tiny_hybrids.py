@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,7 +90,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 8,
         "v_head_dim": 8,
-        "num_local_experts": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
         "moe_intermediate_size": 16,
     },
     "Lfm2": {**_SIZES, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True},
@@ -142,8 +143,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Zamba": {
         **_SIZES,
         "num_hidden_layers": 4,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "num_key_value_heads": 4,
         "mamba_d_state": 5,
         "mamba_dt_rank": 4,
@@ -173,12 +173,18 @@ def tiny_hybrid(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     config = getattr(transformers, f"{name}Config")(**_CONFIGS[name])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if dtype == torch.float64:  # for which there is no grouped matrix product
+        model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(1)
     for parameter_name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             parameter.copy_(_value(parameter_name, noise, parameter))
-    return model.to(dtype).train()
+    model = model.to(dtype).train()
+    for module in model.modules():
+        if hasattr(module, "decay_factors"):  # constants that were rounded to fp32
+            module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(module.slope_rate)
+    return model
 
 
 def _value(name: str, noise: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -192,6 +198,3 @@ def _value(name: str, noise: torch.Tensor, before: torch.Tensor) -> torch.Tensor
     if "conv" in name:
         return noise * 0.5
     return noise * (noise.shape[-1] ** -0.5 if noise.ndim > 1 else 0.3)
-
-
-Make = Callable[[str], PreTrainedModel]

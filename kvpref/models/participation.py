@@ -13,6 +13,10 @@ _checked: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 """The modules that were found to be all that a model has."""
 
 
+_PER_TOKEN = frozenset({"NemotronHMLP", "NemotronHMoE"})
+"""What stands in a layer's `mixer` where the layer mixes no tokens."""
+
+
 def check_all_took_part(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Check that where some layers of a list attended, all others did.
 
@@ -30,7 +34,7 @@ def check_all_took_part(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     for name, stack in model.named_modules():
         if not isinstance(stack, nn.ModuleList):
             continue
-        took_part = [any(id(module) in taken for module in layer.modules()) for layer in stack]
+        took_part = [_is_per_token(layer) or any(id(module) in taken for module in layer.modules()) for layer in stack]
         if any(took_part) and not all(took_part):
             index = took_part.index(False)
             raise UnsupportedModelError(
@@ -43,3 +47,7 @@ def check_all_took_part(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 def _is(first: nn.Module, second: nn.Module) -> bool:
     return first is second
+
+
+def _is_per_token(layer: nn.Module) -> bool:
+    return type(getattr(layer, "mixer", None)).__name__ in _PER_TOKEN

@@ -39,8 +39,9 @@ def decayed_attention(
         functional.pad(tensor, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, _BLOCK)).permute(0, 3, 1, 2, 4)
         for tensor in (query, key, value)
     )
-    counts = functional.pad(is_token.to(slopes.dtype), (0, padding)).unflatten(1, (-1, _BLOCK)).cumsum(-1)
-    since = (-slopes.view(1, -1, 1, 1) * counts.unsqueeze(1)).to(torch.promote_types(query.dtype, torch.float32))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    counts = functional.pad(is_token.to(wide), (0, padding)).unflatten(1, (-1, _BLOCK)).cumsum(-1)
+    since = -slopes.to(wide).view(1, -1, 1, 1) * counts.unsqueeze(1)
     above = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=query.device).triu(1)
     between = (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(above, float("-inf")).exp()
     inside = (query @ key.transpose(-1, -2) * between.to(query.dtype)) @ value
