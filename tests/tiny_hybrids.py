@@ -168,6 +168,11 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 HYBRIDS = tuple(_CONFIGS)
 
 
+def hybrid_families() -> set[str]:
+    """Their names in kvpref.models.families."""
+    return {getattr(transformers, f"{name}Config").model_type for name in HYBRIDS}
+
+
 def tiny_hybrid(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model in training mode whose recurrent layers, gates and norms all weigh in what it computes."""
     config = getattr(transformers, f"{name}Config")(**_CONFIGS[name])

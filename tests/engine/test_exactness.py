@@ -10,6 +10,7 @@ import pytest
 import torch
 from pairwise import pairwise
 from sample_groups import SCENARIOS, five_levels, pairs, story_questions_answers
+from tiny_hybrids import hybrid_families
 from tiny_models import FAMILIES, VARIANTS, tiny_model
 from torch import nn
 
@@ -36,7 +37,7 @@ def attached(variant: str, dtype: torch.dtype = torch.float64, **overrides: Any)
 
 
 def test_every_supported_family_is_tested() -> None:
-    assert set(FAMILIES) == set(SUPPORTED)
+    assert set(FAMILIES) | hybrid_families() == set(SUPPORTED)
 
 
 @pytest.mark.parametrize(("variant", "mode", "layers"), pairwise(VARIANTS, MODES, ("plain", "checkpointed")))

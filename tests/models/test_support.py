@@ -16,9 +16,9 @@ from transformers import (
     FalconConfig,
     GPTJConfig,
     LlamaModel,
-    MambaConfig,
     MixtralConfig,
     MptConfig,
+    RwkvConfig,
 )
 
 import kvpref
@@ -30,7 +30,7 @@ UNSUPPORTED = {
     "falcon": FalconConfig(**_SMALL, num_attention_heads=2),
     "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
     "bloom": BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=1, n_head=2),
-    "mamba": MambaConfig(**_SMALL, state_size=4),
+    "rwkv": RwkvConfig(**{**_SMALL, "num_hidden_layers": 2}, attention_hidden_size=16),
     "mpt": MptConfig(vocab_size=VOCAB_SIZE, d_model=16, n_layers=1, n_heads=2),
     "mixtral": MixtralConfig(**_SMALL, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2),
     "gemma2": tiny_config("gemma2"),

@@ -31,12 +31,12 @@ def find_mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MixerKind]]:
 
 
 def attach_mixers(model: nn.Module) -> None:
-    """Let the model's mixers take part in passes.
+    """Let the model's mixers take part in passes; idempotent. Outside of passes they are what they were.
 
     Raises:
         UnsupportedModelError: If a mixer's forward is not the one that kvpref knows.
     """
-    found = list(find_mixers(model))
+    found = [item for item in find_mixers(model) if not _is_attached(item[1])]
     made: dict[type[nn.Module], Forward] = {}
     for name, module, kind in found:
         if "forward" in vars(module):
@@ -49,6 +49,10 @@ def attach_mixers(model: nn.Module) -> None:
             made[type(module)] = _make_forward(type(module), kind)
     for _, module, _ in found:
         module.forward = MethodType(made[type(module)], module)
+
+
+def _is_attached(mixer: nn.Module) -> bool:
+    return getattr(vars(mixer).get("forward"), "takes_part", False)
 
 
 def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
@@ -78,6 +82,7 @@ def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
         running.mixers.leave(self, call)
         return out
 
+    forward.takes_part = True  # type: ignore[attr-defined]
     return forward
 
 

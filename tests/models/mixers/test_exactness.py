@@ -65,9 +65,9 @@ def test_log_probs_and_gradients(name: str, dtype: torch.dtype, setting: str) ->
     oracle.assert_same(oracle.scheduled(model, batch, **SETTINGS[setting]), truth, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("name", [name for name in HYBRIDS if name not in ONE_PER_KIND])
-def test_every_family_once(name: str) -> None:
-    """The rest of their matrix is in the full one."""
+@pytest.mark.parametrize("name", ["FalconH1", "KimiLinear", "NemotronH", "Qwen3Next", "Zamba2"])
+def test_families_that_differ_most(name: str) -> None:
+    """Mixer and attention in one layer, other decays, layers without either, experts, layers in layers."""
     model, truth = _model(name, torch.float64)
     batch = kvpref.collate(hybrid_groups(), min_shared_tokens=1)
     found = oracle.scheduled(model, batch, schedule="bounded", max_tokens_per_chunk=7)
