@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from kvpref.prefix.levels import LevelLayout, PlacedBlocks, VarlenLayout, prompt_segments
 from kvpref.prefix.occurrences import Occurrences, count_holders, occurrences_of
-from kvpref.prefix.slab_reads import SHARED, SlabKey, SlabRead, Span, slab_reads
 from kvpref.prefix.segments import ChunkStates, StatePlaces
+from kvpref.prefix.slab_reads import SHARED, SlabKey, SlabRead, Span, slab_reads
 from kvpref.prefix.tree import PrefixTree
 
 
