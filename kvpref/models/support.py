@@ -123,7 +123,7 @@ def check_training_state(model: PreTrainedModel) -> None:
                 f"{setting.replace('_', ' ')} {value} in {name or 'the model'} makes two forwards of one token differ; "
                 "set it to 0 in the config (attention_dropout, dropout, router_jitter_noise) or call model.eval()"
             )
-        _refuse_router_noise(name, module)
+        _refuse_sparse_mixer(name, module)
         if getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(function, "keywords", {}).get("use_reentrant", True):
@@ -133,17 +133,10 @@ def check_training_state(model: PreTrainedModel) -> None:
                 )
 
 
-def _refuse_router_noise(name: str, module: nn.Module) -> None:
-    """Refuse routers of experts that are random in training mode."""
-    for attribute in ("jitter_noise", "input_jitter_noise"):
-        noise = getattr(module, attribute, 0.0)
-        if isinstance(noise, int | float) and noise > 0:
-            raise UnsupportedModelError(
-                f"router noise {noise} in {name} makes two forwards of one token differ; set router_jitter_noise and "
-                "input_jitter_noise to 0 in the config or call model.eval()"
-            )
-    if hasattr(module, "router_jitter_noise"):  # PhiMoE's sparse mixer
+def _refuse_sparse_mixer(name: str, module: nn.Module) -> None:
+    """PhiMoE's routers draw experts in training mode, whatever their noise is."""
+    if hasattr(module, "router_jitter_noise"):
         raise UnsupportedModelError(
             f"the router {name} draws experts at random in training mode, whatever its noise, so two forwards of one "
-            f"token differ; call .eval() on it or on the model"
+            "token differ; call .eval() on it or on the model"
         )

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
-from kvpref.engine.passes import response_logps, response_rewards
+from kvpref.engine.options import EngineOptions
+from kvpref.engine.passes import response_rewards, run_with_routers
 from kvpref.errors import InputError
 from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
 from kvpref.models.attach import Program, attach
@@ -135,19 +136,30 @@ def _fused_output(
     head: HeadOptions,
     **others: Any,
 ) -> FusedCausalLMOutput:
+    config = model.config.get_text_config()
+    asks_for_routers = others.pop("output_router_logits", None)
+    if asks_for_routers is None:
+        asks_for_routers = getattr(config, "output_router_logits", False)
     _refuse_inputs(others)
     rows = PaddedRows.from_labels(input_ids, attention_mask, labels, position_ids)
-    logps = response_logps(_Inside(model), rows.batch, mode=mode, head=head)
+    # The caller multiplies what it is handed; the coefficient only asks for it.
+    options = EngineOptions(mode=mode, router_aux_loss_coef=1.0 if asks_for_routers else None)
+    logps, aux_loss = run_with_routers(_Inside(model), rows.batch, options, "tokens", head=head)
+    assert isinstance(logps, ResponseLogps)
     count = rows.scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     is_top1 = _is_top1(model, logps, rows.targets) if head.hidden else None
+    loss = -logps.token_logps.sum() / count
+    if aux_loss is not None:
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return FusedCausalLMOutput(
-        loss=-logps.token_logps.sum() / count,
+        loss=loss,
         log_probs=rows.pad(logps.token_logps),
         entropy=rows.pad(logps.entropy),
         log_sum_sq_probs=rows.pad(logps.collision),
         mean_logits=rows.pad(logps.mean_logits),
         is_top1=rows.pad(is_top1),
         label_mask=rows.scored,
+        aux_loss=aux_loss,
     )
 
 

@@ -12,6 +12,7 @@ trl = pytest.importorskip("trl", reason="needs the extra kvpref[trl]")
 peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
 
 import trl_runs  # noqa: E402
+from tiny_experts import known_families, tiny_experts  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from kvpref.integrations import trl as kvpref_trl  # noqa: E402
@@ -86,3 +87,14 @@ def test_every_option_gives_trls_numbers(name: str, model_path: str, tmp_path: P
     trl_runs.assert_same(found, truth)
     if name not in SHARES_NOTHING:
         assert found.num_layer_tokens < 0.8 * truth.num_layer_tokens
+
+
+def test_a_mixture_of_experts_with_its_load_balancing_loss(tmp_path: Path) -> None:
+    tiny_experts("mixtral", torch.float32).save_pretrained(tmp_path / "model")
+    setup = {"router_aux_loss_coef": 0.5, "gradient_checkpointing": False}
+    with known_families():
+        ours = trl_runs.run(make_trainer(kvpref_trl.DPOTrainer, str(tmp_path / "model"), tmp_path / "ours", setup))
+    theirs = trl_runs.run(make_trainer(trl.DPOTrainer, str(tmp_path / "model"), tmp_path / "theirs", setup))
+    assert any("aux_loss" in entry for entry in ours.logs)
+    assert ours.num_layer_tokens < 0.8 * theirs.num_layer_tokens
+    trl_runs.assert_same(ours, theirs)
