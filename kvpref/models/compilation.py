@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvpref.errors import InputError
+from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models.attach import is_attached
+from kvpref.models.mixers.forwards import find_mixers
 from kvpref.models.support import unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,7 +23,8 @@ def compile_layers(model: M, **options: Any) -> M:
     """Compile each decoder layer in place, once for all layers, batch shapes and micro-batches.
 
     A layer compiles to one graph per kind of pass (first pass, later passes; more in schedule ``bounded``), with
-    cascade attention as one operator in it; the passes themselves stay ordinary Python. Compile before wrapping in DDP
+    cascade attention as one operator in it; the passes themselves stay ordinary Python, and so do layers that carry a
+    state from token to token. Compile before wrapping in DDP
     or sharding with FSDP2.
 
     Args:
@@ -34,6 +36,7 @@ def compile_layers(model: M, **options: Any) -> M:
 
     Raises:
         InputError: If the model was not attached, or an option would compile anew for each batch shape.
+        UnsupportedModelError: If no layer can be compiled.
     """
     inner = unwrap(model)
     if not is_attached(inner):
@@ -46,9 +49,16 @@ def compile_layers(model: M, **options: Any) -> M:
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # One graph per kind of pass: how many depths it reads, whether others read it, with or without gradients.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
-    for module in inner.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(**{"fullgraph": True, "dynamic": True, **options})
+    mixers = {id(mixer) for _, mixer, _ in find_mixers(inner)}
+    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    chosen = [layer for layer in layers if mixers.isdisjoint(map(id, layer.modules()))]
+    if not chosen:
+        raise UnsupportedModelError(
+            f"no layer of {type(inner).__name__} can be compiled: all carry a state from token to token; leave out "
+            "compile_layers (torch_compile)"
+        )
+    for layer in chosen:
+        layer.compile(**{"fullgraph": True, "dynamic": True, **options})
     return model
 
 

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from sample_groups import pairs
+from tiny_hybrids import tiny_hybrid
 from tiny_models import tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -139,3 +140,16 @@ def test_keys_and_values_in_host_memory_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bounded, "moves_to_host", lambda device: True)
     with pytest.raises(UnsupportedModelError, match="leave out compile_layers"):
         kvpref.forward_backward(model, random_batch(0), oracle.weighted_loss, schedule="bounded", prefix_cache="cpu")
+
+
+def test_layers_that_carry_a_state_stay_as_they_are() -> None:
+    counter = CompileCounterWithBackend("eager")
+    model = kvpref.attach(tiny_hybrid("Lfm2", torch.float64))
+    plain = kvpref.attach(oracle.twin(model))
+    kvpref.compile_layers(model, backend=counter)
+    batch = random_batch(0)
+    found, expected = (kvpref.response_logps(each, batch).token_logps for each in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=FP64_TOLERANCE, atol=0)
+    assert num_graphs(counter) >= 2  # prompts, and responses against their cache
+    with pytest.raises(UnsupportedModelError, match="all carry a state"):
+        kvpref.compile_layers(kvpref.attach(tiny_hybrid("Mamba2")))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from kvpref.errors import UnsupportedModelError
@@ -15,11 +16,12 @@ from kvpref.models.mixers.call import MixerCall
 from kvpref.models.mixers.kinds import KINDS, MixerKind
 from kvpref.models.mixers.lightning import lightning_forward
 from kvpref.models.mixers.seams import SEAMS
-from kvpref.models.running_pass import current_pass
+from kvpref.models.running_pass import RunningPass, current_pass
 
 Forward = Callable[..., Any]
 
 _CACHES = ("cache_params", "past_key_values")
+_RAN_IN_PASS = "_kvpref_ran_in_pass"
 
 
 def find_mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MixerKind]]:
@@ -64,6 +66,7 @@ def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running = current_pass()
+        _check_knows_its_pass(self, running)
         if running is None:
             return own(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
@@ -84,6 +87,17 @@ def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
 
     forward.takes_part = True  # type: ignore[attr-defined]
     return forward
+
+
+def _check_knows_its_pass(mixer: nn.Module, running: RunningPass | None) -> None:
+    """Refuse a layer that a checkpoint recomputes without the pass that it ran in: it would run as an ordinary one."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    if running is None and in_backward and getattr(mixer, _RAN_IN_PASS, False):
+        raise UnsupportedModelError(
+            f"{type(mixer).__name__} is recomputed by a checkpoint of another kind than transformers' own, which does "
+            "not tell it what it begins with; use gradient_checkpointing_enable, or checkpoint='all'"
+        )
+    setattr(mixer, _RAN_IN_PASS, running is not None)
 
 
 def _seams(mixer: type[nn.Module], kind: MixerKind, inner: Forward) -> list[str]:

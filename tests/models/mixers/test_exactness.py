@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from hybrid_groups import hybrid_groups
 from tiny_hybrids import HYBRIDS, tiny_hybrid
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import kvpref
+from kvpref import UnsupportedModelError
 
 # Rounding in sums in another order, through decays and up to four layers; fp32 as the project states it for gradients.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -72,3 +75,19 @@ def test_families_that_differ_most(name: str) -> None:
     batch = kvpref.collate(hybrid_groups(), min_shared_tokens=1)
     found = oracle.scheduled(model, batch, schedule="bounded", max_tokens_per_chunk=7)
     oracle.assert_same(found, truth, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("mode", ["two_pass", "padded"])
+def test_a_checkpoint_of_another_kind(mode: str) -> None:
+    """It does not say which pass it recomputes; an ordinary forward needs none."""
+    model, _ = _model("Lfm2", torch.float64)
+    wrapped = copy.deepcopy(model)
+    layer = wrapped.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    logps = kvpref.response_logps(wrapped, kvpref.collate(hybrid_groups()), mode=mode).token_logps
+    if mode == "padded":
+        logps.sum().backward()
+        return
+    with pytest.raises(UnsupportedModelError, match="another kind than transformers' own"):
+        logps.sum().backward()
