@@ -13,9 +13,11 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits, input_ids) -> logits."""
 
 
-def with_logits(change: Change, dtype: torch.dtype = torch.float64, *, rewards: bool = False) -> PreTrainedModel:
-    """A tiny Llama whose forward ends in `change`; its class keeps the name of a class of transformers."""
-    model = (tiny_reward_model if rewards else tiny_model)("llama", dtype)
+def with_logits(
+    change: Change, dtype: torch.dtype = torch.float64, *, rewards: bool = False, family: str = "llama"
+) -> PreTrainedModel:
+    """A tiny model whose forward ends in `change`; its class keeps the name of a class of transformers."""
+    model = (tiny_reward_model if rewards else tiny_model)(family, dtype)
     plain: Any = type(model)
 
     def forward(self: Any, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kvpref.errors import InputError
-from kvpref.models.head_form import is_reward_model
+from kvpref.models.output_layer import is_reward_model
 from kvpref.models.rotary import check_lengths
 from kvpref.models.support import unwrap
 from kvpref.plan.batch import Batch

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
-from kvpref.models.head_form import HeadForm, head_form, head_module, is_reward_model
+from kvpref.models.head_form import HeadForm, head_form
+from kvpref.models.output_layer import head_module, is_reward_model
 from kvpref.models.own_head import check_logit_ids, own_logits, own_rewards, own_statistics
 from kvpref.models.value_head import value_head
 from kvpref.models.vocabulary_grads import grad_in_place

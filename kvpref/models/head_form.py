@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
+from kvpref.models.output_layer import head_module, is_reward_model
 from kvpref.models.own_head import own_outputs
-from kvpref.models.value_head import trained_copy
 
 _NUM_PROBES = 3
 # A softcap of 30 changes logits around 1 by less than 16-bit rounding, and those around 1000 to 30.
@@ -58,16 +58,6 @@ class HeadForm:
 OWN_FORWARD = HeadForm(fused=False)
 
 
-def is_reward_model(model: PreTrainedModel) -> bool:
-    """Whether the model ends in a scalar head instead of an LM head."""
-    return type(model).__name__.endswith("ForSequenceClassification")
-
-
-def head_module(model: PreTrainedModel) -> Any:
-    """The layer that makes the logits, or the reward; the trained copy where PEFT keeps one. None if it has no name."""
-    return trained_copy(getattr(model, "score", None) if is_reward_model(model) else model.get_output_embeddings())
-
-
 def head_form(model: PreTrainedModel) -> HeadForm:
     """The form that holds now: what `verify_head` found, unless the head has been replaced since."""
     form: HeadForm = getattr(model, _FORM)
@@ -102,6 +92,7 @@ def verify_head(model: PreTrainedModel) -> None:
             setattr(model, _FORM, form)
             return
     _check_reads_rows_only(model, probes, found)
+    _check_head_takes_part(model, probes[0])
     setattr(model, _FORM, OWN_FORWARD)
 
 
@@ -154,6 +145,23 @@ def _check_reads_rows_only(model: PreTrainedModel, probes: list[torch.Tensor], f
                 f"{type(model).__name__} makes its logits of more than the hidden state of each token (other tokens "
                 "or their ids), which kvpref does not follow"
             )
+
+
+def _check_head_takes_part(model: PreTrainedModel, hidden: torch.Tensor) -> None:
+    """Check that the logits come out of the model's head, and not past it."""
+    head = head_module(model)
+    calls: list[int] = []
+    hook = None if head is None else head.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        logits = own_outputs(model, hidden)
+    finally:
+        if hook is not None:
+            hook.remove()
+    if not calls or logits.shape[:-1] != (hidden.shape[:1] if is_reward_model(model) else hidden.shape[:-1]):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not make its logits with its output layer ({type(head).__name__}) from the "
+            "last hidden states, so kvpref cannot tell where they come from"
+        )
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

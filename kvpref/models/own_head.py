@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvpref.errors import InputError
+from kvpref.models.output_layer import head_module
 from kvpref.records.requests import HeadOptions
 
 # One piece of logits; a few tensors of its size live at once.
@@ -34,10 +35,14 @@ class GivenHidden(BaseModelOutputWithPast):
 def given_outputs(model: PreTrainedModel, given: GivenHidden) -> Iterator[None]:
     """Let the model's backbone return `given`, whatever it is called with.
 
-    Some forwards call a part of the backbone (`model.decoder`), so the parts that are models themselves do the same.
+    Some forwards call a part of the backbone (`model.decoder`), so the parts that are models themselves do the same;
+    but not a part that holds the head, which is a language model inside a model of several kinds of input.
     """
+    head = head_module(model)
     inside = [module for module in model.base_model.modules() if isinstance(module, PreTrainedModel)]
-    backbones = [module for module in inside if module is not model]
+    backbones = [
+        module for module in inside if all(part is not head and part is not model for part in module.modules())
+    ]
     saved = [module.__dict__.get("forward") for module in backbones]
     for module in backbones:
         module.forward = lambda *args, **kwargs: given

@@ -14,7 +14,7 @@ from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name, registered_name
 from kvpref.models.attention_shapes import attention_shapes
-from kvpref.models.head_form import is_reward_model
+from kvpref.models.output_layer import is_reward_model
 from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
 from kvpref.ops.attention import select_backend

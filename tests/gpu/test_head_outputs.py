@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import odd_heads
 import oracle
 import pytest
 import torch
@@ -25,8 +26,11 @@ HEAD = HeadOptions(
 SCHEDULES: dict[str, dict[str, Any]] = {"full": {}, "bounded": {"schedule": "bounded", "max_tokens_per_chunk": 5}}
 
 
-def with_value_head(dtype: torch.dtype) -> torch.nn.Module:
+def with_value_head(dtype: torch.dtype, *, softcapped: bool) -> torch.nn.Module:
     model = tiny_model("mistral", dtype)  # head dim 16: the kernel needs a multiple of 8
+    if softcapped:
+        model = odd_heads.with_logits(odd_heads.softcapped, dtype, family="mistral")
+        model.config.final_logit_softcapping = 2.0
     head = kvpref.add_value_head(model)
     with torch.no_grad():
         head.weight.copy_(torch.linspace(-1, 1, head.in_features))
@@ -45,9 +49,10 @@ def assert_near(found: torch.Tensor, truth: torch.Tensor, tolerance: float, name
 
 # float32: some hundred additions in another order, TF32 off by default. bfloat16: 8 bits through two layers.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("softcapped", [False, True])
 @pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
-def test_head_outputs(dtype: torch.dtype, tolerance: float, options: dict[str, Any]) -> None:
-    exact = with_value_head(torch.float64)
+def test_head_outputs(dtype: torch.dtype, tolerance: float, options: dict[str, Any], softcapped: bool) -> None:
+    exact = with_value_head(torch.float64, softcapped=softcapped)
     with oracle.precision(exact):
         truth = naive_outputs(exact, kvpref.collate(five_levels() + pairs()), HEAD)
     seen: dict[str, torch.Tensor] = {}
@@ -58,7 +63,7 @@ def test_head_outputs(dtype: torch.dtype, tolerance: float, options: dict[str, A
         return policy.token_logps.mean() + policy.entropy.mean()
 
     loss.head = HEAD  # type: ignore[attr-defined]
-    grads = run(kvpref.attach(with_value_head(dtype).to(DEVICE)), loss, **options)
+    grads = run(kvpref.attach(with_value_head(dtype, softcapped=softcapped).to(DEVICE)), loss, **options)
     for name, values in truth.items():
         assert_near(seen[name], values, tolerance, name)
     (truth["token_logps"].mean() + truth["entropy"].mean()).backward()

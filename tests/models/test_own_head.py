@@ -7,9 +7,11 @@ import pytest
 import torch
 from sample_groups import pairs
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_reward_model
+from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 import kvpref
 from kvpref.models import own_head
+from kvpref.models.head_form import head_form, verify_head
 from kvpref.models.own_head import GivenHidden, given_outputs, own_outputs, own_statistics
 from kvpref.records.requests import HeadOptions
 
@@ -32,6 +34,29 @@ def test_the_layers_are_left_out_and_put_back(family: str) -> None:
     with pytest.raises(RuntimeError), given_outputs(model, GivenHidden(last_hidden_state=HIDDEN)):
         raise RuntimeError
     assert "forward" not in model.base_model.__dict__
+
+
+def test_logits_that_do_not_come_from_the_head_are_refused() -> None:
+    """A forward that hands on what it is given looks like any function of each row."""
+    model = odd_heads.with_logits(odd_heads.softcapped)
+    plain = model.lm_head
+    model.lm_head = torch.nn.Identity()
+    model.get_output_embeddings = lambda: plain
+    with pytest.raises(kvpref.UnsupportedModelError, match="does not make its logits with its output layer"):
+        kvpref.attach(model)
+
+
+def test_a_language_model_inside_a_model_of_images_keeps_its_head() -> None:
+    """Llama 4 keeps its LM head inside the part that its forward calls."""
+    text = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Llama4Config(text_config=text | {"num_local_experts": 2}, vision_config=vision)
+    model = Llama4ForConditionalGeneration(config)
+    found = own_outputs(model, HIDDEN.unsqueeze(0))
+    torch.testing.assert_close(found[0], model.language_model.lm_head(HIDDEN))
+    verify_head(model)
+    assert head_form(model).fused
 
 
 def test_logits_of_few_rows_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvpref.errors import InputError
 from kvpref.models.attach import attach
 from kvpref.models.compilation import compile_layers, is_compiled
-from kvpref.models.head_form import is_reward_model
+from kvpref.models.output_layer import is_reward_model
 from kvpref.models.support import unwrap
 
 
