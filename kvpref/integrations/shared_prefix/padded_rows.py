@@ -13,6 +13,7 @@ import torch
 
 from kvpref.plan.passes import PassPlan, int64, level_blocks
 from kvpref.prefix.levels import LevelSegments, build_levels
+from kvpref.prefix.segments import level_segments
 from kvpref.prefix.tree import PrefixTree, TokenIds, build_tree
 
 # Token ids stand below it, positions above, where both make one number.
@@ -160,6 +161,7 @@ def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, m
             levels=tuple(map(level_blocks, levels)),
             predictor_rows=int64(()),
             layouts=tuple(level.placed for level in levels),
+            segments=level_segments(tree, levels),
         ),
         unique_rows=torch.from_numpy(unique_rows),
         shape=(num_rows, num_columns),
