@@ -21,6 +21,7 @@ from kvpref.integrations.shared_prefix.padded_plans import LastPlan, SharingWort
 from kvpref.integrations.shared_prefix.padded_rows import SharedRows, UnservedError
 from kvpref.integrations.shared_prefix.selected_attention import selected_attention
 from kvpref.models.backbone import backbone
+from kvpref.models.mixers.forwards import attach_mixers
 from kvpref.models.own_head import GivenHidden
 from kvpref.models.support import check_architecture, unwrap
 from kvpref.ops.attention.backends import backend_names
@@ -107,6 +108,7 @@ class SharedPrefix:
 
     def __init__(self, model: PreTrainedModel, plans: LastPlan, backend: str) -> None:
         self.stats = SharedPrefixStats()
+        attach_mixers(model)  # for good, because outside of kvpref's passes they are what they were
         self._model, self._plans, self._backend = model, plans, backend
         self._readers = {"model": CallReader(model), "backbone": CallReader(backbone(model))}
         self._passing = False  # whether the backbone's calls are kvpref's own

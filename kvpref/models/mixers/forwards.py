@@ -41,7 +41,7 @@ def attach_mixers(model: nn.Module) -> None:
     found = [item for item in find_mixers(model) if not _is_attached(item[1])]
     made: dict[type[nn.Module], Forward] = {}
     for name, module, kind in found:
-        if "forward" in vars(module):
+        if not _has_own_forward(module):
             raise UnsupportedModelError(
                 f"the forward of {name} ({type(module).__name__}) was replaced, by kernels of the hub or by hooks of "
                 "accelerate, so kvpref cannot hand it the state of a prompt; load the model without use_kernels and "
@@ -55,6 +55,12 @@ def attach_mixers(model: nn.Module) -> None:
 
 def _is_attached(mixer: nn.Module) -> bool:
     return getattr(vars(mixer).get("forward"), "takes_part", False)
+
+
+def _has_own_forward(mixer: nn.Module) -> bool:
+    # A pickled model has lost what `attach_mixers` gave it, and holds its class's forward in its place.
+    forward = vars(mixer).get("forward")
+    return forward is None or getattr(forward, "__func__", None) is type(mixer).forward
 
 
 def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
