@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from llama_models import build_model
 from options import SweepOptions
+from transformers import PreTrainedModel
 from workloads import Workload
 
 from kvpref.errors import RunError
 from kvpref.losses import LossFunction, PreferenceLoss
 from kvpref.profiling.compare.comparison import Comparison
-from kvpref.profiling.compare.modes import compare_modes
+from kvpref.profiling.compare.modes import Cut, compare_modes
 from kvpref.profiling.steps import BASELINE_MODE
 
 
@@ -33,10 +35,38 @@ def measure_modes(
     workload = build()
     model = build_model(workload.sizes, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if with_optimizer else None
-    comparison = compare_modes(
+    return compare_model(
+        name,
         model,
         workload.cuts,
-        loss(workload),
+        options,
+        loss=loss(workload),
+        optimizer=optimizer,
+        facts=asdict(workload.sizes),
+        bar=workload.bar,
+    )
+
+
+def compare_model(
+    name: str,
+    model: PreTrainedModel,
+    cuts: Mapping[str, Cut],
+    options: SweepOptions,
+    *,
+    loss: PreferenceLoss | LossFunction,
+    facts: Mapping[str, Any],
+    bar: float | None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Comparison:
+    """Compare the modes on a model.
+
+    Raises:
+        RunError: If the modes do not compute the same; nothing is timed then.
+    """
+    comparison = compare_modes(
+        model,
+        cuts,
+        loss,
         optimizer=optimizer,
         backend=options.backend,
         options=options.timing,
@@ -49,9 +79,9 @@ def measure_modes(
         baseline=BASELINE_MODE,
         results=comparison.results,
         facts={
-            **asdict(workload.sizes),
-            "num_groups": sum(len(groups) for groups in workload.cuts["two_pass"]),
+            **facts,
+            "num_groups": sum(len(groups) for groups in cuts["two_pass"]),
             **{f"loss {mode}": outcome.loss for mode, outcome in comparison.outcomes.items()},
         },
-        bar=workload.bar,
+        bar=bar,
     )

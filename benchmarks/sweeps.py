@@ -18,6 +18,7 @@ from types import ModuleType
 
 import attention
 import forward_backward
+import layer_kinds
 import logprob
 import torch
 import train_step
@@ -37,6 +38,7 @@ SWEEPS: dict[str, ModuleType] = {
     "attention": attention,
     "logprob": logprob,
     "forward_backward": forward_backward,
+    "layer_kinds": layer_kinds,
     "train_step": train_step,
     "trainer": trainer,
 }
