@@ -88,6 +88,9 @@ def test_a_dry_run_measures_every_row(tmp_path: Path) -> None:
     shapes = ["512/128/2", "1024/128/2", "1024/128/8", "2048/64/4"]
     assert list(read(tmp_path / "forward_backward.json")) == [f"{s} vocab {v}" for v in ("49k", "1k") for s in shapes]
     assert list(read(tmp_path / "attention.json"))[:4] == shapes
+    kinds = json.loads((tmp_path / "layer_kinds.json").read_text())
+    names = [*(row["name"] for row in kinds["comparisons"]), *kinds["skipped"]]
+    assert {name.split()[0] for name in names} == {"windows", "gated", "Mamba2", "8"}
     assert all(cases == ["fused", "naive"] for cases in read(tmp_path / "logprob.json").values())
     assert "efficiency" in done.stdout
     stories = json.loads((tmp_path / "train_step.json").read_text())["comparisons"][real.index("squality stories")]
