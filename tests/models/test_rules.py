@@ -110,3 +110,53 @@ def test_exact_in_some_ways(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_in_every_way(name: str, checkpoint: str) -> None:
     check(name, [way | {"checkpoint": checkpoint} for way in WAYS.values()])
+
+
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("llama4_text", marks=pytest.mark.full)])
+def test_the_models_own_checkpointing(name: str) -> None:
+    model = model_of(name)
+    truth = oracle.naive(oracle.twin(model), groups())
+    oracle.checkpoint_layers(kvpref.attach(model))
+    batch = kvpref.collate(groups(), min_shared_tokens=1)
+    for way in ("one_pass", "two_pass", "bounded 7"):
+        oracle.assert_same(oracle.scheduled(model, batch, **WAYS[way]), truth, FP64_TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_rows_in_the_drop_in_switch(name: str, side: str) -> None:
+    """Windows and chunks of a row count from its first token, wherever it stands."""
+    model = model_of(name)
+    rows = [list(sequence.input_ids) for group in groups() for sequence in group.sequences]
+    width = max(map(len, rows))
+    padding = [[0] * (width - len(row)) for row in rows]
+    cells = zip(rows, padding, strict=True)
+    input_ids = torch.tensor([row + pad if side == "right" else pad + row for row, pad in cells])
+    real = input_ids != 0
+    weights = torch.randn(len(rows), width, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def run() -> oracle.Result:
+        model.zero_grad(set_to_none=True)
+        with oracle.true_float64():
+            logits = model(input_ids=input_ids, attention_mask=real.long()).logits
+            (logits * weights)[real].sum().backward()
+        return oracle.Result(logits[real].detach(), oracle.grads_of(model))
+
+    truth = run()
+    with kvpref.shared_prefix(model, min_saved=0, min_saved_tokens=1, min_shared_tokens=1) as switch:
+        found = run()
+    assert switch.stats.num_served == 1, switch.stats
+    oracle.assert_same(found, truth, FP64_TOLERANCE)
+
+
+@pytest.mark.full  # of how layers are compiled, tests/models/test_compilation.py keeps the short tests
+@pytest.mark.parametrize(
+    ("name", "changes"), [("qwen2", {"num_hidden_layers": 2, "max_window_layers": 1}), ("mistral", {})]
+)
+def test_compiled_layers(name: str, changes: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model = model_of(name, **changes)
+    truth = oracle.naive(oracle.twin(model), groups())
+    kvpref.compile_layers(kvpref.attach(model), backend="aot_eager")
+    batch = kvpref.collate(groups(), min_shared_tokens=1)
+    oracle.assert_same(oracle.scheduled(model, batch, mode="two_pass"), truth, FP64_TOLERANCE)
