@@ -92,6 +92,12 @@ class _Refused(LayersPass):
         raise self._error
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_inside_a_pass() -> bool:
+    """Whether a pass runs; asked once per graph in compiled layers, which cannot read context variables."""
+    return current_pass() is not None
+
+
 def attention_function(
     ordinary: _Attention,
     module: nn.Module,
@@ -118,7 +124,7 @@ def attention_function(
             argument that kvpref does not know.
     """
     if not isinstance(attention_mask, LayersPass):
-        if current_pass() is not None:
+        if _is_inside_a_pass():
             raise UnsupportedModelError(
                 f"{type(module).__name__} attends with a mask that was not made by transformers' mask functions, so "
                 "kvpref cannot read what it sees"

@@ -123,7 +123,8 @@ class VarlenBlock:
         if layout.key_starts is not None:
             rows.append((*layout.key_starts, 0))
         host_offsets = torch.tensor(rows, dtype=torch.int32)
-        cu_seqlens = to_device(host_offsets[:2], torch.device(device))
+        # Not views: compiled code would be compiled anew where a row's place in the storage is another size by chance.
+        cu_seqlens = [to_device(row.clone(), torch.device(device)) for row in host_offsets[:2]]
         kind = BlockKind(shape=layout.shape, source=layout.source, window=layout.window)
         return replace(cls.from_host(host_offsets, cu_seqlens, kind), host_offsets=host_offsets)
 
