@@ -41,6 +41,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
     "qk_nope_head_dim": 8,
@@ -94,10 +95,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_oss": lambda: GptOssConfig(
         **_SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2
     ),
-    "deepseek_v2": lambda: DeepseekV2Config(**_SIZES, **_LATENT),
-    "deepseek_v3": lambda: DeepseekV3Config(**_SIZES, **_LATENT),
+    "deepseek_v2": lambda: DeepseekV2Config(**_SIZES | _LATENT),
+    "deepseek_v3": lambda: DeepseekV3Config(**_SIZES | _LATENT),
 }
-BALANCED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "flex_olmo", "minimax_m2", "jetmoe")
+BALANCED = tuple(name for name in CONFIGS if not name.startswith("deepseek"))
 """Those whose own training has a load-balancing loss."""
 
 
