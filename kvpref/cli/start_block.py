@@ -17,7 +17,7 @@ from kvpref.losses import PreferenceLoss, registered_name
 from kvpref.ops.attention import select_backend
 from kvpref.ops.attention.backends import choose_automatically
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
-from kvpref.training.checks import sample_query
+from kvpref.training.checks import sample_needs, sample_query
 from kvpref.training.defaults import AUTO, trains_an_adapter
 from kvpref.training.loading.batcher import make_batcher, make_cost_model
 
@@ -102,10 +102,10 @@ def _autocast(args: PreferenceTrainingArguments) -> str:
 def _attention(model: nn.Module, args: PreferenceTrainingArguments) -> str:
     if args.mode == "padded":
         return "transformers' sdpa (mode padded)"
-    query = sample_query(model, args, args.device)
+    query, needs = sample_query(model, args, args.device), sample_needs(model)
     if args.backend == "auto":
-        return f"auto takes {choose_automatically(query)}"
-    backend = select_backend(args.backend, query)
+        return f"auto takes {choose_automatically(query, needs)}"
+    backend = select_backend(args.backend, query, needs)
     return f"{backend.name} ({backend.provider()})"
 
 

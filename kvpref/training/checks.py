@@ -18,6 +18,7 @@ from kvpref.models.output_layer import is_reward_model
 from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
 from kvpref.ops.attention import select_backend
+from kvpref.ops.attention.backends.interface import Needs
 from kvpref.training.arguments import PreferenceTrainingArguments, check_processes
 from kvpref.training.evaluation import check_best_metric, check_evaluation
 from kvpref.training.loading.selection import check_lengths
@@ -145,10 +146,11 @@ def check_backend(model: nn.Module, args: PreferenceTrainingArguments, *, has_re
     """Raise InputError if a backend that was named cannot run where the model is, or where its reference is."""
     if args.backend == "auto":
         return
-    select_backend(args.backend, sample_query(model, args, args.device))
+    needs = sample_needs(model)
+    select_backend(args.backend, sample_query(model, args, args.device), needs)
     if has_reference and args.reference_device is not None:
         try:
-            select_backend(args.backend, sample_query(model, args, args.reference_device))
+            select_backend(args.backend, sample_query(model, args, args.reference_device), needs)
         except InputError as error:
             raise InputError(f"reference_device {args.reference_device}: {error}; backend auto serves both") from error
 
@@ -160,3 +162,12 @@ def sample_query(model: nn.Module, args: PreferenceTrainingArguments, device: to
     # The largest: backends have an upper bound.
     head_dim = max((kind.head_dim for kind in attention_shapes(unwrap(model))), default=1)
     return torch.empty(1, 1, head_dim, dtype=dtype, device=device)
+
+
+def sample_needs(model: nn.Module) -> Needs:
+    """What the run's attention needs of a backend besides: its largest values, and whether a layer caps scores."""
+    plain = unwrap(model)
+    return Needs(
+        value_head_dim=max((kind.value_dim for kind in attention_shapes(plain)), default=0),
+        softcap=any(getattr(module, "attn_logit_softcapping", None) for module in plain.modules()),
+    )
