@@ -35,6 +35,11 @@ test-all: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/sweeps.py $(BENCH_ARGS)
 
+# About ten minutes.
+census: $(READY)
+	$(BIN)/python benchmarks/census.py --json benchmarks/results/census.json
+	$(BIN)/python benchmarks/census_page.py
+
 # The Python at hand: a GPU machine brings its own torch, and may reach no package index.
 bench-gpu: $(if $(DRY_RUN),$(READY))
 	$(if $(DRY_RUN),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)

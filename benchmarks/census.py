@@ -29,7 +29,7 @@ _MEMORY_BYTES = 8 * 2**30
 
 def main() -> None:
     args = _parsed()
-    from census_settings import VARIANTS
+    from census_variants import VARIANTS
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ENTRIES
 
     names = args.models or [*ENTRIES, *(name for name in VARIANTS if name.partition(":")[0] in ENTRIES)]
@@ -49,7 +49,7 @@ def main() -> None:
         rows = list(pool.map(run, names))
     counts = Counter(row["verdict"] for row in rows)
     if args.json:
-        args.json.write_text(json.dumps({"versions": _versions(), "counts": counts, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(_document(rows, counts))
     print(", ".join(f"{verdict} {count}" for verdict, count in counts.most_common()), file=sys.stderr)
 
 
@@ -81,6 +81,22 @@ def _check(name: str, modes: tuple[str, ...], unlisted: bool, results: Connectio
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     results.send(check(name, modes, unlisted=unlisted))
+
+
+def _document(rows: list[dict[str, Any]], counts: Counter[str]) -> str:
+    """All rows, one a line, with the largest errors in place of every run's."""
+    lines = []
+    for row in rows:
+        runs = row.get("runs", {})
+        largest = {
+            name: max((run[name] for run in runs.values() if run["is"] == "exact"), default=None)
+            for name in ("logp_error", "gradient_error")
+        }
+        padded = runs.get("padded/none/fp32", {}).get("is")
+        kept = {name: value for name, value in row.items() if name not in ("runs", "where", "seconds")}
+        lines.append(json.dumps({**kept, **{k: v for k, v in largest.items() if v is not None}, "padded": padded}))
+    head = json.dumps({"versions": _versions(), "counts": dict(counts)})[:-1]
+    return head + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def _versions() -> dict[str, str]:

@@ -53,14 +53,21 @@ def check(name: str, modes: tuple[str, ...], *, unlisted: bool = False) -> dict[
         truth = _naive(model, groups)
         row["prompt_moves"] = _prompt_moves(model, groups)
     except Exception as error:
-        return {**row, "verdict": "not built", "reason": _told(error)}
+        return _not_built(row, _told(error))
     row["no_gradient"] = [name for name, grad in truth.grads.items() if grad is None or not grad.norm()]
     if not bool(torch.isfinite(truth.logps).all()) or row["prompt_moves"] < _LEAST_MOVE:
-        return {**row, "verdict": "not built", "reason": "the prompt does not matter, or logits are not finite"}
+        return _not_built(row, "the prompt does not matter, or logits are not finite")
     if unlisted:
         _let_in(model)
     row["runs"] = _runs(model, groups, truth, modes)
     return {**row, **_verdict(row["runs"])}
+
+
+def _not_built(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    refusal = families.REFUSED.get(row["model"].partition(":")[0])
+    if refusal is not None:
+        return {**row, "verdict": "refused", "reason": refusal.reason, "not_built": reason}
+    return {**row, "verdict": "not built", "reason": reason}
 
 
 def _let_in(model: PreTrainedModel) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from census_settings import SETTINGS, SIZES, VARIANTS, VOCAB_SIZE
+from census_settings import SETTINGS, SIZES, VOCAB_SIZE
+from census_variants import VARIANTS
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

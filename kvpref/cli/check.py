@@ -27,7 +27,8 @@ def check(
 ) -> None:
     """Say whether a model is supported, and with --numeric prove it on that very model.
 
-    Without --numeric only the configuration is read: no weights are loaded. --mode and --dtype go with --numeric.
+    Without --numeric only the configuration is read: no weights are loaded, and passes run on tensors without data to
+    find out what each layer does. --mode and --dtype go with --numeric.
 
     Example: kvpref check ./llama --numeric
     """
@@ -44,6 +45,7 @@ def _check_architecture(source: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from kvpref.cli.adapters import is_adapter, put_on, read_adapter
+    from kvpref.cli.check_layers import find_layers
     from kvpref.cli.loading import load_config
     from kvpref.models.attach import attach
     from kvpref.models.support import check_config
@@ -63,13 +65,39 @@ def _check_architecture(source: str) -> dict[str, Any]:
         raise
     except ValueError as error:
         raise InputError(f"{source}: {settings.model_type!r} has no causal language model: {error}") from error
-    described = f"{settings.model_type}, {settings.num_hidden_layers} layers"
-    result = {"model": source, "supported": True, "model_type": settings.model_type}
+    num_layers = settings.get_text_config(decoder=True).num_hidden_layers
+    described = f"{settings.model_type}, {num_layers} layers"
+    result: dict[str, Any] = {"model": source, "supported": True, "model_type": settings.model_type}
     if adapter is not None:
         described += f", {adapter.peft_type.value} adapter on {adapter.base_model_name_or_path}"
         result["base_model"] = adapter.base_model_name_or_path
+    else:
+        found = find_layers(settings)
+        _print_layers(source, found)
+        result |= found
     Console().print(f"{source}: supported ({described})", highlight=False)
     return result
+
+
+def _print_layers(source: str, found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{source}: what a pass found", title_justify="left")
+    rows = found["layers"]
+    columns = [name for name in rows[0] if name == "layers" or any(row[name] for row in rows)]
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in columns))
+    Console().print(table)
+    Console().print(f"head: {found['head']}", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "\n".join(value)
+    return {True: "yes", False: "", None: ""}.get(value, str(value))
 
 
 def _check_numeric(source: str | None, config: str | None, mode: str, dtype: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.compilation import is_compiled
 from kvpref.models.experts import RouterSums, RouterTally
 from kvpref.models.head import head_outputs
+from kvpref.models.positions import check_tokens
 from kvpref.models.rotary import check_lengths
 from kvpref.models.support import check_training_state, unwrap
 from kvpref.models.vocabulary_grads import embed
@@ -95,7 +96,9 @@ class _ChunkRunner:
                 "prefix_cache='cpu' would compile each layer anew, because each is brought keys and values of its own; "
                 "use prefix_cache='device', or leave out compile_layers"
             )
-        check_lengths(unwrap(model), [group for batch in step.batches for group in batch.groups])
+        groups = [group for batch in step.batches for group in batch.groups]
+        check_lengths(unwrap(model), groups)
+        check_tokens(unwrap(model), groups)
         self._store = SlabStore(step.chunks, self._device, on_host=on_host, prompts_get_grad=options.prefix_grad)
         self._graphs: dict[ChunkPlan, _ChunkGraph] = {}
         balances = options.router_aux_loss_coef is not None

@@ -9,6 +9,7 @@ from kvpref.models.backbone import max_attention_calls, run_backbone
 from kvpref.models.experts import RouterTally
 from kvpref.models.participation import check_all_took_part
 from kvpref.models.recomputation import recomputed_within
+from kvpref.models.record import note_modules
 from kvpref.models.rotary import long_frequencies
 from kvpref.models.running_pass import RunningPass, bind_pass
 from kvpref.plan.passes import PassPlan
@@ -52,5 +53,7 @@ def run_level_pass(
     with long_frequencies(model, num_positions), bind_pass(running), recomputed_within(model, running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
         hidden = run_backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids), routers=routers)
-    check_all_took_part(model, running.finish())
+    modules = running.finish()
+    check_all_took_part(model, modules)
+    note_modules(modules)
     return hidden

@@ -6,6 +6,7 @@ from torch import nn
 
 from kvpref.errors import InputError
 from kvpref.models.output_layer import is_reward_model
+from kvpref.models.positions import check_tokens
 from kvpref.models.rotary import check_lengths
 from kvpref.models.support import unwrap
 from kvpref.plan.batch import Batch
@@ -20,6 +21,7 @@ def batch_for(model: nn.Module, batch: Batch, reads: str) -> Batch:
         UnsupportedModelError: If lengths of sequences lead to different rotary embeddings.
     """
     check_lengths(unwrap(model), batch.groups)
+    check_tokens(unwrap(model), batch.groups)
     return batch.reading(reads_of(model, reads))
 
 

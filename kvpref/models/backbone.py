@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.models.experts import RouterTally
+from kvpref.models.positions import first_position, positions_told
 from kvpref.plan.passes import PassPlan
 
 _CALLS_PER_LAYER = 4
@@ -57,16 +58,17 @@ def run_backbone(
         attention_mask: (B, T), 1 for tokens; None for all.
         routers: Takes in the router logits of expert layers; None leaves them.
     """
-    layers = text_backbone(model)
-    output = layers(
-        inputs_embeds=embeds,
-        position_ids=item.position_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        return_dict=True,
-        **_embeddings_per_layer(layers, item.input_ids, embeds),
-        **({} if routers is None else {"output_router_logits": True}),
-    )
+    layers, first = text_backbone(model), first_position(model)
+    with positions_told(layers, item.position_ids):
+        output = layers(
+            inputs_embeds=embeds,
+            position_ids=item.position_ids + first if first else item.position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            return_dict=True,
+            **_embeddings_per_layer(layers, item.input_ids, embeds),
+            **({} if routers is None else {"output_router_logits": True}),
+        )
     if routers is not None:
         routers.add(output)
     hidden: torch.Tensor = output.last_hidden_state

@@ -1,67 +1,236 @@
 """The model families that are known to be exact, and why others are refused.
 
-To add one: a row in `FAMILIES`, a tiny config in tests/tiny_models.py; the exactness tests then run over it.
+Both lists are what `benchmarks/census.py` finds on tiny models, in every mode, against each sequence alone. To add a
+family: a row in `FAMILIES`, what its tiny config needs in `benchmarks/census_settings.py`, and a run of the census.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between families: nothing yet that the model itself does not tell."""
+    """What a family's models cannot tell themselves."""
 
+    note: str = ""
+    """What a user should know."""
+
+
+class Refusal(NamedTuple):
+    """Why a family is not supported."""
+
+    reason: str
+    """Of the model: it ..."""
+
+    nearest: str
+    """The nearest family that is."""
+
+
+_TEXT_ONLY = Family(note="given text only")
+_OF_ENCODER_DECODER = Family(note="its decoder alone, without the encoder")
+_DECODER = Family(note="as a decoder: `is_decoder=True` in its config")
 
 FAMILIES: dict[str, Family] = {
+    "afmoe": Family(),
+    "apertus": Family(),
+    "arcee": Family(),
+    "aria_text": Family(),
+    "axk1": Family(),
+    "bailing_hybrid": Family(),
     "bamba": Family(),
+    "bart": _OF_ENCODER_DECODER,
+    "beam": Family(),
+    "bert": _DECODER,
+    "bert-generation": _DECODER,
+    "biogpt": Family(),
+    "bitnet": Family(),
+    "blenderbot": _OF_ENCODER_DECODER,
+    "blenderbot-small": _OF_ENCODER_DECODER,
+    "camembert": _DECODER,
+    "cohere": Family(),
+    "cohere2": Family(),
+    "cohere2_moe": Family(),
+    "cohere_compass_text": Family(),
+    "cwm": Family(),
+    "data2vec-text": _DECODER,
+    "dbrx": Family(),
+    "deepseek_v2": Family(),
+    "deepseek_v3": Family(),
+    "diffllama": Family(),
+    "dots1": Family(),
+    "electra": _DECODER,
+    "emu3": _TEXT_ONLY,
+    "emu3_text_model": Family(),
+    "ernie": _DECODER,
+    "ernie4_5": Family(),
+    "ernie4_5_moe": Family(),
+    "exaone4": Family(),
+    "exaone_moe": Family(),
     "falcon_h1": Family(),
     "falcon_mamba": Family(),
+    "flex_olmo": Family(),
+    "flint": Family(),
+    "fuyu": _TEXT_ONLY,
     "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3": _TEXT_ONLY,
+    "gemma3_text": Family(),
+    "gemma3n": _TEXT_ONLY,
+    "gemma3n_text": Family(),
+    "gemma4": _TEXT_ONLY,
+    "gemma4_text": Family(),
+    "gemma4_unified": _TEXT_ONLY,
+    "gemma4_unified_text": Family(),
+    "glm": Family(),
+    "glm4": Family(),
+    "glm4_moe": Family(),
+    "glm4_moe_lite": Family(),
+    "gpt-sw3": Family(),
     "gpt2": Family(),
+    "gpt_bigcode": Family(),
     "gpt_neox": Family(),
+    "gpt_oss": Family(),
     "granite": Family(),
+    "granite_swa": Family(),
+    "granitemoe": Family(),
+    "granitemoe_swa": Family(),
     "granitemoehybrid": Family(),
+    "granitemoeshared": Family(),
+    "helium": Family(),
+    "hrm_text": Family(),
+    "hunyuan_v1_dense": Family(),
+    "hunyuan_v1_moe": Family(),
+    "hy_v3": Family(),
+    "hyperclovax": Family(),
+    "internlm3": Family(),
+    "iquestcoder": Family(),
+    "jais2": Family(),
     "jamba": Family(),
+    "jetmoe": Family(),
     "kimi_linear": Family(),
+    "kolibri1": Family(),
+    "laguna": Family(),
     "lfm2": Family(),
     "lfm2_moe": Family(),
+    "lfm3": Family(),
     "llama": Family(),
+    "llama4": _TEXT_ONLY,
+    "llama4_text": Family(),
+    "longcat_flash": Family(),
     "mamba": Family(),
     "mamba2": Family(),
+    "marian": _OF_ENCODER_DECODER,
+    "mbart": _OF_ENCODER_DECODER,
+    "mellum": Family(),
+    "mimo_v2_flash": Family(),
+    "minicpm3": Family(),
     "minimax": Family(),
+    "minimax_m2": Family(),
+    "ministral": Family(),
+    "ministral3": Family(),
     "mistral": Family(),
+    "mistral3": _TEXT_ONLY,
+    "mixtral": Family(),
+    "modernbert-decoder": Family(),
+    "moshi": _TEXT_ONLY,
+    "moss_transcribe_diarize": _TEXT_ONLY,
+    "nanochat": Family(),
+    "nemotron": Family(),
     "nemotron_h": Family(),
+    "olmo": Family(),
     "olmo2": Family(),
+    "olmo3": Family(),
     "olmo_hybrid": Family(),
+    "olmoe": Family(),
+    "opt": Family(),
+    "pegasus": _OF_ENCODER_DECODER,
+    "persimmon": Family(),
+    "phi": Family(),
     "phi3": Family(),
+    "phi4_multimodal": _TEXT_ONLY,
+    "phimoe": Family(),
+    "plbart": _OF_ENCODER_DECODER,
     "qwen2": Family(),
+    "qwen2_moe": Family(),
     "qwen3": Family(),
+    "qwen3_5": _TEXT_ONLY,
+    "qwen3_5_moe": _TEXT_ONLY,
     "qwen3_5_moe_text": Family(),
     "qwen3_5_text": Family(),
+    "qwen3_moe": Family(),
     "qwen3_next": Family(),
+    "roberta": _DECODER,
+    "roberta-prelayernorm": _DECODER,
+    "roc_bert": _DECODER,
+    "seed_oss": Family(),
     "smollm3": Family(),
+    "solar_open": Family(),
     "stablelm": Family(),
+    "starcoder2": Family(),
+    "vaultgemma": Family(),
+    "whisper": _OF_ENCODER_DECODER,
+    "xlm-roberta": _DECODER,
+    "xlm-roberta-xl": _DECODER,
+    "xmod": _DECODER,
+    "youtu": Family(),
     "zamba": Family(),
     "zamba2": Family(),
 }
 
 _OWN_ATTENTION = "it does not route attention through transformers' attention interface"
-_RECURRENT = "its recurrent or convolution layers would leak across sequences packed in one row"
-_SOFTCAP = "it soft-caps attention scores or logits"
-_EXPERTS = "its mixture-of-experts router losses count each prompt once here and N times in ordinary training"
+_SPARSE = "its sparse attention picks keys by scores over the whole row"
+_RECURRENT = "its recurrent layers take no state to begin with"
+_OTHER_HIDDEN_STATES = "it drafts for another model, whose hidden states it reads"
+_SEVERAL_TOKENS = "it predicts several tokens of sound at each position"
 
-REFUSED: dict[str, tuple[str, str]] = {
-    "bloom": (_OWN_ATTENTION, "gpt_neox"),
-    "codegen": (_OWN_ATTENTION, "gpt_neox"),
-    "falcon": (_OWN_ATTENTION, "llama"),
-    "gemma2": (_SOFTCAP, "gemma"),
-    "gpt_neo": (_OWN_ATTENTION, "gpt2"),
-    "gptj": (_OWN_ATTENTION, "gpt_neox"),
-    "mixtral": (_EXPERTS, "mistral"),
-    "mpt": (_OWN_ATTENTION, "llama"),
-    "qwen2_moe": (_EXPERTS, "qwen2"),
-    "qwen3_moe": (_EXPERTS, "qwen3"),
-    "recurrent_gemma": (_RECURRENT, "gemma"),
-    "rwkv": (_RECURRENT, "gpt_neox"),
+REFUSED: dict[str, Refusal] = {
+    "axk2": Refusal(_SPARSE, "axk1"),
+    "big_bird": Refusal(_OWN_ATTENTION, "bert"),
+    "bigbird_pegasus": Refusal(_OWN_ATTENTION, "opt"),
+    "bloom": Refusal(_OWN_ATTENTION, "gpt_neox"),
+    "blt": Refusal("it groups bytes into patches, which depend on the bytes behind them", "llama"),
+    "codegen": Refusal(_OWN_ATTENTION, "gpt_neox"),
+    "cpmant": Refusal(_OWN_ATTENTION, "llama"),
+    "ctrl": Refusal(_OWN_ATTENTION, "gpt2"),
+    "deepseek_v32": Refusal(_SPARSE, "deepseek_v3"),
+    "deepseek_v4": Refusal("it compresses keys and values of runs of tokens along the row", "deepseek_v3"),
+    "doge": Refusal("its mask depends on the values of the whole row", "llama"),
+    "dots3_note": Refusal(_SPARSE, "dots1"),
+    "dots3_note_text": Refusal(_SPARSE, "dots1"),
+    "falcon": Refusal(_OWN_ATTENTION, "llama"),
+    "gemma4_assistant": Refusal(_OTHER_HIDDEN_STATES, "gemma4_text"),
+    "gemma4_unified_assistant": Refusal(_OTHER_HIDDEN_STATES, "gemma4_unified_text"),
+    "git": Refusal("it puts an image before the text and builds its masks itself", "bert"),
+    "glm_moe_dsa": Refusal(_SPARSE, "glm4_moe"),
+    "got_ocr2": Refusal("its image tower does not let attention be chosen", "qwen2"),
+    "gpt_neo": Refusal(_OWN_ATTENTION, "gpt2"),
+    "gpt_neox_japanese": Refusal(_OWN_ATTENTION, "gpt_neox"),
+    "gptj": Refusal(_OWN_ATTENTION, "gpt_neox"),
+    "hy_v4": Refusal(_SPARSE, "hy_v3"),
+    "inkling2_text": Refusal("it adds biases of relative positions and convolutions to its attention", "qwen3_moe"),
+    "inkling_text": Refusal("it adds biases of relative positions and convolutions to its attention", "qwen3_moe"),
+    "megatron-bert": Refusal(_OWN_ATTENTION, "bert"),
+    "minimax_m3_vl_text": Refusal(_SPARSE, "minimax_m2"),
+    "mllama": Refusal("its layers attend to an image beside the text", "llama"),
+    "mpt": Refusal(_OWN_ATTENTION, "llama"),
+    "musicgen": Refusal(_SEVERAL_TOKENS, "opt"),
+    "musicgen_melody": Refusal(_SEVERAL_TOKENS, "opt"),
+    "mvp": Refusal(_OWN_ATTENTION, "opt"),
+    "openai-gpt": Refusal(_OWN_ATTENTION, "gpt2"),
+    "prophetnet": Refusal("it predicts several tokens ahead with attention of its own", "opt"),
+    "qwen4_exp": Refusal(_SPARSE, "qwen3_next"),
+    "qwen4_exp_text": Refusal(_SPARSE, "qwen3_next"),
+    "recurrent_gemma": Refusal(_RECURRENT, "gemma2"),
+    "reformer": Refusal("its attention looks for similar tokens by hashing along the whole row", "gpt2"),
+    "rembert": Refusal(_OWN_ATTENTION, "bert"),
+    "roformer": Refusal(_OWN_ATTENTION, "bert"),
+    "rwkv": Refusal(_RECURRENT, "mamba2"),
+    "trocr": Refusal(_OWN_ATTENTION, "opt"),
+    "xglm": Refusal(_OWN_ATTENTION, "opt"),
+    "xlm": Refusal(_OWN_ATTENTION, "bert"),
+    "xlnet": Refusal(_OWN_ATTENTION, "gpt2"),
+    "xlstm": Refusal(_RECURRENT, "mamba2"),
+    "zaya": Refusal("its convolutions mix keys and values along the row", "qwen3_moe"),
 }

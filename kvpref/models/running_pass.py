@@ -12,6 +12,7 @@ from torch import nn
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.mixers.passes import PassMixers
+from kvpref.models.record import AttentionCall, note_call
 from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
 from kvpref.plan.passes import PassPlan
 from kvpref.prefix.rules import Rule
@@ -182,6 +183,18 @@ class LayersPass:
             (T, H, E).
         """
         running = self.running
+        note_call(
+            AttentionCall(
+                module=module,
+                rule=self.rule,
+                params=params,
+                has_sink=sink is not None,
+                num_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                head_dim=key.shape[2],
+                value_dim=value.shape[2],
+            )
+        )
         if running.keep:
             # One copy for this pass's own attention and for the passes that follow.
             key, value = key.contiguous(), value.contiguous()

@@ -12,7 +12,7 @@ from kvpref.models.families import FAMILIES, REFUSED
 from kvpref.models.randomness import random_numbers
 
 _REWARD_HEAD = "ForSequenceClassification"
-_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", _REWARD_HEAD)
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "GenerationDecoder", _REWARD_HEAD)
 
 SAFE_FALLBACK = "train it with transformers.Trainer or TRL until kvpref supports it"
 
@@ -50,11 +50,6 @@ def check_config(config: Any, *, listed_only: bool = True) -> None:
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is not supported: prompts go through an encoder, and kvpref runs "
-            f"decoders; {SAFE_FALLBACK}"
-        )
     for name in dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type)):
         if name in REFUSED:
             reason, nearest = REFUSED[name]
@@ -90,6 +85,11 @@ def check_architecture(model: PreTrainedModel, *, listed_only: bool = True) -> N
             f"model with trust_remote_code=False where transformers has the architecture, else {SAFE_FALLBACK}"
         )
     check_config(model.config, listed_only=listed_only)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: prompts go through an encoder, and kvpref runs decoders; "
+            f"{SAFE_FALLBACK}"
+        )
     if not type(model).__name__.endswith(_HEADS):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head and no reward head; load it with "

@@ -146,11 +146,9 @@ def test_score_writes_each_response(
 def test_check_reads_the_configuration_only(kvpref_command: Run, config_file: Path) -> None:
     done = kvpref_command("check", "--config", config_file, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {
-        "model": str(config_file),
-        "supported": True,
-        "model_type": "llama",
-    }
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result | {"model": str(config_file), "supported": True, "model_type": "llama"} == result
+    assert [row["rule"] for row in result["layers"]] == [["causal"]]
 
 
 def test_check_numeric_compares_with_the_naive_forward(kvpref_command: Run, trained_dir: Path) -> None:

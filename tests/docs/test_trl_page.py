@@ -10,7 +10,6 @@ import pytest
 from markdown_pages import DOCS, ROOT, names_in, section, tables
 
 import kvpref
-from kvpref.models.families import FAMILIES, REFUSED
 
 PAGE = DOCS / "trl.md"
 
@@ -36,15 +35,6 @@ def test_every_replacement_is_listed() -> None:
     (table,) = [table for table in tables(section(PAGE, "TRL's trainers")) if "asked for" in table[0]]
     listed = {row["asked for"].strip("`"): row["instead"] for row in table}
     assert listed == {item.name: item.runs for item in kvpref_trl.REPLACEMENTS}
-
-
-def test_every_family_is_listed() -> None:
-    text = section(PAGE, "TRL's trainers")
-    (table,) = [table for table in tables(text) if "refused" in table[0]]
-    listed = {name: row["why"] for row in table for name in names_in(row["refused"])}
-    assert listed == {name: reason for name, (reason, _) in REFUSED.items()}
-    _, _, rest = text.partition("kvpref supports ")
-    assert names_in(rest.partition(". Every other")[0]) == list(FAMILIES)
 
 
 def reasons_in_code() -> set[str]:

@@ -10,12 +10,10 @@ import pytest
 import torch
 from pairwise import pairwise
 from sample_groups import SCENARIOS, five_levels, pairs, story_questions_answers
-from tiny_hybrids import hybrid_families
-from tiny_models import FAMILIES, VARIANTS, tiny_model
+from tiny_models import VARIANTS, tiny_model
 from torch import nn
 
 import kvpref
-from kvpref.models.families import FAMILIES as SUPPORTED
 
 MODES = ("two_pass", "one_pass", "packed", "padded")
 
@@ -34,10 +32,6 @@ def truth(variant: str, scenario: str) -> oracle.Result:
 
 def attached(variant: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> nn.Module:
     return kvpref.attach(tiny_model(variant, dtype, **overrides))
-
-
-def test_every_supported_family_is_tested() -> None:
-    assert set(FAMILIES) | hybrid_families() == set(SUPPORTED)
 
 
 @pytest.mark.parametrize(("variant", "mode", "layers"), pairwise(VARIANTS, MODES, ("plain", "checkpointed")))

@@ -1,0 +1,73 @@
+"""Write docs/models.md, the table of supported models, from the census's results.
+
+python benchmarks/census_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from places import HERE, ROOT
+
+from kvpref.models.families import FAMILIES, REFUSED
+
+RESULTS = HERE / "results" / "census.json"
+PAGE = ROOT / "docs" / "models.md"
+
+_INTRODUCTION = """# Models
+
+What kvpref computes exactly, and what it refuses. `make census` writes this page: it builds a tiny random model
+of every causal language model that transformers registers, and of variants of some, and compares log-probs and
+the gradient of every parameter with the model's own forward on each sequence alone: in modes `two_pass`,
+`one_pass` and `packed` and schedule `bounded`, checkpointed and not, in float32 and, where the model runs in
+it, float64. Windows hold 5 tokens and chunks 6, so that prompts cross them.
+
+`kvpref check MODEL` says what was found in a model at hand, `kvpref check MODEL --numeric` proves it on its own
+weights. A model of a type that is not listed here, such as one with code of its own, is let in by
+`kvpref.attach(model, verify=True)` if the same comparison on two short groups finds it equal.
+"""
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    rows = {row["model"]: row for row in results["rows"]}
+    entries = [name for name in rows if ":" not in name]
+    exact = [name for name in entries if rows[name]["verdict"] == "exact"]
+    versions = " and ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    parts = [
+        _INTRODUCTION,
+        f"With {versions}, of {len(entries)} entries {len(exact)} are exact and {len(entries) - len(exact)} refused.\n",
+        "## Exact\n",
+        "| model type | class | variants that were compared too | largest error: log-probs, gradients | note |\n"
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in exact:
+        variants = [other.partition(":")[2] for other in rows if other.startswith(f"{name}:")]
+        shown = [row for other, row in rows.items() if other.partition(":")[0] == name]
+        errors = ", ".join(f"{max(row.get(kind, 0.0) for row in shown):.0e}" for kind in _ERRORS)
+        note = FAMILIES[name].note
+        parts.append(f"| `{name}` | {rows[name]['class']} | {', '.join(variants)} | {errors} | {note} |")
+    parts += [
+        "\n## Refused\n",
+        "| model types | why: it or they ... | nearest that is supported |\n| --- | --- | --- |",
+    ]
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, refusal in REFUSED.items():
+        by_reason[refusal.reason].append(name)
+    for reason, names in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
+        nearest = dict.fromkeys(REFUSED[name].nearest for name in names)
+        parts.append(f"| {_code(names)} | {reason} | {_code(nearest)} |")
+    return "\n".join(parts) + "\n"
+
+
+_ERRORS = ("logp_error", "gradient_error")
+
+
+def _code(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(json.loads(RESULTS.read_text())))

@@ -1,0 +1,155 @@
+"""What `kvpref check` finds in a model's layers, from passes that run on tensors without data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from kvpref.models.record import AttentionCall, Record
+
+_MOST_POSITIONS = 2**17
+_RESPONSES = (8, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """What layers that are alike do."""
+
+    attention: tuple[str, ...]
+    """Per attention call its module's class, heads and head dims."""
+
+    rule: tuple[str, ...]
+    """Per attention call, which tokens a token sees."""
+
+    sinks: bool
+    """Whether every row has one more logit."""
+
+    softcap: float | None
+    """What bounds attention scores."""
+
+    state: tuple[str, ...]
+    """Recurrent and convolution layers, whose state passes hand on."""
+
+    experts: str | None
+    """How many there are, and how many a token is sent to."""
+
+
+def find_layers(config: Any) -> dict[str, Any]:
+    """Run passes over a short group and say what the layers did.
+
+    Args:
+        config: Of a supported family.
+
+    Returns:
+        ``layers``: a dict per kind of layer, its numbers under ``layers``; ``head``: what makes the logits.
+    """
+    import torch
+
+    import kvpref
+    from kvpref.models.record import recorded
+    from kvpref.models.support import unwrap
+    from kvpref.profiling.prediction.model import TrainingSetup, build_fake_training
+
+    fake = build_fake_training(config, TrainingSetup(dtype=torch.float32))
+    model = unwrap(fake.model)
+    prompt = [1] * _prompt_tokens(config.get_text_config(decoder=True))
+    group = kvpref.Group(
+        [kvpref.Sequence.from_prompt_and_response(prompt, [2 + i] * n) for i, n in enumerate(_RESPONSES)]
+    )
+    batch = kvpref.collate([group])
+    batch.plan("two_pass")  # of real tensors, which the engine reads
+    with fake.mode, torch.no_grad(), recorded() as record:
+        kvpref.response_logps(model, batch)
+    return {"layers": list(_rows(model, record)), "head": _head(model)}
+
+
+def _prompt_tokens(config: Any) -> int:
+    """Longer than every window and chunk that the configuration speaks of, so that they show."""
+    sizes = [
+        value
+        for name, value in vars(config).items()
+        if re.search("sliding|window|attention_chunk", name) and isinstance(value, int) and value <= _MOST_POSITIONS
+    ]
+    return max([24, *(size + 8 for size in sizes)])
+
+
+def _rows(model: PreTrainedModel, record: Record) -> Iterator[dict[str, Any]]:
+    groups: dict[LayerFacts, list[int]] = {}
+    for index, layer in enumerate(_stack(model, record)):
+        inside = {id(module) for module in layer.modules()}
+        calls = list(
+            {(id(call.module), call.rule): call for call in record.calls if id(call.module) in inside}.values()
+        )
+        groups.setdefault(_facts(model, layer, calls, record), []).append(index)
+    for facts, numbers in groups.items():
+        yield {"layers": _ranges(numbers), **asdict(facts)}
+
+
+def _stack(model: PreTrainedModel, record: Record) -> list[nn.Module]:
+    """The layers of the list that holds all modules that mixed tokens."""
+    from torch import nn
+
+    mixing = {id(module) for module in record.modules}
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and mixing <= {id(module) for module in stack.modules()}:
+            return list(stack)
+    return [model]
+
+
+def _facts(model: PreTrainedModel, layer: nn.Module, calls: list[AttentionCall], record: Record) -> LayerFacts:
+    inside = {id(module) for module in layer.modules()} - {id(call.module) for call in calls}
+    mixers = [module for module in record.modules if id(module) in inside]
+    softcaps = [call.params.softcap for call in calls if call.params.softcap is not None]
+    return LayerFacts(
+        attention=tuple(map(_attention, calls)),
+        rule=tuple(str(call.rule) for call in calls),
+        sinks=any(call.has_sink for call in calls),
+        softcap=softcaps[0] if softcaps else None,
+        state=tuple(type(module).__name__ for module in mixers),
+        experts=_experts(model.config.get_text_config(decoder=True), layer),
+    )
+
+
+def _attention(call: AttentionCall) -> str:
+    dims = str(call.head_dim) if call.value_dim == call.head_dim else f"{call.head_dim}/{call.value_dim}"
+    return f"{type(call.module).__name__}, {call.num_heads} heads on {call.num_kv_heads}, dim {dims}"
+
+
+def _experts(config: Any, layer: nn.Module) -> str | None:
+    for module in layer.modules():
+        count = getattr(module, "num_experts", None)
+        if isinstance(count, int) and type(module).__name__.endswith("Experts"):
+            chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+            return f"{count}, {chosen} per token" if chosen else str(count)
+    return None
+
+
+def _head(model: PreTrainedModel) -> str:
+    from kvpref.models.head_form import head_form
+
+    form = head_form(model)
+    if not form.fused:
+        return "the model's own forward, on the rows that predict"
+    parts = ["linear"]
+    if form.logit_scale != 1.0:
+        parts.append(f"times {form.logit_scale:g}")
+    if form.softcap is not None:
+        parts.append(f"softcapped at {form.softcap:g}")
+    return ", ".join(parts)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-2, 5`` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,75 @@
+"""How models are told the positions of a pass's tokens.
+
+Most take `position_ids` that begin at 0. Those in the line of RoBERTa begin behind the padding's position. Decoders out
+of encoder-decoders count along the row, unless their embedding of positions is told.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.records.groups import Group
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a sequence's first token."""
+    padding = _padding_position(model)
+    return 0 if padding is None else padding + 1
+
+
+@contextmanager
+def positions_told(backbone: nn.Module, position_ids: torch.Tensor) -> Iterator[None]:
+    """Tell the embedding of positions, where a decoder would not.
+
+    Args:
+        backbone: What is called inside.
+        position_ids: (B, T); rows of several sequences are alone in their pass.
+    """
+    decoder: Any = getattr(backbone, "decoder", None)
+    embedding: Any = getattr(decoder, "embed_positions", None)
+    if embedding is None or "position_ids" in inspect.signature(decoder.forward).parameters or len(position_ids) > 1:
+        yield
+        return
+
+    def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "position_ids": position_ids[0]}
+
+    handle = embedding.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_tokens(model: PreTrainedModel, groups: Iterable[Group]) -> None:
+    """Check that every token has the position of its place in the sequence.
+
+    Raises:
+        UnsupportedModelError: If a model would give a token of some sequence, and those behind it, another position.
+    """
+    padding = _padding_position(model)
+    if padding is None:
+        return
+    for number, group in enumerate(groups):
+        for place, sequence in enumerate(group.sequences):
+            if padding in sequence.input_ids:
+                raise UnsupportedModelError(
+                    f"sequence {place} of group {number} holds token {padding}, which {type(model).__name__} takes for "
+                    "padding and does not count in its positions; leave that token out"
+                )
+
+
+def _padding_position(model: PreTrainedModel) -> int | None:
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
+    if not hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return None
+    position: int = embeddings.padding_idx
+    return position
