@@ -103,6 +103,8 @@ def _stack(model: PreTrainedModel, record: Record) -> list[nn.Module]:
 
 
 def _facts(model: PreTrainedModel, layer: nn.Module, calls: list[AttentionCall], record: Record) -> LayerFacts:
+    from kvpref.models.mixers.kinds import KINDS
+
     inside = {id(module) for module in layer.modules()} - {id(call.module) for call in calls}
     mixers = [module for module in record.modules if id(module) in inside]
     softcaps = [call.params.softcap for call in calls if call.params.softcap is not None]
@@ -111,7 +113,7 @@ def _facts(model: PreTrainedModel, layer: nn.Module, calls: list[AttentionCall],
         rule=tuple(str(call.rule) for call in calls),
         sinks=any(call.has_sink for call in calls),
         softcap=softcaps[0] if softcaps else None,
-        state=tuple(type(module).__name__ for module in mixers),
+        state=tuple(KINDS[type(module).__name__].name for module in mixers),
         experts=_experts(model.config.get_text_config(decoder=True), layer),
     )
 

@@ -64,7 +64,7 @@ def test_chunks(layers_of: Any) -> None:
 def test_recurrent_layers(layers_of: Any) -> None:
     found = layers_of("qwen3_next")
     recurrent, full = found["layers"]
-    assert recurrent["state"] == ["Qwen3NextGatedDeltaNet"]
+    assert recurrent["state"] == ["gated delta rule"]
     assert recurrent["attention"] == []
     assert full["rule"] == ["causal"]
     assert full["state"] == []
