@@ -56,7 +56,7 @@ def find_layers(config: Any) -> dict[str, Any]:
     from kvpref.models.support import unwrap
     from kvpref.profiling.prediction.model import TrainingSetup, build_fake_training
 
-    fake = build_fake_training(config, TrainingSetup(dtype=torch.float32))
+    fake = build_fake_training(config, TrainingSetup())
     model = unwrap(fake.model)
     prompt = [1] * _prompt_tokens(config.get_text_config(decoder=True))
     group = kvpref.Group(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.mixers.call import MixerCall
@@ -40,8 +41,8 @@ class PassMixers:
                 "not hand on; use kvpref.response_logps or kvpref.forward_backward"
             )
         if self._levels is None:
-            # In inference mode too, whose tensors no later backward pass may read.
-            with torch.inference_mode(False):
+            # In inference mode too, whose tensors no later backward pass may read, and in a step on fake tensors.
+            with torch.inference_mode(False), unset_fake_temporarily():
                 self._levels = [SegmentRows(layout, device) for layout in self._segments]
         before = self._before.get(module, ())
         if not before and not self._levels[0].begins_with_zeros:
