@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from census_settings import SETTINGS, SIZES, VOCAB_SIZE
 from census_variants import VARIANTS
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -46,15 +49,25 @@ def build(name: str) -> PreTrainedModel:
     config = tiny_config(name)
     auto = class_of(name)
     make = auto.from_config if auto is AutoModelForCausalLM else auto._from_config
-    with torch.device("meta"):
-        num_weights = sum(parameter.numel() for parameter in make(config, dtype=torch.float32).parameters())
-    if num_weights > MAX_WEIGHTS:
-        raise ValueError(f"{num_weights} weights: the census knows too few of its sizes")
-    torch.manual_seed(0)
-    model = make(config, dtype=torch.float32)
+    with _without_towers(name):
+        with torch.device("meta"):
+            num_weights = sum(parameter.numel() for parameter in make(config, dtype=torch.float32).parameters())
+        if num_weights > MAX_WEIGHTS:
+            raise ValueError(f"{num_weights} weights: the census knows too few of its sizes")
+        torch.manual_seed(0)
+        model = make(config, dtype=torch.float32)
     _randomise(model)
     built: PreTrainedModel = model.eval()
     return built
+
+
+def _without_towers(name: str) -> Any:
+    """Gemma 3n's image tower is of a package that is not needed for text."""
+    if name.partition(":")[0] != "gemma3n":
+        return nullcontext()
+    return mock.patch(
+        "transformers.models.gemma3n.modeling_gemma3n.AutoModel.from_config", lambda config: nn.Identity()
+    )
 
 
 @torch.no_grad()

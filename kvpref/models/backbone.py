@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.models.experts import RouterTally
+from kvpref.models.families import FAMILIES
 from kvpref.models.positions import first_position, positions_told
 from kvpref.plan.passes import PassPlan
 
@@ -61,7 +62,7 @@ def run_backbone(
     layers, first = text_backbone(model), first_position(model)
     with positions_told(layers, item.position_ids):
         output = layers(
-            inputs_embeds=embeds,
+            inputs_embeds=_scaled(model, embeds),
             position_ids=item.position_ids + first if first else item.position_ids,
             attention_mask=attention_mask,
             use_cache=False,
@@ -73,6 +74,14 @@ def run_backbone(
         routers.add(output)
     hidden: torch.Tensor = output.last_hidden_state
     return hidden
+
+
+def _scaled(model: PreTrainedModel, embeds: torch.Tensor) -> torch.Tensor:
+    """Embeddings as the model's layers get them when it looks them up itself."""
+    config = model.config.get_text_config(decoder=True)
+    family = FAMILIES.get(config.model_type)
+    factor = getattr(config, family.embedding_factor, 1.0) if family is not None and family.embedding_factor else 1.0
+    return embeds if factor == 1.0 else embeds * factor
 
 
 def _embeddings_per_layer(layers: Any, input_ids: torch.Tensor, embeds: torch.Tensor) -> dict[str, torch.Tensor]:

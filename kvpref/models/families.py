@@ -17,6 +17,9 @@ class Family:
     note: str = ""
     """What a user should know."""
 
+    embedding_factor: str = ""
+    """Name in the config of a factor that the model puts on embeddings which it looks up itself, and on no others."""
+
 
 class Refusal(NamedTuple):
     """Why a family is not supported."""
@@ -68,7 +71,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": Family(),
     "exaone4": Family(),
     "exaone_moe": Family(),
-    "falcon_h1": Family(),
+    "falcon_h1": Family(embedding_factor="embedding_multiplier"),
     "falcon_mamba": Family(),
     "flex_olmo": Family(),
     "flint": Family(),
@@ -150,7 +153,7 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(),
     "phi3": Family(),
     "phi4_multimodal": _TEXT_ONLY,
-    "phimoe": Family(),
+    "phimoe": Family(note="in evaluation mode: in training its router draws experts at random"),
     "plbart": _OF_ENCODER_DECODER,
     "qwen2": Family(),
     "qwen2_moe": Family(),
@@ -214,6 +217,7 @@ REFUSED: dict[str, Refusal] = {
     "megatron-bert": Refusal(_OWN_ATTENTION, "bert"),
     "minimax_m3_vl_text": Refusal(_SPARSE, "minimax_m2"),
     "mllama": Refusal("its layers attend to an image beside the text", "llama"),
+    "mllama_text_model": Refusal("its layers attend to an image beside the text", "llama"),
     "mpt": Refusal(_OWN_ATTENTION, "llama"),
     "musicgen": Refusal(_SEVERAL_TOKENS, "opt"),
     "musicgen_melody": Refusal(_SEVERAL_TOKENS, "opt"),

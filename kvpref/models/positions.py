@@ -33,7 +33,7 @@ def positions_told(backbone: nn.Module, position_ids: torch.Tensor) -> Iterator[
         backbone: What is called inside.
         position_ids: (B, T); rows of several sequences are alone in their pass.
     """
-    decoder: Any = getattr(backbone, "decoder", None)
+    decoder: Any = getattr(backbone, "decoder", backbone)
     embedding: Any = getattr(decoder, "embed_positions", None)
     if embedding is None or "position_ids" in inspect.signature(decoder.forward).parameters or len(position_ids) > 1:
         yield
