@@ -12,7 +12,7 @@ import torch
 from census_settings import SETTINGS, SIZES, VOCAB_SIZE
 from census_variants import VARIANTS
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # Queries and keys are larger than other matrices, so that attention is far from uniform; routers, so that they choose.
@@ -65,9 +65,12 @@ def _without_towers(name: str) -> Any:
     """Gemma 3n's image tower is of a package that is not needed for text."""
     if name.partition(":")[0] != "gemma3n":
         return nullcontext()
-    return mock.patch(
-        "transformers.models.gemma3n.modeling_gemma3n.AutoModel.from_config", lambda config: nn.Identity()
-    )
+    make = AutoModel.from_config
+
+    def make_text_only(config: PreTrainedConfig) -> Any:
+        return make(config) if config.model_type == "gemma3n_text" else nn.Identity()
+
+    return mock.patch("transformers.models.gemma3n.modeling_gemma3n.AutoModel.from_config", make_text_only)
 
 
 @torch.no_grad()
