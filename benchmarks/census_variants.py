@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from census_settings import MIXED_WINDOWS, ROPE
+from census_settings import MIXED_WINDOWS, ROPE, SETTINGS
 
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _LLAMA_3 = {
@@ -89,6 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zamba2:adapters": {"use_shared_attention_adapter": True, "adapter_rank": 8, "use_mem_rope": True},
     "doge:moe": {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
     "mistral3:text": {"class": "Mistral3ForConditionalGeneration"},
+    "llama4:conditional": {"class": "Llama4ForConditionalGeneration", **SETTINGS["llama4"]},
     "qwen3_5:conditional": {"class": "Qwen3_5ForConditionalGeneration"},
     "qwen3_5_moe:conditional": {"class": "Qwen3_5MoeForConditionalGeneration"},
 }

@@ -21,7 +21,7 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """What a model's own forward calls to get the hidden states that its head reads."""
     base: Any = model.base_model
     if base is model:  # Llama 4's text model names its prefix otherwise than its backbone
-        base = model.model
+        base = getattr(model, "language_model", model).model
     decoder = getattr(base, "decoder", None)  # OPT's head calls a part of the backbone
     found: PreTrainedModel = decoder if isinstance(decoder, PreTrainedModel) else base
     return found

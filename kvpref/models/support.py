@@ -14,12 +14,6 @@ from kvpref.models.randomness import random_numbers
 _REWARD_HEAD = "ForSequenceClassification"
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "GenerationDecoder", _REWARD_HEAD)
 
-_CLASSES = {
-    "Llama4ForConditionalGeneration": "its text model is two levels down; load it with AutoModelForCausalLM, which "
-    "takes the text model alone"
-}
-"""Classes that are refused although their model types are not."""
-
 SAFE_FALLBACK = "train it with transformers.Trainer or TRL until kvpref supports it"
 
 
@@ -96,8 +90,6 @@ def check_architecture(model: PreTrainedModel, *, listed_only: bool = True) -> N
             f"{type(model).__name__} is not supported: prompts go through an encoder, and kvpref runs decoders; "
             f"{SAFE_FALLBACK}"
         )
-    if type(model).__name__ in _CLASSES:
-        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {_CLASSES[type(model).__name__]}")
     if not type(model).__name__.endswith(_HEADS):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head and no reward head; load it with "
