@@ -91,7 +91,12 @@ def load_model(
     described = load_config(config)
     for key, value in settings.items():
         setattr(described, key, value)
-    return kind.from_config(described, dtype=wanted)
+    try:
+        built: PreTrainedModel = kind.from_config(described, dtype=wanted)
+    except ValueError as error:
+        what = "reward model" if reads == "ends" else "causal language model"
+        raise InputError(f"{config}: transformers has no {what} ({name}) of type {described.model_type!r}") from error
+    return built
 
 
 def _check_head(source: str, info: dict[str, Any], *, reads: str, may_add_head: bool) -> None:
