@@ -93,6 +93,7 @@ def _document(rows: list[dict[str, Any]], counts: Counter[str]) -> str:
             for name in ("logp_error", "gradient_error")
         }
         padded = runs.get("padded/none/fp32", {}).get("is")
+        row = {**row, "no_gradient": len(row.get("no_gradient", ()))}
         kept = {name: value for name, value in row.items() if name not in ("runs", "where", "seconds")}
         lines.append(json.dumps({**kept, **{k: v for k, v in largest.items() if v is not None}, "padded": padded}))
     head = json.dumps({"versions": _versions(), "counts": dict(counts)})[:-1]
