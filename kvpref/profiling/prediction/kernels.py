@@ -80,8 +80,18 @@ def _efficient_backward(
     return (*(torch.empty(item.shape, dtype=item.dtype) for item in (q, k, v)), torch.empty(0, dtype=q.dtype))
 
 
-_SHAPES: dict[Any, Callable[..., Any]] = {_ATEN._efficient_attention_backward.default: _efficient_backward}
-"""In place of PyTorch's own rules for fake tensors; that for this operator lacks an argument in PyTorch 2.13."""
+def _grouped_mm(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor, *others: object) -> torch.Tensor:
+    """Rows of experts one after another, (T, K) x (E, K, N); or both of them along T, (K, T) x (T, N)."""
+    size = (left.shape[0], right.shape[-1])
+    return torch.empty(size if right.ndim == 3 else (offs.shape[0], *size), dtype=left.dtype)
+
+
+_SHAPES: dict[Any, Callable[..., Any]] = {
+    _ATEN._efficient_attention_backward.default: _efficient_backward,
+    _ATEN._grouped_mm.default: _grouped_mm,
+}
+"""In place of PyTorch's own rules for fake tensors: that for the first lacks an argument in PyTorch 2.13, that for the
+second refuses fp32, which runs."""
 
 
 def _cascade_forward(  # noqa: PLR0913 - takes an operator's arguments

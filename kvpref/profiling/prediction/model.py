@@ -130,12 +130,14 @@ def build_fake_training(config: PreTrainedConfig, setup: TrainingSetup, num_laye
 def with_num_layers(config: PreTrainedConfig, num_layers: int | None) -> PreTrainedConfig:
     """A copy of a configuration that has only its first layers; None keeps all."""
     changed = copy.deepcopy(config)
-    if num_layers is None or num_layers == config.num_hidden_layers:
+    text = changed.get_text_config(decoder=True)
+    before = text.num_hidden_layers
+    if num_layers is None or num_layers == before:
         return changed
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(changed, name, value[:num_layers])  # one entry per layer, such as layer_types
-    changed.num_hidden_layers = num_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, value[:num_layers])  # one entry per layer, such as layer_types
+    text.num_hidden_layers = num_layers
     return changed
 
 
@@ -144,7 +146,8 @@ def layers_repeat(config: PreTrainedConfig) -> bool:
     with torch.device("meta"):
         model = _from_config(copy.deepcopy(config), torch.float32)
     layers = decoder_layers(model)
-    return len(layers) == config.num_hidden_layers and len({_fingerprint(layer) for layer in layers}) == 1
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    return len(layers) == num_layers and len({_fingerprint(layer) for layer in layers}) == 1
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

@@ -77,7 +77,7 @@ class Predictor:
     @property
     def num_layers(self) -> int:
         """Of the model."""
-        num_layers: int = self.config.num_hidden_layers
+        num_layers: int = self.config.get_text_config(decoder=True).num_hidden_layers
         return num_layers
 
     @cached_property
