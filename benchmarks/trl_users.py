@@ -31,7 +31,7 @@ from places import HERE, results_folder
 from trl_users import WORKLOADS
 from trl_users.interface import LEARNING_RATE, Source, Workload
 from trl_users.measure import measure
-from trl_users_readme import table
+from trl_users_table import table
 
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import CLOCKS, TimingOptions

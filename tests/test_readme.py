@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvpref
 from kvpref.losses import LOSSES
 from kvpref.losses.catalog import describe_loss
+from kvpref.profiling.memory.report import format_bytes
 
 VOCAB_SIZE = 32
 
@@ -120,31 +121,52 @@ def test_which_losses_couple_the_groups_of_a_micro_batch() -> None:
 # Measurements
 
 
-def test_results_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(README.parent / "benchmarks"))
-    import readme_table
+@pytest.mark.parametrize(
+    ("sweep", "title"),
+    [
+        ("attention", "attention"),
+        ("forward_backward", "forward + backward"),
+        ("train_step", "training step"),
+        ("layer_kinds", "windows, recurrences, experts"),
+    ],
+)
+def test_speedups_are_those_that_were_measured(sweep: str, title: str) -> None:
+    for row in _results(sweep)["comparisons"]:
+        shares = [result for result in row["results"] if result["name"] != row["baseline"]]
+        cells = [f"{result['speedup']['median']:.2f}x" for result in shares]
+        cells.append(f"{shares[0]['ideal']:.2f}x")
+        cells.append(", ".join(f"{result['efficiency']['median']:.2f}" for result in shares))
+        assert [cell for cell in _cells(row["name"], f"| {title} |")[2:] if cell][: len(cells)] == cells
 
-    lines = readme_table.table(README.parent / "benchmarks" / "results")
-    assert len(lines) > 20
-    assert "\n".join(lines) in README.read_text()
 
-
-def test_peaks_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(README.parent / "benchmarks"))
-    import memory_readme
-
-    lines = memory_readme.table(README.parent / "benchmarks" / "results")
-    assert len(lines) == 2 + 4
-    assert "\n".join(lines) in README.read_text()
+def test_peaks_are_those_that_were_measured() -> None:
+    rows = _results("memory_profile")["profiles"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        peaks = [format_bytes(row["peak"]["total_bytes"]) for row in rows if row["variant"] == variant]
+        assert len(peaks) == 4
+        assert _cells(f"`{variant}`", "| peak of a step |")[1:] == peaks
 
 
 def test_times_beside_trls_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(README.parent / "benchmarks"))
-    import trl_users_readme
+    import trl_users_table
 
-    lines = trl_users_readme.table(README.parent / "benchmarks" / "results")
+    lines = trl_users_table.table(README.parent / "benchmarks" / "results")
     assert len(lines) == 2 + 4
     assert "\n".join(lines) in README.read_text()
+
+
+def _results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((README.parent / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def _cells(name: str, first: str) -> list[str]:
+    """Of the first table row that has a cell of this name, from the row that begins with `first` on."""
+    text = README.read_text()
+    rows = text[text.index(f"\n{first}") :].splitlines()
+    cells = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("|"))
+    return next(row for row in cells if name in row)
 
 
 def test_the_reward_models_accuracy_is_what_was_measured() -> None:

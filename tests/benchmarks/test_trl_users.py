@@ -19,7 +19,7 @@ from kvpref.profiling.timing import TimingOptions
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # benchmarks are scripts, not part of the package
 
-import trl_users_readme  # noqa: E402
+import trl_users_table  # noqa: E402
 from trl_users import WORKLOADS  # noqa: E402
 from trl_users.dpo import PairPreferences  # noqa: E402
 from trl_users.measure import measure  # noqa: E402
@@ -36,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, str(ROOT / "benchmarks" / "trl_users.py"), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == trl_users_readme.table(folder)
+    assert done.stdout.splitlines() == trl_users_table.table(folder)
     return folder
 
 
@@ -70,7 +70,7 @@ def test_the_ways_that_share_run_the_same_fewer_tokens(name: str, results: Path)
 
 
 def test_the_table_has_a_cell_per_way_and_workload(results: Path) -> None:
-    head, _, *rows = trl_users_readme.table(results)
+    head, _, *rows = trl_users_table.table(results)
     assert head.count("|") == 2 + len(WORKLOADS)
     assert len(rows) == len(WAYS)
     assert all(row.count("tokens") == len(WORKLOADS) for row in rows)

@@ -1,7 +1,4 @@
-"""README's table of what users of TRL gain, from what trl_users.py wrote:
-
-python benchmarks/trl_users_readme.py
-"""
+"""The table that trl_users.py prints of what it wrote."""
 
 from __future__ import annotations
 
@@ -9,18 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from places import HERE
-
 LABELS = {
     "trl": "TRL's trainer",
     "shared_prefix": "the same, inside `kvpref.shared_prefix`",
     "integrations.trl": "the same class from `kvpref.integrations.trl`",
     "kvpref": "`kvpref.PreferenceTrainer`",
 }
-
-
-def main() -> None:
-    print("\n".join(table(HERE / "results")))
 
 
 def table(results: Path) -> list[str]:
@@ -38,7 +29,3 @@ def _cell(way: dict[str, Any]) -> str:
     """Seconds, speed-up over TRL's trainer, tokens through the layers."""
     seconds = way["time_ms"]["median"] / 1000
     return f"{seconds:.2f} s, {way['speedup']['median']:.2f}x, {way['layer_tokens_per_step']:.0f} tokens"
-
-
-if __name__ == "__main__":
-    main()
