@@ -51,14 +51,18 @@ def render(results: dict[str, Any]) -> str:
         parts.append(f"| `{name}` | {rows[name]['class']} | {', '.join(variants)} | {errors} | {note} |")
     parts += [
         "\n## Refused\n",
-        "| model types | why: it or they ... | nearest that is supported |\n| --- | --- | --- |",
+        "Mode `padded` is ordinary training, and exact where the last column names a model type: `--mode padded`, or\n"
+        "`kvpref.attach(model, padded_only=True)`.\n",
+        "| model types | why: it or they ... | nearest that is supported | exact in mode `padded` |\n"
+        "| --- | --- | --- | --- |",
     ]
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, refusal in REFUSED.items():
         by_reason[refusal.reason].append(name)
     for reason, names in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
         nearest = dict.fromkeys(REFUSED[name].nearest for name in names)
-        parts.append(f"| {_code(names)} | {reason} | {_code(nearest)} |")
+        padded = [name for name in names if REFUSED[name].padded]
+        parts.append(f"| {_code(names)} | {reason} | {_code(nearest)} | {_code(padded)} |")
     return "\n".join(parts) + "\n"
 
 

@@ -78,7 +78,7 @@ def score(
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
     reads = "ends" if reward_model else "tokens"
-    loaded = kvpref.attach(load_model(model, None, dtype=dtype, reads=reads)).eval()
+    loaded = kvpref.attach(load_model(model, None, dtype=dtype, reads=reads), padded_only=mode == "padded").eval()
     options = DataOptions(
         max_prompt_tokens=max_prompt_tokens,
         max_response_tokens=max_response_tokens,

@@ -14,7 +14,7 @@ from kvpref.models.support import SAFE_FALLBACK, unwrap
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, *, verify: bool = False) -> M:
+def attach(model: M, *, verify: bool = False, padded_only: bool = False) -> M:
     """Select kvpref's attention on a model, after checking that the model is supported.
 
     The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention. Attach before wrapping
@@ -25,6 +25,8 @@ def attach(model: M, *, verify: bool = False) -> M:
         model: A causal language model, possibly inside PEFT.
         verify: Run two short groups of random tokens through the model's own forward and through kvpref, and compare
             log-probs and every gradient. A model of a family that nobody has checked is let in if they are equal.
+        padded_only: Let in models of families that are exact in mode ``padded`` alone (docs/models.md); other modes
+            then refuse them. Others are attached as ever.
 
     Returns:
         The same model.
@@ -33,7 +35,7 @@ def attach(model: M, *, verify: bool = False) -> M:
         UnsupportedModelError: If results would not be exact; the message says why and what works instead.
     """
     if not verify:
-        return attaching.attach(model)
+        return attaching.attach(model, padded_only=padded_only)
     inner = unwrap(model)
     if attaching.is_attached(inner):
         return model

@@ -12,6 +12,7 @@ from kvpref.models.recomputation import recomputed_within
 from kvpref.models.record import note_modules
 from kvpref.models.rotary import long_frequencies
 from kvpref.models.running_pass import RunningPass, bind_pass
+from kvpref.models.support import require_passes
 from kvpref.plan.passes import PassPlan
 from kvpref.state.cache import KeyValues
 
@@ -42,6 +43,7 @@ def run_level_pass(
     Returns:
         (1, T, hidden_size), the final hidden states.
     """
+    require_passes(model)
     running = RunningPass(
         item,
         key_values,

@@ -15,7 +15,7 @@ from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models import attention as interface
 from kvpref.models.head_form import verify_head
 from kvpref.models.mixers.forwards import attach_mixers
-from kvpref.models.support import SAFE_FALLBACK, check_architecture, unwrap
+from kvpref.models.support import SAFE_FALLBACK, check_architecture, is_padded_only, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
@@ -23,7 +23,7 @@ R = TypeVar("R")
 Program = Callable[[PreTrainedModel], R]
 
 
-def attach(model: M, *, listed_only: bool = True) -> M:
+def attach(model: M, *, listed_only: bool = True, padded_only: bool = False) -> M:
     """Select kvpref's attention on a model, after checking that the model is supported.
 
     The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention, or the family's eager one
@@ -34,6 +34,7 @@ def attach(model: M, *, listed_only: bool = True) -> M:
     Args:
         model: A causal language model of a supported family, possibly inside PEFT.
         listed_only: Whether families that nobody has checked are refused; who lets them in has to compare.
+        padded_only: Whether families that are exact in mode ``padded`` alone are let in, for that mode.
 
     Returns:
         The same model.
@@ -44,8 +45,11 @@ def attach(model: M, *, listed_only: bool = True) -> M:
     inner = unwrap(model)
     if is_attached(inner):
         return model
-    check_architecture(inner, listed_only=listed_only)
+    check_architecture(inner, listed_only=listed_only, padded_only=padded_only)
     verify_head(inner)
+    if is_padded_only(inner.config):
+        _accept_programs(inner, inner.config._attn_implementation)
+        return model
     attach_mixers(inner)
     interface.register()
     _own_config(inner)
@@ -74,7 +78,7 @@ def is_attached(model: PreTrainedModel) -> bool:
     forward: Any = model.__dict__.get("forward")
     while forward is not None and not getattr(forward, "accepts_programs", False):
         forward = getattr(forward, "__wrapped__", None)
-    return forward is not None and interface.is_selected(model.config)
+    return forward is not None and (interface.is_selected(model.config) or is_padded_only(model.config))
 
 
 def run_inside(model: nn.Module, program: Program[R]) -> R:

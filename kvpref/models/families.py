@@ -30,6 +30,9 @@ class Refusal(NamedTuple):
     nearest: str
     """The nearest family that is."""
 
+    padded: bool = False
+    """Whether it is exact in mode `padded`, which runs the model's own attention."""
+
 
 _TEXT_ONLY = Family(note="given text only")
 _OF_ENCODER_DECODER = Family(note="its decoder alone, without the encoder")
@@ -183,6 +186,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 _OWN_ATTENTION = "it does not route attention through transformers' attention interface"
+_RELATIVE = "it adds biases of relative positions and convolutions to its attention"
 _SPARSE = "its sparse attention picks keys by scores over the whole row"
 _RECURRENT = "its recurrent layers take no state to begin with"
 _OTHER_HIDDEN_STATES = "it drafts for another model, whose hidden states it reads"
@@ -192,49 +196,53 @@ REFUSED: dict[str, Refusal] = {
     "axk2": Refusal(_SPARSE, "axk1"),
     "big_bird": Refusal(_OWN_ATTENTION, "bert"),
     "bigbird_pegasus": Refusal(_OWN_ATTENTION, "opt"),
-    "bloom": Refusal(_OWN_ATTENTION, "gpt_neox"),
+    "bloom": Refusal(_OWN_ATTENTION, "gpt_neox", padded=True),
     "blt": Refusal("it groups bytes into patches, which depend on the bytes behind them", "llama"),
-    "codegen": Refusal(_OWN_ATTENTION, "gpt_neox"),
+    "codegen": Refusal(_OWN_ATTENTION, "gpt_neox", padded=True),
     "cpmant": Refusal(_OWN_ATTENTION, "llama"),
-    "ctrl": Refusal(_OWN_ATTENTION, "gpt2"),
+    "ctrl": Refusal(_OWN_ATTENTION, "gpt2", padded=True),
     "deepseek_v32": Refusal(_SPARSE, "deepseek_v3"),
     "deepseek_v4": Refusal("it compresses keys and values of runs of tokens along the row", "deepseek_v3"),
     "doge": Refusal("its mask depends on the values of the whole row", "llama"),
     "dots3_note": Refusal(_SPARSE, "dots1"),
     "dots3_note_text": Refusal(_SPARSE, "dots1"),
-    "falcon": Refusal(_OWN_ATTENTION, "llama"),
+    "falcon": Refusal(_OWN_ATTENTION, "llama", padded=True),
     "gemma4_assistant": Refusal(_OTHER_HIDDEN_STATES, "gemma4_text"),
     "gemma4_unified_assistant": Refusal(_OTHER_HIDDEN_STATES, "gemma4_unified_text"),
     "git": Refusal("it puts an image before the text and builds its masks itself", "bert"),
     "glm_moe_dsa": Refusal(_SPARSE, "glm4_moe"),
-    "got_ocr2": Refusal("its image tower does not let attention be chosen", "qwen2"),
-    "gpt_neo": Refusal(_OWN_ATTENTION, "gpt2"),
-    "gpt_neox_japanese": Refusal(_OWN_ATTENTION, "gpt_neox"),
-    "gptj": Refusal(_OWN_ATTENTION, "gpt_neox"),
+    "got_ocr2": Refusal("its image tower does not let attention be chosen", "qwen2", padded=True),
+    "gpt_neo": Refusal(_OWN_ATTENTION, "gpt2", padded=True),
+    "gpt_neox_japanese": Refusal(_OWN_ATTENTION, "gpt_neox", padded=True),
+    "gptj": Refusal(_OWN_ATTENTION, "gpt_neox", padded=True),
     "hy_v4": Refusal(_SPARSE, "hy_v3"),
-    "inkling2_text": Refusal("it adds biases of relative positions and convolutions to its attention", "qwen3_moe"),
-    "inkling_text": Refusal("it adds biases of relative positions and convolutions to its attention", "qwen3_moe"),
-    "megatron-bert": Refusal(_OWN_ATTENTION, "bert"),
+    "inkling2_text": Refusal(
+        "it adds biases of relative positions and convolutions to its attention", "qwen3_moe", padded=True
+    ),
+    "inkling_text": Refusal(
+        "it adds biases of relative positions and convolutions to its attention", "qwen3_moe", padded=True
+    ),
+    "megatron-bert": Refusal(_OWN_ATTENTION, "bert", padded=True),
     "minimax_m3_vl_text": Refusal(_SPARSE, "minimax_m2"),
     "mllama": Refusal("its layers attend to an image beside the text", "llama"),
     "mllama_text_model": Refusal("its layers attend to an image beside the text", "llama"),
-    "mpt": Refusal(_OWN_ATTENTION, "llama"),
+    "mpt": Refusal(_OWN_ATTENTION, "llama", padded=True),
     "musicgen": Refusal(_SEVERAL_TOKENS, "opt"),
     "musicgen_melody": Refusal(_SEVERAL_TOKENS, "opt"),
-    "mvp": Refusal(_OWN_ATTENTION, "opt"),
-    "openai-gpt": Refusal(_OWN_ATTENTION, "gpt2"),
+    "mvp": Refusal(_OWN_ATTENTION, "opt", padded=True),
+    "openai-gpt": Refusal(_OWN_ATTENTION, "gpt2", padded=True),
     "prophetnet": Refusal("it predicts several tokens ahead with attention of its own", "opt"),
     "qwen4_exp": Refusal(_SPARSE, "qwen3_next"),
     "qwen4_exp_text": Refusal(_SPARSE, "qwen3_next"),
     "recurrent_gemma": Refusal(_RECURRENT, "gemma2"),
     "reformer": Refusal("its attention looks for similar tokens by hashing along the whole row", "gpt2"),
     "rembert": Refusal(_OWN_ATTENTION, "bert"),
-    "roformer": Refusal(_OWN_ATTENTION, "bert"),
-    "rwkv": Refusal(_RECURRENT, "mamba2"),
-    "trocr": Refusal(_OWN_ATTENTION, "opt"),
-    "xglm": Refusal(_OWN_ATTENTION, "opt"),
-    "xlm": Refusal(_OWN_ATTENTION, "bert"),
-    "xlnet": Refusal(_OWN_ATTENTION, "gpt2"),
-    "xlstm": Refusal(_RECURRENT, "mamba2"),
-    "zaya": Refusal("its convolutions mix keys and values along the row", "qwen3_moe"),
+    "roformer": Refusal(_OWN_ATTENTION, "bert", padded=True),
+    "rwkv": Refusal(_RECURRENT, "mamba2", padded=True),
+    "trocr": Refusal(_OWN_ATTENTION, "opt", padded=True),
+    "xglm": Refusal(_OWN_ATTENTION, "opt", padded=True),
+    "xlm": Refusal(_OWN_ATTENTION, "bert", padded=True),
+    "xlnet": Refusal(_OWN_ATTENTION, "gpt2", padded=True),
+    "xlstm": Refusal(_RECURRENT, "mamba2", padded=True),
+    "zaya": Refusal("its convolutions mix keys and values along the row", "qwen3_moe", padded=True),
 }

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
-from kvpref.models.families import FAMILIES, REFUSED
+from kvpref.models.families import FAMILIES, REFUSED, Refusal
 from kvpref.models.randomness import random_numbers
 
 _REWARD_HEAD = "ForSequenceClassification"
@@ -40,23 +40,22 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def check_config(config: Any, *, listed_only: bool = True) -> None:
+def check_config(config: Any, *, listed_only: bool = True, padded_only: bool = False) -> None:
     """Check what a configuration alone tells: its family, and that of the language model in it.
 
     Args:
         config: Of a model.
         listed_only: Whether families that nobody has checked are refused too.
+        padded_only: Whether families that are exact in mode ``padded`` alone are let in.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
     """
     for name in dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type)):
-        if name in REFUSED:
-            reason, nearest = REFUSED[name]
-            raise UnsupportedModelError(
-                f"model type {name!r} is not supported: {reason}; nearest supported family: {nearest}. {SAFE_FALLBACK}"
-            )
-        if listed_only and name not in FAMILIES:
+        refusal = REFUSED.get(name)
+        if refusal is not None and not (padded_only and refusal.padded):
+            raise _refused(name, refusal)
+        if refusal is None and listed_only and name not in FAMILIES:
             raise UnsupportedModelError(
                 f"model type {name!r} is not among those known to be exact (docs/models.md lists them); "
                 "kvpref.attach(model, verify=True) compares it with its own forward on two short groups and lets it in "
@@ -64,17 +63,42 @@ def check_config(config: Any, *, listed_only: bool = True) -> None:
             )
 
 
+def is_padded_only(config: Any) -> bool:
+    """Whether models of a configuration are exact in mode ``padded`` alone."""
+    refusal = REFUSED.get(config.model_type)
+    return refusal is not None and refusal.padded
+
+
+def require_passes(model: PreTrainedModel) -> None:
+    """Check that a model can run passes over shared prefixes.
+
+    Raises:
+        UnsupportedModelError: If it was let in for mode ``padded``.
+    """
+    if is_padded_only(model.config):
+        raise _refused(model.config.model_type, REFUSED[model.config.model_type])
+
+
+def _refused(name: str, refusal: Refusal) -> UnsupportedModelError:
+    padded = "mode 'padded', ordinary training, is exact: --mode padded, or kvpref.attach(model, padded_only=True)"
+    return UnsupportedModelError(
+        f"model type {name!r} is not supported: {refusal.reason}; nearest supported family: {refusal.nearest}. "
+        f"{padded if refusal.padded else SAFE_FALLBACK}"
+    )
+
+
 def is_custom_code(model: PreTrainedModel) -> bool:
     """Whether the model's class is not transformers' own."""
     return not type(model).__module__.startswith("transformers.")
 
 
-def check_architecture(model: PreTrainedModel, *, listed_only: bool = True) -> None:
+def check_architecture(model: PreTrainedModel, *, listed_only: bool = True, padded_only: bool = False) -> None:
     """Check what does not change after loading: the configuration, and that the class is transformers' own.
 
     Args:
         model: Not wrapped.
         listed_only: Whether custom code and families that nobody has checked are refused too.
+        padded_only: As in `check_config`.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
@@ -84,7 +108,7 @@ def check_architecture(model: PreTrainedModel, *, listed_only: bool = True) -> N
             f"{type(model).__name__} is custom code ({type(model).__module__}), which kvpref has not checked; load the "
             f"model with trust_remote_code=False where transformers has the architecture, else {SAFE_FALLBACK}"
         )
-    check_config(model.config, listed_only=listed_only)
+    check_config(model.config, listed_only=listed_only, padded_only=padded_only)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: prompts go through an encoder, and kvpref runs decoders; "

@@ -89,7 +89,7 @@ class PreferenceTrainer(SavingTrainer):
         self.loss = as_loss(args.make_loss() if loss is None else loss)
         check_settings(model, args, self.loss, eval_dataset)
         args = with_defaults(args, self.loss, model)
-        attach(model)
+        attach(model, padded_only=args.mode == "padded")
         if args.compile_layers:
             compile_layers(model)
         self._cost_model = make_cost_model(model, args.mode)

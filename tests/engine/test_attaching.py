@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from sample_groups import pairs
-from tiny_models import tiny_model
+from tiny_models import VOCAB_SIZE, build_model, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM, GPTNeoConfig, RecurrentGemmaConfig
 
 import kvpref
 from kvpref import UnsupportedModelError
@@ -70,3 +72,43 @@ def test_models_that_stop_are_refused_and_left_as_they_were(model: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="stops inside kvpref's passes: RuntimeError: too wide"):
         kvpref.attach(model, verify=True)
     assert "forward" not in model.__dict__
+
+
+def test_padded_only_lets_in_what_mode_padded_computes_exactly() -> None:
+    """Everything else refuses the model, and says that mode `padded` would do."""
+    config = GPTNeoConfig(
+        **{"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_heads": 2, "num_layers": 2, "max_position_embeddings": 64},
+        **{"attention_types": [[["global", "local"], 1]], "window_size": 5, "resid_dropout": 0.0, "embed_dropout": 0.0},
+        **{"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2},
+    )
+    model = build_model(config)
+    truth = oracle.naive(oracle.twin(model), pairs())
+    for refuse in (kvpref.attach, kvpref.shared_prefix, partial(kvpref.attach, verify=True)):
+        with pytest.raises(UnsupportedModelError, match=r"'gpt_neo'.*mode 'padded', ordinary training, is exact"):
+            refuse(model)
+    kvpref.attach(model, padded_only=True)
+    batch = kvpref.collate(pairs(), min_shared_tokens=1)
+    oracle.assert_same(oracle.shared(model, batch, mode="padded"), truth, 1e-5)
+    for changes in ({}, {"mode": "one_pass"}, {"mode": "packed"}, {"schedule": "bounded"}):
+        with pytest.raises(UnsupportedModelError, match="mode 'padded', ordinary training, is exact"):
+            kvpref.forward_backward(model, batch, oracle.weighted_loss, **changes)
+
+
+def test_padded_only_changes_nothing_for_others() -> None:
+    model = kvpref.attach(tiny_model("llama"), padded_only=True)
+    truth = oracle.naive(tiny_model("llama"), pairs())
+    oracle.assert_same(oracle.shared(model, kvpref.collate(pairs(), min_shared_tokens=1)), truth, 1e-5)
+    with pytest.raises(UnsupportedModelError, match="recurrent"):
+        kvpref.attach(
+            AutoModelForCausalLM.from_config(
+                RecurrentGemmaConfig(
+                    vocab_size=16,
+                    hidden_size=16,
+                    intermediate_size=16,
+                    num_hidden_layers=3,
+                    num_attention_heads=2,
+                    lru_width=16,
+                )
+            ),
+            padded_only=True,
+        )

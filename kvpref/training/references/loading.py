@@ -10,7 +10,7 @@ from kvpref.errors import InputError
 from kvpref.models.attach import attach
 from kvpref.models.compilation import compile_layers, is_compiled
 from kvpref.models.output_layer import is_reward_model
-from kvpref.models.support import unwrap
+from kvpref.models.support import is_padded_only, unwrap
 
 
 def load_reference_model(given: nn.Module | str, policy: nn.Module, device: torch.device) -> nn.Module:
@@ -34,7 +34,7 @@ def load_reference_model(given: nn.Module | str, policy: nn.Module, device: torc
         )
     if is_reward_model(unwrap(model)):
         raise InputError(f"reference_model: {type(unwrap(model)).__name__} has no language-model head")
-    attach(model)
+    attach(model, padded_only=is_padded_only(unwrap(policy).config))
     if is_compiled(policy):
         compile_layers(model)
     return model.to(device).eval()
