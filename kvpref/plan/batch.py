@@ -152,8 +152,10 @@ class Batch:
             ValueError: If there is no such mode.
         """
         if mode not in self._plans:
-            plan = build_plan(mode, self.sequences, self.tree, self.reads)
-            self._plans[mode] = tensors_to(plan, self.device)
+            # Also where scored in inference mode first, whose tensors no later backward pass may read.
+            with torch.inference_mode(False):
+                plan = build_plan(mode, self.sequences, self.tree, self.reads)
+                self._plans[mode] = tensors_to(plan, self.device)
         return self._plans[mode]
 
     def reading(self, reads: Reads) -> Batch:

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import kvpref
 from kvpref import Group, Sequence
 from kvpref.models import families
+from kvpref.ops.attention import fitting
 
 FP64_TOLERANCE = 1e-10  # the same numbers summed in other orders
 
@@ -103,6 +104,18 @@ def test_exact_in_some_ways(name: str) -> None:
     place = list(MODELS).index(name)
     ways = list(WAYS.values())
     check(name, [ways[0] | {"checkpoint": "all"}, ways[1 + place % 2], ways[3 + place % 3]])
+
+
+def test_a_batch_scored_in_inference_mode_can_be_trained_on() -> None:
+    model = model_of("gemma3_text")
+    truth = oracle.naive(oracle.twin(model), groups())
+    kvpref.attach(model)
+    batch = kvpref.collate(groups(), min_shared_tokens=1)
+    fitting._squares.cache_clear()
+    fitting._fitted.cache_clear()
+    with torch.inference_mode():
+        kvpref.response_logps(model, batch)
+    oracle.assert_same(oracle.scheduled(model, batch), truth, FP64_TOLERANCE)
 
 
 @pytest.mark.full

@@ -35,7 +35,8 @@ def without_windows(blocks: Iterable[VarlenBlock], can: Abilities) -> Iterator[V
 @lru_cache(maxsize=32)  # every layer of a pass asks for the same few blocks, forward and backward
 def _squares(offsets_key: bytes, window: int, device: torch.device) -> tuple[VarlenBlock, ...]:
     layouts = window_blocks(read_offsets(offsets_key)[0].tolist(), window)
-    with _disable_current_modes():  # kept between calls, so real whoever asks first
+    # Kept between calls, so real whoever asks first, and no tensors of inference mode, which no backward pass may read.
+    with _disable_current_modes(), torch.inference_mode(False):
         return tuple(VarlenBlock.from_layout(layout, device) for layout in layouts)
 
 
@@ -97,7 +98,7 @@ def _fitted(
     if reverses:
         offsets = (offsets[:, -1:] - offsets)[:, ::-1].copy()
         kind = replace(kind, shape="causal")
-    with _disable_current_modes():
+    with _disable_current_modes(), torch.inference_mode(False):
         cu_seqlens = to_device(torch.from_numpy(offsets.copy()), device)
         block = VarlenBlock.from_offsets(offsets.tobytes(), cu_seqlens, kind)
         return Fitted(block=block, key_rows=_on_device(rows, reverses, device), is_reversed=reverses)
