@@ -109,9 +109,16 @@ def _shrunk(kind: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrai
         sub_changes = own.pop(part, {})
         if part_kind is AutoConfig:
             part_kind = CONFIG_MAPPING[defaults[part]["model_type"]]
-        values[part] = sub_changes if sub_changes is None else _shrunk(part_kind, sub_changes).to_dict()
+        values[part] = sub_changes if sub_changes is None else _arguments(_shrunk(part_kind, sub_changes))
     values.update(own)
     return kind(**values)
+
+
+def _arguments(config: PreTrainedConfig) -> dict[str, Any]:
+    """What makes the same config again; DBRX's parts take no other names (transformers 5.17)."""
+    return {
+        name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "output_attentions")
+    }
 
 
 def _defaults(kind: type[PreTrainedConfig], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,15 +30,13 @@ weights. A model of a type that is not listed here, such as one with code of its
 """
 
 
-def render(results: dict[str, Any]) -> str:
-    """The page."""
+def render(results: dict[str, Any], *others: dict[str, Any]) -> str:
+    """The page of one release's results, and the counts of others."""
     rows = {row["model"]: row for row in results["rows"]}
-    entries = [name for name in rows if ":" not in name]
-    exact = [name for name in entries if rows[name]["verdict"] == "exact"]
-    versions = " and ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    exact = _exact(results)
     parts = [
         _INTRODUCTION,
-        f"With {versions}, of {len(entries)} entries {len(exact)} are exact and {len(entries) - len(exact)} refused.\n",
+        " ".join(map(_counts, (results, *others))) + "\n",
         "## Exact\n",
         "| model type | class | variants that were compared too | largest error: log-probs, gradients | note |\n"
         "| --- | --- | --- | --- | --- |",
@@ -66,6 +64,22 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _exact(results: dict[str, Any]) -> list[str]:
+    return [row["model"] for row in results["rows"] if ":" not in row["model"] and row["verdict"] == "exact"]
+
+
+def _counts(results: dict[str, Any]) -> str:
+    versions = " and ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    num_entries, num_exact = sum(":" not in row["model"] for row in results["rows"]), len(_exact(results))
+    return f"With {versions}, of {num_entries} entries {num_exact} are exact and {num_entries - num_exact} refused."
+
+
+def read() -> list[dict[str, Any]]:
+    """The kept results: those of the newest release, then those of others."""
+    others = sorted(RESULTS.parent.glob("census_*.json"))
+    return [json.loads(path.read_text()) for path in (RESULTS, *others)]
+
+
 _ERRORS = ("logp_error", "gradient_error")
 
 
@@ -74,4 +88,4 @@ def _code(names: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(json.loads(RESULTS.read_text())))
+    PAGE.write_text(render(*read()))

@@ -154,7 +154,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "biogpt": {"scale_embedding": True},
     "codegen": {"rotary_dim": 8, "n_ctx": 128},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {**ROPE, "mrope_section": [3, 3, 2]} for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
