@@ -41,12 +41,14 @@ def render(results: dict[str, Any], *others: dict[str, Any]) -> str:
         "| model type | class | variants that were compared too | largest error: log-probs, gradients | note |\n"
         "| --- | --- | --- | --- | --- |",
     ]
-    for name in exact:
+    # Some are not in the registry of causal language models, and take text all the same.
+    besides = dict.fromkeys(name.partition(":")[0] for name in rows if name.partition(":")[0] not in rows)
+    for name in (*exact, *besides):
         variants = [other.partition(":")[2] for other in rows if other.startswith(f"{name}:")]
         shown = [row for other, row in rows.items() if other.partition(":")[0] == name]
         errors = ", ".join(f"{max(row.get(kind, 0.0) for row in shown):.0e}" for kind in _ERRORS)
         note = FAMILIES[name].note
-        parts.append(f"| `{name}` | {rows[name]['class']} | {', '.join(variants)} | {errors} | {note} |")
+        parts.append(f"| `{name}` | {shown[0]['class']} | {', '.join(variants)} | {errors} | {note} |")
     parts += [
         "\n## Refused\n",
         "Mode `padded` is ordinary training, and exact where the last column names a model type: `--mode padded`, or\n"
