@@ -183,6 +183,29 @@ class LayersPass:
             (T, H, E).
         """
         running = self.running
+        self._note(module, query, key, value, params, sink)
+        if running.keep:
+            # One copy for this pass's own attention and for the passes that follow.
+            key, value = key.contiguous(), value.contiguous()
+        prefixes = running.enter(module, key, value).read()
+        outs: list[torch.Tensor] = []
+        for level, q, k, v in zip(self.levels, *map(self._split, (query, key, value)), strict=True):
+            plan = CascadePlan(blocks=level.blocks, params=params, backend=running.backend)
+            outs.append(cascade_attention(q, k, v, prefixes, plan, sink))
+            prefixes = (*prefixes, (k, v))  # mode one_pass: later levels of the row see earlier ones
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _note(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        params: AttentionParams,
+        sink: torch.Tensor | None,
+    ) -> None:
+        if torch.compiler.is_compiling():  # what is traced cannot look for a record
+            return
         note_call(
             AttentionCall(
                 module=module,
@@ -195,16 +218,6 @@ class LayersPass:
                 value_dim=value.shape[2],
             )
         )
-        if running.keep:
-            # One copy for this pass's own attention and for the passes that follow.
-            key, value = key.contiguous(), value.contiguous()
-        prefixes = running.enter(module, key, value).read()
-        outs: list[torch.Tensor] = []
-        for level, q, k, v in zip(self.levels, *map(self._split, (query, key, value)), strict=True):
-            plan = CascadePlan(blocks=level.blocks, params=params, backend=running.backend)
-            outs.append(cascade_attention(q, k, v, prefixes, plan, sink))
-            prefixes = (*prefixes, (k, v))  # mode one_pass: later levels of the row see earlier ones
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The rows of each level."""

@@ -14,7 +14,6 @@ from tiny_models import tiny_model
 from torch import nn
 
 import kvpref
-from kvpref import UnsupportedModelError
 from kvpref.models.shape import model_shape
 
 peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
@@ -28,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "embeddings, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "lora on embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "single tokens": {"trainable_token_indices": [1, 2]},
 }
 
 
@@ -80,8 +80,3 @@ def test_a_trained_head_starts_at_the_base_model(tmp_path: Path, tied: bool) -> 
     tokens = torch.tensor([[3, 5, 7]])
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
-
-
-def test_single_trained_tokens_of_tied_weights_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="trainable_token_indices"):
-        kvpref.attach(wrap(tiny_model("llama:tied"), trainable_token_indices=[1, 2]))
