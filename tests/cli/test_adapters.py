@@ -68,13 +68,11 @@ def test_check_takes_an_adapters_folder(
     run("check", adapter_dir, "--numeric", "--json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["max_logp_error"] < 1e-4
     config = json.loads((adapter_dir / "adapter_config.json").read_text())
-    for name, changes, message in (
-        ("head", {"target_modules": ["lm_head"]}, "take lm_head out of target_modules"),
-        ("other", {"target_modules": ["query"]}, "the adapter does not fit its base model"),
-    ):
+    for name, targets in (("head", ["lm_head"]), ("other", ["query"])):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | changes))
-        assert message in fail(capsys, "check", tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    run("check", tmp_path / "head")
+    assert "the adapter does not fit its base model" in fail(capsys, "check", tmp_path / "other")
 
 
 def test_check_takes_the_adapter_of_a_reward_model(

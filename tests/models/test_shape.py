@@ -30,3 +30,11 @@ def test_closed_form_equals_the_counter(variant: str, mode: str) -> None:
     rotary = sum(flops for operator, flops in counts.items() if operator is torch.ops.aten.bmm)
     assert sum(counts.values()) - attention - rotary == expected.linear + expected.head
     assert rotary < 0.01 * expected.total
+
+
+def test_an_adapter_on_the_head_is_a_head() -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
+    plain = model_shape(tiny_model("llama"))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], r=2)
+    shape = model_shape(peft.get_peft_model(tiny_model("llama"), config))
+    assert (shape.vocab_size, shape.hidden_size) == (plain.vocab_size, plain.hidden_size)
