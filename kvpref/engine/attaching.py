@@ -17,9 +17,9 @@ M = TypeVar("M", bound=nn.Module)
 def attach(model: M, *, verify: bool = False, padded_only: bool = False) -> M:
     """Select kvpref's attention on a model, after checking that the model is supported.
 
-    The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention. Attach before wrapping
-    in DDP or sharding with FSDP; PEFT models may be attached before or after `get_peft_model`. Calling it again does
-    nothing.
+    The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention, or the family's eager one
+    where `sdpa` has not what it needs. Attach before wrapping in DDP or sharding with FSDP; PEFT models may be attached
+    before or after `get_peft_model`. Calling it again does nothing.
 
     Args:
         model: A causal language model, possibly inside PEFT.

@@ -24,12 +24,7 @@ Program = Callable[[PreTrainedModel], R]
 
 
 def attach(model: M, *, listed_only: bool = True, padded_only: bool = False) -> M:
-    """Select kvpref's attention on a model, after checking that the model is supported.
-
-    The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention, or the family's eager one
-    where `sdpa` has not what it needs. Attach before wrapping
-    in DDP or sharding with FSDP; PEFT models may be attached before or after `get_peft_model`. Calling it again does
-    nothing.
+    """`kvpref.attach` without a comparison of numbers.
 
     Args:
         model: A causal language model of a supported family, possibly inside PEFT.

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpref.errors import UnsupportedModelError
 from kvpref.models.head_form import HeadForm, head_form
 from kvpref.models.output_layer import head_module, is_reward_model
 from kvpref.models.own_head import check_logit_ids, own_logits, own_rewards, own_statistics
@@ -15,23 +14,6 @@ from kvpref.models.vocabulary_grads import grad_in_place
 from kvpref.ops.logprob.statistics import HeadParams, token_statistics
 from kvpref.records.host_copies import to_device
 from kvpref.records.requests import HeadOptions
-
-
-def output_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that makes the logits, or the reward; the trained copy where PEFT keeps one.
-
-    Raises:
-        UnsupportedModelError: If it is anything but a linear layer: an adapter on the head would be left out.
-    """
-    head = head_module(model)
-    if not isinstance(head, nn.Linear):
-        name = "score" if is_reward_model(model) else "lm_head"
-        raise UnsupportedModelError(
-            f"the head is a {type(head).__module__}.{type(head).__name__}; kvpref needs a torch.nn.Linear. With "
-            f"PEFT, take {name} out of target_modules (and leave trainable_token_indices out where it is tied to the "
-            "embeddings), or train it whole with modules_to_save"
-        )
-    return head
 
 
 def head_outputs(
@@ -60,7 +42,7 @@ def head_outputs(
         rewards = head_module(model)(hidden).squeeze(-1) if form.fused else own_rewards(model, hidden)
         return {"rewards": rewards.to(wide)}
     if form.fused:
-        found = _fused_statistics(output_head(model), hidden, targets, options, form, in_place=in_place)
+        found = _fused_statistics(head_module(model), hidden, targets, options, form, in_place=in_place)
     else:
         found = own_statistics(model, hidden, targets, options)
     if options.hidden:
@@ -75,7 +57,7 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     form = head_form(model)
     if not form.fused:
         return own_logits(model, hidden)
-    return form.logits(output_head(model)(hidden))
+    return form.logits(head_module(model)(hidden))
 
 
 def _fused_statistics(

@@ -6,7 +6,7 @@ gets a `context_fn` (see `torch.utils.checkpoint`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
@@ -17,7 +17,7 @@ from torch import nn
 from kvpref.models.running_pass import RunningPass
 from kvpref.state.cache import LayerSlot
 
-_FUNCTION = "_gradient_checkpointing_func"
+FUNCTION = "_gradient_checkpointing_func"
 
 Context = AbstractContextManager[Any]
 ContextFn = Callable[[], tuple[Context, Context]]
@@ -27,19 +27,26 @@ ContextFn = Callable[[], tuple[Context, Context]]
 def recomputed_within(model: nn.Module, running: RunningPass) -> Iterator[None]:
     """While a pass runs: layers that a checkpoint recomputes later find it again."""
     layers = [module for module in model.modules() if _is_checkpointed(module)]
-    own = [vars(layer).get(_FUNCTION) for layer in layers]
-    for layer in layers:
-        function = getattr(layer, _FUNCTION)
+    with checkpoint_contexts(layers, lambda given: partial(_contexts, running, given)):
+        yield
+
+
+@contextmanager
+def checkpoint_contexts(layers: Iterable[nn.Module], wrap: Callable[[ContextFn | None], ContextFn]) -> Iterator[None]:
+    """Give checkpointed layers a `context_fn`, made by `wrap` from the one that each has; what they had comes back."""
+    before = [(layer, vars(layer).get(FUNCTION)) for layer in layers]
+    for layer, _ in before:
+        function = getattr(layer, FUNCTION)
         given = getattr(function, "keywords", {}).get("context_fn")
-        vars(layer)[_FUNCTION] = partial(function, context_fn=partial(_contexts, running, given))
+        vars(layer)[FUNCTION] = partial(function, context_fn=wrap(given))
     try:
         yield
     finally:
-        for layer, function in zip(layers, own, strict=True):
+        for layer, function in before:
             if function is None:
-                del vars(layer)[_FUNCTION]
+                del vars(layer)[FUNCTION]
             else:
-                vars(layer)[_FUNCTION] = function
+                vars(layer)[FUNCTION] = function
 
 
 def _is_checkpointed(module: nn.Module) -> bool:
@@ -48,7 +55,7 @@ def _is_checkpointed(module: nn.Module) -> bool:
         module.training
         and getattr(module, "gradient_checkpointing", False)
         and module._compiled_call_impl is None
-        and hasattr(module, _FUNCTION)
+        and hasattr(module, FUNCTION)
     )
 
 

@@ -52,6 +52,11 @@ def recorded() -> Iterator[Record]:
         _record.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether anybody wants to know."""
+    return _record.get() is not None
+
+
 def note_call(call: AttentionCall) -> None:
     """Write an attention call down, if anybody wants to know."""
     record = _record.get()

@@ -12,7 +12,7 @@ from torch import nn
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.mixers.passes import PassMixers
-from kvpref.models.record import AttentionCall, note_call
+from kvpref.models.record import AttentionCall, is_recording, note_call
 from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
 from kvpref.plan.passes import PassPlan
 from kvpref.prefix.rules import Rule
@@ -204,7 +204,8 @@ class LayersPass:
         params: AttentionParams,
         sink: torch.Tensor | None,
     ) -> None:
-        if torch.compiler.is_compiling():  # what is traced cannot look for a record
+        # What is traced cannot look for a record.
+        if torch.compiler.is_compiling() or not is_recording():
             return
         note_call(
             AttentionCall(

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.attention import attention_name, register
-
-_FUNCTION = "_gradient_checkpointing_func"
+from kvpref.models.recomputation import FUNCTION, checkpoint_contexts
 
 
 @contextmanager
@@ -26,16 +25,8 @@ def selected_attention(model: PreTrainedModel) -> Iterator[None]:
         UnsupportedModelError: If a layer's checkpointing cannot be told so.
     """
     register()
-    layers = checkpointed_layers(model)
-    functions = [getattr(layer, _FUNCTION) for layer in layers]
-    for layer, function in zip(layers, functions, strict=True):
-        setattr(layer, _FUNCTION, partial(function, context_fn=partial(_contexts, model)))
-    try:
-        with _named(model):
-            yield
-    finally:
-        for layer, function in zip(layers, functions, strict=True):
-            setattr(layer, _FUNCTION, function)
+    with checkpoint_contexts(checkpointed_layers(model), lambda _: partial(_contexts, model)), _named(model):
+        yield
 
 
 def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -47,10 +38,10 @@ def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = [
         module
         for module in model.modules()
-        if module.training and getattr(module, "gradient_checkpointing", False) and hasattr(module, _FUNCTION)
+        if module.training and getattr(module, "gradient_checkpointing", False) and hasattr(module, FUNCTION)
     ]
     for layer in layers:
-        options = getattr(getattr(layer, _FUNCTION), "keywords", {})
+        options = getattr(getattr(layer, FUNCTION), "keywords", {})
         if options.get("use_reentrant", True) or "context_fn" in options:
             raise UnsupportedModelError(
                 "gradient checkpointing that is re-entrant, or has a context_fn of its own, cannot share prefixes; "
