@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+from kvpref.prefix.both_ways import Runs, cut, runs_in_rows, segment_runs
 from kvpref.prefix.levels import LevelLayout, PlacedBlocks, VarlenLayout, prompt_segments
 from kvpref.prefix.occurrences import Occurrences, count_holders, occurrences_of
 from kvpref.prefix.segments import ChunkStates, StatePlaces
-from kvpref.prefix.slab_reads import SHARED, SlabKey, SlabRead, Span, slab_reads
-from kvpref.prefix.tree import PrefixTree
+from kvpref.prefix.slab_reads import SHARED, SlabKey, SlabRead, slab_reads
+from kvpref.prefix.tree import PrefixTree, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Chunk:
         logp_index: (P,) where their log-probs go among the U of the whole layout.
         occurrences: How often its rows occur in the sequences.
         states: What its spans begin with and leave in layers that carry a state from token to token.
+        spans: Runs of its rows that may see one another in both directions; see `PlacedBlocks`.
     """
 
     slab: SlabKey
@@ -52,6 +54,7 @@ class Chunk:
     logp_index: tuple[int, ...]
     occurrences: Occurrences
     states: ChunkStates
+    spans: Runs
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,6 +68,7 @@ class Chunk:
             cross_blocks=tuple(read.block for read in self.reads),
             query_positions=tuple(self.position_ids[start] for start in starts),
             key_positions=tuple(read.key_positions for read in self.reads),
+            spans=self.spans,
         )
 
 
@@ -90,6 +94,7 @@ def build_chunks(
     *,
     max_tokens: int | None,
     scored: AbstractSequence[AbstractSequence[bool]] | None = None,
+    spans: AbstractSequence[Runs] | None = None,
 ) -> ChunkLayout:
     """Cut a tree into chunks.
 
@@ -97,26 +102,33 @@ def build_chunks(
         tree: The prefix tree.
         layout: Of this tree; says which rows predict scored tokens.
         owners: Per sequence, the micro-batch that it belongs to. Chunks do not mix owners.
-        max_tokens: Most tokens of a chunk; None for one chunk per depth and owner.
+        max_tokens: Most tokens of a chunk; None for one chunk per depth and owner. One that holds a single one of the
+            `spans`, which are never cut, may be longer.
         scored: Per sequence, one flag per token; given where prompts are to have chunks of their own.
+        spans: As in `kvpref.prefix.levels.build_layout`.
+
+    Raises:
+        ValueError: If a span does not stand inside one segment.
     """
+    runs = segment_runs(tree, spans)
     owner_of = _segment_owners(tree, owners)
     prompts = set() if scored is None else prompt_segments(tree, scored)
     slab_of = [SlabKey(owner_of[i], segment.depth, i in prompts) for i, segment in enumerate(tree.segments)]
     limit = tree.num_unique_tokens if max_tokens is None else max_tokens
-    is_kept = [False] * len(tree.segments)
-    for index, segment in enumerate(tree.segments):
-        is_kept[index] = len(segment) > limit  # earlier pieces are read by later ones
+    pieces = [list(cut(len(segment), limit, own)) for segment, own in zip(tree.segments, runs, strict=True)]
+    is_kept = [len(several) > 1 for several in pieces]  # earlier pieces are read by later ones
+    for segment in tree.segments:
         if segment.parent is not None:
             is_kept[segment.parent] = True
     rows, slab_rows = _slab_rows(tree, slab_of, is_kept)
     predictors, holders = _predictors(layout), count_holders(tree, owners)
     places = StatePlaces(tree, slab_of)
     chunks: dict[int, list[Chunk]] = {}
-    for key, kept, spans in _runs(tree, slab_of, is_kept, limit):
-        reads = slab_reads(tree, spans, slab_of, rows)
-        first = rows[spans[0].segment] + spans[0].start if kept else None
-        chunk = _chunk(tree, spans, (key, first), reads, predictors, holders, places.chunk(spans))
+    for key, kept, parts in _runs(pieces, slab_of, is_kept, limit):
+        reads = slab_reads(tree, parts, slab_of, rows)
+        first = rows[parts[0].segment] + parts[0].start if kept else None
+        both_ways = runs_in_rows(parts, runs)
+        chunk = _chunk(tree, parts, (key, first), reads, predictors, holders, places.chunk(parts), both_ways)
         chunks.setdefault(key.owner, []).append(chunk)
     return ChunkLayout(
         chunks={owner: tuple(runs) for owner, runs in chunks.items()},
@@ -147,30 +159,29 @@ def _slab_rows(
 
 
 def _runs(
-    tree: PrefixTree, slab_of: list[SlabKey], is_kept: list[bool], limit: int
+    pieces: list[list[tuple[int, int]]], slab_of: list[SlabKey], is_kept: list[bool], limit: int
 ) -> Iterator[tuple[SlabKey, bool, list[Span]]]:
     """The spans of each chunk, in an order in which chunks can run: whatever is read is computed before."""
     classes: dict[tuple[SlabKey, bool], list[int]] = defaultdict(list)
-    for index in range(len(tree.segments)):
+    for index in range(len(pieces)):
         classes[slab_of[index], is_kept[index]].append(index)
     for key, kept in sorted(classes, key=lambda item: (item[0], not item[1])):
-        for spans in _fill(tree, classes[key, kept], limit):
+        parts = (Span(index, start, stop) for index in classes[key, kept] for start, stop in pieces[index])
+        for spans in _fill(parts, limit):
             yield key, kept, spans
 
 
-def _fill(tree: PrefixTree, segments: list[int], limit: int) -> Iterator[list[Span]]:
-    """Fill chunks with segments in depth-first order; only a segment longer than a chunk is cut."""
+def _fill(pieces: Iterable[Span], limit: int) -> Iterator[list[Span]]:
+    """Fill chunks with pieces of segments in depth-first order."""
     spans: list[Span] = []
-    room = limit
-    for index in segments:
-        length = len(tree.segments[index])
-        for start in range(0, length, limit):
-            stop = min(start + limit, length)
-            if stop - start > room:
-                yield spans
-                spans, room = [], limit
-            spans.append(Span(index, start, stop))
-            room -= stop - start
+    num_tokens = 0
+    for piece in pieces:
+        length = piece.stop - piece.start
+        if spans and num_tokens + length > limit:
+            yield spans
+            spans, num_tokens = [], 0
+        spans.append(piece)
+        num_tokens += length
     yield spans
 
 
@@ -203,6 +214,7 @@ def _chunk(
     predictors: dict[int, list[_Predictor]],
     holders: list[Counter[int]],
     states: ChunkStates,
+    both_ways: Runs,
 ) -> Chunk:
     offsets = tuple(accumulate((span.stop - span.start for span in spans), initial=0))
     rows: list[tuple[int, _Predictor]] = []
@@ -230,4 +242,5 @@ def _chunk(
         logp_index=tuple(item.logp_index for _, item in rows),
         occurrences=occurrences_of(holders, ((span.segment, span.stop - span.start) for span in spans)),
         states=states,
+        spans=both_ways,
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from kvpref.prefix.tree import PrefixTree, cut_segments
+from kvpref.prefix.both_ways import Runs, runs_in_rows, segment_runs
+from kvpref.prefix.tree import PrefixTree, Span, cut_segments
 
 Shape = Literal["rectangle", "causal", "anti_causal"]
 """What query i of a pair sees of its keys: all; those up to and including key i; those from key i on. The last two are
@@ -55,12 +56,15 @@ class PlacedBlocks:
             in one pair.
         query_positions: Per segment, the position of its first token inside the sequences.
         key_positions: Per prefix and pair of its block, the position of the pair's first key.
+        spans: Runs of rows [first, stop), each inside one segment, that see one another in both directions where a rule
+            says so.
     """
 
     self_block: VarlenLayout
     cross_blocks: tuple[VarlenLayout, ...]
     query_positions: tuple[int, ...]
     key_positions: tuple[tuple[int, ...], ...]
+    spans: Runs = ()
 
     @property
     def num_rows(self) -> int:
@@ -86,6 +90,7 @@ class LevelSegments(PlacedBlocks):
             cross_blocks=self.cross_blocks,
             query_positions=self.query_positions,
             key_positions=self.key_positions,
+            spans=self.spans,
         )
 
 
@@ -125,8 +130,9 @@ class LevelLayout:
     max_position: int
 
 
-def build_levels(tree: PrefixTree) -> tuple[LevelSegments, ...]:
-    """The levels of a tree, from the lengths of segments alone."""
+def build_levels(tree: PrefixTree, spans: AbstractSequence[Runs] | None = None) -> tuple[LevelSegments, ...]:
+    """The levels of a tree, from the lengths of segments alone; `spans` as in `build_layout`."""
+    runs = segment_runs(tree, spans)
     members: list[list[int]] = [[] for _ in range(tree.num_levels)]
     lines: list[tuple[int, ...]] = []  # per segment, its ancestors by depth and itself
     for index, segment in enumerate(tree.segments):
@@ -154,12 +160,15 @@ def build_levels(tree: PrefixTree) -> tuple[LevelSegments, ...]:
                 cross_blocks=tuple(cross_block(depth, ancestor) for ancestor in range(depth)),
                 query_positions=starts[depth],
                 key_positions=tuple(starts[:depth]),  # one pair per ancestor
+                spans=runs_in_rows([Span(index, 0, lengths[index]) for index in segments], runs),
             )
         )
     return tuple(levels)
 
 
-def build_layout(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> LevelLayout:
+def build_layout(
+    tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]], spans: AbstractSequence[Runs] | None = None
+) -> LevelLayout:
     """Lay out `tree` by levels, with the rows that predict scored tokens.
 
     Args:
@@ -167,8 +176,13 @@ def build_layout(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[boo
         scored: Per sequence, one flag per token. A token that several sequences share is computed once when any of
             them scores it, and counts only in those that do. One flag more asks for the row of the last token, which
             predicts nothing (its target is 0).
+        spans: Per sequence the runs of its tokens that may see one another in both directions, as positions
+            [first, stop); None for none.
+
+    Raises:
+        ValueError: If a run does not stand inside one segment.
     """
-    bare = build_levels(tree)
+    bare = build_levels(tree, spans)
     predictors, slots = _predictors(tree, first_rows(bare), _scored_offsets(tree, scored), num_levels=len(bare))
     token_index, cu_seqlens = _sequence_index(tree, scored, slots)
     return LevelLayout(
@@ -182,11 +196,7 @@ def build_layout(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[boo
 def _with_tokens(tree: PrefixTree, level: LevelSegments, predictors: list[tuple[int, int]]) -> Level:
     segments = [tree.segments[index] for index in level.segments]
     return Level(
-        segments=level.segments,
-        self_block=level.self_block,
-        cross_blocks=level.cross_blocks,
-        query_positions=level.query_positions,
-        key_positions=level.key_positions,
+        **vars(level),
         input_ids=tuple(token for segment in segments for token in segment.input_ids),
         position_ids=tuple(
             position for segment in segments for position in range(segment.start, segment.start + len(segment))

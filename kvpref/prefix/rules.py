@@ -1,4 +1,4 @@
-"""Rules: which earlier tokens of its own sequence a token sees in the attention layers of one kind."""
+"""Rules: which tokens of its own sequence a token sees in the attention layers of one kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ KINDS = ("causal", "window", "chunk", "dense")
 
 @dataclass(frozen=True)
 class Rule:
-    """Which keys at positions k a query at position q sees, both positions inside the sequence."""
+    """Which keys at positions k a query at position q sees, both positions inside the sequence.
+
+    All are of earlier tokens and its own, but for `bidirectional`.
+    """
 
     kind: str
     """``causal``: k <= q. ``window``: and q - k < size. ``chunk``: and k // size == q // size. ``dense``: some of
@@ -21,9 +24,19 @@ class Rule:
     ranges: tuple[tuple[tuple[int, int], ...], ...] = field(default=(), repr=False)
     """``dense``: per query position the ranges [first, stop) of key positions that it sees, in order."""
 
+    bidirectional: bool = False
+    """``causal``, ``window``: a token also sees the later ones of the span that it stands in (an image, say)."""
+
+    whole_spans: bool = False
+    """``window``, `bidirectional`: and the earlier ones of its span that are outside the window."""
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown rule {self.kind!r}; choose from: {', '.join(KINDS)}")
+        if self.bidirectional and self.kind not in ("causal", "window"):
+            raise ValueError(f"tokens under a {self.kind} rule cannot see later ones, too")
+        if self.whole_spans and not (self.bidirectional and self.kind == "window"):
+            raise ValueError("only under a bidirectional window rule can spans be seen whole")
         sized = self.kind in ("window", "chunk")
         if sized != (self.size > 0) or self.size < 0:
             expected = "a size of at least 1" if sized else "no size"
@@ -38,7 +51,8 @@ class Rule:
         return _FIRST_KEYS[self.kind](position, self.size)
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.size}" if self.size else self.kind
+        name = f"{self.kind} of {self.size}" if self.size else self.kind
+        return f"{name}, both ways inside images" if self.bidirectional else name
 
 
 _FIRST_KEYS = {

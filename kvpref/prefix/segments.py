@@ -9,8 +9,8 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
 from kvpref.prefix.levels import LevelSegments
-from kvpref.prefix.slab_reads import SlabKey, Span
-from kvpref.prefix.tree import PrefixTree
+from kvpref.prefix.slab_reads import SlabKey
+from kvpref.prefix.tree import PrefixTree, Span
 
 BEGINNING = -1
 """Parent of a segment that begins a sequence."""

@@ -58,6 +58,9 @@ def blocks_under(level: PlacedBlocks, rule: Rule) -> tuple[VarlenLayout, ...]:
         level: Its blocks under the causal rule, and the positions of their rows.
         rule: Causal, window or chunk; dense with its ranges.
     """
+    if rule.bidirectional:
+        backwards = replace(rule, bidirectional=False, whole_spans=False)
+        return (*blocks_under(level, backwards), *_span_blocks(level, rule))
     if rule.kind == "causal":
         return (level.self_block, *level.cross_blocks)
     if rule.kind == "dense":
@@ -162,6 +165,18 @@ def _meetings(level: PlacedBlocks, block: VarlenLayout, key_positions: AbstractS
 def _window_self_block(level: PlacedBlocks, size: int) -> VarlenLayout:
     longest = max(stop - start for start, stop in pairwise(level.self_block.cu_seqlens_q))
     return replace(level.self_block, window=size) if longest > size else level.self_block
+
+
+def _span_blocks(level: PlacedBlocks, rule: Rule) -> Iterator[VarlenLayout]:
+    """What spans see besides: the later tokens, and those before the window where they are seen whole."""
+    total = (level.num_rows, level.num_rows)
+    later = (Pair(first, stop - first - 1, first + 1, stop - first - 1) for first, stop in level.spans)
+    yield from cover_rows(later, total, "anti_causal", source=0)
+    if rule.whole_spans:
+        long = [(first, stop) for first, stop in level.spans if stop - first > rule.size]
+        num_rows = [stop - first - rule.size for first, stop in long]
+        before = (Pair(first + rule.size, rows, first, rows) for (first, _), rows in zip(long, num_rows, strict=True))
+        yield from cover_rows(before, total, "causal", source=0)
 
 
 def _chunk_self_block(level: PlacedBlocks, size: int) -> VarlenLayout:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from kvpref.prefix.levels import VarlenLayout
-from kvpref.prefix.tree import PrefixTree
+from kvpref.prefix.tree import PrefixTree, Span
 
 SHARED = -1
 """Owner of segments that sequences of several owners share."""
@@ -26,14 +26,6 @@ class SlabKey:
 
     is_prompt: bool
     """Whether no token up to its end is scored. Told apart only where prompts get no gradient."""
-
-
-class Span(NamedTuple):
-    """The tokens [start, stop) of a segment."""
-
-    segment: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, kw_only=True)

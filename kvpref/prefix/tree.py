@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 TokenIds = tuple[int, ...]
 
@@ -30,6 +31,14 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+class Span(NamedTuple):
+    """The tokens [start, stop) of a segment."""
+
+    segment: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, kw_only=True)
