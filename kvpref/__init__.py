@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvpref.plan.batch import Batch, collate
     from kvpref.plan.step import Step, join_batches
     from kvpref.records.groups import Group, Sequence
+    from kvpref.records.images import Image, PlacedImage
     from kvpref.records.outputs import ResponseLogps, ResponseRewards
     from kvpref.records.requests import HeadOptions
     from kvpref.state.cache import PrefixCache
@@ -31,8 +32,10 @@ _HOMES = {
     "EngineOptions": "kvpref.engine.options",
     "Group": "kvpref.records.groups",
     "HeadOptions": "kvpref.records.requests",
+    "Image": "kvpref.records.images",
     "InputError": "kvpref.errors",
     "LossOutput": "kvpref.losses",
+    "PlacedImage": "kvpref.records.images",
     "PreferenceTrainer": "kvpref.training",
     "PreferenceTrainingArguments": "kvpref.training",
     "PrefixCache": "kvpref.state.cache",
@@ -62,8 +65,10 @@ __all__ = [
     "EngineOptions",
     "Group",
     "HeadOptions",
+    "Image",
     "InputError",
     "LossOutput",
+    "PlacedImage",
     "PreferenceTrainer",
     "PreferenceTrainingArguments",
     "PrefixCache",

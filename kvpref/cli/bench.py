@@ -99,7 +99,7 @@ def bench(
 
 
 def _parse_modes(modes: str) -> list[str]:
-    from kvpref.plan.passes import MODES
+    from kvpref.plan.modes import MODES
     from kvpref.profiling.steps import BASELINE_MODE
 
     names = [name.strip() for name in modes.split(",") if name.strip()]

@@ -72,7 +72,7 @@ def score(
     import kvpref
     from kvpref.cli.loading import load_matching_tokenizer, load_model
     from kvpref.data import DataOptions, load_preferences
-    from kvpref.plan.passes import MODES
+    from kvpref.plan.modes import MODES
     from kvpref.training.loading.selection import check_lengths
 
     if mode not in MODES:

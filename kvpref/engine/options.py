@@ -9,7 +9,7 @@ from typing import Any
 from kvpref.errors import InputError
 from kvpref.models.checkpointing import CHECKPOINTS
 from kvpref.ops.attention import get_backend
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 
 SCHEDULES = ("full", "bounded")
 PREFIX_CACHES = ("device", "cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from copy import copy
 from dataclasses import dataclass
@@ -12,13 +12,18 @@ from typing import Any, TypeVar
 import torch
 
 from kvpref.plan.columns import column_values, sequence_numbers, token_numbers
-from kvpref.plan.passes import ModePlan, Reads, build_plan
-from kvpref.prefix.tree import PrefixTree, TokenIds, build_tree
+from kvpref.plan.modes import build_plan
+from kvpref.plan.passes import ModePlan, Reads
+from kvpref.prefix.tree import PrefixTree, build_tree
 from kvpref.records.groups import Group, Sequence
 from kvpref.records.host_copies import to_device
+from kvpref.records.images import unique_images
 from kvpref.records.tensor_fields import map_tensors, tensors_to
 
 T = TypeVar("T")
+
+ImageInputs = Mapping[str, Any]
+"""What a vision tower is given of one image, by name: tensors, and what else its processor makes."""
 
 DEFAULT_MIN_SHARED_TOKENS = 16
 
@@ -33,9 +38,17 @@ class Sharing:
     max_depth: int | None = None
     """Deepest segment; 1 allows prompts and responses, None any depth."""
 
-    def tree(self, sequences: AbstractSequence[TokenIds]) -> PrefixTree:
+    whole_prompts: bool = False
+    """Share prompts as wholes or not at all, for models in which a prompt's tokens all see one another."""
+
+    def tree(self, sequences: AbstractSequence[Sequence]) -> PrefixTree:
         """The prefix tree of some sequences."""
-        return build_tree(sequences, min_shared_tokens=self.min_shared_tokens, max_depth=self.max_depth)
+        return build_tree(
+            [sequence.input_ids for sequence in sequences],
+            min_shared_tokens=self.min_shared_tokens,
+            max_depth=self.max_depth,
+            keys=[sequence.whole_prompt_ids if self.whole_prompts else sequence.tree_ids for sequence in sequences],
+        )
 
 
 class Batch:
@@ -49,6 +62,7 @@ class Batch:
         group_index: (num_sequences,) int64, on `device`.
         cu_seqlens: (num_sequences + 1,) int64, on `device`: offsets of each sequence's scored tokens, in every mode.
         reads: Which hidden states its plans read.
+        images: Those of all sequences, each once, in order of first appearance.
         device: Where the plans' tensors are.
     """
 
@@ -64,6 +78,7 @@ class Batch:
         self.groups = tuple(groups)
         self.sequences: tuple[Sequence, ...] = tuple(s for group in self.groups for s in group.sequences)
         self.tree = tree
+        self.images = unique_images(placed.image for sequence in self.sequences for placed in sequence.images)
         self.sharing = Sharing() if sharing is None else sharing
         self.device = torch.device(device)
         sizes = [len(group) for group in self.groups]
@@ -73,6 +88,7 @@ class Batch:
         self.group_index, self.cu_seqlens = to_device(group_index, self.device), to_device(cu_seqlens, self.device)
         self._plans: dict[str, ModePlan] = {}
         self._made: list[tuple[tuple[Any, ...], Any]] = []
+        self._image_inputs: dict[str, ImageInputs] = {}
         self._other: Batch | None = None
 
     @property
@@ -120,6 +136,20 @@ class Batch:
         self._made.append((asked, made))
         return made
 
+    def image_inputs(self, known: Mapping[str, ImageInputs] | None = None) -> Mapping[str, ImageInputs]:
+        """By image key, its tower's inputs, which stay in host memory; read when first asked for.
+
+        Args:
+            known: Some that were read for other batches.
+
+        Raises:
+            As `Image.read`.
+        """
+        for image in self.images:
+            if image.key not in self._image_inputs:
+                self._image_inputs[image.key] = (known or {}).get(image.key) or dict(image.read())
+        return self._image_inputs
+
     def column(self, name: str) -> list[Any]:
         """An extra column of the data: the value of each group.
 
@@ -164,7 +194,7 @@ class Batch:
             return self
         if self._other is None or self._other.reads != reads:
             self._other = Batch(self.groups, self.tree, self.device, self.sharing, reads)
-            self._other._made = self._made
+            self._other._made, self._other._image_inputs = self._made, self._image_inputs
         return self._other
 
     def to(self, device: torch.device | str) -> Batch:
@@ -176,7 +206,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """This batch with all tensors in page-locked memory, from which `to` copies to CUDA without a copy before."""
-        return self._mapped(torch.Tensor.pin_memory, self.device)
+        pinned = self._mapped(torch.Tensor.pin_memory, self.device)
+        pinned._image_inputs = {key: _pinned(inputs) for key, inputs in self._image_inputs.items()}
+        return pinned
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Batch:
         mapped = copy(self)
@@ -187,6 +219,10 @@ class Batch:
         return mapped
 
 
+def _pinned(inputs: ImageInputs) -> ImageInputs:
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
 def collate(
     groups: AbstractSequence[Group],
     *,
@@ -194,6 +230,7 @@ def collate(
     modes: AbstractSequence[str] = (),
     min_shared_tokens: int = DEFAULT_MIN_SHARED_TOKENS,
     max_depth: int | None = None,
+    whole_prompts: bool = False,
     reads: Reads | None = None,
 ) -> Batch:
     """Collate groups into one micro-batch.
@@ -204,6 +241,8 @@ def collate(
         modes: Plans to build now (in a data worker, say) instead of at first use.
         min_shared_tokens: Shared runs shorter than this are repeated rather than given a segment of their own.
         max_depth: Deepest segment of the prefix tree; 1 allows prompts and responses, None any depth.
+        whole_prompts: Share prompts as wholes or not at all, for models in which a prompt's tokens all see one another;
+            a batch that was collated without is collated again where its model is one.
         reads: Which hidden states its plans read; those for log-probs if None.
 
     Raises:
@@ -211,8 +250,8 @@ def collate(
     """
     if not groups:
         raise ValueError("collate needs at least one group; got none")
-    sequences = [sequence.input_ids for group in groups for sequence in group.sequences]
-    sharing = Sharing(min_shared_tokens=min_shared_tokens, max_depth=max_depth)
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    sharing = Sharing(min_shared_tokens=min_shared_tokens, max_depth=max_depth, whole_prompts=whole_prompts)
     batch = Batch(groups, sharing.tree(sequences), device, sharing, reads)
     for mode in modes:
         batch.plan(mode)

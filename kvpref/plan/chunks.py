@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from kvpref.plan.passes import PassPlan, Reads, int64, level_blocks
+from kvpref.plan.images import shared_table
+from kvpref.plan.passes import PassPlan, Reads, int64, level_blocks, pass_input_ids, row_runs
 from kvpref.prefix.chunks import Chunk, build_chunks
 from kvpref.prefix.levels import build_layout, cut_prompts
 from kvpref.prefix.occurrences import Occurrences
 from kvpref.prefix.slab_reads import SHARED, SlabKey
 from kvpref.prefix.tree import PrefixTree
 from kvpref.records.groups import Sequence
+from kvpref.records.images import Image
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
 
@@ -94,6 +97,7 @@ class StepChunks:
         slab_states: States of each slab.
         num_logps: U.
         max_sequence_tokens: Length of the longest sequence.
+        images: Whose features are the rows of the table that its passes read, in order; each image once.
     """
 
     shared: tuple[ChunkPlan, ...]
@@ -102,6 +106,7 @@ class StepChunks:
     slab_states: Mapping[SlabKey, int] = field(repr=False)
     num_logps: int
     max_sequence_tokens: int
+    images: tuple[Image, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
 
     @property
     def all(self) -> tuple[ChunkPlan, ...]:
@@ -138,49 +143,59 @@ def build_step_chunks(
         prefix_grad: False gives prompts, the tokens before the first scored one, chunks of their own, because they
             get no gradient. They are cut from responses even where nothing is shared: what gets a gradient must not
             depend on whether responses happen to begin alike.
-        reads: As in `kvpref.plan.passes.build_plan`.
+        reads: As in `kvpref.plan.modes.build_plan`.
     """
     sequences = [sequence for several in micro_batches for sequence in several]
     scored = [sequence.scored for sequence in sequences]
     owners = [index for index, several in enumerate(micro_batches) for _ in several]
     if not prefix_grad:
         tree = cut_prompts(tree, scored)
-    layout = build_layout(tree, (reads or Reads()).flags(sequences))
-    cut = build_chunks(tree, layout, owners, max_tokens=max_tokens, scored=None if prefix_grad else scored)
+    table = shared_table(sequences)
+    layout = build_layout(tree, (reads or Reads()).flags(sequences), images=table.runs)
+    cut = build_chunks(
+        tree, layout, owners, max_tokens=max_tokens, scored=None if prefix_grad else scored, images=table.runs
+    )
+    plan = partial(_chunk_plan, has_images=bool(table.images))
     parts = []
     first = 0
     for owner, several in enumerate(micro_batches):
         offsets = layout.cu_seqlens[first : first + len(several) + 1]
         parts.append(
             MicroBatchChunks(
-                chunks=tuple(map(_chunk_plan, cut.chunks.get(owner, ()))),
+                chunks=tuple(map(plan, cut.chunks.get(owner, ()))),
                 token_index=int64(layout.token_index[offsets[0] : offsets[-1]]),
                 cu_seqlens=int64([offset - offsets[0] for offset in offsets]),
             )
         )
         first += len(several)
     return StepChunks(
-        shared=tuple(map(_chunk_plan, cut.chunks.get(SHARED, ()))),
+        shared=tuple(map(plan, cut.chunks.get(SHARED, ()))),
         micro_batches=tuple(parts),
         slab_rows=dict(cut.slab_rows),
         slab_states=dict(cut.slab_states),
         num_logps=sum(len(level.targets) for level in layout.levels),
         max_sequence_tokens=layout.max_position + 1,
+        images=table.images,
     )
 
 
-def _chunk_plan(chunk: Chunk) -> ChunkPlan:
+def _chunk_plan(chunk: Chunk, *, has_images: bool) -> ChunkPlan:
     placed = chunk.placed
+    image_rows = int64(chunk.image_rows)
+    input_ids = pass_input_ids(chunk.input_ids, image_rows)
     item = PassPlan(
-        input_ids=int64(chunk.input_ids).unsqueeze(0),
+        input_ids=input_ids.unsqueeze(0),
         position_ids=int64(chunk.position_ids).unsqueeze(0),
         attention_mask=None,
         levels=(level_blocks(placed),),
         predictor_rows=int64(chunk.predictor_rows),
         layouts=(placed,),
         segments=(chunk.states.layout,),
+        image_rows=image_rows,
+        image_index=int64(chunk.image_index),
+        row_runs=tuple(row_runs(placed, chunk.holders)) if has_images else (),
     )
-    unique_ids, inverse = int64(chunk.input_ids).unique(return_inverse=True)
+    unique_ids, inverse = input_ids.unique(return_inverse=True)
     writes = None
     if chunk.slab_start is not None:
         writes = SlabSlice(slab=chunk.slab, start=chunk.slab_start, stop=chunk.slab_start + len(chunk))

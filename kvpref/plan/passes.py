@@ -1,27 +1,30 @@
-"""What each mode runs: forward passes as tensors, and the way from their hidden rows to scored tokens.
+"""What is run: forward passes as tensors, and the way from their hidden rows to scored tokens.
 
 Shape legend: B rows of T tokens in one forward pass, P_i predictor rows of pass i, U = sum of P_i unique scored
-tokens, S scored tokens over all sequences.
+tokens, S scored tokens over all sequences, M rows of a pass that stand for images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from kvpref.ops.attention.block import VarlenBlock
-from kvpref.prefix.levels import Level, LevelLayout, PlacedBlocks, build_layout
+from kvpref.prefix.levels import PlacedBlocks
 from kvpref.prefix.rules import CAUSAL, Rule
-from kvpref.prefix.segments import SegmentLayout, level_segments
+from kvpref.prefix.segments import SegmentLayout
 from kvpref.prefix.shapes import blocks_under
-from kvpref.prefix.tree import PrefixTree, build_unshared_tree
 from kvpref.records.groups import Sequence
+from kvpref.records.images import Image
 from kvpref.records.requests import READS
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
+
+RowRun = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +40,7 @@ class PassPlan:
     """One forward of the model's layers.
 
     Attributes:
-        input_ids: (B, T) int64.
+        input_ids: (B, T) int64; 0 where a row stands for an image.
         position_ids: (B, T) int64, positions inside the sequences.
         attention_mask: (B, T) int64, 1 for tokens and 0 for padding; only in mode ``padded``.
         levels: The levels packed in this row, one after another, under the causal rule; empty in mode ``padded``.
@@ -45,6 +48,10 @@ class PassPlan:
         layouts: What `levels` were made of, as integers.
         segments: Per level, where its segments begin and what they leave, for layers that carry a state from token to
             token; empty where the pass was planned without.
+        image_rows: (M,) int64, the rows of the flattened (B * T) embeddings that features of images replace.
+        image_index: (M,) int64, the rows of the plan's table of features that replace them.
+        row_runs: Whose tokens its rows are, run after run: (sequence, first position, position after the last). Only
+            where the plan has images and the pass one row.
     """
 
     input_ids: torch.Tensor
@@ -54,6 +61,9 @@ class PassPlan:
     predictor_rows: torch.Tensor
     layouts: tuple[PlacedBlocks, ...] = field(repr=False, metadata=STAYS_ON_THE_HOST)
     segments: tuple[SegmentLayout, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
+    image_rows: torch.Tensor = field(default_factory=lambda: int64(()))
+    image_index: torch.Tensor = field(default_factory=lambda: int64(()))
+    row_runs: tuple[RowRun, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
     _under: dict[Rule, tuple[LevelBlocks, ...]] = field(
         init=False, repr=False, default_factory=dict, metadata=STAYS_ON_THE_HOST
     )
@@ -88,6 +98,8 @@ class ModePlan:
         cu_seqlens: (num_sequences + 1,) int64, offsets of each sequence in `token_index`.
         max_sequence_tokens: Length of the longest sequence.
         num_forward_tokens: Tokens that run through the layers, padding included.
+        images: Whose features are the rows of the table that its passes read, in order: each image once; in the modes
+            that repeat prompts once per sequence.
     """
 
     mode: str
@@ -97,6 +109,7 @@ class ModePlan:
     cu_seqlens: torch.Tensor
     max_sequence_tokens: int
     num_forward_tokens: int
+    images: tuple[Image, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
 
 
 Flags = AbstractSequence[AbstractSequence[bool]]
@@ -127,25 +140,6 @@ class Reads:
         return (False,) * (last + 1) + (True,) + (False,) * (len(input_ids) - last - 1)
 
 
-def build_plan(
-    mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads | None = None
-) -> ModePlan:
-    """Plan the passes of `mode` over sequences whose shared prefixes are in `tree`; tensors on the CPU.
-
-    Args:
-        mode: One of `MODES`.
-        sequences: What is run.
-        tree: Over them.
-        reads: Which hidden states are read; those for log-probs if None.
-
-    Raises:
-        ValueError: If there is no such mode.
-    """
-    if mode not in _BUILDERS:
-        raise ValueError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
-    return _BUILDERS[mode](mode, sequences, tree, (reads or Reads()).flags(sequences))
-
-
 def int64(values: AbstractSequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
@@ -168,90 +162,13 @@ def _blocks_under(layout: PlacedBlocks, level: LevelBlocks, rule: Rule, device: 
     )
 
 
-def _pass_of_levels(levels: AbstractSequence[Level], segments: tuple[SegmentLayout, ...]) -> PassPlan:
-    """Pack whole levels, one after another, in one row."""
-    predictor_rows: list[int] = []
-    num_rows = 0
-    for level in levels:
-        predictor_rows.extend(num_rows + row for row in level.predictor_rows)
-        num_rows += level.num_rows
-    return PassPlan(
-        input_ids=int64([token for level in levels for token in level.input_ids]).unsqueeze(0),
-        position_ids=int64([position for level in levels for position in level.position_ids]).unsqueeze(0),
-        attention_mask=None,
-        levels=tuple(level_blocks(level) for level in levels),
-        predictor_rows=int64(predictor_rows),
-        layouts=tuple(level.placed for level in levels),
-        segments=segments,
-    )
+def pass_input_ids(input_ids: AbstractSequence[int], image_rows: torch.Tensor) -> torch.Tensor:
+    """(T,) int64, with 0 for placeholders: some models have no embedding for these, and none of them is used."""
+    return int64(input_ids).index_fill_(0, image_rows, 0)
 
 
-def _plan_of_layout(mode: str, layout: LevelLayout, passes: tuple[PassPlan, ...]) -> ModePlan:
-    return ModePlan(
-        mode=mode,
-        passes=passes,
-        targets=int64([target for level in layout.levels for target in level.targets]),
-        token_index=int64(layout.token_index),
-        cu_seqlens=int64(layout.cu_seqlens),
-        max_sequence_tokens=layout.max_position + 1,
-        num_forward_tokens=sum(item.input_ids.numel() for item in passes),
-    )
-
-
-def _two_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
-    layout = build_layout(tree, flags)
-    segments = level_segments(tree, layout.levels)
-    passes = (_pass_of_levels([level], (own,)) for level, own in zip(layout.levels, segments, strict=True))
-    return _plan_of_layout(mode, layout, tuple(passes))
-
-
-def _one_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
-    layout = build_layout(tree, flags)
-    return _plan_of_layout(mode, layout, (_pass_of_levels(layout.levels, level_segments(tree, layout.levels)),))
-
-
-def _packed(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
-    return _two_pass(mode, sequences, build_unshared_tree([sequence.input_ids for sequence in sequences]), flags)
-
-
-def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
-    width = max(len(sequence) for sequence in sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    rows: list[int] = []
-    targets: list[int] = []
-    cu_seqlens = [0]
-    for index, sequence in enumerate(sequences):
-        input_ids[index, : len(sequence)] = int64(sequence.input_ids)
-        attention_mask[index, : len(sequence)] = 1
-        read = [position for position, flag in enumerate(flags[index]) if flag]
-        rows.extend(index * width + position - 1 for position in read)
-        targets.extend(sequence.input_ids[position] if position < len(sequence) else 0 for position in read)
-        cu_seqlens.append(len(rows))
-    only_pass = PassPlan(
-        input_ids=input_ids,
-        position_ids=torch.arange(width).expand(len(sequences), -1),
-        attention_mask=attention_mask,
-        levels=(),
-        predictor_rows=int64(rows),
-        layouts=(),
-    )
-    return ModePlan(
-        mode=mode,
-        passes=(only_pass,),
-        targets=int64(targets),
-        token_index=torch.arange(len(targets)),
-        cu_seqlens=int64(cu_seqlens),
-        max_sequence_tokens=width,
-        num_forward_tokens=input_ids.numel(),
-    )
-
-
-_BUILDERS: dict[str, Callable[[str, AbstractSequence[Sequence], PrefixTree, Flags], ModePlan]] = {
-    "two_pass": _two_pass,
-    "one_pass": _one_pass,
-    "packed": _packed,
-    "padded": _padded,
-}
-
-MODES = tuple(_BUILDERS)
+def row_runs(layout: PlacedBlocks, holders: AbstractSequence[int]) -> Iterator[RowRun]:
+    """Whose tokens the rows of a level, or of a chunk, are."""
+    lengths = (stop - start for start, stop in pairwise(layout.self_block.cu_seqlens_q))
+    for holder, first, length in zip(holders, layout.query_positions, lengths, strict=True):
+        yield holder, first, first + length

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from kvpref.plan.batch import Batch
+from kvpref.plan.batch import Batch, ImageInputs
 from kvpref.plan.chunks import StepChunks, build_step_chunks
 from kvpref.records.tensor_fields import map_tensors, tensors_to
 
@@ -25,6 +26,13 @@ class Step:
     batches: tuple[Batch, ...]
     chunks: StepChunks
     prefix_grad: bool = True
+
+    def image_inputs(self) -> Mapping[str, ImageInputs]:
+        """By image key, its tower's inputs, which stay in host memory; read when first asked for."""
+        known: dict[str, ImageInputs] = {}
+        for batch in self.batches:
+            known.update(batch.image_inputs(known))
+        return known
 
     def to(self, device: torch.device | str) -> Step:
         """This step with all tensors on `device`."""
@@ -61,7 +69,7 @@ def join_batches(
     sequences = [batch.sequences for batch in batches]
     tree = first.tree
     if len(batches) > 1:
-        tree = first.sharing.tree([sequence.input_ids for several in sequences for sequence in several])
+        tree = first.sharing.tree([sequence for several in sequences for sequence in several])
     chunks = build_step_chunks(
         sequences, tree, max_tokens=max_tokens_per_chunk, prefix_grad=prefix_grad, reads=first.reads
     )

@@ -9,7 +9,7 @@ scored tokens.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from kvpref.prefix.both_ways import Runs, cut, runs_in_rows, segment_runs
+from kvpref.prefix.images import FeatureRun, feature_rows
 from kvpref.prefix.levels import LevelLayout, PlacedBlocks, VarlenLayout, prompt_segments
 from kvpref.prefix.occurrences import Occurrences, count_holders, occurrences_of
 from kvpref.prefix.segments import ChunkStates, StatePlaces
@@ -41,6 +42,9 @@ class Chunk:
         occurrences: How often its rows occur in the sequences.
         states: What its spans begin with and leave in layers that carry a state from token to token.
         spans: Runs of its rows that may see one another in both directions; see `PlacedBlocks`.
+        image_rows: (M,) rows that stand for images.
+        image_index: (M,) the rows of the table of features that stand there.
+        holders: Per span, a sequence that holds it.
     """
 
     slab: SlabKey
@@ -55,6 +59,9 @@ class Chunk:
     occurrences: Occurrences
     states: ChunkStates
     spans: Runs
+    image_rows: tuple[int, ...]
+    image_index: tuple[int, ...]
+    holders: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -95,6 +102,7 @@ def build_chunks(
     max_tokens: int | None,
     scored: AbstractSequence[AbstractSequence[bool]] | None = None,
     spans: AbstractSequence[Runs] | None = None,
+    images: AbstractSequence[AbstractSequence[FeatureRun]] = (),
 ) -> ChunkLayout:
     """Cut a tree into chunks.
 
@@ -106,6 +114,7 @@ def build_chunks(
             `spans`, which are never cut, may be longer.
         scored: Per sequence, one flag per token; given where prompts are to have chunks of their own.
         spans: As in `kvpref.prefix.levels.build_layout`.
+        images: As there.
 
     Raises:
         ValueError: If a span does not stand inside one segment.
@@ -121,14 +130,13 @@ def build_chunks(
         if segment.parent is not None:
             is_kept[segment.parent] = True
     rows, slab_rows = _slab_rows(tree, slab_of, is_kept)
-    predictors, holders = _predictors(layout), count_holders(tree, owners)
+    contents = _Contents(tree, layout, owners, runs, images)
     places = StatePlaces(tree, slab_of)
     chunks: dict[int, list[Chunk]] = {}
     for key, kept, parts in _runs(pieces, slab_of, is_kept, limit):
         reads = slab_reads(tree, parts, slab_of, rows)
         first = rows[parts[0].segment] + parts[0].start if kept else None
-        both_ways = runs_in_rows(parts, runs)
-        chunk = _chunk(tree, parts, (key, first), reads, predictors, holders, places.chunk(parts), both_ways)
+        chunk = _chunk(contents, parts, (key, first), reads, places.chunk(parts))
         chunks.setdefault(key.owner, []).append(chunk)
     return ChunkLayout(
         chunks={owner: tuple(runs) for owner, runs in chunks.items()},
@@ -206,22 +214,47 @@ def _predictors(layout: LevelLayout) -> dict[int, list[_Predictor]]:
     return found
 
 
+class _Contents:
+    """What the segments of a tree hold, besides their tokens.
+
+    Attributes:
+        tree: The tree.
+        predictors: Per segment, its predictor rows in order.
+        owners: Per segment, how many sequences of each owner hold it.
+        holders: Per segment, a sequence that holds it.
+        runs: Per segment, the runs of its tokens that may see one another in both directions.
+        rows: Per segment, the rows that stand for images.
+    """
+
+    def __init__(
+        self,
+        tree: PrefixTree,
+        layout: LevelLayout,
+        owners: AbstractSequence[int],
+        runs: AbstractSequence[Runs],
+        images: AbstractSequence[AbstractSequence[FeatureRun]],
+    ) -> None:
+        self.tree, self.predictors, self.owners = tree, _predictors(layout), count_holders(tree, owners)
+        self.holders, self.runs = tree.holders(), runs
+        self.rows = feature_rows(tree, self.holders, images)
+
+
 def _chunk(
-    tree: PrefixTree,
+    contents: _Contents,
     spans: list[Span],
     place: tuple[SlabKey, int | None],
     reads: tuple[SlabRead, ...],
-    predictors: dict[int, list[_Predictor]],
-    holders: list[Counter[int]],
     states: ChunkStates,
-    both_ways: Runs,
 ) -> Chunk:
     offsets = tuple(accumulate((span.stop - span.start for span in spans), initial=0))
     rows: list[tuple[int, _Predictor]] = []
+    images: list[tuple[int, int]] = []
     for first, span in zip(offsets, spans, strict=False):
-        inside = (item for item in predictors.get(span.segment, ()) if span.start <= item.offset < span.stop)
+        inside = (item for item in contents.predictors.get(span.segment, ()) if span.start <= item.offset < span.stop)
         rows.extend((first + item.offset - span.start, item) for item in inside)
-    segments = [tree.segments[span.segment] for span in spans]
+        seen = (item for item in contents.rows.get(span.segment, ()) if span.start <= item[0] < span.stop)
+        images.extend((first + offset - span.start, row) for offset, row in seen)
+    segments = [contents.tree.segments[span.segment] for span in spans]
     return Chunk(
         slab=place[0],
         slab_start=place[1],
@@ -240,7 +273,10 @@ def _chunk(
         predictor_rows=tuple(row for row, _ in rows),
         targets=tuple(item.target for _, item in rows),
         logp_index=tuple(item.logp_index for _, item in rows),
-        occurrences=occurrences_of(holders, ((span.segment, span.stop - span.start) for span in spans)),
+        occurrences=occurrences_of(contents.owners, ((span.segment, span.stop - span.start) for span in spans)),
         states=states,
-        spans=both_ways,
+        spans=runs_in_rows(spans, contents.runs),
+        image_rows=tuple(row for row, _ in images),
+        image_index=tuple(index for _, index in images),
+        holders=tuple(contents.holders[span.segment] for span in spans),
     )

@@ -1,18 +1,20 @@
 """Level layout: where every token of a prefix tree stands when segments of one depth run packed in one row.
 
 Pure Python integers; `kvpref.plan.batch` turns them into tensors. Shape legend: T_d tokens at depth d, S_d segments at
-depth d, P_d predictor rows at depth d.
+depth d, P_d predictor rows at depth d, M_d rows that stand for images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
 from kvpref.prefix.both_ways import Runs, runs_in_rows, segment_runs
+from kvpref.prefix.images import FeatureRun, SegmentRows, feature_rows
+from kvpref.prefix.predictors import find_predictors, scored_offsets, sequence_index
 from kvpref.prefix.tree import PrefixTree, Span, cut_segments
 
 Shape = Literal["rectangle", "causal", "anti_causal"]
@@ -104,12 +106,18 @@ class Level(LevelSegments):
         predictor_rows: (P_d,) rows whose hidden state predicts a scored token; a row that predicts the first
             tokens of several children stands there once per distinct token.
         targets: (P_d,) the token ids they predict.
+        image_rows: (M_d,) rows that stand for images.
+        image_index: (M_d,) the rows of the table of features that stand there.
+        holders: (S_d,) per segment, a sequence that holds it.
     """
 
     input_ids: tuple[int, ...]
     position_ids: tuple[int, ...]
     predictor_rows: tuple[int, ...]
     targets: tuple[int, ...]
+    image_rows: tuple[int, ...]
+    image_index: tuple[int, ...]
+    holders: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +175,10 @@ def build_levels(tree: PrefixTree, spans: AbstractSequence[Runs] | None = None) 
 
 
 def build_layout(
-    tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]], spans: AbstractSequence[Runs] | None = None
+    tree: PrefixTree,
+    scored: AbstractSequence[AbstractSequence[bool]],
+    spans: AbstractSequence[Runs] | None = None,
+    images: AbstractSequence[AbstractSequence[FeatureRun]] = (),
 ) -> LevelLayout:
     """Lay out `tree` by levels, with the rows that predict scored tokens.
 
@@ -178,23 +189,40 @@ def build_layout(
             predicts nothing (its target is 0).
         spans: Per sequence the runs of its tokens that may see one another in both directions, as positions
             [first, stop); None for none.
+        images: Per sequence, where features of images stand; empty where there are none.
 
     Raises:
         ValueError: If a run does not stand inside one segment.
     """
     bare = build_levels(tree, spans)
-    predictors, slots = _predictors(tree, first_rows(bare), _scored_offsets(tree, scored), num_levels=len(bare))
-    token_index, cu_seqlens = _sequence_index(tree, scored, slots)
+    holders = tree.holders()
+    rows_of = feature_rows(tree, holders, images)
+    predictors, slots = find_predictors(tree, first_rows(bare), scored_offsets(tree, scored), num_levels=len(bare))
+    token_index, cu_seqlens = sequence_index(tree, scored, slots)
     return LevelLayout(
-        levels=tuple(_with_tokens(tree, level, pairs) for level, pairs in zip(bare, predictors, strict=True)),
+        levels=tuple(
+            _with_tokens(tree, level, pairs, holders, rows_of) for level, pairs in zip(bare, predictors, strict=True)
+        ),
         token_index=token_index,
         cu_seqlens=cu_seqlens,
-        max_position=max(_end(tree, path[-1]) for path in tree.paths) - 1,
+        max_position=max(tree.end(path[-1]) for path in tree.paths) - 1,
     )
 
 
-def _with_tokens(tree: PrefixTree, level: LevelSegments, predictors: list[tuple[int, int]]) -> Level:
+def _with_tokens(
+    tree: PrefixTree,
+    level: LevelSegments,
+    predictors: list[tuple[int, int]],
+    holders: tuple[int, ...],
+    rows_of: Mapping[int, SegmentRows],
+) -> Level:
     segments = [tree.segments[index] for index in level.segments]
+    starts = level.self_block.cu_seqlens_q
+    images = [
+        (start + offset, row)
+        for index, start in zip(level.segments, starts, strict=False)  # and the end
+        for offset, row in rows_of.get(index, ())
+    ]
     return Level(
         **vars(level),
         input_ids=tuple(token for segment in segments for token in segment.input_ids),
@@ -203,6 +231,9 @@ def _with_tokens(tree: PrefixTree, level: LevelSegments, predictors: list[tuple[
         ),
         predictor_rows=tuple(row for row, _ in predictors),
         targets=tuple(target for _, target in predictors),
+        image_rows=tuple(row for row, _ in images),
+        image_index=tuple(index for _, index in images),
+        holders=tuple(holders[index] for index in level.segments),
     )
 
 
@@ -217,7 +248,7 @@ def first_rows(levels: AbstractSequence[LevelSegments]) -> dict[int, int]:
 
 def prompt_segments(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> set[int]:
     """Segments up to whose end none of the sequences that hold them scores a token."""
-    return {index for index, first in _first_scored(tree, scored).items() if first >= _end(tree, index)}
+    return {index for index, first in _first_scored(tree, scored).items() if first >= tree.end(index)}
 
 
 def cut_prompts(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> PrefixTree:
@@ -236,62 +267,5 @@ def _first_scored(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bo
     return found
 
 
-def _end(tree: PrefixTree, index: int) -> int:
-    return tree.segments[index].start + len(tree.segments[index])
-
-
 def _offsets(lengths: AbstractSequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(lengths, initial=0))
-
-
-def _flagged(tree: PrefixTree, path: tuple[int, ...], flags: AbstractSequence[bool]) -> Iterator[tuple[int, int]]:
-    """The (segment, offset) of each flagged token of a sequence; the offset after the last asks for the end."""
-    for index in path:
-        start = tree.segments[index].start
-        stop = len(flags) if index == path[-1] else _end(tree, index)
-        yield from ((index, offset) for offset, flag in enumerate(flags[start:stop]) if flag)
-
-
-def _scored_offsets(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> list[set[int]]:
-    """Per segment, the offsets of the tokens that at least one sequence scores."""
-    wanted: list[set[int]] = [set() for _ in tree.segments]
-    for path, flags in zip(tree.paths, scored, strict=True):
-        for index, offset in _flagged(tree, path, flags):
-            wanted[index].add(offset)
-    return wanted
-
-
-def _predictors(
-    tree: PrefixTree, rows: dict[int, int], wanted: list[set[int]], num_levels: int
-) -> tuple[list[list[tuple[int, int]]], dict[tuple[int, int], int]]:
-    """Find the row that predicts each scored token.
-
-    Returns:
-        Per level the (row, target) pairs, and for every scored (segment, offset) its index in the concatenation of
-        all levels' pairs.
-    """
-    pairs: list[list[tuple[int, int]]] = [[] for _ in range(num_levels)]
-    places: dict[tuple[int, int], tuple[int, int]] = {}
-    for index, segment in enumerate(tree.segments):
-        for offset in sorted(wanted[index]):
-            depth, row = segment.depth, rows[index] + offset - 1
-            if offset == 0:
-                # A segment's first token is predicted by its parent's last token, which ran in an earlier pass.
-                assert segment.parent is not None, "the first token of a sequence cannot be scored"
-                parent = tree.segments[segment.parent]
-                depth, row = parent.depth, rows[segment.parent] + len(parent) - 1
-            places[index, offset] = (depth, len(pairs[depth]))
-            pairs[depth].append((row, segment.input_ids[offset] if offset < len(segment) else 0))
-    bases = _offsets([len(level) for level in pairs])
-    return pairs, {key: bases[depth] + slot for key, (depth, slot) in places.items()}
-
-
-def _sequence_index(
-    tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]], slots: dict[tuple[int, int], int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    token_index: list[int] = []
-    cu_seqlens = [0]
-    for path, flags in zip(tree.paths, scored, strict=True):
-        token_index.extend(slots[place] for place in _flagged(tree, path, flags))
-        cu_seqlens.append(len(token_index))
-    return tuple(token_index), tuple(cu_seqlens)

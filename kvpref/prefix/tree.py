@@ -61,13 +61,29 @@ class PrefixTree:
     def num_levels(self) -> int:
         return 1 + max(segment.depth for segment in self.segments)
 
+    def end(self, index: int) -> int:
+        """Position after the last token of a segment."""
+        return self.segments[index].start + len(self.segments[index])
+
+    def holders(self) -> tuple[int, ...]:
+        """Per segment, the first sequence that holds it."""
+        found: dict[int, int] = {}
+        for number, path in enumerate(self.paths):
+            for index in path:
+                found.setdefault(index, number)
+        return tuple(found[index] for index in range(len(self.segments)))
+
     def sequence(self, index: int) -> TokenIds:
         """The tokens of sequence `index`, put together again from its path."""
         return tuple(token for segment in self.paths[index] for token in self.segments[segment].input_ids)
 
 
 def build_tree(
-    sequences: AbstractSequence[TokenIds], *, min_shared_tokens: int = 1, max_depth: int | None = None
+    sequences: AbstractSequence[TokenIds],
+    *,
+    min_shared_tokens: int = 1,
+    max_depth: int | None = None,
+    keys: AbstractSequence[TokenIds] | None = None,
 ) -> PrefixTree:
     """Build the prefix tree that stores the fewest tokens under the two limits.
 
@@ -76,6 +92,8 @@ def build_tree(
         min_shared_tokens: A segment with children must hold at least this many tokens; shorter shared runs are
             repeated in each child, because a pass of its own would cost more than it saves.
         max_depth: Depth of the deepest segment: 1 allows prompts and responses, None any depth.
+        keys: Per sequence, one id per token that is compared in place of the token's, where equal tokens may stand for
+            different things.
 
     Raises:
         ValueError: If a limit is out of range, there are no sequences, or one is empty.
@@ -85,7 +103,7 @@ def build_tree(
     if max_depth is not None and max_depth < 0:
         raise ValueError(f"max_depth must be None or at least 0; got {max_depth}")
     _check_sequences(sequences)
-    root = _radix_tree(sequences)
+    root = _radix_tree(sequences if keys is None else keys)
     kept = _choose_segments(root, min_shared_tokens, max_depth)
     return _emit(root, kept, sequences)
 

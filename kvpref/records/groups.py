@@ -10,6 +10,8 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvpref.records.images import PlacedImage, check_places, own_ids, placeholder_ids
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -19,18 +21,27 @@ class Sequence:
         input_ids: Token ids of prompt and response together, at least one.
         scored: One flag per token: does its log-prob count in the loss? The first token has no predictor, so its
             flag must be False.
+        images: Those in the prompt, in order of position.
 
     Raises:
-        ValueError: If the lengths differ, there are no tokens, or the first token is scored.
+        ValueError: If the lengths differ, there are no tokens, the first token is scored, or images do not stand over
+            their placeholders.
     """
 
     input_ids: tuple[int, ...]
     scored: tuple[bool, ...]
+    images: tuple[PlacedImage, ...]
 
-    def __init__(self, input_ids: AbstractSequence[int], scored: AbstractSequence[bool]) -> None:
+    def __init__(
+        self,
+        input_ids: AbstractSequence[int],
+        scored: AbstractSequence[bool],
+        images: AbstractSequence[PlacedImage] = (),
+    ) -> None:
         # Frozen dataclass with normalising constructor: lists are accepted, tuples are kept.
         object.__setattr__(self, "input_ids", tuple(input_ids))
         object.__setattr__(self, "scored", tuple(scored))
+        object.__setattr__(self, "images", tuple(images))
         if not self.input_ids:
             raise ValueError("a Sequence needs at least one token; got an empty input_ids")
         if len(self.input_ids) != len(self.scored):
@@ -42,9 +53,32 @@ class Sequence:
                 "the first token of a Sequence cannot be scored, because no token before it predicts it; "
                 "put a BOS token before an empty prompt"
             )
+        check_places(self.images, self.input_ids, self.scored)
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def tree_ids(self) -> tuple[int, ...]:
+        """What is compared to find shared prefixes: the token ids, with ids of its own for each image's placeholders.
+
+        Those are negative, hold in this process only, and are equal just where images have equal keys.
+        """
+        if not self.images:
+            return self.input_ids
+        ids = list(self.input_ids)
+        for image, runs in self.images:
+            own = iter(placeholder_ids(image))
+            for first, stop in runs:
+                ids[first:stop] = [next(own) for _ in range(first, stop)]
+        return tuple(ids)
+
+    @property
+    def whole_prompt_ids(self) -> tuple[int, ...]:
+        """`tree_ids` under which prompts, the tokens before the first scored one, are equal as wholes or nowhere."""
+        ids = self.tree_ids
+        stop = self.scored.index(True) if True in self.scored else len(ids)
+        return own_ids(("prompt", ids[:stop]), stop) + ids[stop:]
 
     @classmethod
     def from_prompt_and_response(

@@ -177,7 +177,8 @@ class PrefixCache(Cache):
         return 0 < self.num_passes <= len(plan.passes) and all(
             held is own
             or (
-                torch.equal(held.input_ids, own.input_ids)
+                not held.image_rows.numel()  # tokens do not tell images apart
+                and torch.equal(held.input_ids, own.input_ids)
                 and torch.equal(held.position_ids, own.position_ids)
                 and torch.equal(held.predictor_rows, own.predictor_rows)
             )

@@ -18,7 +18,7 @@ from kvpref.losses import PreferenceLoss, make_loss
 from kvpref.models.checkpointing import CHECKPOINTS
 from kvpref.models.precision import device_has_bf16
 from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 from kvpref.ranks import check_all_joined, check_start
 from kvpref.training.argument_checks import check_arguments, check_sharding
 from kvpref.training.defaults import AUTO, check_token_budget

@@ -12,7 +12,7 @@ import pytest
 from command_line import environment
 from command_line_in_process import fail
 
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LENGTHS = ("--prompt-tokens", 4096, "--response-tokens", 512, "--num-responses", 16)

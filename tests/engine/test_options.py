@@ -19,7 +19,7 @@ import kvpref
 from kvpref import InputError, UnsupportedModelError
 from kvpref.engine.options import DEFAULT_MAX_TOKENS_PER_CHUNK, EngineOptions
 from kvpref.parallel.ddp import local_module, synchronise_gradients
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "lazy"}, "unknown schedule 'lazy'; choose from: full, bounded"),

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 import kvpref
 from kvpref import Batch, Group, LossOutput, ResponseRewards, Sequence
 from kvpref.engine.passes import response_rewards
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 
 REWARD_FAMILIES = tuple(name for name in FAMILIES if name != "granite")  # transformers has no reward model of it
 TOLERANCE = 1e-10  # float64 sums in another order; 1e-14 measured

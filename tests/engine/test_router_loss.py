@@ -19,7 +19,7 @@ import kvpref
 from kvpref import Batch, Group, InputError, UnsupportedModelError
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.schedules import forward_backward_step
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 from kvpref.plan.step import join_batches
 
 COEFFICIENT = 0.7  # as large as the rest, or a wrong gradient would hide

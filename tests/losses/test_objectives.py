@@ -18,7 +18,7 @@ import kvpref
 from kvpref import Batch, Group, LossOutput, ResponseLogps, Sequence
 from kvpref.engine.reads import reads_of
 from kvpref.losses import LOSSES, PreferenceLoss, make_loss
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 
 TOLERANCE = 1e-10  # float64 sums in another order; 1e-14 measured
 

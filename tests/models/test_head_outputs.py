@@ -18,7 +18,7 @@ import kvpref
 from kvpref import Batch, Group, HeadOptions, LossOutput, ResponseLogps
 from kvpref.models import own_head
 from kvpref.models.head_form import head_form
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 from kvpref.records.outputs import WITHOUT_GRAD
 
 TOLERANCE = 1e-10  # float64 sums in another order; 1e-14 measured

@@ -14,7 +14,7 @@ import kvpref
 from kvpref.models.shape import model_shape
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
 from kvpref.plan.flops import AttentionShape, Flops, ModelShape, Work, count_work, total_work
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 from kvpref.prefix.levels import VarlenLayout
 from kvpref.prefix.rules import CAUSAL, Rule
 

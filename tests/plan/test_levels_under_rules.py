@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 
 from kvpref.integrations.shared_prefix.padded_rows import PaddedRows, share_rows
 from kvpref.plan.chunks import build_step_chunks
-from kvpref.plan.passes import PassPlan, build_plan
+from kvpref.plan.modes import build_plan
+from kvpref.plan.passes import PassPlan
 from kvpref.prefix.rules import CAUSAL, Rule
 from kvpref.prefix.tree import build_tree
 from kvpref.records.groups import Sequence

@@ -8,8 +8,8 @@ import pytest
 from sample_groups import SCENARIOS
 
 import kvpref
+from kvpref.plan.modes import MODES
 from kvpref.plan.occurrences import pass_counts
-from kvpref.plan.passes import MODES
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from token_lists import scored_token_lists
 
-from kvpref.plan.passes import MODES, ModePlan, build_plan
+from kvpref.plan.modes import MODES, build_plan
+from kvpref.plan.passes import ModePlan
 from kvpref.prefix.tree import build_tree
 from kvpref.records.groups import Sequence
 from kvpref.records.tensor_fields import tensors_to

@@ -18,7 +18,7 @@ from kvpref.integrations.trl.refusals import refuse_unsupported
 from kvpref.integrations.trl.replacements import without_replaced
 from kvpref.integrations.trl.setup import Setup
 from kvpref.models.support import unwrap
-from kvpref.plan.passes import MODES
+from kvpref.plan.modes import MODES
 from kvpref.training.arguments import check_processes
 
 

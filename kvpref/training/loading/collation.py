@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from kvpref.data import MicroBatch, PreferenceDataset, RankStep
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
-from kvpref.plan.batch import collate
+from kvpref.plan.batch import ImageInputs, collate
 from kvpref.plan.passes import Reads
 from kvpref.plan.step import Step
 from kvpref.training.arguments import PreferenceTrainingArguments
@@ -73,6 +73,9 @@ class StepDataset(Dataset[MicroBatchInputs]):
 
     def _collate_step(self, step: tuple[MicroBatch, ...]) -> StepInputs:
         micro_batches = tuple(self[micro_batch] for micro_batch in step)
+        images: dict[str, ImageInputs] = {}
+        for item in micro_batches:
+            images.update(item.batch.image_inputs(images))
         joined: tuple[Step, ...] = ()
         if self.options.runs_chunks:
             joined = join_micro_batches([item.batch for item in micro_batches], self.options, shares=self.shares)

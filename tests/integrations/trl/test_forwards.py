@@ -15,7 +15,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head  # noqa: E4
 from kvpref import InputError  # noqa: E402
 from kvpref.integrations.trl.forwards import add_shared_prompt_head  # noqa: E402
 from kvpref.integrations.trl.padded import PaddedRows  # noqa: E402
-from kvpref.plan.passes import MODES  # noqa: E402
+from kvpref.plan.modes import MODES  # noqa: E402
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # TRL computes logits in fp32; sums in another order.

@@ -1,0 +1,105 @@
+"""Images in prompts: what stands for them in a sequence's tokens, and how their tower's inputs are had.
+
+No pixels here: a sequence names its images, and whoever runs their tower reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """One image as a model's vision tower reads it.
+
+    Where a processor treats the images of a prompt together (their number changes how each is cut into tiles, say), all
+    of them are one `Image`.
+
+    Args:
+        key: Digest of its content and of all that changes how it is processed: two images with equal keys have equal
+            features, and prompts share them.
+        token_id: Its placeholders among the token ids.
+        num_tokens: Its placeholders, at least one; in order, each is one row of its features.
+        read: Makes its tower's inputs, name -> tensor on the CPU, as the model's processor makes them for this image
+            alone; called when a batch is collated. Has to be picklable where data workers collate.
+
+    Raises:
+        ValueError: If there are no placeholders, or more than 2**24.
+    """
+
+    key: str
+    token_id: int
+    num_tokens: int
+    read: Callable[[], Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_tokens < 1 << _OFFSET_BITS:
+            raise ValueError(f"image {self.key!r} has {self.num_tokens} placeholders; it needs at least one")
+
+
+class PlacedImage(NamedTuple):
+    """An image in a sequence.
+
+    Attributes:
+        image: The image.
+        runs: Where its placeholders stand: [first, stop) runs of positions, in order, `image.num_tokens` in all.
+    """
+
+    image: Image
+    runs: tuple[tuple[int, int], ...]
+
+
+def check_places(images: AbstractSequence[PlacedImage], input_ids: tuple[int, ...], scored: tuple[bool, ...]) -> None:
+    """Check that images stand in order, each over its own placeholders, and that none of these is scored.
+
+    Raises:
+        ValueError: Naming the image.
+    """
+    end = 0
+    for image, runs in images:
+        num_tokens = sum(stop - first for first, stop in runs)
+        if num_tokens != image.num_tokens:
+            raise ValueError(f"image {image.key!r} has {image.num_tokens} placeholders, and its runs {num_tokens}")
+        for first, stop in runs:
+            if first < end or stop <= first or stop > len(input_ids):
+                raise ValueError(f"image {image.key!r}: run [{first}, {stop}) is empty, out of order or out of range")
+            if any(token != image.token_id for token in input_ids[first:stop]):
+                raise ValueError(
+                    f"image {image.key!r}: a token in [{first}, {stop}) is not placeholder {image.token_id}"
+                )
+            if any(scored[first:stop]):
+                raise ValueError(
+                    f"image {image.key!r}: placeholders in [{first}, {stop}) are scored; no loss reads them"
+                )
+            end = stop
+
+
+def unique_images(images: Iterable[Image]) -> tuple[Image, ...]:
+    """One of those with equal keys, in order of first appearance."""
+    found: dict[str, Image] = {}
+    for image in images:
+        known = found.setdefault(image.key, image)
+        if known.num_tokens != image.num_tokens:
+            raise ValueError(
+                f"image {image.key!r} has {known.num_tokens} placeholders in one place, {image.num_tokens} in another"
+            )
+    return tuple(found.values())
+
+
+def placeholder_ids(image: Image) -> tuple[int, ...]:
+    """What tells this image's placeholders from all tokens and from all other images': negative, (num_tokens,)."""
+    return own_ids(("image", image.key), image.num_tokens)
+
+
+def own_ids(key: tuple[Any, ...], num_tokens: int) -> tuple[int, ...]:
+    """Negative ids that belong to `key` alone in this process, the same whenever it is asked for; (num_tokens,)."""
+    number = _numbers.setdefault(key, len(_numbers))
+    first = -1 - (number << _OFFSET_BITS)
+    return tuple(range(first, first - num_tokens, -1))
+
+
+_OFFSET_BITS = 24
+_numbers: dict[tuple[Any, ...], int] = {}
