@@ -31,7 +31,7 @@ def tiny_config(name: str) -> PreTrainedConfig:
     """The config of a registry entry or of one of its variants."""
     entry = name.partition(":")[0]
     changes = {**SETTINGS.get(entry, {}), **VARIANTS.get(name, {})}
-    config = _shrunk(CONFIG_MAPPING[entry], changes)
+    config = shrunk(CONFIG_MAPPING[entry], changes)
     config._attn_implementation = "eager"
     return config
 
@@ -56,7 +56,7 @@ def build(name: str) -> PreTrainedModel:
             raise ValueError(f"{num_weights} weights: the census knows too few of its sizes")
         torch.manual_seed(0)
         model = make(config, dtype=torch.float32)
-    _randomise(model)
+    randomise(model)
     built: PreTrainedModel = model.eval()
     return built
 
@@ -74,7 +74,7 @@ def _without_towers(name: str) -> Any:
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel) -> None:
     torch.manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape)
@@ -89,18 +89,19 @@ def _randomise(model: PreTrainedModel) -> None:
             buffer.copy_(0.1 * torch.randn(buffer.shape))
 
 
-def _shrunk(kind: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrainedConfig:
+def shrunk(kind: type[PreTrainedConfig], changes: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES) -> PreTrainedConfig:
     """A config whose sizes are those of `SIZES`, its sub-configs likewise.
 
     Args:
         kind: The config class.
         changes: Attributes of the config itself; those of a sub-config go under its name.
+        sizes: By the name of the attribute, which takes it wherever it is one.
     """
     defaults = _defaults(kind, changes)
-    values: dict[str, Any] = {name: size for name, size in SIZES.items() if name in defaults}
+    values: dict[str, Any] = {name: size for name, size in sizes.items() if name in defaults}
     values.update({name: 0.0 for name, value in defaults.items() if _is_random(name, value)})
     if "kv_lora_rank" in defaults:  # latent attention: a key head per head, and head_dim is the rotated part
-        values.update(num_key_value_heads=SIZES["num_attention_heads"], head_dim=SIZES["qk_rope_head_dim"])
+        values.update(num_key_value_heads=sizes["num_attention_heads"], head_dim=sizes["qk_rope_head_dim"])
     if "is_decoder" in defaults:
         values["is_decoder"] = True
     values.update(_layers(defaults, changes))
@@ -109,7 +110,7 @@ def _shrunk(kind: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrai
         sub_changes = own.pop(part, {})
         if part_kind is AutoConfig:
             part_kind = CONFIG_MAPPING[defaults[part]["model_type"]]
-        values[part] = sub_changes if sub_changes is None else _arguments(_shrunk(part_kind, sub_changes))
+        values[part] = sub_changes if sub_changes is None else _arguments(shrunk(part_kind, sub_changes, sizes))
     values.update(own)
     return kind(**values)
 
