@@ -1,8 +1,9 @@
-"""Which causal language models of transformers does kvpref run exactly? Tiny random models, all of the registry.
+"""Which language models of transformers does kvpref run exactly? Tiny random models, all of the registry.
 
     python benchmarks/census.py                         # every entry and variant
     python benchmarks/census.py --models llama gpt_oss  # some
     python benchmarks/census.py --modes two_pass --json out.json
+    python benchmarks/census.py --task image            # models that are given images
 
 Prints one JSON line per model, verdict exact, refused (with the reason), wrong (with the errors), error or not built,
 and the counts at the end. Each model runs in a process of its own, forked from one that has imported torch.
@@ -25,14 +26,20 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 MODES = ("two_pass", "one_pass", "packed", "bounded", "padded")
 _MEMORY_BYTES = 8 * 2**30
+_REGISTRIES = {
+    "text": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "image": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
 
 
 def main() -> None:
     args = _parsed()
     from census_variants import VARIANTS
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ENTRIES
+    from transformers.models.auto import modeling_auto
 
-    names = args.models or [*ENTRIES, *(name for name in VARIANTS if name.partition(":")[0] in ENTRIES)]
+    entries = getattr(modeling_auto, _REGISTRIES[args.task])
+    variants = VARIANTS if args.task == "text" else {}
+    names = args.models or [*entries, *(name for name in variants if name.partition(":")[0] in entries)]
     if args.variants:
         names += [name for name in VARIANTS if name.partition(":")[0] in names]
     # The server that is forked from imports torch once; Python 3.11 does not hand it this one's sys.path.
@@ -56,7 +63,7 @@ def main() -> None:
 def _run(context: Any, name: str, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_check, args=(name, tuple(args.modes), args.unlisted, sending))
+    process = context.Process(target=_check, args=(name, args.task, tuple(args.modes), args.unlisted, sending))
     process.start()
     sending.close()
     row: dict[str, Any] = {"model": name, "verdict": "error"}
@@ -70,17 +77,18 @@ def _run(context: Any, name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _check(name: str, modes: tuple[str, ...], unlisted: bool, results: Connection) -> None:
+def _check(name: str, task: str, modes: tuple[str, ...], unlisted: bool, results: Connection) -> None:
     import resource
 
     import torch
     from census_check import check
+    from census_images import subject
     from transformers.utils import logging
 
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    results.send(check(name, modes, unlisted=unlisted))
+    results.send(check(name, modes, unlisted=unlisted, subject=subject if task == "image" else None))
 
 
 def _document(rows: list[dict[str, Any]], counts: Counter[str]) -> str:
@@ -109,6 +117,7 @@ def _versions() -> dict[str, str]:
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", metavar="NAME", help="registry entries or variants; all if left out")
+    parser.add_argument("--task", choices=tuple(_REGISTRIES), default="text", help="what the models are given")
     parser.add_argument("--variants", action="store_true", help="with --models: their variants too")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--unlisted", action="store_true", help="set the list of refused families aside")

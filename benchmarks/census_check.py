@@ -30,6 +30,22 @@ _FLOOR = 1e-3
 _LEAST_MOVE = 1e-3
 
 
+class Subject(NamedTuple):
+    """A model to look at, and what its own forward makes of some groups.
+
+    Attributes:
+        model: In evaluation mode.
+        groups: What the engine is given.
+        logps: Log-probs of the groups' scored tokens in a model's own forward, in the graph.
+        prompt_moves: How far another prompt moves the log-probs of a response.
+    """
+
+    model: PreTrainedModel
+    groups: list[kvpref.Group]
+    logps: Callable[[PreTrainedModel], torch.Tensor]
+    prompt_moves: float
+
+
 class Gradients(NamedTuple):
     """What one run gives; gradients by name, None where there is none."""
 
@@ -37,30 +53,32 @@ class Gradients(NamedTuple):
     grads: dict[str, torch.Tensor | None]
 
 
-def check(name: str, modes: tuple[str, ...], *, unlisted: bool = False) -> dict[str, Any]:
+def check(
+    name: str, modes: tuple[str, ...], *, unlisted: bool = False, subject: Callable[[str], Subject] | None = None
+) -> dict[str, Any]:
     """One line of the census.
 
     Args:
         name: Registry entry, or variant of one.
         modes: Those of `MODES` to run.
         unlisted: Set the list of refused families aside.
+        subject: Builds what is looked at; a model given text if None.
     """
     warnings.filterwarnings("ignore")
     row: dict[str, Any] = {"model": name}
     try:
-        model = build(name)
-        row["class"] = type(model).__name__
-        groups = _groups()
-        truth = _naive(model, groups)
-        row["prompt_moves"] = _prompt_moves(model, groups)
+        made = (subject or _subject)(name)
+        row["class"] = type(made.model).__name__
+        truth = _naive(made, made.model)
+        row["prompt_moves"] = made.prompt_moves
     except Exception as error:
         return _not_built(row, _told(error))
     row["no_gradient"] = [name for name, grad in truth.grads.items() if grad is None or not grad.norm()]
     if not bool(torch.isfinite(truth.logps).all()) or row["prompt_moves"] < _LEAST_MOVE:
         return _not_built(row, "the prompt does not matter, or logits are not finite")
     if unlisted:
-        _let_in(model)
-    row["runs"] = _runs(model, groups, truth, modes)
+        _let_in(made.model)
+    row["runs"] = _runs(made, truth, modes)
     return {**row, **_verdict(row["runs"])}
 
 
@@ -82,11 +100,20 @@ def _let_in(model: PreTrainedModel) -> None:
         families.FAMILIES.setdefault(config.model_type, families.Family())
 
 
-def _runs(
-    model: PreTrainedModel, groups: list[kvpref.Group], truth: Gradients, modes: tuple[str, ...]
-) -> dict[str, Any]:
+def _subject(name: str) -> Subject:
+    """A model given text."""
+    model, groups = build(name), _groups()
+
+    def logps(model: PreTrainedModel) -> torch.Tensor:
+        return torch.cat([_token_logps(model, sequence) for group in groups for sequence in group.sequences])
+
+    return Subject(model, groups, logps, _prompt_moves(model, groups))
+
+
+def _runs(made: Subject, truth: Gradients, modes: tuple[str, ...]) -> dict[str, Any]:
     """By ``mode/checkpoint/dtype``, how it went."""
     runs: dict[str, Any] = {}
+    model, groups = made.model, made.groups
     try:
         attached = kvpref.attach(copy.deepcopy(model).train(_trains(model)))
     except Exception as error:
@@ -97,7 +124,7 @@ def _runs(
             runs[f"{mode}/{checkpoint}/fp32"] = _compared(engine, truth, torch.float32)
     double = copy.deepcopy(model).double()
     try:
-        truth = _naive(double, groups)
+        truth = _naive(made, double)
     except Exception as error:
         runs["fp64"] = {"is": "does not run", "reason": _told(error)}
         return runs
@@ -159,9 +186,9 @@ def _engine(model: PreTrainedModel, groups: list[kvpref.Group], mode: str, check
     return Gradients(seen[0], _grads_of(model))
 
 
-def _naive(model: PreTrainedModel, groups: list[kvpref.Group]) -> Gradients:
+def _naive(made: Subject, model: PreTrainedModel) -> Gradients:
     model.zero_grad(set_to_none=True)
-    logps = torch.cat([_token_logps(model, sequence) for group in groups for sequence in group.sequences])
+    logps = made.logps(model)
     (logps * _weights(logps)).sum().backward()
     found = Gradients(logps.detach(), _grads_of(model))
     model.zero_grad(set_to_none=True)

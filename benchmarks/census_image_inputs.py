@@ -52,7 +52,10 @@ def grid_of_patches(vision: Any, size: int, generator: torch.Generator) -> Input
     inputs = grid(vision, size, generator)
     patch = _number(vision, "patch_size")
     num_patches = len(inputs["pixel_values"])
-    return {**inputs, "pixel_values": inputs["pixel_values"][:, : 3 * patch * patch].reshape(num_patches, 3, patch, patch)}
+    return {
+        **inputs,
+        "pixel_values": inputs["pixel_values"][:, : 3 * patch * patch].reshape(num_patches, 3, patch, patch),
+    }
 
 
 def grid_with_merges(vision: Any, size: int, generator: torch.Generator) -> Inputs:

@@ -65,8 +65,6 @@ class ImageFamily:
     """Whether text stands between the placeholders of an image."""
 
 
-
-
 def _mrope(*sections: int, **others: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "mrope_section": [*sections]}
     return {"text_config": {"rope_parameters": {**rope, **others}}}
@@ -106,9 +104,7 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
     "glm_ocr": _grid(4, 2, 2),
     "glmga": _grid(4, 2, 2),
     "got_ocr2": _SQUARE,
-    "granite_docling": ImageFamily(
-        inputs=kinds.chosen_tiles, changes={"vision_config": {"scale_factor": 2}}
-    ),
+    "granite_docling": ImageFamily(inputs=kinds.chosen_tiles, changes={"vision_config": {"scale_factor": 2}}),
     "hunyuan_vl": _grid(2, 2, 2, 2),
     "hyperclovax_vision_v2": ImageFamily(inputs=kinds.grid, changes=_WINDOW),
     "idefics2": ImageFamily(inputs=kinds.masked_tiles, join=1, split=True),
@@ -143,9 +139,7 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
     "mistral3": _PIXTRAL,
     "mistral_large4": _PIXTRAL,
     "muse_glimmer": ImageFamily(inputs=kinds.grid, changes={"out_hidden_size": 128, "projector_hidden_size": 40}),
-    "paddleocr_vl": ImageFamily(
-        inputs=kinds.grid_of_patches, token_types="mm_token_type_ids", changes=_mrope(4, 2, 2)
-    ),
+    "paddleocr_vl": ImageFamily(inputs=kinds.grid_of_patches, token_types="mm_token_type_ids", changes=_mrope(4, 2, 2)),
     "paligemma": ImageFamily(token_types="token_type_ids", response_type=1),
     "qianfan_ocr": _TILES,
     "qwen2_5_vl": _grid(2, 1, 1, vision=_WINDOW["vision_config"]),

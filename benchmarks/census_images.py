@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from census_check import Subject
 from census_image_inputs import Inputs, joined
 from census_image_settings import END, IMAGE, IMAGE_FAMILIES, IMAGE_SIZES, START, ImageFamily
 from census_models import MAX_WEIGHTS, randomise, shrunk
-from census_settings import VOCAB_SIZE
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 import kvpref
@@ -51,7 +51,9 @@ def build_with_tower(name: str) -> PreTrainedModel:
 def feature_rows(model: PreTrainedModel, inputs: Inputs) -> int:
     """How many placeholders an image has."""
     features = getattr(model, "get_image_features", None) or model.model.get_image_features
-    others = {"vision_feature_layer": model.config.vision_feature_layers} if model.config.model_type == "vipllava" else {}
+    others = (
+        {"vision_feature_layer": model.config.vision_feature_layers} if model.config.model_type == "vipllava" else {}
+    )
     with torch.no_grad():
         found = features(**inputs, **others, return_dict=True)
     rows = getattr(found, "pooler_output", found)
@@ -139,3 +141,28 @@ def own_token_logps(model: PreTrainedModel, sequence: kvpref.Sequence, inputs: I
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logps = logits[:-1].log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None]).squeeze(1)
     return logps[torch.tensor(sequence.scored[1:])]
+
+
+def subject(name: str) -> Subject:
+    """A model given images."""
+    if name not in IMAGE_FAMILIES:
+        raise ValueError("the census knows no images for it")
+    model = build_with_tower(name)
+    case = case_with_images(name, model)
+    sequences = [sequence for group in case.groups for sequence in group.sequences]
+
+    def logps(model: PreTrainedModel) -> torch.Tensor:
+        return torch.cat([own_token_logps(model, *pair) for pair in zip(sequences, case.inputs, strict=True)])
+
+    return Subject(model, case.groups, logps, _image_moves(model, case))
+
+
+@torch.no_grad()
+def _image_moves(model: PreTrainedModel, case: Case) -> float:
+    """How far another image moves the log-probs of a response under the same text."""
+    other = sum(len(group) for group in case.groups[:3])
+    moved = [
+        own_token_logps(model, group.sequences[0], case.inputs[index])
+        for group, index in ((case.groups[0], 0), (case.groups[3], other))
+    ]
+    return float(f"{(moved[0] - moved[1]).abs().max().item():.2e}")

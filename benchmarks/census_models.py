@@ -89,7 +89,9 @@ def randomise(model: PreTrainedModel) -> None:
             buffer.copy_(0.1 * torch.randn(buffer.shape))
 
 
-def shrunk(kind: type[PreTrainedConfig], changes: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES) -> PreTrainedConfig:
+def shrunk(
+    kind: type[PreTrainedConfig], changes: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES
+) -> PreTrainedConfig:
     """A config whose sizes are those of `SIZES`, its sub-configs likewise.
 
     Args:

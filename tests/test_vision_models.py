@@ -16,10 +16,6 @@ from vision_models import (
     vision_groups,
 )
 
-import kvpref
-
-pytestmark = pytest.mark.skipif(not hasattr(kvpref, "Image"), reason="this kvpref has no records of images")
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_response_depends_on_the_picture(name: str) -> None:
