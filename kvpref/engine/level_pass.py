@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvpref.models.backbone import max_attention_calls, run_backbone
+from kvpref.models.both_ways import both_ways_of
 from kvpref.models.experts import RouterTally
 from kvpref.models.participation import check_all_took_part
 from kvpref.models.recomputation import recomputed_within
@@ -51,6 +52,7 @@ def run_level_pass(
         num_positions=num_positions,
         backend=backend,
         keep=keep,
+        both_ways=both_ways_of(model.config),
     )
     with long_frequencies(model, num_positions), bind_pass(running), recomputed_within(model, running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.

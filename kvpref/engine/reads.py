@@ -1,10 +1,11 @@
-"""Which hidden states of a model a loss reads."""
+"""Which hidden states of a model a loss reads, and which tokens the model lets see one another in both directions."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from kvpref.errors import InputError
+from kvpref.models.both_ways import both_ways_of
 from kvpref.models.output_layer import is_reward_model
 from kvpref.models.positions import check_tokens
 from kvpref.models.rotary import check_lengths
@@ -44,4 +45,8 @@ def reads_of(model: nn.Module, reads: str) -> Reads:
         )
     # Configs of several parts keep it with the text's.
     pad_token_id = getattr(inner.config.get_text_config(), "pad_token_id", None)
-    return Reads(kind=reads, pad_token_id=pad_token_id if reads == "ends" else None)
+    return Reads(
+        kind=reads,
+        pad_token_id=pad_token_id if reads == "ends" else None,
+        spans=both_ways_of(inner.config).spans,
+    )

@@ -108,7 +108,8 @@ def forward_backward_step(
     """
     _check_router_loss(model, options)
     limit = options.chunk_tokens
-    if step.prefix_grad != options.prefix_grad or (limit is not None and step.chunks.max_chunk_tokens > limit):
+    too_long = limit is not None and step.chunks.max_chunk_tokens > max(limit, step.chunks.longest_span)
+    if step.prefix_grad != options.prefix_grad or too_long:
         raise InputError(
             f"the step was joined with prefix_grad={step.prefix_grad} and chunks of up to "
             f"{step.chunks.max_chunk_tokens} tokens; join it again with prefix_grad={options.prefix_grad} and "

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpref.errors import UnsupportedModelError
+from kvpref.models.both_ways import padded_mask_arguments
 from kvpref.models.masks import MaskFunction, read_rule
 from kvpref.models.running_pass import LayersPass, RunningPass, current_pass
 from kvpref.models.temperature import at_positions
@@ -70,10 +71,11 @@ def mask_function(
     """The running pass under the rule of the layers that ask; outside a pass, the `ordinary` mask."""
     running = current_pass()
     if running is None:
-        return ordinary(*args, **kwargs)
+        return ordinary(*args, **padded_mask_arguments(kwargs))
     model_mask: MaskFunction = kwargs.get("mask_function", causal_mask_function)
     try:
-        return LayersPass(running, read_rule(model_mask, running.num_positions))
+        rule = read_rule(model_mask, running.num_positions)
+        return LayersPass(running, running.both_ways.applied(rule, model_mask))
     except UnsupportedModelError as error:
         return _Refused(running, error)
 

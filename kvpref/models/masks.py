@@ -60,6 +60,11 @@ def read_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
         ) from error
 
 
+def is_causal(mask_function: MaskFunction) -> bool:
+    """Whether a mask function is transformers' own of layers that see all earlier tokens."""
+    return _unpacked(mask_function) is cast(MaskFunction, causal_mask_function)
+
+
 def _known_rule(mask_function: MaskFunction, num_positions: int) -> Rule | None:
     """The causal, window or chunk rule that all probed rows follow."""
     sees_first = _visible(mask_function, torch.arange(num_positions), torch.tensor(0), num_positions)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kvpref.errors import UnsupportedModelError
+from kvpref.models.both_ways import NOWHERE, BothWays
 from kvpref.models.mixers.passes import PassMixers
 from kvpref.models.record import AttentionCall, is_recording, note_call
 from kvpref.ops.attention import AttentionParams, CascadePlan, cascade_attention
@@ -27,6 +28,7 @@ class RunningPass:
     Opaque to pytrees on purpose: FSDP maps over keyword arguments and would copy a list or a dict per layer.
 
     Attributes:
+        both_ways: Which of its tokens see later ones.
         mixers: What its recurrent and convolution layers begin with, and leave.
 
     Args:
@@ -36,11 +38,22 @@ class RunningPass:
         num_positions: Length of the longest sequence in the batch, in tokens.
         backend: Name of the attention backend, or ``auto``.
         keep: Whether later passes will read this pass's keys and values.
+        both_ways: Which tokens of the model see later ones.
     """
 
     def __init__(
-        self, plan: PassPlan, key_values: KeyValues, *, max_calls: int, num_positions: int, backend: str, keep: bool
+        self,
+        plan: PassPlan,
+        key_values: KeyValues,
+        *,
+        max_calls: int,
+        num_positions: int,
+        backend: str,
+        keep: bool,
+        both_ways: BothWays = NOWHERE,
     ) -> None:
+        has_spans = any(layout.spans for layout in plan.layouts)
+        self.both_ways = both_ways if has_spans else NOWHERE
         self.plan, self.num_positions, self.backend, self.keep = plan, num_positions, backend, keep
         self._key_values = key_values
         self.mixers = PassMixers(plan.segments, key_values.recurrent.before())

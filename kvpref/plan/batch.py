@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -193,7 +193,11 @@ class Batch:
         if reads == self.reads:
             return self
         if self._other is None or self._other.reads != reads:
-            self._other = Batch(self.groups, self.tree, self.device, self.sharing, reads)
+            sharing, tree = self.sharing, self.tree
+            if reads.spans == "prompts" and not sharing.whole_prompts:
+                sharing = replace(sharing, whole_prompts=True)
+                tree = sharing.tree(self.sequences)
+            self._other = Batch(self.groups, tree, self.device, sharing, reads)
             self._other._made, self._other._image_inputs = self._made, self._image_inputs
         return self._other
 
@@ -251,6 +255,7 @@ def collate(
     if not groups:
         raise ValueError("collate needs at least one group; got none")
     sequences = [sequence for group in groups for sequence in group.sequences]
+    whole_prompts = whole_prompts or (reads is not None and reads.spans == "prompts")
     sharing = Sharing(min_shared_tokens=min_shared_tokens, max_depth=max_depth, whole_prompts=whole_prompts)
     batch = Batch(groups, sharing.tree(sequences), device, sharing, reads)
     for mode in modes:

@@ -97,6 +97,7 @@ class StepChunks:
         slab_states: States of each slab.
         num_logps: U.
         max_sequence_tokens: Length of the longest sequence.
+        longest_span: Tokens of the longest run that is not cut, because its tokens see later ones; 0 if there is none.
         images: Whose features are the rows of the table that its passes read, in order; each image once.
     """
 
@@ -107,6 +108,7 @@ class StepChunks:
     num_logps: int
     max_sequence_tokens: int
     images: tuple[Image, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
+    longest_span: int = 0
 
     @property
     def all(self) -> tuple[ChunkPlan, ...]:
@@ -139,7 +141,8 @@ def build_step_chunks(
     Args:
         micro_batches: The sequences of each.
         tree: Over all of them, micro-batch after micro-batch.
-        max_tokens: Most tokens of a chunk; None for one chunk per depth.
+        max_tokens: Most tokens of a chunk; None for one chunk per depth. A run of tokens that see one another in both
+            directions is never cut, however long it is.
         prefix_grad: False gives prompts, the tokens before the first scored one, chunks of their own, because they
             get no gradient. They are cut from responses even where nothing is shared: what gets a gradient must not
             depend on whether responses happen to begin alike.
@@ -151,9 +154,17 @@ def build_step_chunks(
     if not prefix_grad:
         tree = cut_prompts(tree, scored)
     table = shared_table(sequences)
-    layout = build_layout(tree, (reads or Reads()).flags(sequences), images=table.runs)
+    reads = reads or Reads()
+    spans = reads.runs(sequences)
+    layout = build_layout(tree, reads.flags(sequences), spans, table.runs)
     cut = build_chunks(
-        tree, layout, owners, max_tokens=max_tokens, scored=None if prefix_grad else scored, images=table.runs
+        tree,
+        layout,
+        owners,
+        max_tokens=max_tokens,
+        scored=None if prefix_grad else scored,
+        spans=spans,
+        images=table.runs,
     )
     plan = partial(_chunk_plan, has_images=bool(table.images))
     parts = []
@@ -176,6 +187,7 @@ def build_step_chunks(
         num_logps=sum(len(level.targets) for level in layout.levels),
         max_sequence_tokens=layout.max_position + 1,
         images=table.images,
+        longest_span=max((stop - first for runs in spans or () for first, stop in runs), default=0),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence as AbstractSequence
 import torch
 
 from kvpref.plan.images import ImageTable, repeated_table, shared_table
-from kvpref.plan.passes import Flags, ModePlan, PassPlan, Reads, int64, level_blocks, pass_input_ids, row_runs
+from kvpref.plan.passes import ModePlan, PassPlan, Reads, int64, level_blocks, pass_input_ids, row_runs
 from kvpref.prefix.levels import Level, LevelLayout, build_layout
 from kvpref.prefix.segments import SegmentLayout, level_segments
 from kvpref.prefix.tree import PrefixTree, build_unshared_tree
@@ -25,14 +25,14 @@ def build_plan(
         mode: One of `MODES`.
         sequences: What is run.
         tree: Over them.
-        reads: Which hidden states are read; those for log-probs if None.
+        reads: Which hidden states are read, those for log-probs if None; and what tokens see.
 
     Raises:
         ValueError: If there is no such mode.
     """
     if mode not in _BUILDERS:
         raise ValueError(f"unknown mode {mode!r}; choose from: {', '.join(MODES)}")
-    return _BUILDERS[mode](mode, sequences, tree, (reads or Reads()).flags(sequences))
+    return _BUILDERS[mode](mode, sequences, tree, reads or Reads())
 
 
 def _pass_of_levels(
@@ -76,12 +76,14 @@ def _plan_of_layout(
     )
 
 
-def _two_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
-    return _level_passes(mode, tree, flags, shared_table(sequences))
+def _two_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads) -> ModePlan:
+    return _level_passes(mode, sequences, tree, reads, shared_table(sequences))
 
 
-def _level_passes(mode: str, tree: PrefixTree, flags: Flags, table: ImageTable) -> ModePlan:
-    layout = build_layout(tree, flags, images=table.runs)
+def _level_passes(
+    mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads, table: ImageTable
+) -> ModePlan:
+    layout = build_layout(tree, reads.flags(sequences), reads.runs(sequences), table.runs)
     segments = level_segments(tree, layout.levels)
     passes = (
         _pass_of_levels([level], (own,), has_images=bool(table.images))
@@ -90,21 +92,22 @@ def _level_passes(mode: str, tree: PrefixTree, flags: Flags, table: ImageTable) 
     return _plan_of_layout(mode, layout, tuple(passes), table.images)
 
 
-def _one_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
+def _one_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads) -> ModePlan:
     table = shared_table(sequences)
-    layout = build_layout(tree, flags, images=table.runs)
+    layout = build_layout(tree, reads.flags(sequences), reads.runs(sequences), table.runs)
     segments = level_segments(tree, layout.levels)
     only_pass = _pass_of_levels(layout.levels, segments, has_images=bool(table.images))
     return _plan_of_layout(mode, layout, (only_pass,), table.images)
 
 
-def _packed(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
+def _packed(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads) -> ModePlan:
     unshared = build_unshared_tree([sequence.input_ids for sequence in sequences])
-    return _level_passes(mode, unshared, flags, repeated_table(sequences))
+    return _level_passes(mode, sequences, unshared, reads, repeated_table(sequences))
 
 
-def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, flags: Flags) -> ModePlan:
+def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads) -> ModePlan:
     width = max(len(sequence) for sequence in sequences)
+    flags = reads.flags(sequences)
     table = repeated_table(sequences)
     input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -129,6 +132,7 @@ def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, 
         layouts=(),
         image_rows=image_rows,
         image_index=image_index,
+        spans_of_rows=tuple(reads.runs(sequences) or ()),
     )
     return ModePlan(
         mode=mode,
@@ -149,7 +153,7 @@ def _padded_images(table: ImageTable, width: int) -> tuple[torch.Tensor, torch.T
     return int64(rows), int64(index)
 
 
-_BUILDERS: dict[str, Callable[[str, AbstractSequence[Sequence], PrefixTree, Flags], ModePlan]] = {
+_BUILDERS: dict[str, Callable[[str, AbstractSequence[Sequence], PrefixTree, Reads], ModePlan]] = {
     "two_pass": _two_pass,
     "one_pass": _one_pass,
     "packed": _packed,

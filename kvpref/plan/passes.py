@@ -15,13 +15,14 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from kvpref.ops.attention.block import VarlenBlock
+from kvpref.prefix.both_ways import Runs
 from kvpref.prefix.levels import PlacedBlocks
 from kvpref.prefix.rules import CAUSAL, Rule
 from kvpref.prefix.segments import SegmentLayout
 from kvpref.prefix.shapes import blocks_under
 from kvpref.records.groups import Sequence
 from kvpref.records.images import Image
-from kvpref.records.requests import READS
+from kvpref.records.requests import READS, SPANS
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
 RowRun = tuple[int, int, int]
@@ -52,6 +53,8 @@ class PassPlan:
         image_index: (M,) int64, the rows of the plan's table of features that replace them.
         row_runs: Whose tokens its rows are, run after run: (sequence, first position, position after the last). Only
             where the plan has images and the pass one row.
+        spans_of_rows: Per row, the runs of tokens that see one another in both directions; only in mode ``padded``, and
+            empty where there are none.
     """
 
     input_ids: torch.Tensor
@@ -64,6 +67,7 @@ class PassPlan:
     image_rows: torch.Tensor = field(default_factory=lambda: int64(()))
     image_index: torch.Tensor = field(default_factory=lambda: int64(()))
     row_runs: tuple[RowRun, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
+    spans_of_rows: tuple[Runs, ...] = field(default=(), repr=False, metadata=STAYS_ON_THE_HOST)
     _under: dict[Rule, tuple[LevelBlocks, ...]] = field(
         init=False, repr=False, default_factory=dict, metadata=STAYS_ON_THE_HOST
     )
@@ -117,7 +121,7 @@ Flags = AbstractSequence[AbstractSequence[bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """Which hidden states a loss reads."""
+    """Which hidden states a loss reads of a model, and what its tokens see."""
 
     kind: str = "tokens"
     """``tokens``: those that predict scored tokens, for log-probs. ``ends``: that of each last token, for a reward."""
@@ -125,15 +129,26 @@ class Reads:
     pad_token_id: int | None = None
     """``ends``: tokens at the end that are this one are passed over, as transformers' reward models do."""
 
+    spans: str = "none"
+    """Which runs of tokens the model lets see one another in both directions; one of `SPANS`."""
+
     def __post_init__(self) -> None:
         if self.kind not in READS:
             raise ValueError(f"unknown reads {self.kind!r}; choose from: {', '.join(READS)}")
+        if self.spans not in SPANS:
+            raise ValueError(f"unknown spans {self.spans!r}; choose from: {', '.join(SPANS)}")
 
     def flags(self, sequences: AbstractSequence[Sequence]) -> Flags:
         """The tokens whose predictors are read, as `build_layout` takes them."""
         if self.kind == "tokens":
             return [sequence.scored for sequence in sequences]
         return [self._end_flags(sequence.input_ids) for sequence in sequences]
+
+    def runs(self, sequences: AbstractSequence[Sequence]) -> list[Runs] | None:
+        """Per sequence the runs that see both ways, as `build_layout` takes them."""
+        if self.spans == "none":
+            return None
+        return [sequence.image_runs if self.spans == "images" else sequence.prompt_runs for sequence in sequences]
 
     def _end_flags(self, input_ids: tuple[int, ...]) -> tuple[bool, ...]:
         last = next((i for i in reversed(range(len(input_ids))) if input_ids[i] != self.pad_token_id), 0)

@@ -10,6 +10,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvpref.prefix.both_ways import joined
 from kvpref.records.images import PlacedImage, check_places, own_ids, placeholder_ids
 
 
@@ -62,22 +63,37 @@ class Sequence:
     def tree_ids(self) -> tuple[int, ...]:
         """What is compared to find shared prefixes: the token ids, with ids of its own for each image's placeholders.
 
-        Those are negative, hold in this process only, and are equal just where images have equal keys.
+        Those are negative, hold in this process only, and are equal just where images have equal keys. Images without a
+        token between them are shared together or not at all, because a model may let their tokens see one another.
         """
         if not self.images:
             return self.input_ids
         ids = list(self.input_ids)
-        for image, runs in self.images:
-            own = iter(placeholder_ids(image))
-            for first, stop in runs:
+        for images in _neighbours(self.images):
+            own = iter(placeholder_ids([placed.image for placed in images]))
+            for first, stop in (run for placed in images for run in placed.runs):
                 ids[first:stop] = [next(own) for _ in range(first, stop)]
         return tuple(ids)
+
+    @property
+    def image_runs(self) -> tuple[tuple[int, int], ...]:
+        """Where images stand, those without a token between them as one."""
+        return joined(run for placed in self.images for run in placed.runs)
+
+    @property
+    def prompt_runs(self) -> tuple[tuple[int, int], ...]:
+        """The prompt, the tokens before the first scored one, as one run."""
+        return ((0, self._prompt_length),)
+
+    @property
+    def _prompt_length(self) -> int:
+        return self.scored.index(True) if True in self.scored else len(self.input_ids)
 
     @property
     def whole_prompt_ids(self) -> tuple[int, ...]:
         """`tree_ids` under which prompts, the tokens before the first scored one, are equal as wholes or nowhere."""
         ids = self.tree_ids
-        stop = self.scored.index(True) if True in self.scored else len(ids)
+        stop = self._prompt_length
         return own_ids(("prompt", ids[:stop]), stop) + ids[stop:]
 
     @classmethod
@@ -163,3 +179,14 @@ class Group:
     def is_per_sequence(self, value: Any) -> bool:
         """Whether the value of a column has one entry per sequence."""
         return isinstance(value, list | tuple) and len(value) == len(self.sequences)
+
+
+def _neighbours(images: AbstractSequence[PlacedImage]) -> list[list[PlacedImage]]:
+    """The images, with those that stand one right behind the other together."""
+    found: list[list[PlacedImage]] = []
+    for placed in images:
+        if found and found[-1][-1].runs[-1][1] == placed.runs[0][0]:
+            found[-1].append(placed)
+        else:
+            found.append([placed])
+    return found

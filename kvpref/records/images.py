@@ -89,9 +89,9 @@ def unique_images(images: Iterable[Image]) -> tuple[Image, ...]:
     return tuple(found.values())
 
 
-def placeholder_ids(image: Image) -> tuple[int, ...]:
-    """What tells this image's placeholders from all tokens and from all other images': negative, (num_tokens,)."""
-    return own_ids(("image", image.key), image.num_tokens)
+def placeholder_ids(images: AbstractSequence[Image]) -> tuple[int, ...]:
+    """What tells the placeholders of neighbouring images from all tokens and from those of all others: negative ids."""
+    return own_ids(("images", *(image.key for image in images)), sum(image.num_tokens for image in images))
 
 
 def own_ids(key: tuple[Any, ...], num_tokens: int) -> tuple[int, ...]:

@@ -9,6 +9,9 @@ from kvpref.errors import InputError
 READS = ("tokens", "ends")
 """What a loss reads: the log-probs of scored tokens, or the reward at the end of each sequence."""
 
+SPANS = ("none", "images", "prompts")
+"""Which runs of tokens a model lets see one another in both directions: none, those of each image, or whole prompts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:

@@ -1,0 +1,122 @@
+"""Families whose tokens may see later ones: those of one image, or of the whole prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import causal_mask_function, or_masks
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.models.masks import MaskFunction, is_causal
+from kvpref.plan.passes import PassPlan
+from kvpref.prefix.rules import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothWays:
+    """What tokens of a model see of one another in both directions."""
+
+    spans: str = "none"
+    """Which runs of tokens do; one of `kvpref.records.requests.SPANS`."""
+
+    full_layers: bool = True
+    """Whether they do in layers that see all earlier tokens, too, and not only in those with a window."""
+
+    whole_spans: bool = False
+    """Whether the window of a layer ends where their span begins, and not inside it."""
+
+    setting: tuple[str, str] | None = None
+    """Name of a setting of the language model's config, and its value, without which none do."""
+
+    def applied(self, rule: Rule, mask_function: MaskFunction) -> Rule:
+        """The rule of layers whose own mask function, which does not know of images, says `rule`.
+
+        Raises:
+            UnsupportedModelError: If spans cannot be told under such a rule.
+        """
+        # Not by the rule: a window longer than the batch reads as causal.
+        if self.spans == "none" or (not self.full_layers and is_causal(mask_function)):
+            return rule
+        if rule.kind not in ("causal", "window"):
+            raise UnsupportedModelError(
+                f"layers in which images see both ways besides a {rule.kind} mask; use mode 'padded' for this model"
+            )
+        return replace(rule, bidirectional=True, whole_spans=self.whole_spans and rule.kind == "window")
+
+
+_FAMILIES = {
+    "gemma3": BothWays(spans="images"),
+    "gemma4": BothWays(spans="images", full_layers=False, setting=("use_bidirectional_attention", "vision")),
+    "paligemma": BothWays(spans="prompts", whole_spans=True),
+}
+
+NOWHERE = BothWays()
+
+
+def both_ways_of(config: Any) -> BothWays:
+    """What the tokens of models of a configuration see of one another in both directions."""
+    found = _FAMILIES.get(config.model_type, NOWHERE)
+    if found.setting is None:
+        return found
+    name, value = found.setting
+    return found if getattr(config.get_text_config(), name, None) == value else NOWHERE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PaddedSpans:
+    """What runs in mode ``padded``: the model's own masks, which do not know of images."""
+
+    both_ways: BothWays
+    numbers: torch.Tensor
+    """(B, T) int64, which span of its row a token stands in; -1 for none."""
+
+    def mask(self, model_mask: MaskFunction) -> MaskFunction:
+        """The mask of layers together with what their spans see besides."""
+        if not self.both_ways.full_layers and is_causal(model_mask):
+            return model_mask
+
+        def inside_spans(
+            batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+        ) -> torch.Tensor:
+            own = self.numbers[batch, query]
+            seen = (own == self.numbers[batch, key]) & (own >= 0)
+            return seen if self.both_ways.whole_spans else seen & (key > query)
+
+        joined: MaskFunction = or_masks(model_mask, inside_spans)
+        return joined
+
+
+_padded: ContextVar[_PaddedSpans | None] = ContextVar("kvpref_padded_spans", default=None)
+
+
+@contextmanager
+def padded_spans(model: PreTrainedModel, item: PassPlan) -> Iterator[None]:
+    """While the rows of mode ``padded`` run, let their spans see both ways."""
+    if not any(item.spans_of_rows):
+        yield
+        return
+    numbers = torch.full(item.input_ids.shape, -1)
+    for row, runs in enumerate(item.spans_of_rows):
+        for number, (first, stop) in enumerate(runs):
+            numbers[row, first:stop] = number
+    spans = _PaddedSpans(both_ways=both_ways_of(model.config), numbers=numbers.to(item.input_ids.device))
+    token = _padded.set(spans)
+    try:
+        yield
+    finally:
+        _padded.reset(token)
+
+
+def padded_mask_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' own mask functions are called with, where rows have spans."""
+    spans = _padded.get()
+    if spans is None:
+        return arguments
+    mask = spans.mask(arguments.get("mask_function", causal_mask_function))
+    return {**arguments, "mask_function": mask, "allow_is_causal_skip": False}
