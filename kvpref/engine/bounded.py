@@ -34,6 +34,7 @@ from kvpref.models.head import head_outputs
 from kvpref.models.positions import check_tokens
 from kvpref.models.rotary import check_lengths
 from kvpref.models.support import check_training_state, unwrap
+from kvpref.models.text_layers import PassExtras
 from kvpref.models.vocabulary_grads import embed
 from kvpref.plan.chunks import ChunkPlan
 from kvpref.plan.occurrences import row_counts
@@ -96,6 +97,8 @@ class _ChunkRunner:
                 "prefix_cache='cpu' would compile each layer anew, because each is brought keys and values of its own; "
                 "use prefix_cache='device', or leave out compile_layers"
             )
+        if step.chunks.images:
+            raise UnsupportedModelError("the bounded schedule does not run images yet; use schedule='full'")
         groups = [group for batch in step.batches for group in batch.groups]
         check_lengths(unwrap(model), groups)
         check_tokens(unwrap(model), groups)
@@ -252,7 +255,7 @@ def _run_chunk(
             num_positions=num_positions,
             backend=options.backend,
             keep=chunk.writes is not None,
-            routers=routers,
+            extras=PassExtras(routers),
         )
         sums = None if routers is None else routers.sums()
         rows = hidden.flatten(0, 1).index_select(0, chunk.item.predictor_rows)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from kvpref.models.backbone import max_attention_calls, run_backbone
+from kvpref.models.backbone import max_attention_calls
 from kvpref.models.both_ways import both_ways_of
-from kvpref.models.experts import RouterTally
 from kvpref.models.participation import check_all_took_part
 from kvpref.models.recomputation import recomputed_within
 from kvpref.models.record import note_modules
 from kvpref.models.rotary import long_frequencies
 from kvpref.models.running_pass import RunningPass, bind_pass
 from kvpref.models.support import require_passes
+from kvpref.models.text_layers import PassExtras, run_backbone
 from kvpref.plan.passes import PassPlan
 from kvpref.state.cache import KeyValues
 
@@ -27,7 +27,7 @@ def run_level_pass(
     num_positions: int,
     backend: str,
     keep: bool,
-    routers: RouterTally | None = None,
+    extras: PassExtras | None = None,
 ) -> torch.Tensor:
     """Run one pass of the model's layers.
 
@@ -39,7 +39,7 @@ def run_level_pass(
         num_positions: Length of the longest sequence, in tokens.
         backend: Attention backend, or ``auto``.
         keep: Whether later passes will read this one's keys and values.
-        routers: Takes in the router logits of expert layers; None leaves them.
+        extras: Experts' routers and images.
 
     Returns:
         (1, T, hidden_size), the final hidden states.
@@ -56,7 +56,8 @@ def run_level_pass(
     )
     with long_frequencies(model, num_positions), bind_pass(running), recomputed_within(model, running):
         # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
-        hidden = run_backbone(model, item, embeds, attention_mask=torch.ones_like(item.input_ids), routers=routers)
+        ones = torch.ones_like(item.input_ids)
+        hidden = run_backbone(model, item, embeds, ones, extras)
     modules = running.finish()
     check_all_took_part(model, modules)
     note_modules(modules)

@@ -16,11 +16,13 @@ from kvpref.engine.options import EngineOptions
 from kvpref.engine.reads import batch_for
 from kvpref.errors import InputError
 from kvpref.models.attach import run_inside
-from kvpref.models.backbone import run_backbone
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.experts import RouterTally
 from kvpref.models.head import head_outputs
 from kvpref.models.support import check_training_state
+from kvpref.models.text_layers import PassExtras, run_backbone
+from kvpref.models.vision.merging import PassImages
+from kvpref.models.vision.tower import image_features
 from kvpref.plan.batch import Batch
 from kvpref.plan.chunks import MicroBatchChunks
 from kvpref.plan.occurrences import pass_counts
@@ -146,6 +148,7 @@ def run_with_routers(
     program = partial(
         _run_plan,
         plan=plan,
+        batch=batch,
         backend=options.backend,
         checkpoint=options.checkpoint,
         head=head or HeadOptions(),
@@ -166,9 +169,10 @@ def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> P
         As `response_logps`.
     """
     EngineOptions(backend=backend)
-    plan = batch_for(model, batch, "tokens").plan("two_pass")
+    batch = batch_for(model, batch, "tokens")
+    plan = batch.plan("two_pass")
     cache = PrefixCache()
-    run_inside(model, partial(_run_passes, plan=plan, cache=cache, backend=backend, stop=1))
+    run_inside(model, partial(_run_passes, plan=plan, batch=batch, cache=cache, backend=backend, stop=1))
     return cache
 
 
@@ -189,7 +193,9 @@ def score_responses(
     plan = batch.plan("two_pass")
     if not cache.begins(plan):
         raise InputError("the prefix cache was made from another batch; use what encode_prefix returned for this one")
-    program = partial(_run_plan, plan=plan, backend=backend, cache=cache.fork(), head=head or HeadOptions())
+    program = partial(
+        _run_plan, plan=plan, batch=batch, backend=backend, cache=cache.fork(), head=head or HeadOptions()
+    )
     found = responses(run_inside(model, program), plan, batch)
     assert isinstance(found, ResponseLogps)
     return found
@@ -207,6 +213,7 @@ def _run_plan(
     model: PreTrainedModel,
     *,
     plan: ModePlan,
+    batch: Batch,
     backend: str,
     head: HeadOptions,
     cache: PrefixCache | None = None,
@@ -222,6 +229,7 @@ def _run_plan(
     _run_passes(
         model,
         plan=plan,
+        batch=batch,
         cache=cache,
         backend=backend,
         stop=len(plan.passes),
@@ -239,6 +247,7 @@ def _run_passes(
     model: PreTrainedModel,
     *,
     plan: ModePlan,
+    batch: Batch,
     cache: PrefixCache,
     backend: str,
     stop: int,
@@ -248,6 +257,7 @@ def _run_passes(
     check_training_state(model)
     passes = plan.passes[cache.num_passes : stop]
     embeds = _embed(model, passes)
+    extras = PassExtras(routers, _images(model, plan, batch, cache, checkpoint))
     for item, embedded in zip(passes, embeds, strict=True):
         is_prefix = item is not plan.passes[-1]
         with (
@@ -255,7 +265,7 @@ def _run_passes(
             checkpointed(model, checkpoints_pass(checkpoint, is_prefix=is_prefix)),
         ):
             if plan.mode == "padded":
-                hidden = run_backbone(model, item, embedded, item.attention_mask, routers)
+                hidden = run_backbone(model, item, embedded, item.attention_mask, extras)
             else:
                 cache.claim(model)
                 hidden = run_level_pass(
@@ -266,9 +276,22 @@ def _run_passes(
                     num_positions=plan.max_sequence_tokens,
                     backend=backend,
                     keep=is_prefix,
-                    routers=routers,
+                    extras=extras,
                 )
         cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
+
+
+def _images(
+    model: PreTrainedModel, plan: ModePlan, batch: Batch, cache: PrefixCache, checkpoint: str
+) -> PassImages | None:
+    """The images of all passes; their tower runs unless it has for passes that are held."""
+    if not plan.images:
+        return None
+    inputs = batch.image_inputs()
+    if cache.image_features is None:
+        with region("vision tower"), checkpointed(model, checkpoints_pass(checkpoint, is_prefix=True)):
+            cache.image_features = image_features(model, plan.images, inputs)
+    return PassImages(model, cache.image_features, batch.sequences, inputs)
 
 
 def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.Tensor, ...]:

@@ -10,6 +10,7 @@ from kvpref.models.output_layer import is_reward_model
 from kvpref.models.positions import check_tokens
 from kvpref.models.rotary import check_lengths
 from kvpref.models.support import unwrap
+from kvpref.models.vision.support import check_images
 from kvpref.plan.batch import Batch
 from kvpref.plan.passes import Reads
 
@@ -19,10 +20,13 @@ def batch_for(model: nn.Module, batch: Batch, reads: str) -> Batch:
 
     Raises:
         InputError: If the model has another head.
-        UnsupportedModelError: If lengths of sequences lead to different rotary embeddings.
+        UnsupportedModelError: If lengths of sequences lead to different rotary embeddings, or the model is not known to
+            be exact with the batch's images.
     """
     check_lengths(unwrap(model), batch.groups)
     check_tokens(unwrap(model), batch.groups)
+    if batch.images:
+        check_images(unwrap(model), batch.images)
     return batch.reading(reads_of(model, reads))
 
 

@@ -48,8 +48,8 @@ def attach(model: M, *, listed_only: bool = True, padded_only: bool = False) -> 
     attach_mixers(inner)
     interface.register()
     _own_config(inner)
-    before, name = inner.config._attn_implementation, interface.attention_name(inner)
-    inner.set_attn_implementation(name)
+    name = interface.attention_name(inner)
+    before = interface.select(inner, name)
     if inner.config._attn_implementation != name:
         raise UnsupportedModelError(
             f"{type(inner).__name__} does not route attention through transformers' attention interface. "
@@ -64,7 +64,7 @@ def detach(model: PreTrainedModel) -> None:
     forward: Any = model.__dict__.pop("forward")
     if forward.patched is not None:
         model.forward = forward.patched
-    model.set_attn_implementation(forward.attention_before)
+    interface.deselect(model, forward.attention_before)
 
 
 def is_attached(model: PreTrainedModel) -> bool:
@@ -101,7 +101,7 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = copies[id(config)]
 
 
-def _accept_programs(model: PreTrainedModel, attention_before: str | None) -> None:
+def _accept_programs(model: PreTrainedModel, attention_before: interface.Implementation) -> None:
     """Let the model's forward take a program in place of inputs."""
     # An instance may already carry a patched forward (accelerate's hooks do that); it stays in charge of inputs.
     patched = model.__dict__.get("forward")

@@ -60,6 +60,46 @@ def attention_name(model: PreTrainedModel) -> str:
     return ATTENTION_NAME if model._supports_sdpa else EAGER_NAME
 
 
+Implementation = str | dict[str, Any]
+"""What `set_attn_implementation` takes: a name, or names by part of the model."""
+
+
+def select(model: PreTrainedModel, name: str) -> Implementation:
+    """Let the layers of a model that run on text attend through the functions of this name.
+
+    Towers keep what they have: their rows are no sequences, and they may have been loaded with a faster kernel.
+
+    Returns:
+        What was selected before, for `deselect`.
+    """
+    text = model.config.get_text_config(decoder=True)
+    before = _by_part(model.config, text, lambda config: config._attn_implementation)
+    model.set_attn_implementation(_by_part(model.config, text, lambda _: name))
+    return before
+
+
+def deselect(model: PreTrainedModel, before: Implementation) -> None:
+    """Undo `select`."""
+    model.set_attn_implementation(before)
+
+
+def _by_part(config: Any, text: Any, name: Callable[[Any], Any]) -> Implementation:
+    """The names of a config and of all down to the text's."""
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if part is not None and (part is text or text in _parts(part)):
+            below = _by_part(part, text, name)
+            return {"": name(config), key: below}
+    found: Implementation = name(config)
+    return found
+
+
+def _parts(config: Any) -> list[Any]:
+    """The configs inside a config."""
+    own = [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
+    return own + [inner for part in own for inner in _parts(part)]
+
+
 def is_selected(config: Any) -> bool:
     """Whether the layers that read a config run kvpref's attention."""
     return config._attn_implementation in (ATTENTION_NAME, EAGER_NAME)

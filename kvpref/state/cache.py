@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvpref.errors import InputError
 from kvpref.plan.passes import ModePlan, PassPlan
+from kvpref.state.image_features import ImageFeatures
 from kvpref.state.recurrent import HeldStates, RecurrentStates
 from kvpref.tracing import mark
 
@@ -113,10 +114,13 @@ class PrefixCache(Cache):
         passes: The passes run so far.
         predictor_hidden: Per pass run so far, the hidden states (P_i, hidden_size) that predict scored tokens.
         recurrent: What the mixers of the last pass left.
+        image_features: Of all images of the batch, for the passes whose tokens stand for them; None before the tower
+            has run, or without images.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self.image_features: ImageFeatures | None = None
         self.recurrent = HeldStates()
         self.passes: list[PassPlan] = []
         self.predictor_hidden: list[torch.Tensor] = []
@@ -190,7 +194,7 @@ class PrefixCache(Cache):
         forked = PrefixCache()
         forked.passes = list(self.passes)
         forked.predictor_hidden = list(self.predictor_hidden)
-        forked._model = self._model
+        forked._model, forked.image_features = self._model, self.image_features
         forked.recurrent.record(self.recurrent.before())
         for layer in self.layers:
             forked.layers.append(PrefixCacheLayer(layer.module))

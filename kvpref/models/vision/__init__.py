@@ -1,0 +1,1 @@
+"""Images: towers, where their features go, and positions of tokens behind them."""

@@ -1,0 +1,63 @@
+"""What images give to passes: features in place of embeddings, and what layers are told besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvpref.models.vision.positions import ImagePositions
+from kvpref.plan.batch import ImageInputs
+from kvpref.plan.passes import PassPlan
+from kvpref.records.groups import Sequence as TokenSequence
+from kvpref.state.image_features import ImageFeatures
+
+
+class PassImages:
+    """The images of a batch, or of a step, as its passes need them.
+
+    Args:
+        model: Whose passes they are.
+        features: The table that the plan's `image_index` points into.
+        sequences: Those of the batch or step.
+        inputs: Of the tower by image key.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        features: ImageFeatures,
+        sequences: Sequence[TokenSequence],
+        inputs: Mapping[str, ImageInputs],
+    ) -> None:
+        self.features = features
+        self._positions = ImagePositions(model, sequences, inputs)
+
+    def merge(self, item: PassPlan, embeds: torch.Tensor) -> torch.Tensor:
+        """Embeddings of a pass with features in the place of placeholders.
+
+        Args:
+            item: The pass.
+            embeds: (B, T, hidden_size).
+        """
+        if not item.image_rows.numel():
+            return embeds
+        rows = self.features.features.index_select(0, item.image_index).to(embeds.dtype)
+        return embeds.flatten(0, 1).index_copy(0, item.image_rows, rows).view_as(embeds)
+
+    def layer_inputs(self, item: PassPlan) -> dict[str, Any]:
+        """Keyword arguments of the stack of layers: positions where they are the model's own, deepstack features."""
+        found: dict[str, Any] = {}
+        positions = self._positions.of_pass(item)
+        if positions is not None:
+            found["position_ids"] = positions
+        if self.features.deepstack and item.image_rows.numel():
+            places = torch.zeros_like(item.input_ids, dtype=torch.bool)
+            places.view(-1)[item.image_rows] = True
+            found["visual_pos_masks"] = places
+            found["deepstack_visual_embeds"] = [
+                rows.index_select(0, item.image_index) for rows in self.features.deepstack
+            ]
+        return found

@@ -1,0 +1,34 @@
+"""Which models can be given images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from kvpref.errors import UnsupportedModelError
+from kvpref.models.vision.families import VISION
+from kvpref.models.vision.tower import has_tower
+from kvpref.records.images import Image
+
+
+def check_images(model: PreTrainedModel, images: Sequence[Image]) -> None:
+    """Check that a model is known to be exact with images.
+
+    Args:
+        model: Not wrapped.
+        images: At least one.
+
+    Raises:
+        UnsupportedModelError: If it is not.
+    """
+    name = model.config.model_type
+    if not has_tower(model):
+        raise UnsupportedModelError(
+            f"the batch holds {len(images)} images, and {type(model).__name__} reads none; load a vision-language "
+            "model (AutoModelForImageTextToText), or leave the images out"
+        )
+    if name not in VISION:
+        raise UnsupportedModelError(
+            f"model type {name!r} is not among those known to be exact with images: {', '.join(sorted(VISION))}"
+        )

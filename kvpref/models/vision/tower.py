@@ -1,0 +1,105 @@
+"""Features of images: a model's own vision tower and projector, run on several images at once.
+
+Shape legend: R feature rows of all images, hidden_size that of the text layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvpref.errors import RunError, UnsupportedModelError
+from kvpref.models.backbone import backbone
+from kvpref.plan.batch import ImageInputs
+from kvpref.records.host_copies import to_device
+from kvpref.records.images import Image
+from kvpref.state.image_features import ImageFeatures
+
+
+def has_tower(model: PreTrainedModel) -> bool:
+    """Whether a model turns images into features."""
+    return hasattr(backbone(model), "get_image_features")
+
+
+def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapping[str, ImageInputs]) -> ImageFeatures:
+    """Features of images, image after image.
+
+    Args:
+        model: Whose tower runs.
+        images: At least one.
+        inputs: Of the tower by image key, in host memory.
+
+    Returns:
+        One row per placeholder.
+
+    Raises:
+        RunError: If the tower makes another number of rows than there are placeholders.
+    """
+    parts: dict[int, list[torch.Tensor]] = {}
+    for numbers in _of_equal_shapes(images, inputs):
+        made = _run_tower(model, [inputs[images[number].key] for number in numbers])
+        sizes = [images[number].num_tokens for number in numbers]
+        for tensor in made:
+            if tensor.shape[0] != sum(sizes):
+                raise RunError(
+                    f"the vision tower of {type(model).__name__} made {tensor.shape[0]} rows of features for "
+                    f"{sum(sizes)} placeholders; the prompts were not made by this model's processor"
+                )
+        for number, *rows in zip(numbers, *(tensor.split(sizes) for tensor in made), strict=True):
+            parts[number] = rows
+    features, *deepstack = (
+        torch.cat(several) for several in zip(*(parts[number] for number in range(len(images))), strict=True)
+    )
+    return ImageFeatures(features, tuple(deepstack))
+
+
+def inputs_named_by(function: Any, inputs: Sequence[ImageInputs]) -> dict[str, Any]:
+    """Those inputs of images that a function takes, of all images together."""
+    names = [name for name in inspect.signature(function).parameters if name in inputs[0]]
+    return {name: _joined([of_image[name] for of_image in inputs]) for name in names}
+
+
+def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs]) -> tuple[torch.Tensor, ...]:
+    base: Any = backbone(model)
+    device = next(model.parameters()).device
+    given = {
+        name: to_device(value, device) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs_named_by(base.get_image_features, inputs).items()
+    }
+    made = base.get_image_features(**given, return_dict=True)
+    deepstack = getattr(made, "deepstack_features", None) or ()
+    return tuple(_rows(value) for value in (made.pooler_output, *deepstack))
+
+
+def _rows(made: Any) -> torch.Tensor:
+    """Features of several images as rows: families give a tensor, or one per image."""
+    several: Iterable[torch.Tensor] = (made,) if isinstance(made, torch.Tensor) else made
+    rows = [tensor.flatten(0, -2) for tensor in several]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return first if len(values) == 1 else torch.cat(tuple(values))
+    if isinstance(first, list | tuple):
+        return [item for value in values for item in value]
+    if any(value != first for value in values):
+        raise UnsupportedModelError(f"images of one batch differ in an input that is no tensor: {first!r}")
+    return first
+
+
+def _of_equal_shapes(images: Sequence[Image], inputs: Mapping[str, ImageInputs]) -> list[list[int]]:
+    """Numbers of images whose inputs can be joined, by their first dimensions."""
+    found: dict[Any, list[int]] = {}
+    for number, image in enumerate(images):
+        shapes = tuple(
+            (name, value.shape[1:], value.dtype) if isinstance(value, torch.Tensor) else (name,)
+            for name, value in inputs[image.key].items()
+        )
+        found.setdefault(shapes, []).append(number)
+    return list(found.values())
