@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {
     "fuyu": _TEXT_ONLY,
     "gemma": Family(),
     "gemma2": Family(),
-    "gemma3": _TEXT_ONLY,
+    "gemma3": Family(),
     "gemma3_text": Family(),
     "gemma3n": _TEXT_ONLY,
     "gemma3n_text": Family(),

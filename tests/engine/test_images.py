@@ -13,7 +13,7 @@ from kvpref import UnsupportedModelError
 from kvpref.models.backbone import backbone
 from kvpref.plan.modes import MODES
 
-FAMILIES = ("llava", "qwen2_5_vl")
+FAMILIES = ("gemma3", "llava", "qwen2_5_vl")
 
 
 def attached(name, dtype=torch.float64):

@@ -14,6 +14,7 @@ class VisionFamily:
 
 
 VISION: dict[str, VisionFamily] = {
+    "gemma3": VisionFamily(),
     "llava": VisionFamily(),
     "qwen2_5_vl": VisionFamily(),
     "qwen2_vl": VisionFamily(),
