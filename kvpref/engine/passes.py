@@ -16,6 +16,7 @@ from kvpref.engine.options import EngineOptions
 from kvpref.engine.reads import batch_for
 from kvpref.errors import InputError
 from kvpref.models.attach import run_inside
+from kvpref.models.both_ways import padded_spans
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.experts import RouterTally
 from kvpref.models.head import head_outputs
@@ -265,7 +266,8 @@ def _run_passes(
             checkpointed(model, checkpoints_pass(checkpoint, is_prefix=is_prefix)),
         ):
             if plan.mode == "padded":
-                hidden = run_backbone(model, item, embedded, item.attention_mask, extras)
+                with padded_spans(model, item):
+                    hidden = run_backbone(model, item, embedded, item.attention_mask, extras)
             else:
                 cache.claim(model)
                 hidden = run_level_pass(
