@@ -11,7 +11,10 @@ from kvpref.data.reading.messages import RowError, type_name
 PROMPT_COLUMNS = ("question", "query", "instruction", "prompts")
 """What is taken as the prompt where there is no `prompt`; an `input` beside `instruction` is a part of it."""
 
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+IMAGE_COLUMNS = ("image", "images")
+"""What a model sees with the prompt."""
+
+MEDIA_COLUMNS = ("video", "videos", "audio", "audios")
 """What a model would have to see or hear, which is refused until it can."""
 
 SHAPE_COLUMNS = ("prompt", "chosen", "rejected", "responses", "scores", "ranks")
@@ -24,6 +27,7 @@ ROW_FIELDS = (
     "system",
     "tools",
     "chat_template_kwargs",
+    *IMAGE_COLUMNS,
     *MEDIA_COLUMNS,
 )
 """The columns that are read, besides extra ones that are asked for by name."""
@@ -132,14 +136,14 @@ def template_settings(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_media(row: Mapping[str, Any]) -> None:
-    """Raise RowError if the row has images, video or audio."""
+    """Raise RowError if the row has video or audio."""
     for name in MEDIA_COLUMNS:
         value = row.get(name)
         empty = value is None or (isinstance(value, str | list | dict) and not value)
         if not empty:
             raise RowError(
-                f"`{name}` is not empty, and images, video and audio are not supported yet; leave such rows out, or "
-                "drop the column to train on the text alone"
+                f"`{name}` is not empty, and video and audio are not supported; leave such rows out, or drop the column "
+                "to train without"
             )
 
 

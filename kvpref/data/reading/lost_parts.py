@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from typing import Any
 
-from kvpref.data.reading.messages import REASONING_FIELDS, Message, RowError
+from kvpref.data.reading.messages import REASONING_FIELDS, Message, RowError, text_of, texts_of
 
 
 def check_nothing_lost(
@@ -51,9 +51,9 @@ def check_prompt_written(
         RowError: Naming what is left out.
     """
     for number, turn in enumerate(prompt, start=1):
-        content = turn["content"]
-        if turn["role"] != "assistant" and content not in text and not _is_written(content, "", text):
-            raise lost_turn(number, turn)
+        for content in texts_of(turn) if turn["role"] != "assistant" else ():
+            if content not in text and not _is_written(content, "", text):
+                raise lost_turn(number, turn)
         for part, value in _parts_of_calls(turn):
             if value not in text and not _is_written(value, "", text):
                 raise lost_part(part, number, "the prompt", value)
@@ -68,7 +68,7 @@ def lost_turn(number: int, turn: Message) -> RowError:
     """The error for a turn of the prompt."""
     return RowError(
         f"the chat template does not write turn {number} of the prompt, of role {turn['role']!r} "
-        f"({_quote(turn['content'])}); remove it from the data, or use a template that writes it"
+        f"({_quote(text_of(turn))}); remove it from the data, or use a template that writes it"
     )
 
 

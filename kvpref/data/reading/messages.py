@@ -26,7 +26,7 @@ def parse_turns(value: object, name: str) -> str | tuple[Message, ...]:
     if not isinstance(value, (dict, list)):
         raise RowError(f"`{name}` must be a string or a list of messages, found {type_name(value)}")
     messages = parse_messages(value, name)
-    if not any(message["content"].strip() or _says_more(message) for message in messages):
+    if not any(text_of(message).strip() or image_parts(message) or _says_more(message) for message in messages):
         raise RowError(f"`{name}` is empty: no message has any content")
     return messages
 
@@ -71,8 +71,10 @@ def _parse_message(message: object, name: str) -> Message:
         raise RowError(f"`{name}` must be a message with `role` and `content`, found {type_name(message)}")
     # Arrow tables fill the keys that only other rows have with nulls; templates take a key for a statement.
     kept = {key: item for key, item in message.items() if item is not None}
-    if isinstance(kept.get("content"), list):
-        kept["content"] = _join_parts(kept["content"], f"{name}.content")
+    parts: Any = kept.get("content")
+    if isinstance(parts, list):
+        parts = _parse_parts(parts, f"{name}.content")
+        kept["content"] = "".join(part.get("text", "") for part in parts)
     # A message that calls tools needs no content, and says so by null, "" or nothing at all: one form for all.
     if "content" not in kept and kept.get("role") == "assistant" and _says_more(kept):
         kept["content"] = ""
@@ -82,6 +84,8 @@ def _parse_message(message: object, name: str) -> Message:
         if not isinstance(kept[key], str):
             raise RowError(f"`{name}.{key}` must be a string, found {type_name(kept[key])}")
         parse_text(kept[key], f"{name}.{key}", may_be_empty=key == "content")
+    if isinstance(parts, list) and any(part["type"] == "image" for part in parts):
+        kept["content"] = parts
     return kept
 
 
@@ -89,17 +93,57 @@ def _says_more(message: Message) -> bool:
     return bool(message.get("tool_calls")) or any(message.get(field) for field in REASONING_FIELDS)
 
 
-def _join_parts(parts: list[Any], name: str) -> str:
-    """The text of content that is a list of parts, as multimodal templates take it."""
-    texts = []
+def image_parts(message: Message) -> list[dict[str, Any]]:
+    """The parts of a message that are images."""
+    content = message.get("content")
+    return [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
+
+
+def texts_of(message: Message) -> list[str]:
+    """The texts of a message's content: one, or those of its parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return [part["text"] for part in content if part["type"] == "text"]
+    return [content or ""]
+
+
+def text_of(message: Message) -> str:
+    """All text of a message's content."""
+    return "".join(texts_of(message))
+
+
+def _parse_parts(parts: list[Any], name: str) -> list[dict[str, Any]]:
+    """Content that is a list of parts, as multimodal templates take it; images stay as the row has them."""
+    parsed = []
     for index, part in enumerate(parts):
         if not isinstance(part, dict):
-            raise RowError(f"`{name}` must be a string or a list of text parts, found {type_name(part)} in a list")
+            raise RowError(f"`{name}` must be a string or a list of parts, found {type_name(part)} in a list")
         kind = part.get("type", "text")
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind in _IMAGE_KEYS:
+            parsed.append(_parse_image(part, kind, f"{name}[{index}]"))
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parsed.append({"type": "text", "text": parse_text(part["text"], f"{name}[{index}]", may_be_empty=True)})
+        else:
             raise RowError(
-                f"`{name}[{index}]` is a part of type {kind!r}; only text parts are supported: "
-                '{"type": "text", "text": ...}'
+                f"`{name}[{index}]` is a part of type {kind!r}; only text and images are supported: "
+                '{"type": "text", "text": ...}, {"type": "image"}'
             )
-        texts.append(part["text"])
-    return "".join(texts)
+    return parsed
+
+
+_IMAGE_KEYS = {"image": ("image", "url", "path", "base64", "bytes"), "image_url": ("image_url",)}
+"""Types of parts that are images, and what may hold the image itself."""
+
+
+def _parse_image(part: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
+    found = [key for key in _IMAGE_KEYS[kind] if part.get(key) not in (None, "", {})]
+    if len(found) > 1:
+        raise RowError(f"`{name}` holds several images: {', '.join(found)}; keep one")
+    if not found:
+        if kind == "image_url":
+            raise RowError(f"`{name}` is of type 'image_url' and has no address in `image_url`")
+        return {"type": "image"}
+    value = part[found[0]]
+    if found[0] in ("base64", "bytes"):
+        value = {found[0]: value}
+    return {"type": "image", "image": value}

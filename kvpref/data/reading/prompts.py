@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvpref.data.reading.columns import PromptColumn
-from kvpref.data.reading.messages import Message, RowError, parse_messages, parse_text, type_name
+from kvpref.data.reading.messages import Message, RowError, parse_messages, parse_text, text_of, type_name
 
 Messages = tuple[Message, ...]
 Turns = str | Messages
@@ -92,7 +92,7 @@ def _join_text_prompt(
     if all(conversation[0]["role"] == "assistant" for conversation in conversations):
         return ({"role": "user", "content": prompt},), conversations
     shared, turns = _split_conversations(conversations)
-    if shared[-1]["content"] != prompt:
+    if text_of(shared[-1]) != prompt:
         raise RowError(
             f"`{name}` is a string that is not the last message that the responses' conversations share; "
             f"leave `{name}` out, or let the responses start with the assistant's message"

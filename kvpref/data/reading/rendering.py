@@ -27,12 +27,14 @@ class RenderedRow:
         spans: Per text, which of its characters are scored: the response, or each assistant turn of it, in order. The
             first begins where the prompt ends. None where the prompt is what the tokens of the texts have in common.
         is_chat: True where a chat template wrote the texts, special tokens included.
+        images: Those of the prompt, in the order of their placeholders in each text.
     """
 
     row: PreferenceRow
     texts: tuple[str, ...]
     spans: tuple[tuple[Span, ...], ...] | None
     is_chat: bool
+    images: tuple[StoredImage, ...] = ()
 
 
 def render_row(

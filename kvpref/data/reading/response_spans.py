@@ -30,15 +30,23 @@ NUM_QUOTED_CHARS = 24
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template.
+    """A tokenizer's or processor's chat template.
 
     Args:
-        tokenizer: Whose template it is.
+        tokenizer: Whose special tokens it writes.
         settings: Further keyword arguments of every call, such as ``tools``.
+        processor: Whose template it is, if not the tokenizer's.
+        reads_parts_only: Content that is a text is given to it as a list of one part.
     """
 
     tokenizer: PreTrainedTokenizerBase
     settings: dict[str, Any] = field(default_factory=dict)
+    processor: Any = None
+    reads_parts_only: bool = False
+
+    @property
+    def _owner(self) -> Any:
+        return self.tokenizer if self.processor is None else self.processor
 
     def write(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """The text of some messages.
@@ -46,9 +54,10 @@ class ChatTemplate:
         Raises:
             RowError: If the template refuses them.
         """
+        turns = list(map(_in_parts, messages)) if self.reads_parts_only else list(messages)
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self.settings
+            text = self._owner.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self.settings
             )
         except Exception as error:  # a template is a program: besides jinja's own errors it can raise anything
             raise RowError(f"the chat template refuses the messages ({error})") from error
@@ -56,13 +65,18 @@ class ChatTemplate:
 
     def sources(self) -> tuple[str, ...]:
         """The program itself; several where the tokenizer has several templates."""
-        template = self.tokenizer.chat_template
+        template = self._owner.chat_template
         return tuple(map(str, template.values() if isinstance(template, dict) else (template,)))
 
     def special_tokens(self) -> set[str]:
         """The tokens that end turns, among others."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return added | set(self.tokenizer.all_special_tokens)
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def find_spans(

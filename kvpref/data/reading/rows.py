@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvpref.data.reading.columns import (
+    IMAGE_COLUMNS,
     ROW_FIELDS,
     PromptColumn,
     find_prompt,
@@ -17,6 +18,8 @@ from kvpref.data.reading.columns import (
     template_settings,
     without_nulls,
 )
+from kvpref.data.reading.images.parts import find_images, place_images
+from kvpref.data.reading.images.values import ImageValue
 from kvpref.data.reading.messages import RowError, parse_turns, type_name
 from kvpref.data.reading.prompts import Turns, join_prompt
 
@@ -35,6 +38,7 @@ class PreferenceRow:
         columns: Extra fields that were asked for, without nulls inside objects.
         template_settings: Keyword arguments for the chat template, such as ``tools``.
         ranks: In place of scores: one float (1 is the best) or None per response, or None.
+        images: Those of the prompt, in the order of its image parts, not yet checked.
         prompt_column: Where the prompt comes from, if from another column than `prompt`.
         unread: The names of the row's other fields, which nothing reads.
     """
@@ -46,6 +50,7 @@ class PreferenceRow:
     columns: Mapping[str, Any] = field(default_factory=dict)
     template_settings: Mapping[str, Any] = field(default_factory=dict)
     ranks: tuple[float | None, ...] | None = None
+    images: tuple[ImageValue, ...] = ()
     prompt_column: str | None = field(default=None, compare=False)
     unread: tuple[str, ...] = field(default=(), compare=False)
 
@@ -73,8 +78,11 @@ def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceR
     if settings and not isinstance(parsed.prompt, tuple):
         name = "tools" if "tools" in settings else "chat_template_kwargs"
         raise RowError(f"`{name}` is for the chat template, and the row is plain text; write the prompt as messages")
+    placed, images = place_images(parsed.prompt, parsed.responses, find_images(row))
     return replace(
         parsed,
+        prompt=placed,
+        images=images,
         columns={name: row[name] for name in columns},
         template_settings=settings,
         prompt_column=None if prompt.name == "prompt" else prompt.name,
@@ -82,7 +90,7 @@ def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceR
     )
 
 
-_ALWAYS_READ = ("system", "tools", "chat_template_kwargs")
+_ALWAYS_READ = ("system", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
 
 
 def _shape_columns(row: PreferenceRow) -> tuple[str, ...]:

@@ -132,10 +132,9 @@ def _parts_of_messages(messages: Messages, num_prompt: int, name: str) -> Iterat
     for index, turn in enumerate(messages):
         in_prompt = index < num_prompt
         number, owner = (index + 1, "the prompt") if in_prompt else (index - num_prompt + 1, name)
-        content = str(turn["content"])
-        if turn["role"] != "assistant" and _is_said(content):
+        for path, content in _texts_of_content(turn["content"]) if turn["role"] != "assistant" else ():
             error = lost_turn(number, turn) if in_prompt else lost_part("`content`", number, owner, content)
-            yield _Part(("messages", index, "content"), content, error)
+            yield _Part(("messages", index, "content", *path), content, error)
         for path, function in calls_of(turn):
             call = f"`tool_calls[{path[1]}]`"
             called = function.get("name")
@@ -146,6 +145,15 @@ def _parts_of_messages(messages: Messages, num_prompt: int, name: str) -> Iterat
             if _is_said(arguments):
                 error = lost_part(f"the arguments of {call}", number, owner, str(arguments))
                 yield _Part(("messages", index, *path, "arguments"), arguments, error)
+
+
+def _texts_of_content(content: object) -> Iterator[tuple[_Path, str]]:
+    """The texts of a turn that say something, each with where it stands in the content."""
+    if isinstance(content, list):
+        texts = [((index, "text"), part["text"]) for index, part in enumerate(content) if part["type"] == "text"]
+        yield from ((path, text) for path, text in texts if _is_said(text))
+    elif _is_said(content):
+        yield (), str(content)
 
 
 def _parts_of_tools(tools: AbstractSequence[Mapping[str, Any]]) -> Iterator[_Part]:
@@ -170,7 +178,10 @@ def _form_of_turn(turn: Message) -> Hashable:
         for arguments in (function.get("arguments"),)
     )
     content = turn["content"]
-    return turn["role"], content is None, _is_said(content), tuple(turn), calls
+    said: Hashable = _is_said(content)
+    if isinstance(content, list):
+        said = tuple((part["type"], _is_said(part.get("text"))) for part in content)
+    return turn["role"], content is None, said, tuple(turn), calls
 
 
 def _is_said(value: object) -> TypeGuard[str | dict[str, Any]]:

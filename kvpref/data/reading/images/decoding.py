@@ -1,0 +1,103 @@
+"""Image files to RGB pictures, as transformers loads them: upright, without transparency, one frame."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import TYPE_CHECKING
+
+from kvpref.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message says why, without its name."""
+
+
+def decode(content: bytes) -> Picture:
+    """Decode a whole file.
+
+    Raises:
+        BadImage: If it is none, is truncated, or holds several frames.
+    """
+    pil = import_pil()
+    if not content:
+        raise BadImage("is empty")
+    try:
+        picture = pil.open(io.BytesIO(content))
+    except Exception as error:  # readers of formats raise what they like at broken files
+        raise BadImage(f"is not an image that can be read ({_first_line(error)})") from error
+    return upright(picture)
+
+
+def upright(picture: Picture) -> Picture:
+    """A picture in RGB, turned as its camera says.
+
+    Raises:
+        BadImage: If it is truncated, has no pixels, or holds several frames.
+    """
+    import_pil()
+    from PIL import ImageOps
+
+    # Cameras write JPEG files with a second picture inside (MPO), of which the first is the photograph.
+    num_frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    if num_frames > 1:
+        raise BadImage(f"has {num_frames} frames; animated images are not supported: give one frame as its own image")
+    if 0 in picture.size:
+        raise BadImage(f"has no pixels ({picture.width}x{picture.height})")
+    try:
+        picture.load()
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:
+        raise BadImage(f"is truncated or broken ({_first_line(error)})") from error
+
+
+def scaled_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
+    """The (width, height) of an image that has to have at most so many pixels, in its aspect ratio."""
+    width, height = size
+    if max_pixels is None or width * height <= max_pixels:
+        return size
+    factor = (max_pixels / (width * height)) ** 0.5
+    # Rounding down keeps the limit, unless one side is already a pixel.
+    return max(1, min(int(width * factor), max_pixels)), max(1, min(int(height * factor), max_pixels))
+
+
+def scale(picture: Picture, max_pixels: int | None) -> Picture:
+    """The picture, smaller if it has more pixels than that."""
+    size = scaled_size(picture.size, max_pixels)
+    return picture if size == picture.size else picture.resize(size, import_pil().Resampling.BICUBIC)
+
+
+def content_digest(picture: Picture) -> str:
+    """Hex digest of size and pixels of an RGB picture."""
+    digest = hashlib.blake2b(f"{picture.width}x{picture.height}:".encode(), digest_size=16)
+    digest.update(picture.tobytes())
+    return digest.hexdigest()
+
+
+def to_png(picture: Picture) -> bytes:
+    """A picture as a file that holds every pixel."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG", compress_level=1)
+    return file.getvalue()
+
+
+def import_pil():  # type: ignore[no-untyped-def]
+    """The module `PIL.Image`.
+
+    Raises:
+        InputError: If it is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("the data has images, and Pillow is not installed: pip install pillow") from error
+    return Image
+
+
+def _first_line(error: Exception) -> str:
+    # PIL names the buffer it read from, by its address.
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.split(" <_io.")[0]

@@ -1,0 +1,127 @@
+"""The forms in which a row may hold an image, brought to three: a file, bytes, or a PIL image."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from kvpref.data.reading.messages import RowError, type_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+# What files of the usual formats begin with: PNG, JPEG, GIF, BMP, WebP, TIFF.
+_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_KEYS = ("bytes", "image", "path", "url", "base64")
+NUM_QUOTED_CHARS = 60
+
+
+class ImageValue(NamedTuple):
+    """What a row holds for an image.
+
+    Attributes:
+        value: Of any form, not yet checked.
+        name: What errors call it.
+    """
+
+    value: Any
+    name: str
+
+
+def resolve_image(given: ImageValue, folder: Path) -> Path | bytes | Picture:
+    """Tell which form it has.
+
+    Args:
+        given: A path, a ``file://`` address, a data URL, base64, bytes, a PIL image, or an object with one of these.
+        folder: Where relative paths begin.
+
+    Raises:
+        RowError: If it has none of these forms, or is an address on the web.
+    """
+    value, name = given
+    if isinstance(value, Mapping):
+        found = [key for key in _KEYS if value.get(key) is not None]
+        if not found:
+            raise RowError(f"`{name}` is an object without {', '.join(f'`{key}`' for key in _KEYS)}")
+        inner = value[found[0]]
+        if isinstance(inner, Mapping):
+            raise RowError(f"`{name}.{found[0]}` is an object; expected a path, bytes or a PIL image")
+        if found[0] == "base64" and isinstance(inner, str) and not inner.startswith("data:"):
+            return _from_base64(inner, name)
+        return resolve_image(ImageValue(inner, f"{name}.{found[0]}"), folder)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return _from_text(value, name, folder)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if _is_picture(value):
+        return value  # type: ignore[no-any-return]
+    raise RowError(
+        f"`{name}` must be an image: a path, bytes, a data URL, a PIL image or {{bytes, path}}; found {type_name(value)}"
+    )
+
+
+def _is_picture(value: object) -> bool:
+    # Without importing PIL, which nothing needs where no row has an image of its own.
+    return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(value).__mro__)
+
+
+def _from_text(value: str, name: str, folder: Path) -> Path | bytes:
+    if value.startswith("data:"):
+        head, comma, content = value.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise RowError(f"`{name}` is a data URL that is not base64: {_quote(value)}; write data:image/png;base64,...")
+        return _from_base64(content, name)
+    if value.startswith("file://"):
+        address = urlsplit(value)
+        if address.netloc not in ("", "localhost"):
+            raise RowError(f"`{name}` names a file of another machine: {_quote(value)}; give a path of this one")
+        return folder / url2pathname(address.path)
+    if _SCHEME.match(value):
+        raise RowError(
+            f"`{name}` is an address ({_quote(value)}), and kvpref fetches nothing; download the image and give its path"
+        )
+    path = folder / value
+    if not _exists(path):
+        content = _plain_base64(value)
+        if content is not None:
+            return content
+    return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, or with a null byte
+        return False
+
+
+def _plain_base64(value: str) -> bytes | None:
+    """What a text decodes to, if that is certain: a path is base64, too."""
+    if len(value) < 64:
+        return None
+    try:
+        content = base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return content if content.startswith(_BEGINNINGS) else None
+
+
+def _from_base64(value: str, name: str) -> bytes:
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowError(f"`{name}` is not valid base64 ({error})") from error
+
+
+def _quote(value: str) -> str:
+    return repr(value if len(value) <= NUM_QUOTED_CHARS else f"{value[: NUM_QUOTED_CHARS - 3]}...")
