@@ -8,7 +8,8 @@ from kvpref.data.batching.lengths import GroupLengths, measure_group
 from kvpref.data.batching.sampling import RankStep, StepSampler
 from kvpref.data.batching.sharing import Clusters, find_clusters
 from kvpref.data.batching.steps import BatchedStep, MicroBatch, StepBatcher, StepOptions
-from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset, load_preferences
+from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset
+from kvpref.data.loading import load_preferences
 from kvpref.data.reading.tokenization import load_tokenizer
 from kvpref.data.report import BadRow, DataReport
 from kvpref.data.statistics import (

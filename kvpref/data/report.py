@@ -54,6 +54,9 @@ class DataReport:
     response_tokens_cut: int = 0
     """Response tokens that were cut, EOS included."""
 
+    num_scaled_images: int = 0
+    """Images that had more pixels than `max_image_pixels`, each counted once."""
+
     notices: tuple[str, ...] = ()
     """What was done that the data does not say itself, and what of it is not read: one line each."""
 
@@ -63,7 +66,8 @@ class DataReport:
             f"{self.source}: {self.num_groups} groups; {len(self.bad_rows)} bad rows skipped; "
             f"{self.num_truncated_prompts} prompts and {self.num_truncated_responses} responses cut"
         )
-        return counts, *self.notices
+        scaled = f"{self.num_scaled_images} images scaled down to the limit of pixels"
+        return counts, *([scaled] if self.num_scaled_images else []), *self.notices
 
     def write_bad_rows(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON object ``{"location", "reason"}`` per bad row; the file is empty when there are none.

@@ -16,6 +16,7 @@ from typing import Any
 from kvpref.data.digests import DIGEST_BYTES
 from kvpref.prefix.tree import shared_prefix_length
 from kvpref.records.groups import Group, Sequence
+from kvpref.records.images import Image, PlacedImage
 
 
 class PackedGroups:
@@ -31,6 +32,9 @@ class PackedGroups:
         self._labels: list[tuple[bool, ...] | None] = []
         self._ids: list[str | None] = []
         self._columns: dict[int, dict[str, Any]] = {}  # only of groups that have any
+        # Only of groups that have any: per sequence its images; one tuple where all have the same, as they mostly do.
+        self._placed: dict[int, tuple[tuple[PlacedImage, ...], ...]] = {}
+        self._images: dict[str, Image] = {}
         for group in groups:
             self.append(group)
 
@@ -47,15 +51,23 @@ class PackedGroups:
         self._labels.append(group.labels)
         if group.columns:
             self._columns[len(self._ids)] = {name: _packed(value) for name, value in group.columns.items()}
+        if any(sequence.images for sequence in group.sequences):
+            placed = tuple(map(self._keep_images, group.sequences))
+            self._placed[len(self._ids)] = placed[:1] if len(set(placed)) == 1 else placed
         self._ids.append(group.id)
+
+    def _keep_images(self, sequence: Sequence) -> tuple[PlacedImage, ...]:
+        """A sequence's images, those with equal keys as one object."""
+        return tuple(PlacedImage(self._images.setdefault(image.key, image), runs) for image, runs in sequence.images)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Group:
+        spans = list(self._spans(index))
         sequences = [
-            Sequence(self._input_ids[start:end], [flag == 1 for flag in self._scored[start:end]])
-            for start, end in self._spans(index)
+            Sequence(self._input_ids[start:end], [flag == 1 for flag in self._scored[start:end]], images)
+            for (start, end), images in zip(spans, self._images_of(index, len(spans)), strict=True)
         ]
         ranks = self._ranks.get(index)
         return Group(
@@ -70,6 +82,14 @@ class PackedGroups:
     def __iter__(self) -> Iterator[Group]:
         return (self[index] for index in range(len(self)))
 
+    def _images_of(self, index: int, num_sequences: int) -> tuple[tuple[PlacedImage, ...], ...]:
+        placed = self._placed.get(index, ((),))
+        return placed * num_sequences if len(placed) == 1 else placed
+
+    def images(self) -> tuple[Image, ...]:
+        """Every image of a group, once."""
+        return tuple(self._images.values())
+
     def token_ids(self) -> set[int]:
         """Every token id that occurs."""
         return set(self._input_ids)
@@ -79,7 +99,13 @@ class PackedGroups:
         return self._ids[index]
 
     def beginning_of(self, index: int) -> array[int]:
-        """The tokens that all sequences of a group begin with, up to the first that is scored in the first sequence."""
+        """The `tree_ids` that all sequences of a group begin with, up to the first that the first sequence scores."""
+        if index in self._placed:
+            group = self[index]
+            ids = [array("q", sequence.tree_ids) for sequence in group.sequences]
+            shared = shared_prefix_length(min(ids), max(ids))  # type: ignore[arg-type]
+            flags = group.sequences[0].scored
+            return ids[0][: min(shared, flags.index(True)) if True in flags else shared]
         spans = list(self._spans(index))
         sequences = [self._input_ids[start:end] for start, end in spans]
         # Arrays slice and compare as tuples do; what the smallest and the largest share, all of them share.
@@ -95,7 +121,7 @@ class PackedGroups:
         return {name: _unpacked(value) for name, value in self._columns.get(index, {}).items()}
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over token ids, scored flags, labels, scores, ranks and columns; not ids, which hold paths."""
+        """Hex SHA-256 over token ids, scored flags, images, labels, scores, ranks and columns; ids hold paths."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             self._add_to(digest, index)
@@ -120,6 +146,9 @@ class PackedGroups:
             digest.update(struct.pack("<q", end - start))
             digest.update(tokens.tobytes())
             digest.update(self._scored[start:end])
+        for number, placed in enumerate(self._placed.get(index, ())):
+            for image, runs in placed:
+                digest.update(f"i{number}:{image.key}:{image.num_tokens}:{runs}".encode())
         labels, scores = self._labels[index], self._scores[index]
         digest.update(b"-" if labels is None else b"l" + bytes(labels))
         kind = b"r" if index in self._ranks else b"s"

@@ -44,7 +44,7 @@ def prepare_data(
             "kvpref.data.load_preferences"
         )
     options = DataOptions(columns=loss.columns)
-    groups = load_preferences(given, getattr(tokenizer, "tokenizer", tokenizer), options)
+    groups = load_preferences(given, tokenizer, options)
     assert groups.report is not None
     if args.process_index == 0:
         for line in groups.report.lines():

@@ -94,7 +94,11 @@ REFUSED = {
         "dpo",
         "rows.jsonl:3: `chosen` and `rejected` have no common beginning, so there is no prompt",
     ),
-    "images": ([{**ROWS[0], "images": ["a.png"]}], "dpo", "rows.jsonl:1: `images` is not empty"),
+    "images": (
+        [{**ROWS[0], "images": ["a.png"]}],
+        "dpo",
+        "rows.jsonl:1: the row has images, and a tokenizer alone reads none",
+    ),
 }
 
 

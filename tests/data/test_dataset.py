@@ -23,7 +23,7 @@ from kvpref.data import (
     measure_group,
     summarize_dataset,
 )
-from kvpref.data import dataset as dataset_module
+from kvpref.data import loading as loading_module
 from kvpref.errors import InputError, RunError
 from kvpref.records.groups import Group, Sequence
 
@@ -133,7 +133,7 @@ def test_call_size_does_not_change_the_result(tokenizer, write_jsonl, monkeypatc
     whole = load_preferences(path, tokenizer, SKIP)
     for name in ("MAX_TEXTS_PER_CALL", "MAX_CHARS_PER_CALL"):
         with monkeypatch.context() as patch:
-            patch.setattr(dataset_module, name, 3)
+            patch.setattr(loading_module, name, 3)
             parts = load_preferences(path, tokenizer, SKIP)
         assert (parts.fingerprint, parts.report) == (whole.fingerprint, whole.report)
 

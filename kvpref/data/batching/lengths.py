@@ -43,7 +43,7 @@ class GroupLengths(NamedTuple):
 
 def measure_group(group: Group) -> GroupLengths:
     """Count the tokens, attention pairs and scored tokens of one group."""
-    sequences = [sequence.input_ids for sequence in group.sequences]
+    sequences = [sequence.tree_ids for sequence in group.sequences]
     lengths = list(map(len, sequences))
     repeats = len(sequences) - 1
     # What the smallest and the largest of sorted lists have in common, all of them have.

@@ -142,8 +142,8 @@ def refuse_media(row: Mapping[str, Any]) -> None:
         empty = value is None or (isinstance(value, str | list | dict) and not value)
         if not empty:
             raise RowError(
-                f"`{name}` is not empty, and video and audio are not supported; leave such rows out, or drop the column "
-                "to train without"
+                f"`{name}` is not empty, and video and audio are not supported; leave such rows out, or drop the "
+                "column to train without"
             )
 
 

@@ -25,6 +25,16 @@ def source_name(data: Source) -> str:
     return os.fspath(data) if isinstance(data, str | os.PathLike) else "the rows given"
 
 
+def source_folder(data: Source) -> Path:
+    """Where relative paths in the rows begin: the folder of the file, or a folder itself; for the rest where we are."""
+    if not isinstance(data, str | os.PathLike):
+        return Path()
+    path = Path(data)
+    if path.is_dir():
+        return path
+    return path.parent if path.exists() else Path()
+
+
 def read_rows(data: Source, columns: Sequence[str] = ()) -> Iterator[RawRow]:
     """Read the rows of a file or a dataset, in order.
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any
 
+from kvpref.data.reading.images.parts import place_images
+from kvpref.data.reading.images.store import StoredImage
 from kvpref.data.reading.lost_parts import check_nothing_lost, check_prompt_written
 from kvpref.data.reading.messages import Message, RowError
-from kvpref.data.reading.response_spans import ChatTemplate, Messages, Span, find_spans
+from kvpref.data.reading.response_spans import ChatTemplate, Messages, Span, chat_template_of, find_spans
 from kvpref.data.reading.rows import PreferenceRow
 from kvpref.data.reading.template_probes import TemplateProbes
 from kvpref.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,12 @@ class RenderedRow:
     images: tuple[StoredImage, ...] = ()
 
 
-def render_row(
-    row: PreferenceRow, tokenizer: PreTrainedTokenizerBase, probes: TemplateProbes | None = None
-) -> RenderedRow:
+def render_row(row: PreferenceRow, tokenizer: Any, probes: TemplateProbes | None = None) -> RenderedRow:
     """Write out the texts of one row.
 
     Args:
         row: The row.
-        tokenizer: Has the chat template.
+        tokenizer: Or a processor; has the chat template.
         probes: What is known of this tokenizer's template from other rows.
 
     Raises:
@@ -53,18 +50,35 @@ def render_row(
             with an assistant turn.
         InputError: If the row holds messages and the tokenizer has no chat template.
     """
-    if isinstance(row.prompt, tuple):
-        return _render_chat(row, row.prompt, tokenizer, probes or TemplateProbes())
-    texts = tuple(f"{row.prompt or ''}{response}" for response in row.responses)
-    if row.prompt is None:
+    template = chat_template_of(tokenizer)
+    prompt = row.prompt
+    if row.images and isinstance(prompt, str):
+        row, prompt = _with_places(row, prompt, tokenizer, has_template=bool(template.program))
+    if isinstance(prompt, tuple):
+        return _render_chat(row, prompt, template, probes or TemplateProbes())
+    texts = tuple(f"{prompt or ''}{response}" for response in row.responses)
+    if prompt is None:
         return RenderedRow(row, texts, None, is_chat=False)
-    return RenderedRow(row, texts, tuple(((len(row.prompt), len(text)),) for text in texts), is_chat=False)
+    return RenderedRow(row, texts, tuple(((len(prompt), len(text)),) for text in texts), is_chat=False)
 
 
-def _render_chat(
-    row: PreferenceRow, prompt: Messages, tokenizer: PreTrainedTokenizerBase, probes: TemplateProbes
-) -> RenderedRow:
-    if not tokenizer.chat_template:
+def _with_places(
+    row: PreferenceRow, prompt: str, processor: Any, *, has_template: bool
+) -> tuple[PreferenceRow, str | Messages]:
+    """The row of texts and the prompt, with a place for each image: in front of the text, if it has none."""
+    token = getattr(processor, "image_token", None) or "<image>"
+    if token in prompt:
+        return row, prompt
+    if not has_template:
+        return row, token * len(row.images) + prompt
+    placed, _ = place_images(({"role": "user", "content": prompt},), (), row.images)
+    assert isinstance(placed, tuple)
+    answers = tuple(({"role": "assistant", "content": response},) for response in row.responses)
+    return replace(row, prompt=placed, responses=answers), placed
+
+
+def _render_chat(row: PreferenceRow, prompt: Messages, template: ChatTemplate, probes: TemplateProbes) -> RenderedRow:
+    if not template.program:
         raise InputError(
             "the row holds chat messages, and the tokenizer has no chat template; use the tokenizer of a chat model, "
             "set tokenizer.chat_template, or write the rows as plain strings"
@@ -77,7 +91,9 @@ def _render_chat(
                 f"{name} begins with a turn of role {response[0]['role']!r}, and a response must begin with one of "
                 "role 'assistant'; correct the role, or move the turns before the answer to the prompt"
             )
-    template = ChatTemplate(tokenizer, dict(row.template_settings))
+    template = replace(
+        template, settings=dict(row.template_settings), reads_parts_only=probes.reads_parts_only(template)
+    )
     probes.check_settings(template)
     first_error: RowError | None = None
     for form in _forms((prompt, *responses)):

@@ -63,15 +63,33 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses the messages ({error})") from error
         return str(text)
 
+    @property
+    def program(self) -> Any:
+        """The template itself; a dict where there are several, None where there is none."""
+        return self._owner.chat_template
+
     def sources(self) -> tuple[str, ...]:
-        """The program itself; several where the tokenizer has several templates."""
-        template = self._owner.chat_template
+        """The program as text; several where the tokenizer has several templates."""
+        template = self.program
         return tuple(map(str, template.values() if isinstance(template, dict) else (template,)))
 
     def special_tokens(self) -> set[str]:
         """The tokens that end turns, among others."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return added | set(self.tokenizer.all_special_tokens)
+
+
+def tokenizer_of(given: Any) -> Any:
+    """A tokenizer itself, or that of a processor."""
+    # Some tokenizers keep another one as `tokenizer`.
+    return given if hasattr(given, "convert_tokens_to_ids") else getattr(given, "tokenizer", given)
+
+
+def chat_template_of(given: Any) -> ChatTemplate:
+    """The template of a tokenizer, or of a processor, which may leave it to its tokenizer."""
+    tokenizer = tokenizer_of(given)
+    has_own = tokenizer is not given and getattr(given, "chat_template", None)
+    return ChatTemplate(tokenizer, processor=given if has_own else None)
 
 
 def _in_parts(message: Message) -> Message:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvpref.data.reading.columns import ROW_FIELDS
+from kvpref.data.reading.columns import IMAGE_COLUMNS, ROW_FIELDS
 from kvpref.data.reading.raw_rows import RawRow
 from kvpref.errors import InputError
 
@@ -92,10 +92,13 @@ def _known_columns(source: str, names: list[str], extra: Sequence[str]) -> _Colu
 
 def _dataset_rows(dataset: Any, columns: Sequence[str], source: str, place: str) -> Iterator[RawRow]:
     known = _known_columns(source, dataset.column_names, columns)
-    # Formats give arrays and tensors in place of lists.
-    rows = dataset.select_columns(known.read).with_format(None)
-    for number, row in enumerate(rows, start=1):
-        yield RawRow(f"{place} {number}", row, left_out=known.left_out)
+    stored = [name for name in known.read if name in IMAGE_COLUMNS]
+    # Formats give arrays and tensors in place of lists; features of images would decode them for every row.
+    rows = dataset.select_columns([name for name in known.read if name not in stored]).with_format(None)
+    images = dataset.select_columns(stored).with_format("arrow")
+    for index, row in enumerate(rows if rows.column_names else ({} for _ in range(len(dataset)))):
+        undecoded = images[index].to_pylist()[0] if stored else {}
+        yield RawRow(f"{place} {index + 1}", {**row, **undecoded}, left_out=known.left_out)
 
 
 def _open_dataset(name: str, split: str, file_types: Sequence[str]) -> Any:

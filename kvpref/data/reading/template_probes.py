@@ -37,6 +37,18 @@ class TemplateProbes:
     def __init__(self) -> None:
         self._suspects: dict[Hashable, frozenset[_Path]] = {}
         self._read_names: set[str] = set()
+        self._reads_parts_only: bool | None = None
+
+    def reads_parts_only(self, template: ChatTemplate) -> bool:
+        """Whether the template of a processor writes content only where it is a list of parts."""
+        if self._reads_parts_only is None:
+            marker, turn = "kvprefmark", {"role": "user", "content": "kvprefmark"}
+            self._reads_parts_only = (
+                template.processor is not None
+                and not _writes(template, turn, marker)
+                and _writes(replace(template, reads_parts_only=True), turn, marker)
+            )
+        return self._reads_parts_only
 
     def check_settings(self, template: ChatTemplate) -> None:
         """Refuse settings whose names the template never mentions.
@@ -85,6 +97,13 @@ class TemplateProbes:
         # Tools of another form than the usual have no name to mark.
         if tools and not any(_parts_of_tools(tools)) and template.write(messages) == _without_tools(template, messages):
             raise lost_tool("without a name")
+
+
+def _writes(template: ChatTemplate, turn: Message, marker: str) -> bool:
+    try:
+        return marker in template.write((turn,))
+    except RowError:
+        return False
 
 
 def _suspects(template: ChatTemplate, messages: Messages, parts: AbstractSequence[_Part]) -> AbstractSequence[_Part]:
@@ -150,8 +169,9 @@ def _parts_of_messages(messages: Messages, num_prompt: int, name: str) -> Iterat
 def _texts_of_content(content: object) -> Iterator[tuple[_Path, str]]:
     """The texts of a turn that say something, each with where it stands in the content."""
     if isinstance(content, list):
-        texts = [((index, "text"), part["text"]) for index, part in enumerate(content) if part["type"] == "text"]
-        yield from ((path, text) for path, text in texts if _is_said(text))
+        for index, part in enumerate(content):
+            if part["type"] == "text" and _is_said(part["text"]):
+                yield (index, "text"), str(part["text"])
     elif _is_said(content):
         yield (), str(content)
 

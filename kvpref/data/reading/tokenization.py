@@ -173,8 +173,9 @@ class SequenceTokenizer:
         return []
 
     def _leading_ids_for(self, row: RenderedRow, ids: list[int]) -> list[int]:
-        # Chat templates write their own; a plain text may have been written with BOS in it.
-        if row.is_chat or ids[: len(self.leading_ids)] == self.leading_ids:
+        # Chat templates write their own, but processors leave it to the tokenizer where a template does not. A plain
+        # text may have been written with BOS in it.
+        if (row.is_chat and not row.images) or ids[: len(self.leading_ids)] == self.leading_ids:
             return []
         return self.leading_ids
 

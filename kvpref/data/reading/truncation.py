@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvpref.data.reading.messages import RowError
 from kvpref.data.reading.tokenization import TokenizedSequence
 
 
@@ -53,3 +54,20 @@ def truncate_row(
         unscored = tuple((start, min(end, len(response))) for start, end in sequence.unscored if start < len(response))
         kept.append(TokenizedSequence(prompt + response, len(prompt), unscored))
     return TruncatedRow(kept, max(cuts), sum(cut > 0 for cut in response_cuts), sum(response_cuts))
+
+
+def check_prompt_fits(sequences: list[TokenizedSequence], max_prompt_tokens: int | None) -> None:
+    """Refuse to cut a prompt with images.
+
+    Prompts lose their beginning, which is where images mostly stand, and the tokens around an image are a part of it
+    that only its processor knows.
+
+    Raises:
+        RowError: If the prompt is too long.
+    """
+    longest = max(sequence.num_prompt_tokens for sequence in sequences)
+    if max_prompt_tokens is not None and longest > max_prompt_tokens:
+        raise RowError(
+            f"the prompt has {longest} tokens, more than max_prompt_tokens={max_prompt_tokens}, and prompts with "
+            "images are not cut; raise the limit, or make the images smaller (max_image_pixels)"
+        )

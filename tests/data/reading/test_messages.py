@@ -29,8 +29,8 @@ def test_reasoning_needs_no_content():
         ({"role": "user", "content": None, "tool_calls": [CALL]}, "a message without `content`"),
         ({"role": "assistant", "content": 3}, r"`p\[0\].content` must be a string, found int"),
         (
-            {"role": "user", "content": [{"type": "image"}]},
-            r"`p\[0\].content\[0\]` is a part of type 'image'; only text",
+            {"role": "user", "content": [{"type": "video"}]},
+            r"`p\[0\].content\[0\]` is a part of type 'video'; only text",
         ),
         ({"role": "user", "content": [{"type": "text"}]}, r"`p\[0\].content\[0\]` is a part of type 'text'; only text"),
     ],

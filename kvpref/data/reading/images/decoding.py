@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 
-class BadImage(ValueError):
+class BadImageError(ValueError):
     """An image that cannot be used; the message says why, without its name."""
 
 
@@ -20,15 +20,15 @@ def decode(content: bytes) -> Picture:
     """Decode a whole file.
 
     Raises:
-        BadImage: If it is none, is truncated, or holds several frames.
+        BadImageError: If it is none, is truncated, or holds several frames.
     """
     pil = import_pil()
     if not content:
-        raise BadImage("is empty")
+        raise BadImageError("is empty")
     try:
         picture = pil.open(io.BytesIO(content))
     except Exception as error:  # readers of formats raise what they like at broken files
-        raise BadImage(f"is not an image that can be read ({_first_line(error)})") from error
+        raise BadImageError(f"is not an image that can be read ({_first_line(error)})") from error
     return upright(picture)
 
 
@@ -36,7 +36,7 @@ def upright(picture: Picture) -> Picture:
     """A picture in RGB, turned as its camera says.
 
     Raises:
-        BadImage: If it is truncated, has no pixels, or holds several frames.
+        BadImageError: If it is truncated, has no pixels, or holds several frames.
     """
     import_pil()
     from PIL import ImageOps
@@ -44,14 +44,16 @@ def upright(picture: Picture) -> Picture:
     # Cameras write JPEG files with a second picture inside (MPO), of which the first is the photograph.
     num_frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
     if num_frames > 1:
-        raise BadImage(f"has {num_frames} frames; animated images are not supported: give one frame as its own image")
+        raise BadImageError(
+            f"has {num_frames} frames; animated images are not supported: give one frame as its own image"
+        )
     if 0 in picture.size:
-        raise BadImage(f"has no pixels ({picture.width}x{picture.height})")
+        raise BadImageError(f"has no pixels ({picture.width}x{picture.height})")
     try:
         picture.load()
         return ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:
-        raise BadImage(f"is truncated or broken ({_first_line(error)})") from error
+        raise BadImageError(f"is truncated or broken ({_first_line(error)})") from error
 
 
 def scaled_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:

@@ -49,6 +49,8 @@ class PlaceholderWriter:
         self._counts: dict[tuple[Size, ...], int] = {}
         self._joint: dict[tuple[Size, ...], bool] = {}
         self.token_id = self._find_token_id(processor)
+        # Some processors end the prompt themselves (PaliGemma writes a line break), and know of no response.
+        self._ends_prompts = not self.write(f"{self.image_token}a", [PROBE_SIZE]).endswith("a")
 
     def write(self, text: str, sizes: Sequence[Size]) -> str:
         """The text with an image's placeholders at each `image_token`.
@@ -66,16 +68,16 @@ class PlaceholderWriter:
         return self._recorder.text
 
     def continue_prompt(self, text: str, prompt_chars: int, sizes: Sequence[Size]) -> tuple[str, int]:
-        """The text of a prompt and its response, expanded, and how many characters longer the prompt is then."""
-        whole, rest = self.write(text, sizes), text[prompt_chars:]
-        if not whole.endswith(rest) or self._ends_prompts(text, sizes, whole):
-            # Some processors end the prompt themselves (PaliGemma writes a line break), and know of no response.
-            whole = self.write(text[:prompt_chars], sizes) + rest
-        return whole, len(whole) - len(text)
+        """The text of a prompt and its response, expanded, and how many characters longer the prompt is then.
 
-    def _ends_prompts(self, text: str, sizes: Sequence[Size], whole: str) -> bool:
-        marked = "kvprefmark"
-        return not self.write(f"{text}{marked}", sizes).endswith(marked) and whole.endswith("\n")
+        Raises:
+            RowError: If the processor refuses it, or changes the response.
+        """
+        rest = text[prompt_chars:]
+        whole = self.write(text, sizes) if not self._ends_prompts else self.write(text[:prompt_chars], sizes) + rest
+        if not whole.endswith(rest):
+            raise RowError("the model's processor changes the text of the response where images are in the prompt")
+        return whole, len(whole) - len(text)
 
     def count(self, sizes: tuple[Size, ...]) -> int:
         """Placeholders of images that are given to the processor together, without other text."""
@@ -153,10 +155,12 @@ def _remembering(image_processor: Any) -> Any:
     def call(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         key = (_sizes(images), args, repr(sorted(kwargs.items())))
         if key not in seen:
-            seen[key] = {name: _shrunk(value) for name, value in super(kind, self).__call__(images, *args, **kwargs).items()}
+            seen[key] = {name: _shrunk(value) for name, value in cls.__call__(self, images, *args, **kwargs).items()}
         from transformers import BatchFeature
 
-        return BatchFeature({name: list(value) if isinstance(value, list) else value for name, value in seen[key].items()})
+        return BatchFeature(
+            {name: list(value) if isinstance(value, list) else value for name, value in seen[key].items()}
+        )
 
     cls = type(image_processor)
     kind = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -91,9 +91,7 @@ def _before_text(prompt: Messages, num_images: int) -> Messages:
 def _with_bare_parts(message: Message) -> Message:
     if not image_parts(message):
         return message
-    return message | {
-        "content": [dict(IMAGE_PART) if part["type"] == "image" else part for part in message["content"]]
-    }
+    return message | {"content": [dict(IMAGE_PART) if part["type"] == "image" else part for part in message["content"]]}
 
 
 def _is_empty(value: object) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvpref.data.reading.images.decoding import BadImage, content_digest, decode, to_png, upright
+from kvpref.data.reading.images.decoding import BadImageError, content_digest, decode, to_png, upright
 from kvpref.data.reading.images.values import ImageValue, resolve_image
 from kvpref.data.reading.messages import RowError
 from kvpref.errors import RunError
@@ -38,10 +38,12 @@ class StoredImage:
         """
         try:
             picture = decode(self.source.read_bytes() if isinstance(self.source, Path) else self.source)
-        except (OSError, BadImage) as error:
+        except (OSError, BadImageError) as error:
             raise RunError(f"{self._name()}: the image can no longer be read ({error}); put the file back") from error
         if content_digest(picture) != self.digest:
-            raise RunError(f"{self._name()}: the image changed after the data was read; put the file back, or start anew")
+            raise RunError(
+                f"{self._name()}: the image changed after the data was read; put the file back, or start anew"
+            )
         return picture
 
     def _name(self) -> str:
@@ -95,14 +97,14 @@ class ImageStore:
         if known_by not in self._of_bytes:
             try:
                 self._of_bytes[known_by] = self._keep(decode(content), source)
-            except BadImage as error:
+            except BadImageError as error:
                 self._of_bytes[known_by] = str(error)
         return self._of_bytes[known_by]
 
     def _add_picture(self, picture: Picture) -> StoredImage | str:
         try:
             return self._keep(upright(picture), None)
-        except BadImage as error:
+        except BadImageError as error:
             return str(error)
 
     def _keep(self, picture: Picture, source: Path | bytes | None) -> StoredImage:

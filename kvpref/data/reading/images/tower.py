@@ -59,7 +59,9 @@ class TowerInputs:
     def settings_digest(self) -> str:
         """Of all that changes how an image is processed."""
         image_processor = self.processor.image_processor
-        own = {name: value for name, value in vars(self.processor).items() if isinstance(value, int | float | str | bool)}
+        own: dict[str, Any] = {
+            name: value for name, value in vars(self.processor).items() if isinstance(value, int | float | str | bool)
+        }
         own.pop("chat_template", None)
         own["images_kwargs"] = getattr(self.processor, "images_kwargs", None)
         settings = [type(self.processor).__name__, own, image_processor.to_dict(), self.max_pixels]

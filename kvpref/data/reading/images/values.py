@@ -66,7 +66,8 @@ def resolve_image(given: ImageValue, folder: Path) -> Path | bytes | Picture:
     if _is_picture(value):
         return value  # type: ignore[no-any-return]
     raise RowError(
-        f"`{name}` must be an image: a path, bytes, a data URL, a PIL image or {{bytes, path}}; found {type_name(value)}"
+        f"`{name}` must be an image: a path, bytes, a data URL, a PIL image or {{bytes, path}}; "
+        f"found {type_name(value)}"
     )
 
 
@@ -79,7 +80,9 @@ def _from_text(value: str, name: str, folder: Path) -> Path | bytes:
     if value.startswith("data:"):
         head, comma, content = value.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise RowError(f"`{name}` is a data URL that is not base64: {_quote(value)}; write data:image/png;base64,...")
+            raise RowError(
+                f"`{name}` is a data URL that is not base64: {_quote(value)}; write data:image/png;base64,..."
+            )
         return _from_base64(content, name)
     if value.startswith("file://"):
         address = urlsplit(value)
@@ -88,14 +91,11 @@ def _from_text(value: str, name: str, folder: Path) -> Path | bytes:
         return folder / url2pathname(address.path)
     if _SCHEME.match(value):
         raise RowError(
-            f"`{name}` is an address ({_quote(value)}), and kvpref fetches nothing; download the image and give its path"
+            f"`{name}` is an address ({_quote(value)}), and kvpref fetches nothing; download it and give its path"
         )
     path = folder / value
-    if not _exists(path):
-        content = _plain_base64(value)
-        if content is not None:
-            return content
-    return path
+    plain = None if _exists(path) else _plain_base64(value)
+    return path if plain is None else plain
 
 
 def _exists(path: Path) -> bool:
