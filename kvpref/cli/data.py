@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from kvpref.data import BatchStatistics, DataReport, DataStatistics, PreferenceDataset, StepOptions
+    from kvpref.data import (
+        BatchStatistics,
+        DataReport,
+        DataStatistics,
+        ImageStatistics,
+        PreferenceDataset,
+        StepOptions,
+    )
     from kvpref.plan.flops import ModelShape
     from kvpref.profiling.calibration import Calibration
 
@@ -177,6 +184,7 @@ def _print_data(console: Console, report: DataReport, statistics: DataStatistics
     from kvpref.data.statistics import DATA_SAVING
 
     console.print(_lengths_table(report.source, statistics))
+    images = statistics.images
     _print_facts(
         console,
         {
@@ -184,6 +192,7 @@ def _print_data(console: Console, report: DataReport, statistics: DataStatistics
             "prompt share": f"{statistics.prompt_share:.1%} of {statistics.total_tokens} tokens",
             "data saving": f"{statistics.prefix_saving:.2f}x, {DATA_SAVING} "
             f"({statistics.prompt_saving:.2f}x were it prompts only)",
+            **({} if images is None else _image_facts(images, report)),
             "bad rows": f"{len(report.bad_rows)} skipped",
             "prompts cut": f"{report.num_truncated_prompts} groups, {report.prompt_tokens_cut} tokens",
             "responses cut": f"{report.num_truncated_responses} responses, {report.response_tokens_cut} tokens",
@@ -196,6 +205,16 @@ def _print_data(console: Console, report: DataReport, statistics: DataStatistics
     if len(report.bad_rows) > MAX_BAD_ROWS_SHOWN:
         hidden = len(report.bad_rows) - MAX_BAD_ROWS_SHOWN
         console.print(f"skipped {hidden} more; --report FILE writes all", markup=False, highlight=False)
+
+
+def _image_facts(images: ImageStatistics, report: DataReport) -> dict[str, str]:
+    scaled = f", {report.num_scaled_images} of them scaled down" if report.num_scaled_images else ""
+    return {
+        "images": f"{images.num_images} in {images.num_groups_with_images} groups, {images.num_unique_images} that "
+        f"differ{scaled}",
+        "image saving": f"{images.image_saving:.2f}x of {images.total_image_tokens} image tokens, "
+        f"{images.text_saving:.2f}x of the text",
+    }
 
 
 def _print_batches(console: Console, batches: BatchStatistics) -> None:
@@ -253,8 +272,11 @@ def _lengths_table(source: str, statistics: DataStatistics) -> Table:
     table.add_column("tokens")
     for name in ("mean", "p50", "p90", "max"):
         table.add_column(name, justify="right")
+    images = statistics.images
+    of_images = [] if images is None else [("of it images, where any", images.image_tokens)]
     for label, summary in (
         ("prompt, per group", statistics.prompt_tokens),
+        *of_images,
         ("response, EOS included", statistics.response_tokens),
         ("sequences per group (N)", statistics.sequences_per_group),
     ):

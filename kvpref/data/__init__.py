@@ -15,6 +15,7 @@ from kvpref.data.report import BadRow, DataReport
 from kvpref.data.statistics import (
     BatchStatistics,
     DataStatistics,
+    ImageStatistics,
     LengthSummary,
     summarize_batches,
     summarize_dataset,
@@ -30,6 +31,7 @@ __all__ = [
     "DataReport",
     "DataStatistics",
     "GroupLengths",
+    "ImageStatistics",
     "LengthSummary",
     "MicroBatch",
     "Mode",

@@ -14,6 +14,7 @@ from kvpref.data.report import DataReport
 from kvpref.data.storage import PackedGroups
 from kvpref.errors import InputError
 from kvpref.records.groups import Group
+from kvpref.records.images import Image
 
 OnBadRow = Literal["stop", "skip"]
 
@@ -78,7 +79,7 @@ class PreferenceDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over token ids, scored flags, labels, scores and columns of every group; the same everywhere."""
+        """Hex SHA-256 over tokens, scored flags, images, labels, scores, columns of all groups; the same everywhere."""
         return self._groups.fingerprint()
 
     @cached_property
@@ -90,6 +91,11 @@ class PreferenceDataset:
     def lengths(self) -> list[GroupLengths]:
         """Counts of tokens, attention pairs and scored tokens per group."""
         return [measure_group(group) for group in self]
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """Every image of a group, once."""
+        return self._groups.images()
 
     def token_ids(self) -> set[int]:
         """Every token id that occurs in a group."""

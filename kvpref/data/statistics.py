@@ -9,6 +9,7 @@ from statistics import fmean
 
 from kvpref.data.batching.costs import CostModel, Mode
 from kvpref.data.batching.cutting import GroupCosts
+from kvpref.data.batching.lengths import common_beginning
 from kvpref.data.batching.steps import MicroBatch, StepBatcher
 from kvpref.data.dataset import PreferenceDataset
 from kvpref.records.groups import Group
@@ -38,6 +39,35 @@ class LengthSummary:
 
     max: int
     """The largest value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStatistics:
+    """The images of a dataset, and what sharing them saves, apart from the text."""
+
+    num_images: int
+    """Images of all groups, each once per group and place."""
+
+    num_unique_images: int
+    """Images that differ: as often a vision tower runs, were all groups in one step."""
+
+    num_groups_with_images: int
+    """Groups whose prompt has any."""
+
+    image_tokens: LengthSummary
+    """Placeholders per group that has images."""
+
+    total_image_tokens: int
+    """Placeholders of all sequences, prompts repeated."""
+
+    unique_image_tokens: int
+    """Placeholders when the beginning that all sequences of a group share is encoded once."""
+
+    image_saving: float
+    """total_image_tokens / unique_image_tokens."""
+
+    text_saving: float
+    """The same of all other tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +103,9 @@ class DataStatistics:
 
     prefix_saving: float
     """total_tokens / unique_tokens, see `DATA_SAVING`: response starts that all sequences share count once too."""
+
+    images: ImageStatistics | None = None
+    """None where no group has images; placeholders count among the prompt tokens above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +189,34 @@ def summarize_dataset(dataset: PreferenceDataset) -> DataStatistics:
         unique_tokens=unique,
         prompt_saving=total / (total - shared),
         prefix_saving=total / unique,
+        images=_summarize_images(dataset, total, unique),
+    )
+
+
+def _summarize_images(dataset: PreferenceDataset, total_tokens: int, unique_tokens: int) -> ImageStatistics | None:
+    num_images, per_group, total, unique = 0, [], 0, 0
+    for group in dataset if dataset.images else ():
+        placed = [sequence.images for sequence in group.sequences]
+        if not any(placed):
+            continue
+        shared = common_beginning(group)
+        in_sequences = sum(item.image.num_tokens for images in placed for item in images)
+        in_beginning = sum(max(0, min(stop, shared) - first) for _, runs in placed[0] for first, stop in runs)
+        num_images += max(map(len, placed))
+        per_group.append(max(sum(item.image.num_tokens for item in images) for images in placed))
+        total += in_sequences
+        unique += in_sequences - in_beginning * (len(placed) - 1)
+    if not per_group:
+        return None
+    return ImageStatistics(
+        num_images=num_images,
+        num_unique_images=len(dataset.images),
+        num_groups_with_images=len(per_group),
+        image_tokens=summarize(per_group),
+        total_image_tokens=total,
+        unique_image_tokens=unique,
+        image_saving=total / unique,
+        text_saving=(total_tokens - total) / (unique_tokens - unique),
     )
 
 

@@ -35,6 +35,8 @@ class PackedGroups:
         # Only of groups that have any: per sequence its images; one tuple where all have the same, as they mostly do.
         self._placed: dict[int, tuple[tuple[PlacedImage, ...], ...]] = {}
         self._images: dict[str, Image] = {}
+        self._first_rows: dict[str, int] = {}  # of each image, were the rows of all images in one table
+        self._num_rows = 0
         for group in groups:
             self.append(group)
 
@@ -58,7 +60,12 @@ class PackedGroups:
 
     def _keep_images(self, sequence: Sequence) -> tuple[PlacedImage, ...]:
         """A sequence's images, those with equal keys as one object."""
-        return tuple(PlacedImage(self._images.setdefault(image.key, image), runs) for image, runs in sequence.images)
+        for image, _ in sequence.images:
+            if image.key not in self._images:
+                self._images[image.key] = image
+                self._first_rows[image.key] = self._num_rows
+                self._num_rows += image.num_tokens
+        return tuple(PlacedImage(self._images[image.key], runs) for image, runs in sequence.images)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -99,19 +106,27 @@ class PackedGroups:
         return self._ids[index]
 
     def beginning_of(self, index: int) -> array[int]:
-        """The `tree_ids` that all sequences of a group begin with, up to the first that the first sequence scores."""
-        if index in self._placed:
-            group = self[index]
-            ids = [array("q", sequence.tree_ids) for sequence in group.sequences]
-            shared = shared_prefix_length(min(ids), max(ids))  # type: ignore[arg-type]
-            flags = group.sequences[0].scored
-            return ids[0][: min(shared, flags.index(True)) if True in flags else shared]
+        """The tokens that all sequences of a group begin with, up to the first that is scored in the first sequence.
+
+        Placeholders of images are negative, and equal just where the images are; every process numbers them alike.
+        """
         spans = list(self._spans(index))
         sequences = [self._input_ids[start:end] for start, end in spans]
+        if index in self._placed:
+            sequences = list(map(self._tell_images_apart, sequences, self._images_of(index, len(spans))))
         # Arrays slice and compare as tuples do; what the smallest and the largest share, all of them share.
         shared = shared_prefix_length(min(sequences), max(sequences))  # type: ignore[arg-type]
         scored = self._scored.find(1, *spans[0])
         return sequences[0][: shared if scored < 0 else min(shared, scored - spans[0][0])]
+
+    def _tell_images_apart(self, tokens: array[int], placed: tuple[PlacedImage, ...]) -> array[int]:
+        ids = array("q", tokens)
+        for image, runs in placed:
+            row = self._first_rows[image.key]
+            for first, stop in runs:
+                ids[first:stop] = array("q", range(-1 - row, -1 - row - (stop - first), -1))
+                row += stop - first
+        return ids
 
     def _spans(self, index: int) -> Iterator[tuple[int, int]]:
         for sequence in range(self._group_ends[index], self._group_ends[index + 1]):

@@ -16,6 +16,7 @@ from kvpref.data import CostModel, PreferenceDataset, StepBatcher, StepOptions, 
 from kvpref.data.statistics import DATA_SAVING, TOKEN_SAVING, LengthSummary, summarize
 from kvpref.errors import InputError
 from kvpref.records.groups import Group, Sequence
+from kvpref.records.images import Image, PlacedImage
 
 
 def make_group(prompt: int, *responses: int) -> Group:
@@ -234,3 +235,43 @@ def test_inspect_help_has_an_example_and_unknown_modes_are_refused(app):
     result = CliRunner().invoke(app, ["data", "inspect", "x.jsonl", "--tokenizer", "y", "--mode", "three_pass"])
     assert result.exit_code == 2
     assert "two_pass" in result.output
+
+
+def place(key: str, num_tokens: int, first: int = 1) -> PlacedImage:
+    image = Image(key=key, token_id=9, num_tokens=num_tokens, read=dict)
+    return PlacedImage(image, ((first, first + num_tokens),))
+
+
+def with_images(*keys: str, num_tokens: int = 4) -> Group:
+    """Two sequences: a token, an image each (`keys`, one per sequence), three of text, two scored."""
+    ids, scored = [1, *[9] * num_tokens, 2, 3, 4, 5, 6], [False] * (num_tokens + 4) + [True] * 2
+    return Group([Sequence(ids, scored, images=(place(key, num_tokens),)) for key in keys])
+
+
+def test_images_are_counted_apart_from_text():
+    figures = summarize_dataset(PreferenceDataset([with_images("a", "a"), with_images("a", "a"), make_group(4, 2, 2)]))
+    images = figures.images
+    assert images is not None
+    assert (images.num_images, images.num_unique_images, images.num_groups_with_images) == (2, 1, 2)
+    assert images.image_tokens == LengthSummary(mean=4.0, p50=4, p90=4, max=4)
+    assert (images.total_image_tokens, images.unique_image_tokens, images.image_saving) == (16, 8, 2.0)
+    # Text: 12 of each group with images, of which 6 are the same; 12 of the other, of which 4 are.
+    assert images.text_saving == (figures.total_tokens - 16) / (figures.unique_tokens - 8)
+    assert summarize_dataset(PreferenceDataset([make_group(4, 2)])).images is None
+
+
+def test_different_images_in_the_sequences_of_a_group_share_nothing():
+    images = summarize_dataset(PreferenceDataset([with_images("a", "b")])).images
+    assert images is not None
+    assert (images.num_unique_images, images.image_saving) == (2, 1.0)
+    dataset = PreferenceDataset([with_images("a", "b")])
+    assert dataset.lengths[0].unique_tokens == 19, "one token is shared, and the equal end is behind other images"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_groups_cluster_by_their_images(same):
+    others = [make_group(8, 2, 2) for _ in range(4)]
+    groups = [with_images("a", "a"), *others, with_images("a" if same else "b", "a" if same else "b")]
+    clusters = PreferenceDataset(groups).clusters(2, 2)
+    assert (clusters.of_group[5] == 0) is same
+    assert clusters.shared_tokens[0] == (8 if same else 0)

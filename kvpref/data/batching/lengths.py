@@ -43,11 +43,9 @@ class GroupLengths(NamedTuple):
 
 def measure_group(group: Group) -> GroupLengths:
     """Count the tokens, attention pairs and scored tokens of one group."""
-    sequences = [sequence.tree_ids for sequence in group.sequences]
-    lengths = list(map(len, sequences))
-    repeats = len(sequences) - 1
-    # What the smallest and the largest of sorted lists have in common, all of them have.
-    shared = num_shared(min(sequences), max(sequences))
+    lengths = list(map(len, group.sequences))
+    repeats = len(lengths) - 1
+    shared = common_beginning(group)
     scored = [sequence.scored.count(True) for sequence in group.sequences]
     starts = [sequence.scored[:shared] for sequence in group.sequences]
     scored_in_starts = sum(start.count(True) for start in starts)
@@ -57,12 +55,19 @@ def measure_group(group: Group) -> GroupLengths:
         unique_tokens=sum(lengths) - shared * repeats,
         total_tokens=sum(lengths),
         max_sequence_tokens=max(lengths),
-        num_sequences=len(sequences),
+        num_sequences=len(lengths),
         unique_pairs=total_pairs - _causal_pairs(shared) * repeats,
         total_pairs=total_pairs,
         unique_scored=sum(scored) - scored_in_starts + unique_in_starts,
         total_scored=sum(scored),
     )
+
+
+def common_beginning(group: Group) -> int:
+    """How many tokens all sequences begin with; placeholders of different images differ."""
+    sequences = [sequence.tree_ids for sequence in group.sequences]
+    # What the smallest and the largest of sorted lists have in common, all of them have.
+    return num_shared(min(sequences), max(sequences))
 
 
 def repeat_short_beginning(lengths: GroupLengths, min_shared_tokens: int) -> GroupLengths:

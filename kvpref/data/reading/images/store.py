@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ class StoredImage:
 
     digest: str
     size: tuple[int, int]
-    source: Path | bytes
+    source: Path | bytes = field(repr=False)
 
     def read(self) -> Picture:
         """The RGB picture.
