@@ -3,14 +3,15 @@
 Parents run before children, without a graph, and leave keys and values in slabs. The loss is computed from the
 log-probs alone; its gradient with respect to each is that token's weight. Then chunks run again, children before
 parents, each with a graph of its own whose backward pass adds to the gradients of the slabs that it read; so a parent
-finds there all that its descendants leave. This is gradient caching (Gao et al. 2021, arXiv 2101.06983) for prefix
-trees. The last chunks of a forward pass keep their graphs, as many as the bound allows, and do not run twice.
+finds there all that its descendants leave. So does the vision tower, which runs first, and again last. This is gradient
+caching (Gao et al. 2021, arXiv 2101.06983) for prefix trees. The last chunks of a forward pass keep their graphs, as
+many as the bound allows, and do not run twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,6 +22,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
+from kvpref.engine.image_chunks import StepImages
 from kvpref.engine.level_pass import run_level_pass
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.passes import responses
@@ -32,9 +34,11 @@ from kvpref.models.compilation import is_compiled
 from kvpref.models.experts import RouterSums, RouterTally
 from kvpref.models.head import head_outputs
 from kvpref.models.positions import check_tokens
+from kvpref.models.precision import without_cast_cache
 from kvpref.models.rotary import check_lengths
 from kvpref.models.support import check_training_state, unwrap
 from kvpref.models.text_layers import PassExtras
+from kvpref.models.vision.merging import PassImages
 from kvpref.models.vocabulary_grads import embed
 from kvpref.plan.chunks import ChunkPlan
 from kvpref.plan.occurrences import row_counts
@@ -97,11 +101,10 @@ class _ChunkRunner:
                 "prefix_cache='cpu' would compile each layer anew, because each is brought keys and values of its own; "
                 "use prefix_cache='device', or leave out compile_layers"
             )
-        if step.chunks.images:
-            raise UnsupportedModelError("the bounded schedule does not run images yet; use schedule='full'")
         groups = [group for batch in step.batches for group in batch.groups]
         check_lengths(unwrap(model), groups)
         check_tokens(unwrap(model), groups)
+        self._images = StepImages(model, step, options)
         self._store = SlabStore(step.chunks, self._device, on_host=on_host, prompts_get_grad=options.prefix_grad)
         self._graphs: dict[ChunkPlan, _ChunkGraph] = {}
         balances = options.router_aux_loss_coef is not None
@@ -117,6 +120,7 @@ class _ChunkRunner:
         check_training_state(unwrap(self._model))
         chunks = self._step.chunks
         with closing(self._store):
+            self._images.forward(keep_graph=True)
             self._forward(chunks.shared, keep_graphs=False)
             for index, micro_batch in enumerate(chunks.micro_batches):
                 self._forward(micro_batch.chunks, keep_graphs=True)
@@ -125,16 +129,18 @@ class _ChunkRunner:
                 self._store.drop(index)
             self._backward(chunks.shared)
             self._store.drop(SHARED)
+            self._images.backward()
 
     def score(self) -> Any:
         check_training_state(unwrap(self._model))
         (micro_batch,) = self._step.chunks.micro_batches
         with closing(self._store):
+            self._images.forward(keep_graph=False)
             self._forward(micro_batch.chunks, keep_graphs=False)
         return self._responses(0, self._outputs)
 
     def _forward(self, chunks: Sequence[ChunkPlan], *, keep_graphs: bool) -> None:
-        num_without = _num_before_last(chunks, self._options.chunk_tokens) if keep_graphs else len(chunks)
+        num_without = _num_before_last(chunks, self._images.chunk_tokens) if keep_graphs else len(chunks)
         for index, chunk in enumerate(chunks):
             with_graph = index >= num_without and self._gets_grad(chunk)
             with torch.set_grad_enabled(with_graph), region(f"pass {chunk.depth}"):
@@ -192,6 +198,7 @@ class _ChunkRunner:
             num_positions=self._step.chunks.max_sequence_tokens,
             options=self._options,
             head=self._head,
+            images=self._images.passes,
         )
         outputs, routers = run_inside(self._model, program)
         graph = _ChunkGraph(outputs=outputs, routers=routers)
@@ -234,6 +241,7 @@ def _run_chunk(
     num_positions: int,
     options: EngineOptions,
     head: HeadOptions,
+    images: PassImages | None,
 ) -> tuple[dict[str, torch.Tensor], RouterSums | None]:
     """One chunk through the layers and the head.
 
@@ -245,7 +253,7 @@ def _run_chunk(
     if options.router_aux_loss_coef is not None:
         routers = RouterTally(model, [row_counts(chunk.occurrences, chunk.targets.device)])
     checkpoints = torch.is_grad_enabled() and checkpoints_pass(options.checkpoint, is_prefix=chunk.writes is not None)
-    with _without_cast_cache(chunk.targets.device), key_values.saving(), checkpointed(model, checkpoints):
+    with without_cast_cache(chunk.targets.device), key_values.saving(), checkpointed(model, checkpoints):
         embeds = embed(model.get_input_embeddings(), chunk.item.input_ids, chunk.unique_ids, chunk.inverse)
         hidden = run_level_pass(
             model,
@@ -255,7 +263,7 @@ def _run_chunk(
             num_positions=num_positions,
             backend=options.backend,
             keep=chunk.writes is not None,
-            extras=PassExtras(routers),
+            extras=PassExtras(routers, images),
         )
         sums = None if routers is None else routers.sums()
         rows = hidden.flatten(0, 1).index_select(0, chunk.item.predictor_rows)
@@ -263,16 +271,6 @@ def _run_chunk(
             return {}, sums
         with region("lm head"):
             return head_outputs(model, rows, chunk.targets, head, in_place=True), sums
-
-
-@contextmanager
-def _without_cast_cache(device: torch.device) -> Iterator[None]:
-    """Autocast as it is, without its cache, which could hand weights cast without a graph to chunks that need one."""
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False):
-        yield
 
 
 def _num_before_last(chunks: Sequence[ChunkPlan], max_tokens: int | None) -> int:

@@ -12,7 +12,7 @@ from kvpref.models.vision.positions import ImagePositions
 from kvpref.plan.batch import ImageInputs
 from kvpref.plan.passes import PassPlan
 from kvpref.records.groups import Sequence as TokenSequence
-from kvpref.state.image_features import ImageFeatures
+from kvpref.state.image_features import FeatureSource
 
 
 class PassImages:
@@ -28,7 +28,7 @@ class PassImages:
     def __init__(
         self,
         model: PreTrainedModel,
-        features: ImageFeatures,
+        features: FeatureSource,
         sequences: Sequence[TokenSequence],
         inputs: Mapping[str, ImageInputs],
     ) -> None:
@@ -44,7 +44,7 @@ class PassImages:
         """
         if not item.image_rows.numel():
             return embeds
-        rows = self.features.features.index_select(0, item.image_index).to(embeds.dtype)
+        rows = self.features.rows(0, item.image_index).to(embeds.dtype)
         return embeds.flatten(0, 1).index_copy(0, item.image_rows, rows).view_as(embeds)
 
     def layer_inputs(self, item: PassPlan) -> dict[str, Any]:
@@ -53,11 +53,11 @@ class PassImages:
         positions = self._positions.of_pass(item)
         if positions is not None:
             found["position_ids"] = positions
-        if self.features.deepstack and item.image_rows.numel():
+        if self.features.num_tensors > 1 and item.image_rows.numel():
             places = torch.zeros_like(item.input_ids, dtype=torch.bool)
             places.view(-1)[item.image_rows] = True
             found["visual_pos_masks"] = places
             found["deepstack_visual_embeds"] = [
-                rows.index_select(0, item.image_index) for rows in self.features.deepstack
+                self.features.rows(number, item.image_index) for number in range(1, self.features.num_tensors)
             ]
         return found
