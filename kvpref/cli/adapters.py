@@ -43,16 +43,35 @@ def load_adapter(folder: str, *, reads: str, dtype: str, **settings: Any) -> Pre
     """
     peft = _import_peft()
     try:
-        model = getattr(peft, _TASKS[reads][1]).from_pretrained(folder, is_trainable=True, dtype=dtype, **settings)
+        model = _load_on_base(peft, folder, reads, dtype=dtype, **settings)
         if reads == "ends" and (Path(folder) / "tokenizer_config.json").is_file():
             # Rewards are read before the padding, and an adapter's folder holds no configuration of the model.
-            model.config.pad_token_id = load_tokenizer(folder).pad_token_id
+            for config in (model.config, model.config.get_text_config()):
+                config.pad_token_id = load_tokenizer(folder).pad_token_id
         return model
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(
             f"{folder}: cannot load the adapter: {_first_line(error)}; its base model, base_model_name_or_path in "
             f"{ADAPTER_FILE}, must be a folder with weights, or a hub name"
         ) from error
+
+
+def _load_on_base(peft: Any, folder: str, reads: str, **settings: Any) -> Any:
+    """As peft's own classes do, which know no base models that see images."""
+    from transformers import AutoConfig
+
+    from kvpref.models.classes import model_class, sees_images
+
+    task, auto_class = _TASKS[reads]
+    adapter = read_adapter(folder)
+    config = AutoConfig.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision)
+    if not sees_images(config):
+        return getattr(peft, auto_class).from_pretrained(folder, is_trainable=True, **settings)
+    if adapter.task_type != task:
+        raise ValueError(f"it was made for the task {adapter.task_type}, and {task} is asked for")
+    kind = model_class(config, reads)
+    base = kind.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision, **settings)
+    return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
 def read_adapter(folder: str) -> Any:

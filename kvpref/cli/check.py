@@ -42,12 +42,12 @@ def check(
 def _check_architecture(source: str) -> dict[str, Any]:
     import torch
     from rich.console import Console
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from kvpref.cli.adapters import is_adapter, put_on, read_adapter
     from kvpref.cli.check_layers import find_layers
     from kvpref.cli.loading import load_config
     from kvpref.models.attach import attach
+    from kvpref.models.classes import model_class
     from kvpref.models.support import check_config
 
     adapter = read_adapter(source) if is_adapter(source) else None
@@ -56,7 +56,7 @@ def _check_architecture(source: str) -> dict[str, Any]:
     is_reward = adapter is not None and adapter.task_type == "SEQ_CLS"
     if is_reward:
         settings.num_labels = 1
-    kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    kind = model_class(settings, "ends" if is_reward else "tokens")
     try:
         with torch.device("meta"):
             model: PreTrainedModel = kind.from_config(settings)

@@ -88,7 +88,7 @@ def inspect(
     """Print lengths, what shared prompts save, bad rows, truncation, and the batches of a budget."""
     from rich.console import Console
 
-    from kvpref.data import DataOptions, StepOptions, load_preferences, load_tokenizer, summarize_dataset
+    from kvpref.data import DataOptions, StepOptions, load_preferences, load_processor, summarize_dataset
 
     # Options are checked before minutes go into reading.
     options = DataOptions(
@@ -102,7 +102,7 @@ def inspect(
         world_size=world_size,
     )
     with Console(stderr=True).status(f"reading {source}"):
-        dataset = load_preferences(source, load_tokenizer(tokenizer), options)
+        dataset = load_preferences(source, load_processor(tokenizer), options)
         statistics = summarize_dataset(dataset)
     assert dataset.report is not None
     if report is not None:

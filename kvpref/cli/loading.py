@@ -1,4 +1,4 @@
-"""Models and tokenizers from what the command line names."""
+"""Models, and their tokenizers or processors, from what the command line names."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpref.cli.adapters import is_adapter, load_adapter
-from kvpref.data import load_tokenizer
+from kvpref.data import load_processor
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _SCALAR_HEAD = "score."
 """How transformers names the weights of the head of AutoModelForSequenceClassification."""
 
-_HEADS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tokens": ("AutoModelForCausalLM", {}),
-    "ends": ("AutoModelForSequenceClassification", {"num_labels": 1}),
-}
-"""By what the loss reads: transformers' class, and settings of its configuration."""
+_SETTINGS: dict[str, dict[str, Any]] = {"tokens": {}, "ends": {"num_labels": 1}}
+"""By what the loss reads: settings of the model's configuration."""
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -71,18 +68,19 @@ def load_model(
         InputError: If not exactly one of the two is given, loading fails, or weights are missing.
     """
     import torch
-    import transformers
+
+    from kvpref.models.classes import model_class
 
     if (model is None) == (config is None):
         raise InputError("name either MODEL (a folder or hub name) or --config CONFIG.json for random weights")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from: {', '.join(DTYPES)}")
-    name, settings = _HEADS[reads]
-    kind = getattr(transformers, name)
+    settings = _SETTINGS[reads]
     torch.manual_seed(seed)
     if model is not None:
         if is_adapter(model):
             return load_adapter(model, reads=reads, dtype=dtype, **settings)
+        kind = model_class(load_config(model), reads)
         loaded, info = _load(kind.from_pretrained, model, "model", dtype=dtype, output_loading_info=True, **settings)
         _check_head(model, info, reads=reads, may_add_head=may_add_head)
         return loaded
@@ -92,10 +90,14 @@ def load_model(
     for key, value in settings.items():
         setattr(described, key, value)
     try:
-        built: PreTrainedModel = kind.from_config(described, dtype=wanted)
+        built: PreTrainedModel = model_class(described, reads).from_config(described, dtype=wanted)
     except ValueError as error:
-        what = "reward model" if reads == "ends" else "causal language model"
-        raise InputError(f"{config}: transformers has no {what} ({name}) of type {described.model_type!r}") from error
+        what = (
+            "reward model (AutoModelForSequenceClassification)"
+            if reads == "ends"
+            else "causal language model (AutoModelForCausalLM)"
+        )
+        raise InputError(f"{config}: transformers has no {what} of type {described.model_type!r}") from error
     return built
 
 
@@ -113,25 +115,36 @@ def _check_head(source: str, info: dict[str, Any], *, reads: str, may_add_head: 
         raise InputError(f"{source}: the weights lack {lacking[0]!r}, which would be random{remedy}")
 
 
-def load_matching_tokenizer(
+def load_matching_processor(
     name: str | None, model_name: str | None, model: PreTrainedModel
-) -> PreTrainedTokenizerBase:
-    """The tokenizer named, or the one beside the model; its ids must fit the model's vocabulary.
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer named, or the one beside the model; a processor for a model that sees images, where there is one.
 
     Raises:
         InputError: If there is none, or it has more tokens than the model has embeddings.
     """
+    from kvpref.models.classes import sees_images
+    from kvpref.models.support import unwrap
+
     source = name or model_name
     if source is None:
         raise InputError("--config starts from random weights and needs --tokenizer")
-    tokenizer = load_tokenizer(source)
+    found: Any = load_processor(source)
+    tokenizer = tokenizer_of(found)
     num_rows = num_embeddings(model)
     if len(tokenizer) > num_rows:
         raise InputError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens and the model {num_rows} embeddings; "
             "use the model's own tokenizer, or raise vocab_size in the configuration"
         )
-    return tokenizer
+    return found if sees_images(unwrap(model).config) else tokenizer
+
+
+def tokenizer_of(given: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer itself, or that of a processor."""
+    # Some tokenizers keep another one as `tokenizer`.
+    tokenizer: Any = given if hasattr(given, "convert_tokens_to_ids") else getattr(given, "tokenizer", given)
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def num_embeddings(model: PreTrainedModel) -> int:

@@ -46,7 +46,15 @@ LORA_ALPHA = typer.Option(
     help="LoRA's scale is this over the rank.", show_default="twice the rank", rich_help_panel=MODEL_PANEL
 )
 LORA_TARGET_MODULES = typer.Option(
-    help="Modules with LoRA, such as q_proj,v_proj.", show_default="all linear layers", rich_help_panel=MODEL_PANEL
+    help="Modules with LoRA, such as q_proj,v_proj.",
+    show_default="all linear ones of the text",
+    rich_help_panel=MODEL_PANEL,
+)
+FREEZE_VISION = typer.Option(
+    "--freeze-vision",
+    help="Train nothing of the vision tower and its projector.",
+    show_default="as the model loads",
+    rich_help_panel=MODEL_PANEL,
 )
 
 MAX_PROMPT_TOKENS = typer.Option(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from kvpref.cli.loading import num_embeddings
+from kvpref.cli.loading import num_embeddings, tokenizer_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from kvpref.data import PreferenceDataset
 
@@ -19,7 +19,7 @@ _SPARE_NAMES = ("pad", "reserved", "unused")
 
 def set_pad_token(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
     datasets: Iterable[PreferenceDataset],
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -32,11 +32,12 @@ def set_pad_token(
 
     Args:
         model: With a scalar head, possibly inside PEFT.
-        tokenizer: Its tokenizer, which is saved with it. An adapter is saved without its base model's configuration,
-            so that only the tokenizer keeps the choice.
+        processing: Its tokenizer or processor, which is saved with it. An adapter is saved without its base model's
+            configuration, so that only the tokenizer keeps the choice.
         datasets: What the model is trained and evaluated on.
         report: Takes a line where the token is not the tokenizer's own.
     """
+    tokenizer = tokenizer_of(processing)
     used = _end_tokens(model, tokenizer).union(*(dataset.token_ids() for dataset in datasets))
     has_adapter = hasattr(model, "peft_config")
     own = tokenizer.pad_token_id
@@ -52,7 +53,8 @@ def set_pad_token(
             if spare is None:
                 spare = next((token for token in _last_resorts(tokenizer) if token not in used), None)
             _take(tokenizer, spare, report)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):  # one and the same, but for models that see images
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _take(tokenizer: PreTrainedTokenizerBase, token_id: int | None, report: Callable[[str], None]) -> None:

@@ -108,12 +108,12 @@ def _shape(
 
 def _lengths_of(data: str, tokenizer: str, which: str) -> tuple[int, int, int]:
     """Prompt tokens, response tokens and responses per prompt."""
-    from kvpref.data import load_preferences, load_tokenizer, summarize_dataset
+    from kvpref.data import load_preferences, load_processor, summarize_dataset
 
     if which not in _LENGTHS:
         raise InputError(f"unknown lengths {which!r}; choose from: {', '.join(_LENGTHS)}")
     print(f"reading {data}", file=sys.stderr)
-    statistics = summarize_dataset(load_preferences(data, load_tokenizer(tokenizer)))
+    statistics = summarize_dataset(load_preferences(data, load_processor(tokenizer)))
     summaries = (statistics.prompt_tokens, statistics.response_tokens, statistics.sequences_per_group)
     prompt, response, count = (getattr(summary, which) for summary in summaries)
     return prompt, response, count

@@ -62,7 +62,7 @@ class RunConfig:
     """LoRA's scale is this over the rank; default: twice the rank."""
 
     lora_target_modules: str | None = None
-    """Names of the modules that get LoRA weights, separated by commas; default: all linear layers."""
+    """Names of the modules that get LoRA weights, separated by commas; default: all linear ones of the text."""
 
     training: dict[str, Any] = field(default_factory=dict)
     """Any field of `kvpref.PreferenceTrainingArguments`."""

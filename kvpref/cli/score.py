@@ -70,7 +70,7 @@ def score(
         raise InputError(f"{output}: unknown output format; end the name in {' or '.join(_WRITERS)}")
     check_writable(output)
     import kvpref
-    from kvpref.cli.loading import load_matching_tokenizer, load_model
+    from kvpref.cli.loading import load_matching_processor, load_model
     from kvpref.data import DataOptions, load_preferences
     from kvpref.plan.modes import MODES
     from kvpref.training.loading.selection import check_lengths
@@ -84,7 +84,7 @@ def score(
         max_response_tokens=max_response_tokens,
         on_bad_row=on_bad_row,  # type: ignore[arg-type]
     )
-    groups = load_preferences(data, load_matching_tokenizer(tokenizer, model, loaded), options)
+    groups = load_preferences(data, load_matching_processor(tokenizer, model, loaded), options)
     if groups.report is not None:
         for line in groups.report.lines():
             print(line, file=sys.stderr)

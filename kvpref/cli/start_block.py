@@ -14,6 +14,8 @@ from kvpref.cli.sizes import size_in_words
 from kvpref.data import PreferenceDataset, StepBatcher, summarize_batches, summarize_dataset
 from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS
 from kvpref.losses import PreferenceLoss, registered_name
+from kvpref.models.support import unwrap
+from kvpref.models.vision_parts import vision_parts
 from kvpref.ops.attention import select_backend
 from kvpref.ops.attention.backends import choose_automatically
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
@@ -61,6 +63,7 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
     memory = memory or predicted.peak()
     facts = {
         "model": _model(trainer.model, run),
+        **_parts(trainer.model),
         "precision": f"{_dtypes(trainer.model)} weights, {_autocast(args)}",
         "attention": _attention(trainer.model, args),
         "loss": _loss(loss, args),
@@ -83,6 +86,29 @@ def _model(model: nn.Module, run: RunConfig) -> str:
     if trains_an_adapter(model):
         share += ", an adapter"
     return f"{run.model or f'random weights of {run.config}'}, {num_weights:,} parameters, {share}"
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """Where the weights of a model that sees images are."""
+    inner = unwrap(model)
+    found = vision_parts(inner)
+    if not found.weights:
+        return {}
+    outside = {id(weight) for weight in found.weights.values()}
+    parts = {
+        "vision tower": list(found.tower.values()),
+        "projector": list(found.projector.values()),
+        "language model": [weight for weight in inner.parameters() if id(weight) not in outside],
+    }
+    return {"parts": ", ".join(f"{name} {_count(weights)}" for name, weights in parts.items())}
+
+
+def _count(weights: list[nn.Parameter]) -> str:
+    total = sum(item.numel() for item in weights)
+    trained = sum(item.numel() for item in weights if item.requires_grad)
+    if trained == total:
+        return f"{total:,}"
+    return f"{total:,} ({trained:,} trained)" if trained else f"{total:,} (frozen)"
 
 
 def _dtypes(model: nn.Module) -> str:

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import kvpref
-from kvpref.cli.loading import load_matching_tokenizer, load_model
+from kvpref.cli.loading import load_matching_processor, load_model
 from kvpref.data import DataOptions, PreferenceDataset, StepBatcher, StepOptions, load_preferences
 from kvpref.data.batching.budgets import default_budget
 from kvpref.losses import PreferenceLoss
@@ -38,7 +38,7 @@ def load_model_and_groups(
     reads = "tokens" if loss is None else loss.reads
     loaded = kvpref.attach(load_model(folder, config, dtype=dtype, reads=reads, may_add_head=reads == "ends"))
     options = DataOptions(columns=() if loss is None else loss.columns)
-    groups = load_preferences(data, load_matching_tokenizer(tokenizer, folder, loaded), options)
+    groups = load_preferences(data, load_matching_processor(tokenizer, folder, loaded), options)
     for line in () if groups.report is None else groups.report.notices:
         print(line, file=sys.stderr)
     return loaded, groups

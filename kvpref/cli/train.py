@@ -19,6 +19,7 @@ from kvpref.cli.options import (
     DATA,
     DATA_PANEL,
     DTYPE,
+    FREEZE_VISION,
     JSON,
     LORA_ALPHA,
     LORA_R,
@@ -57,6 +58,7 @@ def train(
     lora_r: Annotated[int | None, LORA_R] = None,
     lora_alpha: Annotated[float | None, LORA_ALPHA] = None,
     lora_target_modules: Annotated[str | None, LORA_TARGET_MODULES] = None,
+    freeze_vision: Annotated[bool | None, FREEZE_VISION] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Evaluation data.", show_default="none", rich_help_panel=DATA_PANEL)
     ] = None,
@@ -171,6 +173,7 @@ def train(
             "lora_r": lora_r,
             "lora_alpha": lora_alpha,
             "lora_target_modules": lora_target_modules,
+            "freeze_vision": freeze_vision,
             "loss": loss,
             "mode": mode,
             "num_train_epochs": epochs,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from kvpref.cli.adapters import add_lora, is_adapter
-from kvpref.cli.loading import load_matching_tokenizer, load_model
+from kvpref.cli.loading import load_matching_processor, load_model
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import DataOptions, PreferenceDataset, load_preferences
 from kvpref.errors import InputError
@@ -22,12 +22,12 @@ BAD_ROWS_FILE = "bad_rows.jsonl"
 
 def load_trained_model(
     run: RunConfig, loss: PreferenceLoss, args: PreferenceTrainingArguments, report: Callable[[str], None]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with the heads and the adapter that the run asks for, and its tokenizer."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+    """The model with the heads and the adapter that the run asks for, and its tokenizer or processor."""
     model = load_model(
         run.model, run.config, dtype=run.dtype, seed=args.seed, reads=loss.reads, may_add_head=loss.reads == "ends"
     )
-    tokenizer = load_matching_tokenizer(run.tokenizer, run.model, model)
+    tokenizer = load_matching_processor(run.tokenizer, run.model, model)
     if loss.head.values:
         source = run.model
         if source is not None and is_adapter(source):

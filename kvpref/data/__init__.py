@@ -10,6 +10,7 @@ from kvpref.data.batching.sharing import Clusters, find_clusters
 from kvpref.data.batching.steps import BatchedStep, MicroBatch, StepBatcher, StepOptions
 from kvpref.data.dataset import DataOptions, OnBadRow, PreferenceDataset
 from kvpref.data.loading import load_preferences
+from kvpref.data.reading.processors import load_processor
 from kvpref.data.reading.tokenization import load_tokenizer
 from kvpref.data.report import BadRow, DataReport
 from kvpref.data.statistics import (
@@ -43,6 +44,7 @@ __all__ = [
     "StepSampler",
     "find_clusters",
     "load_preferences",
+    "load_processor",
     "load_tokenizer",
     "measure_group",
     "summarize_batches",

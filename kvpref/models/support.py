@@ -11,6 +11,9 @@ from kvpref.errors import UnsupportedModelError
 from kvpref.models.families import FAMILIES, REFUSED, Refusal
 from kvpref.models.randomness import random_numbers
 
+_MADE_OF_PARTS = "kvpref.models.reward_classes"
+"""Where classes are that have nothing but transformers' own parts."""
+
 _REWARD_HEAD = "ForSequenceClassification"
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "GenerationDecoder", _REWARD_HEAD)
 
@@ -89,7 +92,7 @@ def _refused(name: str, refusal: Refusal) -> UnsupportedModelError:
 
 def is_custom_code(model: PreTrainedModel) -> bool:
     """Whether the model's class is not transformers' own."""
-    return not type(model).__module__.startswith("transformers.")
+    return not type(model).__module__.startswith(("transformers.", _MADE_OF_PARTS))
 
 
 def check_architecture(model: PreTrainedModel, *, listed_only: bool = True, padded_only: bool = False) -> None:

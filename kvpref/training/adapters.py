@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from kvpref.errors import InputError
+from kvpref.models.backbone import text_backbone
+from kvpref.models.support import unwrap
+from kvpref.models.vision_parts import text_prefix, vision_parts
 
 ALL_LINEAR = "all-linear"
 """What PEFT calls every linear layer but the output."""
@@ -96,14 +101,15 @@ def find_targets(model: nn.Module, names: str) -> str | list[str]:
 
     Args:
         model: Without adapter.
-        names: `ALL_LINEAR`, or names of modules separated by commas.
+        names: `ALL_LINEAR`, of a model that sees images those of its language model; or names of modules separated by
+            commas, wherever they are.
 
     Raises:
         InputError: If the model has no such module.
     """
     targets = [name.strip() for name in names.split(",") if name.strip()]
     if targets in ([], [ALL_LINEAR]):
-        return ALL_LINEAR
+        return _linear_of_language_model(unwrap(model))
     modules = dict(model.named_modules())
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
@@ -113,6 +119,13 @@ def find_targets(model: nn.Module, names: str) -> str | list[str]:
                 f"{', '.join(sorted(linear))}"
             )
     return targets
+
+
+def _linear_of_language_model(model: PreTrainedModel) -> str:
+    if not vision_parts(model).weights:
+        return ALL_LINEAR
+    linear = {name.rpartition(".")[2] for name, item in text_backbone(model).named_modules() if _is_linear(item)}
+    return rf"{re.escape(text_prefix(model))}\..*\.({'|'.join(sorted(linear))})"
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -67,6 +67,10 @@ class PreferenceTrainingArguments(TrainingArguments):
     prefix_grad: bool = field(
         default=True, metadata={"help": "False stops gradients at the prompts' keys and values: an approximation."}
     )
+    freeze_vision: bool = field(
+        default=False,
+        metadata={"help": "Train nothing of a vision tower and its projector; False leaves them as the model loads."},
+    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={

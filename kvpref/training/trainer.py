@@ -32,6 +32,7 @@ from kvpref.training.checks import check_data, check_learnable, check_run, check
 from kvpref.training.datasets import PreferenceData, prepare_data
 from kvpref.training.defaults import token_budget, with_defaults
 from kvpref.training.finite import LossCheck, weights_are_finite
+from kvpref.training.freezing import freeze_vision
 from kvpref.training.kinds import check_types
 from kvpref.training.loading.batcher import make_batcher, make_cost_model
 from kvpref.training.loading.inputs import MicroBatchInputs, StepInputs
@@ -90,6 +91,8 @@ class PreferenceTrainer(SavingTrainer):
         check_settings(model, args, self.loss, eval_dataset)
         args = with_defaults(args, self.loss, model)
         attach(model, padded_only=args.mode == "padded")
+        if args.freeze_vision:
+            freeze_vision(model)
         if args.compile_layers:
             compile_layers(model)
         self._cost_model = make_cost_model(model, args.mode)

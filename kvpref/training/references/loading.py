@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from kvpref.errors import InputError
 from kvpref.models.attach import attach
+from kvpref.models.classes import model_class
 from kvpref.models.compilation import compile_layers, is_compiled
 from kvpref.models.output_layer import is_reward_model
 from kvpref.models.support import is_padded_only, unwrap
@@ -42,7 +43,8 @@ def load_reference_model(given: nn.Module | str, policy: nn.Module, device: torc
 
 def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model: PreTrainedModel = model_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
+        return model
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
