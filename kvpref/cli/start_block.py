@@ -15,7 +15,7 @@ from kvpref.data import PreferenceDataset, StepBatcher, summarize_batches, summa
 from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS
 from kvpref.losses import PreferenceLoss, registered_name
 from kvpref.models.support import unwrap
-from kvpref.models.vision_parts import vision_parts
+from kvpref.models.vision.parts import vision_parts
 from kvpref.ops.attention import select_backend
 from kvpref.ops.attention.backends import choose_automatically
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments

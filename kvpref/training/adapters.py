@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kvpref.errors import InputError
 from kvpref.models.backbone import text_backbone
 from kvpref.models.support import unwrap
-from kvpref.models.vision_parts import text_prefix, vision_parts
+from kvpref.models.vision.parts import text_prefix, vision_parts
 
 ALL_LINEAR = "all-linear"
 """What PEFT calls every linear layer but the output."""

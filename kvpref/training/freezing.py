@@ -6,7 +6,7 @@ from torch import nn
 
 from kvpref.errors import InputError
 from kvpref.models.support import unwrap
-from kvpref.models.vision_parts import vision_parts
+from kvpref.models.vision.parts import vision_parts
 
 
 def freeze_vision(model: nn.Module) -> None:
