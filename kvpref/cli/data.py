@@ -16,6 +16,7 @@ from kvpref.cli.options import (
     DEFAULT_DTYPE,
     DTYPE,
     JSON,
+    MAX_IMAGE_PIXELS,
     MAX_PROMPT_TOKENS,
     MAX_RESPONSE_TOKENS,
     MAX_TOKENS,
@@ -65,6 +66,7 @@ def inspect(
     tokenizer: Annotated[str, typer.Option(help="Folder or hub name.", rich_help_panel=MODEL_PANEL)],
     max_prompt_tokens: Annotated[int | None, MAX_PROMPT_TOKENS] = None,
     max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
+    max_image_pixels: Annotated[int | None, MAX_IMAGE_PIXELS] = None,
     on_bad_row: Annotated[OnBadRow, ON_BAD_ROW] = "stop",
     max_tokens: Annotated[int | None, MAX_TOKENS] = None,
     batch_size: Annotated[int, BATCH_SIZE] = DEFAULT_BATCH_SIZE,
@@ -92,7 +94,10 @@ def inspect(
 
     # Options are checked before minutes go into reading.
     options = DataOptions(
-        max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens, on_bad_row=on_bad_row
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        max_image_pixels=max_image_pixels,
+        on_bad_row=on_bad_row,
     )
     check_counts(batch_size=batch_size, max_tokens=max_tokens, world_size=world_size)
     step_options = StepOptions(

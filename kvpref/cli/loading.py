@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpref.cli.adapters import is_adapter, load_adapter
 from kvpref.data import load_processor
+from kvpref.data.reading.response_spans import tokenizer_of
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
@@ -138,13 +139,6 @@ def load_matching_processor(
             "use the model's own tokenizer, or raise vocab_size in the configuration"
         )
     return found if sees_images(unwrap(model).config) else tokenizer
-
-
-def tokenizer_of(given: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer itself, or that of a processor."""
-    # Some tokenizers keep another one as `tokenizer`.
-    tokenizer: Any = given if hasattr(given, "convert_tokens_to_ids") else getattr(given, "tokenizer", given)
-    return tokenizer  # type: ignore[no-any-return]
 
 
 def num_embeddings(model: PreTrainedModel) -> int:

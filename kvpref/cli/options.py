@@ -63,6 +63,9 @@ MAX_PROMPT_TOKENS = typer.Option(
 MAX_RESPONSE_TOKENS = typer.Option(
     help="Keep the start of longer responses.", show_default="no limit", rich_help_panel=DATA_PANEL
 )
+MAX_IMAGE_PIXELS = typer.Option(
+    help="Scale down larger images.", show_default="no limit but the processor's", rich_help_panel=DATA_PANEL
+)
 ON_BAD_ROW = typer.Option(
     help="stop, or skip and list it.", show_default=DEFAULT_ON_BAD_ROW, rich_help_panel=DATA_PANEL
 )

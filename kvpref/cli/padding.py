@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from kvpref.cli.loading import num_embeddings, tokenizer_of
+from kvpref.cli.loading import num_embeddings
+from kvpref.data.reading.response_spans import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin

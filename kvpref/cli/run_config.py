@@ -52,6 +52,9 @@ class RunConfig:
     max_response_tokens: int | None = None
     """Keep the start of longer responses."""
 
+    max_image_pixels: int | None = None
+    """Scale down larger images before the model's processor sees them."""
+
     on_bad_row: Literal["stop", "skip"] = "stop"
     """stop or skip."""
 

@@ -20,6 +20,7 @@ from kvpref.cli.options import (
     DEFAULT_ON_BAD_ROW,
     DTYPE,
     JSON,
+    MAX_IMAGE_PIXELS,
     MAX_PROMPT_TOKENS,
     MAX_RESPONSE_TOKENS,
     MAX_TOKENS,
@@ -54,6 +55,7 @@ def score(
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
     max_prompt_tokens: Annotated[int | None, MAX_PROMPT_TOKENS] = None,
     max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
+    max_image_pixels: Annotated[int | None, MAX_IMAGE_PIXELS] = None,
     on_bad_row: Annotated[str, ON_BAD_ROW] = DEFAULT_ON_BAD_ROW,
     json_: Annotated[bool, JSON] = False,
 ) -> None:
@@ -82,6 +84,7 @@ def score(
     options = DataOptions(
         max_prompt_tokens=max_prompt_tokens,
         max_response_tokens=max_response_tokens,
+        max_image_pixels=max_image_pixels,
         on_bad_row=on_bad_row,  # type: ignore[arg-type]
     )
     groups = load_preferences(data, load_matching_processor(tokenizer, model, loaded), options)

@@ -27,6 +27,7 @@ AT_LEAST_ONE = frozenset(
         "dataloader_prefetch_factor",
         "max_prompt_tokens",
         "max_response_tokens",
+        "max_image_pixels",
         "lora_r",
         "max_tokens_per_micro_batch",
         "max_tokens_per_chunk",

@@ -25,6 +25,7 @@ from kvpref.cli.options import (
     LORA_R,
     LORA_TARGET_MODULES,
     LOSS,
+    MAX_IMAGE_PIXELS,
     MAX_PROMPT_TOKENS,
     MAX_RESPONSE_TOKENS,
     MAX_TOKENS,
@@ -64,6 +65,7 @@ def train(
     ] = None,
     max_prompt_tokens: Annotated[int | None, MAX_PROMPT_TOKENS] = None,
     max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
+    max_image_pixels: Annotated[int | None, MAX_IMAGE_PIXELS] = None,
     on_bad_row: Annotated[str | None, ON_BAD_ROW] = None,
     loss: Annotated[str | None, LOSS] = None,
     loss_arg: Annotated[
@@ -169,6 +171,7 @@ def train(
             "dtype": dtype,
             "max_prompt_tokens": max_prompt_tokens,
             "max_response_tokens": max_response_tokens,
+            "max_image_pixels": max_image_pixels,
             "on_bad_row": on_bad_row,
             "lora_r": lora_r,
             "lora_alpha": lora_alpha,

@@ -53,6 +53,7 @@ def load_data(
     options = DataOptions(
         max_prompt_tokens=run.max_prompt_tokens,
         max_response_tokens=run.max_response_tokens,
+        max_image_pixels=run.max_image_pixels,
         on_bad_row=run.on_bad_row,  # type: ignore[arg-type]
         columns=loss.columns,
     )
