@@ -101,6 +101,7 @@ class Notes:
             self._prompt_columns[row.prompt_column] += 1
         self._kinds["conversation" if isinstance(row.prompt, tuple) else "text"] += 1
         self._kinds["implicit"] += row.prompt is None
+        self._kinds["asked"] += row.is_asked_by_user
         self._kinds["repeated"] += _repeats_prompt(row)
 
     def lines(self) -> tuple[str, ...]:
@@ -123,6 +124,11 @@ class Notes:
             lines.append(
                 f"plain text and conversations are mixed: {_rows(self._kinds['text'])} of plain text, "
                 f"{self._kinds['conversation']} written by the chat template"
+            )
+        if self._kinds["asked"]:
+            lines.append(
+                "a text prompt with images is written as the user's message, by the chat template "
+                f"({_rows(self._kinds['asked'])})"
             )
         if self.unread:
             names = ", ".join(f"`{name}`" for name in sorted(self.unread))

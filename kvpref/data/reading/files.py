@@ -32,7 +32,10 @@ def source_folder(data: Source) -> Path:
     path = Path(data)
     if path.is_dir():
         return path
-    return path.parent if path.exists() else Path()
+    if path.exists():
+        return path.parent
+    folder = Path(os.fspath(data).rpartition(":")[0])  # of FOLDER:SPLIT
+    return folder if folder.is_dir() else Path()
 
 
 def read_rows(data: Source, columns: Sequence[str] = ()) -> Iterator[RawRow]:

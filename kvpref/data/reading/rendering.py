@@ -74,7 +74,7 @@ def _with_places(
     placed, _ = place_images(({"role": "user", "content": prompt},), (), row.images)
     assert isinstance(placed, tuple)
     answers = tuple(({"role": "assistant", "content": response},) for response in row.responses)
-    return replace(row, prompt=placed, responses=answers), placed
+    return replace(row, prompt=placed, responses=answers, is_asked_by_user=True), placed
 
 
 def _render_chat(row: PreferenceRow, prompt: Messages, template: ChatTemplate, probes: TemplateProbes) -> RenderedRow:

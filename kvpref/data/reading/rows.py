@@ -41,6 +41,7 @@ class PreferenceRow:
         images: Those of the prompt, in the order of its image parts, not yet checked.
         prompt_column: Where the prompt comes from, if from another column than `prompt`.
         unread: The names of the row's other fields, which nothing reads.
+        is_asked_by_user: Whether the prompt was a text, and became a message since the row has images.
     """
 
     prompt: Turns | None
@@ -53,6 +54,7 @@ class PreferenceRow:
     images: tuple[ImageValue, ...] = ()
     prompt_column: str | None = field(default=None, compare=False)
     unread: tuple[str, ...] = field(default=(), compare=False)
+    is_asked_by_user: bool = field(default=False, compare=False)
 
 
 def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceRow:

@@ -26,7 +26,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             known = _known_columns(str(path), file.schema_arrow.names, columns)
-            yield from _batch_rows(file.iter_batches(batch_size=1000, columns=known.read), known, path)
+            batches = file.iter_batches(batch_size=_rows_per_batch(known.read), columns=known.read)
+            yield from _batch_rows(batches, known, path)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file ({error}); write it again") from error
 
@@ -60,6 +61,11 @@ def read_loaded_dataset(dataset: Any, columns: Sequence[str]) -> Iterator[RawRow
     if dataset.format["type"] == "custom":  # a user's transform makes the rows, of whatever columns it likes
         return (RawRow(f"row {number}", row) for number, row in enumerate(dataset, start=1))
     return _dataset_rows(dataset, columns, "the dataset", "row")
+
+
+def _rows_per_batch(columns: Sequence[str]) -> int:
+    """Rows to decode at once: few where they may hold the bytes of images."""
+    return 50 if set(columns) & set(IMAGE_COLUMNS) else 1000
 
 
 def _batch_rows(batches: Iterator[Any], known: _Columns, path: Path) -> Iterator[RawRow]:

@@ -120,11 +120,18 @@ class PlaceholderWriter:
             ids = [int(token) for token in self._call(self.image_token, [PROBE_SIZE])["input_ids"][0]]
         except RowError as error:
             raise InputError(f"{name}: {error}; images with this processor are not supported") from error
+        self._check_text(ids, name)
         counts = {token: ids.count(token) for token in candidates if token is not None}
         best = max(counts, key=lambda token: counts[token], default=None)
         if best is None or not counts[best]:
             raise InputError(f"{name} writes no placeholders for images; images with this processor are not supported")
         return int(best)
+
+    def _check_text(self, ids: list[int], name: str) -> None:
+        """Refuse a processor that makes tokens in another way than of one text."""
+        tokenizer, text = self._recorder.tokenizer, self._recorder.text
+        if ids not in (tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]):
+            raise InputError(f"{name} makes tokens in a way of its own; images with this processor are not supported")
 
 
 def _blank(size: Size) -> Any:
@@ -137,15 +144,15 @@ class _Recorder:
     """A tokenizer that remembers the text it was given."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.text = ""
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.text = text if isinstance(text, str) else text[0]
-        return self._tokenizer(text, *args, **kwargs)
+        return self.tokenizer(text, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+        return getattr(self.tokenizer, name)
 
 
 def _remembering(image_processor: Any) -> Any:

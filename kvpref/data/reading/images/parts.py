@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvpref.data.reading.images.values import ImageValue
-from kvpref.data.reading.messages import Message, RowError, image_parts
+from kvpref.data.reading.messages import Message, RowError, image_parts, texts_of
 
 IMAGE_PART = {"type": "image"}
 """What templates are given for an image; the pixels go to the processor."""
+
+WRITTEN_PLACE = "<image>"
+"""How some data sets write a place in a text."""
 
 Messages = tuple[Message, ...]
 Turns = str | Messages
@@ -61,6 +64,12 @@ def place_images(
         return prompt, tuple(given)
     places = [part for message in prompt for part in image_parts(message)]
     if not places and given:
+        written = sum(text.count(WRITTEN_PLACE) for message in prompt for text in texts_of(message))
+        if written == len(given):
+            raise RowError(
+                f"the texts of the prompt hold {WRITTEN_PLACE!r} for each image, which chat templates take as text; "
+                "write content as parts: {'type': 'image'}, {'type': 'text', 'text': ...}"
+            )
         return _before_text(prompt, len(given)), tuple(given)
     num_open = sum("image" not in part for part in places)
     if num_open != len(given):

@@ -64,7 +64,9 @@ class RowImages:
             whole, longer = writer.continue_prompt(text, own[0][0], sizes)
             texts.append(whole)
             spans.append(tuple((start + longer, end + longer) for start, end in own))
-        return replace(row, texts=tuple(texts), spans=tuple(spans), images=images)
+        # The row may hold the bytes of its images, which are stored now.
+        bare = replace(row.row, images=())
+        return replace(row, row=bare, texts=tuple(texts), spans=tuple(spans), images=images)
 
     def place(
         self, images: tuple[StoredImage, ...], input_ids: Sequence[int], num_prompt: int

@@ -25,6 +25,9 @@ _OF_TEXT = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask"}
 )
 
+# What an image processor says of where and how it runs, not of what it makes.
+_OF_THE_MACHINE = frozenset({"device", "disable_grouping", "data_format", "input_data_format", "return_tensors"})
+
 
 class TowerInputs:
     """Makes tower inputs with one processor.
@@ -64,7 +67,8 @@ class TowerInputs:
         }
         own.pop("chat_template", None)
         own["images_kwargs"] = getattr(self.processor, "images_kwargs", None)
-        settings = [type(self.processor).__name__, own, image_processor.to_dict(), self.max_pixels]
+        of_images = {name: value for name, value in image_processor.to_dict().items() if name not in _OF_THE_MACHINE}
+        settings = [type(self.processor).__name__, own, of_images, self.max_pixels]
         return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def make(self, key: str, images: tuple[StoredImage, ...], num_tokens: int) -> Mapping[str, torch.Tensor]:

@@ -60,6 +60,10 @@ def test_a_shared_beginning_with_images_is_the_prompt():
         ({"prompt": "q", "images": ["a"], "image": "b"}, "both `image` and `images`"),
         ({"prompt": "q", "images": ["a", None]}, r"`images\[1\]` is null"),
         ({"images": ["a"]}, "images and no prompt"),
+        (
+            {"prompt": [{"role": "user", "content": "<image>\nq"}], "image": "a"},
+            "hold '<image>' for each image.*as parts",
+        ),
         ({"prompt": "q", "chosen": [{"role": "assistant", "content": [HOLE]}]}, "a response holds an image"),
         (
             {"prompt": [{"role": "system", "content": "s"}], "image": "a"},

@@ -104,7 +104,11 @@ def test_images_stand_where_the_messages_have_them_in_several_turns():
 def test_a_text_prompt_with_images_is_the_users_message_unless_it_has_places():
     processor = build_processor("qwen2_5_vl")
     rows = [row(1), row(1, prompt="What?"), row(1, prompt="<|vision_start|><|image_pad|><|vision_end|>What?")]
-    asked, text, placed = load_preferences(rows, processor)
+    dataset = load_preferences(rows, processor)
+    asked, text, placed = dataset
+    assert "a text prompt with images is written as the user's message, by the chat template (1 row)" in (
+        dataset.report.notices
+    )
     assert asked.sequences == text.sequences
     assert processor.tokenizer.decode(placed.sequences[0].input_ids).startswith("<|vision_start|><|image_pad|>")
 
@@ -237,3 +241,35 @@ def test_features_of_datasets_are_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.Image, "decode_example", None)
     found = load_preferences(made, processor)
     assert found.fingerprint == load_preferences(rows, processor).fingerprint
+
+
+def test_the_same_rows_in_every_form_of_file_are_the_same_groups(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    processor = build_processor("qwen2_5_vl")
+    names = ["pictures/a.png", "pictures/b.png"]
+    (tmp_path / "pictures").mkdir()
+    for name, made in zip(names, PICTURES, strict=False):
+        made.save(tmp_path / name)
+    rows = [
+        row(1, images=names[:1]),
+        row(2, images=names),
+        row(1, images=[], prompt=[{"role": "user", "content": [{"type": "image", "path": names[1]}]}]),
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in rows))
+    expected = load_preferences(tmp_path / "rows.jsonl", processor).fingerprint
+    assert load_preferences(rows_with_bytes(tmp_path, rows), processor).fingerprint == expected
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "pictures").symlink_to(tmp_path / "pictures")
+    for source in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        assert load_preferences(source, processor).fingerprint == expected, source
+
+
+def rows_with_bytes(folder, rows):
+    """The rows with the images of their columns as `datasets` stores them."""
+    changed = [
+        {**item, "images": [{"bytes": (folder / name).read_bytes()} for name in item["images"]]} for item in rows
+    ]
+    own = {"type": "image", "image": str(folder / "pictures/b.png")}
+    return [*changed[:2], {**changed[2], "prompt": [{"role": "user", "content": [own]}]}]
