@@ -23,7 +23,7 @@ from kvpref.models.precision import without_cast_cache
 from kvpref.models.support import unwrap
 from kvpref.models.vision.merging import PassImages
 from kvpref.models.vision.support import check_images
-from kvpref.models.vision.tower import image_features, tower_trains
+from kvpref.models.vision.tower import image_features
 from kvpref.plan.batch import ImageInputs
 from kvpref.plan.step import Step
 from kvpref.records.images import Image
@@ -64,11 +64,11 @@ class StepImages:
             return
         inner = unwrap(model)
         check_images(inner, self._images)
-        gets_grad = (
+        self._gets_grad = any(
             chunk.item.image_rows.numel() > 0 and (options.prefix_grad or not chunk.is_prompt)
             for chunk in step.chunks.all
         )
-        self._table = FeatureTable(self._parts[-1].stop_row, requires_grad=tower_trains(inner) and any(gets_grad))
+        self._table = FeatureTable(self._parts[-1].stop_row)
         self._inputs: dict[str, ImageInputs] = {}
         for batch in step.batches:
             self._inputs.update(batch.image_inputs(self._inputs))
@@ -94,12 +94,16 @@ class StepImages:
             keep_graph: Whether `backward` follows, so that what is left of the bound is used for the last images.
         """
         for part in self._parts:
-            keeps = keep_graph and self._table.requires_grad and part is self._parts[-1] and self._has_room(part)
-            with torch.set_grad_enabled(keeps), region("vision tower"):
+            # The last ones always with one, if gradients are wanted: it tells whether any weight of theirs trains.
+            with_graph = keep_graph and self._gets_grad and part is self._parts[-1]
+            with torch.set_grad_enabled(with_graph), region("vision tower"):
                 made = self._run(part)
             self._table.write(part.first_row, made)
-            if keeps:
-                self._edges[part] = _edges(made)
+            if with_graph:
+                edges = _edges(made)
+                self._table.requires_grad = any(edge is not None for edge in edges)
+                if self._table.requires_grad and self._has_room(part):
+                    self._edges[part] = edges
 
     def backward(self) -> None:
         """Carry the gradients that chunks left on to the tower and projector."""

@@ -56,11 +56,13 @@ class FeatureTable:
 
     Args:
         num_rows: R.
+
+    Attributes:
         requires_grad: Whether gradients are wanted.
     """
 
-    def __init__(self, num_rows: int, *, requires_grad: bool) -> None:
-        self.requires_grad = requires_grad
+    def __init__(self, num_rows: int) -> None:
+        self.requires_grad = False
         self._num_rows = num_rows
         self._data: list[torch.Tensor] = []
         self._grads: dict[int, torch.Tensor] = {}

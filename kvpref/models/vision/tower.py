@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvpref.errors import RunError, UnsupportedModelError
-from kvpref.models.backbone import backbone, text_backbone
+from kvpref.models.backbone import backbone
 from kvpref.plan.batch import ImageInputs
 from kvpref.records.host_copies import to_device
 from kvpref.records.images import Image
@@ -23,12 +23,6 @@ from kvpref.state.image_features import ImageFeatures
 def has_tower(model: PreTrainedModel) -> bool:
     """Whether a model turns images into features."""
     return hasattr(backbone(model), "get_image_features")
-
-
-def tower_trains(model: PreTrainedModel) -> bool:
-    """Whether a weight that makes features of images is trained."""
-    text = {id(parameter) for parameter in text_backbone(model).parameters()}
-    return any(parameter.requires_grad for parameter in backbone(model).parameters() if id(parameter) not in text)
 
 
 def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapping[str, ImageInputs]) -> ImageFeatures:
