@@ -10,15 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.models.backbone import text_backbone
+from kvpref.models.both_ways import BothWays, both_ways_of
 from kvpref.plan.flops import AttentionShape
 from kvpref.prefix.rules import CAUSAL, Rule
 
 
 def attention_shapes(model: PreTrainedModel) -> tuple[AttentionShape, ...]:
     """The attention layers of the text part, those of one kind together."""
-    config = model.config.get_text_config(decoder=True)
+    config, both_ways = model.config.get_text_config(decoder=True), both_ways_of(model.config)
     modules = [module for module in text_backbone(model).modules() if _attends(module)]
-    kinds = Counter(_shape(module, config) for module in modules)
+    kinds = Counter(_shape(module, config, both_ways) for module in modules)
     return tuple(replace(kind, num_layers=count) for kind, count in kinds.items())
 
 
@@ -27,19 +28,20 @@ def _attends(module: nn.Module) -> bool:
     return hasattr(module, "is_causal") and _first(module, "head_dim", "head_size", "qk_head_dim") is not None
 
 
-def _shape(module: nn.Module, config: Any) -> AttentionShape:
+def _shape(module: nn.Module, config: Any, both_ways: BothWays) -> AttentionShape:
     key_dim = _first(module, "qk_head_dim", "head_dim", "head_size")
     assert key_dim is not None
     num_heads = _first(module, "num_heads", "num_attention_heads") or _first(config, "num_attention_heads")
     assert num_heads is not None
     groups = _first(module, "num_key_value_groups")
     num_kv_heads = _first(module, "num_key_value_heads", "num_kv_heads")
+    rule = layer_rule(config, getattr(module, "layer_idx", None))
     return AttentionShape(
         num_heads=num_heads,
         num_kv_heads=num_heads // groups if groups else num_kv_heads or num_heads,
         head_dim=key_dim,
         value_dim=_first(module, "v_head_dim") or key_dim,
-        rule=layer_rule(config, getattr(module, "layer_idx", None)),
+        rule=both_ways.with_spans(rule, is_full=rule == CAUSAL),
     )
 
 

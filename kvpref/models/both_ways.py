@@ -41,7 +41,11 @@ class BothWays:
             UnsupportedModelError: If spans cannot be told under such a rule.
         """
         # Not by the rule: a window longer than the batch reads as causal.
-        if self.spans == "none" or (not self.full_layers and is_causal(mask_function)):
+        return self.with_spans(rule, is_full=is_causal(mask_function))
+
+    def with_spans(self, rule: Rule, *, is_full: bool) -> Rule:
+        """As `applied`, told whether the layers see all earlier tokens, however long sequences are."""
+        if self.spans == "none" or (is_full and not self.full_layers):
             return rule
         if rule.kind not in ("causal", "window"):
             raise UnsupportedModelError(

@@ -17,10 +17,12 @@ from transformers.masking_utils import (
 )
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gemma4 import modeling_gemma4
+from vision_models import tiny_vision_model
 
 import kvpref
 from kvpref import Group, Image, PlacedImage, Sequence, UnsupportedModelError
 from kvpref.models.attention import mask_function
+from kvpref.models.attention_shapes import attention_shapes
 from kvpref.models.both_ways import NOWHERE, BothWays, both_ways_of, padded_spans
 from kvpref.models.masks import read_rule
 from kvpref.plan.passes import Reads
@@ -139,3 +141,29 @@ def test_masks_of_other_kinds_with_images_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="besides a chunk mask"):
         both.applied(Rule("chunk", 4), causal_mask_function)
     assert NOWHERE.applied(CAUSAL, causal_mask_function) is CAUSAL
+
+
+@pytest.mark.parametrize(
+    ("family", "full", "window"),
+    [
+        ("gemma3", Rule("causal", bidirectional=True), Rule("window", WINDOW, bidirectional=True)),
+        ("gemma4", CAUSAL, Rule("window", WINDOW, bidirectional=True)),
+        (
+            "paligemma",
+            Rule("causal", bidirectional=True),
+            Rule("window", WINDOW, bidirectional=True, whole_spans=True),
+        ),
+    ],
+)
+def test_pairs_that_images_see_besides_are_counted_by_kind_of_layer(family: str, full: Rule, window: Rule) -> None:
+    found = both_ways_of(made(family, WINDOW))
+    assert found.with_spans(CAUSAL, is_full=True) == full
+    assert found.with_spans(Rule("window", WINDOW), is_full=False) == window
+
+
+def test_the_shape_of_a_model_says_which_layers_see_both_ways() -> None:
+    kinds = attention_shapes(tiny_vision_model("gemma3"))
+    assert {kind.rule: kind.num_layers for kind in kinds} == {
+        Rule("window", 6, bidirectional=True): 2,
+        Rule("causal", bidirectional=True): 1,
+    }
