@@ -23,6 +23,8 @@ from kvpref.errors import InputError
 from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
 from kvpref.models.attach import Program, attach
 from kvpref.models.head import logits_of
+from kvpref.models.vision.padded_call import image_arguments, pixel_inputs
+from kvpref.models.vision.splitting import split_images
 from kvpref.records.outputs import ResponseLogps
 from kvpref.records.requests import HeadOptions
 
@@ -140,8 +142,11 @@ def _fused_output(
     asks_for_routers = others.pop("output_router_logits", None)
     if asks_for_routers is None:
         asks_for_routers = getattr(config, "output_router_logits", False)
+    about_images = {name: others.pop(name, None) for name in image_arguments(model)}
     _refuse_inputs(others)
-    rows = PaddedRows.from_labels(input_ids, attention_mask, labels, position_ids)
+    pixels = pixel_inputs(model, about_images, input_ids, attention_mask)
+    place_images = functools.partial(split_images, model, inputs=pixels) if pixels else None
+    rows = PaddedRows.from_labels(input_ids, attention_mask, labels, position_ids, place_images)
     # The caller multiplies what it is handed; the coefficient only asks for it.
     options = EngineOptions(mode=mode, router_aux_loss_coef=1.0 if asks_for_routers else None)
     logps, aux_loss = run_with_routers(_Inside(model), rows.batch, options, "tokens", head=head)
@@ -187,7 +192,7 @@ def _refuse_inputs(others: dict[str, Any]) -> None:
     if unknown:
         raise InputError(
             f"kvpref cannot pass {', '.join(unknown)} to the model: rows are laid out anew, so only input_ids, "
-            "attention_mask, position_ids and labels are understood"
+            "attention_mask, position_ids, labels and pixel inputs of families that it knows are understood"
         )
 
 

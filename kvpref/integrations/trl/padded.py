@@ -5,6 +5,7 @@ Shape legend: B rows of L columns, padded on either side; S scored tokens over a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,12 @@ import torch
 from kvpref.errors import InputError
 from kvpref.plan.batch import Batch, collate
 from kvpref.records.groups import Group, Sequence
+from kvpref.records.images import PlacedImage
 
 IGNORED_LABEL = -100
+
+PlaceImages = Callable[[list[list[int]]], list[tuple[PlacedImage, ...]]]
+"""From the token ids of each row, the images of each."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +41,7 @@ class PaddedRows:
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        place_images: PlaceImages | None = None,
     ) -> PaddedRows:
         """Read a causal language model's inputs.
 
@@ -44,9 +50,11 @@ class PaddedRows:
             attention_mask: (B, L), 1 for tokens and 0 for padding; None where all are tokens.
             labels: (B, L) int64, the token itself where it is scored and -100 elsewhere.
             position_ids: (B, L) int64, counted from each row's first token, if given.
+            place_images: Finds the images of the rows; None where there are none.
 
         Raises:
-            InputError: If the rows are not padded sequences, or are scored on other tokens than their own.
+            InputError: If the rows are not padded sequences, or are scored on other tokens than their own, or on
+                placeholders of images.
         """
         mask = _token_mask(input_ids, attention_mask)
         _check_positions(mask, position_ids)
@@ -56,7 +64,7 @@ class PaddedRows:
             raise InputError("labels score padding; they must be -100 wherever attention_mask is 0")
         if bool((scored & (labels != input_ids)).any()):
             raise InputError("labels differ from input_ids; kvpref scores each row's own tokens, labels shifted inside")
-        batch = _collate(input_ids, mask, scored)
+        batch = _collate(input_ids, mask, scored, place_images)
         return cls(batch=batch, scored=scored[:, 1:], targets=input_ids[scored])
 
     def pad(self, values: torch.Tensor | None) -> torch.Tensor | None:
@@ -107,14 +115,29 @@ def _check_positions(mask: torch.Tensor, position_ids: torch.Tensor | None) -> N
         raise InputError("position_ids must count each row's tokens from 0; leave them out to get that")
 
 
-def _collate(input_ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor) -> Batch:
+def _collate(
+    input_ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor, place_images: PlaceImages | None = None
+) -> Batch:
     # One copy to the host for all three.
     ids, tokens, flags = torch.stack([input_ids, mask.long(), scored.long()]).tolist()
-    sequences: list[Sequence] = []
+    rows: list[list[int]] = []
+    flags_of_rows: list[list[bool]] = []
     for row, (row_ids, row_mask, row_flags) in enumerate(zip(ids, tokens, flags, strict=True)):
         start = row_mask.index(1)
         stop = start + sum(row_mask)
         if row_flags[start]:
             raise InputError(f"row {row} scores its first token, which no token predicts; put a token before it")
-        sequences.append(Sequence(row_ids[start:stop], list(map(bool, row_flags[start:stop]))))
-    return collate([Group(sequences)], device=input_ids.device)
+        rows.append(row_ids[start:stop])
+        flags_of_rows.append(list(map(bool, row_flags[start:stop])))
+    images: list[tuple[PlacedImage, ...]] = [()] * len(rows) if place_images is None else place_images(rows)
+    _check_prompts(images, flags_of_rows)
+    sequences = map(Sequence, rows, flags_of_rows, images)
+    return collate([Group(list(sequences))], device=input_ids.device)
+
+
+def _check_prompts(images: list[tuple[PlacedImage, ...]], flags: list[list[bool]]) -> None:
+    for row, (placed, scored) in enumerate(zip(images, flags, strict=True)):
+        if any(any(scored[first:stop]) for image in placed for first, stop in image.runs):
+            raise InputError(
+                f"row {row} scores an image; kvpref takes images in prompts, and none in responses (those of tools, say)"
+            )

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from kvpref.errors import InputError
 from kvpref.integrations.trl.setup import Setup
 from kvpref.models.support import check_config
+from kvpref.models.vision.splitting import SPLITTERS
 from kvpref.parallel.sharding import is_zero_3
 
 _ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
@@ -82,6 +83,10 @@ def _several_devices(setup: Setup) -> bool:
 
 def _is_multimodal(setup: Setup) -> bool:
     return isinstance(setup.processing_class, ProcessorMixin) or hasattr(setup.config, "vision_config")
+
+
+def _has_unknown_images(setup: Setup) -> bool:
+    return _is_multimodal(setup) and setup.config.model_type not in SPLITTERS
 
 
 def _dropout_rates(setup: Setup) -> Iterator[float | None]:
@@ -153,9 +158,16 @@ REFUSALS: tuple[Refusal, ...] = (
         reason="all passes over a batch run on one device; load the model on one, or use data parallelism",
     ),
     Refusal(
-        name="vision-language models",
+        name="vision-language models of this family",
+        applies=_has_unknown_images,
+        reason="which pixel inputs belong to which image is known for "
+        f"{', '.join(SPLITTERS)}; use TRL's trainer, or kvpref.PreferenceTrainer if docs/models.md lists the family",
+    ),
+    Refusal(
+        name="vision-language models as reward models",
         applies=_is_multimodal,
-        reason="images are no tokens, so equal tokens are not equal prompts; use TRL's trainer",
+        reason="TRL's collator for rewards reads no images; use kvpref.PreferenceTrainer with loss='reward'",
+        trainers=frozenset({"RewardTrainer"}),
     ),
     Refusal(
         name="PEFT prompt learning (prompt, prefix or p-tuning)",
