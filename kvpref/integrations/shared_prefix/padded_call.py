@@ -51,10 +51,17 @@ class CallReader:
         return {**given, **given.pop("kwargs", {})}
 
 
-def check_arguments(arguments: dict[str, Any], config: Any) -> None:
-    """Check what the backbone is asked for: input ids, and nothing that a pass over unique tokens cannot give."""
+def check_arguments(arguments: dict[str, Any], config: Any, image_names: tuple[str, ...] = ()) -> None:
+    """Check what the backbone is asked for: input ids, and nothing that a pass over unique tokens cannot give.
+
+    Args:
+        arguments: Those of its forward, by name.
+        config: The model's.
+        image_names: Arguments about images that are understood.
+    """
     for name, value in arguments.items():
-        harmless = value is None or name in _KNOWN or (value is False and name in _OUTPUTS)
+        known = name in _KNOWN or name in image_names
+        harmless = value is None or known or (value is False and name in _OUTPUTS)
         keeps_all = name == "logits_to_keep" and isinstance(value, int) and value == 0
         if not (harmless or keeps_all or (value is True and name == "return_dict") or name == "self"):
             raise UnservedError(name)

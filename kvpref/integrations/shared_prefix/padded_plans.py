@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +12,27 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import InputError
 from kvpref.integrations.shared_prefix.padded_rows import PaddedRows, SharedRows, UnservedError, share_rows
+from kvpref.models.backbone import backbone
+from kvpref.models.both_ways import both_ways_of
+from kvpref.models.vision.padded_call import image_arguments, pixel_inputs
+from kvpref.models.vision.splitting import split_images
 from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.records.images import PlacedImage
 from kvpref.records.tensor_fields import tensors_to
 
 # Each depth reads every depth above it with a block of its own.
 _MAX_DEPTH = 4
 
 _NAMES = ("input_ids", "attention_mask", "position_ids")
-_Key = tuple[torch.Tensor | None, ...]
+_Tensors = tuple[torch.Tensor | None, ...]
+_Images = list[tuple[PlacedImage, ...]]
+
+
+class CallPlan(NamedTuple):
+    """What a call runs: the plan, and the tower's inputs by image key."""
+
+    shared: SharedRows
+    image_inputs: dict[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +86,15 @@ class LastPlan:
     """
 
     def __init__(self, model: PreTrainedModel, worth: SharingWorth) -> None:
-        self._worth = worth
+        self._model, self._worth = model, worth
         # Rotary embeddings read distances only, so rows that start in different columns can share. Learned positions
         # are what they are.
-        self._by_position = getattr(model.config, "rope_parameters", None) is None
-        self._key: _Key | None = None
+        self._by_position = getattr(model.config.get_text_config(), "rope_parameters", None) is None
+        self._spans = both_ways_of(model.config).spans
+        self._key: tuple[_Tensors, list[list[str]]] | None = None
         self._found: SharedRows | UnservedError | None = None
 
-    def plan(self, arguments: dict[str, Any]) -> SharedRows:
+    def plan(self, arguments: dict[str, Any]) -> CallPlan:
         """The plan of a call, on its device.
 
         Raises:
@@ -87,37 +102,62 @@ class LastPlan:
         """
         device = arguments["input_ids"].device
         given = (arguments.get(name) for name in _NAMES)
-        key = tuple(None if tensor is None else tensor.detach().cpu() for tensor in given)
+        tensors = tuple(None if tensor is None else tensor.detach().cpu() for tensor in given)
         # Outside inference mode: tensors made inside cannot take part in a later backward pass.
         with torch.inference_mode(False):
-            if self._key is None or not all(map(_same, self._key, key)):
-                self._key = tuple(None if tensor is None else tensor.clone() for tensor in key)
-                self._found = self._decide(self._key)
+            images = self._images(arguments, tensors)
+            keys = [[placed.image.key for placed in row] for row in images]
+            if not self._is_known(tensors, keys):
+                self._key = tuple(None if tensor is None else tensor.clone() for tensor in tensors), keys
+                self._found = self._decide(self._key[0], images)
             if isinstance(self._found, UnservedError):
                 raise UnservedError(*self._found.args)
             assert self._found is not None
             if self._found.unique_rows.device != device:
                 self._found = tensors_to(self._found, device)
-            return self._found
+        return CallPlan(self._found, {placed.image.key: placed.image.read() for row in images for placed in row})
 
-    def _decide(self, key: _Key) -> SharedRows | UnservedError:
-        input_ids, attention_mask, position_ids = (None if tensor is None else tensor.numpy() for tensor in key)
-        assert input_ids is not None
+    def _is_known(self, tensors: _Tensors, keys: list[list[str]]) -> bool:
+        return self._key is not None and keys == self._key[1] and all(map(_same, self._key[0], tensors))
+
+    def _images(self, arguments: dict[str, Any], tensors: _Tensors) -> _Images:
+        """The images of each row; empty where the call has none."""
+        about_images = {name: arguments.get(name) for name in image_arguments(self._model)}
         try:
-            rows = PaddedRows.read(input_ids.astype(np.int64, copy=False), attention_mask, position_ids)
+            pixels = pixel_inputs(
+                self._model, about_images, arguments["input_ids"], arguments.get("attention_mask")
+            )
+            if not pixels:
+                return []
+            if arguments.get("position_ids") is not None and hasattr(backbone(self._model), "get_rope_index"):
+                raise UnservedError("position_ids beside images")
+            return split_images(self._model, _read(tensors).token_ids(), pixels)
+        except InputError:
+            raise UnservedError("images that are not those of the placeholders") from None
+
+    def _decide(self, tensors: _Tensors, images: _Images) -> SharedRows | UnservedError:
+        try:
+            rows = _read(tensors).with_images(images)
             num_shared = rows.num_shared_tokens(by_position=self._by_position)
-            self._worth.check(num_shared, input_ids.size)
+            self._worth.check(num_shared, rows.input_ids.size)
             found = share_rows(
                 rows,
                 by_position=self._by_position,
                 min_shared_tokens=self._worth.min_shared_tokens,
                 max_depth=_MAX_DEPTH,
+                spans=self._spans,
             )
             # Limits on the tree may have left less to share.
-            self._worth.check(int(rows.lengths.sum()) - found.num_unique_tokens, input_ids.size)
+            self._worth.check(int(rows.lengths.sum()) - found.num_unique_tokens, rows.input_ids.size)
         except UnservedError as unserved:
             return unserved
         return found
+
+
+def _read(tensors: _Tensors) -> PaddedRows:
+    input_ids, attention_mask, position_ids = (None if tensor is None else tensor.numpy() for tensor in tensors)
+    assert input_ids is not None
+    return PaddedRows.read(input_ids.astype(np.int64, copy=False), attention_mask, position_ids)
 
 
 def _same(held: torch.Tensor | None, given: torch.Tensor | None) -> bool:

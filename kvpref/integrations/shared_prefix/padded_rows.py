@@ -5,16 +5,21 @@ Integers only, on the CPU. Shape legend: B rows of L columns, U unique tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 
-from kvpref.plan.passes import PassPlan, int64, level_blocks
-from kvpref.prefix.levels import LevelSegments, build_levels
+from kvpref.plan.images import ImageTable, shared_table
+from kvpref.plan.passes import PassPlan, Reads, RowRun, int64, level_blocks, pass_input_ids, row_runs
+from kvpref.prefix.images import feature_rows
+from kvpref.prefix.levels import LevelSegments, build_levels, first_rows
 from kvpref.prefix.segments import level_segments
 from kvpref.prefix.tree import PrefixTree, TokenIds, build_tree
+from kvpref.records.groups import Sequence
+from kvpref.records.images import Image, PlacedImage
+from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
 # Token ids stand below it, positions above, where both make one number.
 _POSITION_UNIT = 1 << 32
@@ -33,12 +38,16 @@ class PaddedRows:
         starts: (B,) int64, column of each row's first real token.
         stops: (B,) int64, column after its last one.
         first_positions: (B,) int64, position of its first real token; the others count on from there.
+        keys: (B, L) int64, what rows are compared by: token ids, and ids of their own for placeholders of images.
+        sequences: Per row its tokens and images; empty where no row has images.
     """
 
     input_ids: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
     first_positions: np.ndarray
+    keys: np.ndarray
+    sequences: tuple[Sequence, ...] = ()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -74,7 +83,31 @@ class PaddedRows:
             if not ((shifts == shift) | ~real).all():
                 raise UnservedError("position_ids that do not count up by one")
             first_positions = starts + shift[:, 0]
-        return cls(input_ids=input_ids, starts=starts, stops=stops, first_positions=first_positions)
+        return cls(
+            input_ids=input_ids, starts=starts, stops=stops, first_positions=first_positions, keys=input_ids
+        )
+
+    def with_images(self, images: list[tuple[PlacedImage, ...]]) -> PaddedRows:
+        """The same rows, which share placeholders only where they hold the same images.
+
+        Args:
+            images: Of each row, which are held without their pixels.
+        """
+        if not any(images):
+            return self
+        keys, sequences = self.input_ids.copy(), []
+        for row, (ids, placed) in enumerate(zip(self.token_ids(), images, strict=True)):
+            # The plan of a call is kept, and its pixels are not.
+            bare = [image._replace(image=replace(image.image, read=dict)) for image in placed]
+            sequences.append(Sequence(ids, (False,) * len(ids), bare))
+            keys[row, self.starts[row] : self.stops[row]] = sequences[-1].tree_ids
+        return replace(self, keys=keys, sequences=tuple(sequences))
+
+    def token_ids(self) -> list[list[int]]:
+        """The real tokens of each row."""
+        return [
+            row[start:stop].tolist() for row, start, stop in zip(self.input_ids, self.starts, self.stops, strict=True)
+        ]
 
     def num_shared_tokens(self, *, by_position: bool) -> int:
         """Tokens that a prefix tree without limits stores less than the rows hold.
@@ -86,9 +119,9 @@ class PaddedRows:
         """
         columns = np.arange(self.input_ids.shape[1])
         if not self.starts.any():
-            aligned = self.input_ids
+            aligned = self.keys
         else:
-            aligned = np.take_along_axis(self.input_ids, (columns + self.starts[:, None]) % len(columns), axis=1)
+            aligned = np.take_along_axis(self.keys, (columns + self.starts[:, None]) % len(columns), axis=1)
         keys = [
             (int(position) if by_position else 0, row[:length].tobytes())
             for position, row, length in zip(self.first_positions, aligned, self.lengths, strict=True)
@@ -102,11 +135,11 @@ class PaddedRows:
         prefixes = np.where(same.all(axis=1), len(columns), same.argmin(axis=1))
         return int(prefixes.sum())
 
-    def sequences(self, *, by_position: bool) -> list[TokenIds]:
-        """The real tokens of each row; with `by_position` marked so that rows at other positions share nothing."""
+    def tree_ids(self, *, by_position: bool) -> list[TokenIds]:
+        """What rows are compared by, of their real tokens; with `by_position` rows at other positions share nothing."""
         rows = [
             tuple(row[start:stop].tolist())
-            for row, start, stop in zip(self.input_ids, self.starts, self.stops, strict=True)
+            for row, start, stop in zip(self.keys, self.starts, self.stops, strict=True)
         ]
         if not by_position:
             return rows
@@ -124,6 +157,8 @@ class SharedRows:
         shape: B and L.
         num_unique_tokens: U.
         max_row_tokens: Real tokens of the longest row.
+        sequences: Per row its tokens and images, without pixels; empty where no row has images.
+        images: Whose features the pass reads, in order.
     """
 
     item: PassPlan
@@ -131,9 +166,13 @@ class SharedRows:
     shape: tuple[int, int]
     num_unique_tokens: int
     max_row_tokens: int
+    sequences: tuple[Sequence, ...] = field(default=(), metadata=STAYS_ON_THE_HOST)
+    images: tuple[Image, ...] = field(default=(), metadata=STAYS_ON_THE_HOST)
 
 
-def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, max_depth: int) -> SharedRows:
+def share_rows(
+    rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, max_depth: int, spans: str = "none"
+) -> SharedRows:
     """Plan one pass over the unique tokens of `rows`; tensors on the CPU.
 
     One for all levels, so that each layer runs once per call, as it does in the unchanged model.
@@ -144,30 +183,59 @@ def share_rows(rows: PaddedRows, *, by_position: bool, min_shared_tokens: int, m
             row's first token, which is the same to a model that reads only distances.
         min_shared_tokens: Shorter shared runs are repeated, as in `kvpref.prefix.tree.build_tree`.
         max_depth: Depth of the deepest segment.
+        spans: Which tokens the model lets see one another in both directions, as in `kvpref.plan.passes.Reads`.
     """
-    tree = build_tree(rows.sequences(by_position=by_position), min_shared_tokens=min_shared_tokens, max_depth=max_depth)
+    tree = build_tree(rows.tree_ids(by_position=by_position), min_shared_tokens=min_shared_tokens, max_depth=max_depth)
     # Not the whole layout: of scored tokens, which it lays out one by one, nothing is known here.
-    levels = build_levels(tree)
+    levels = build_levels(tree, Reads(spans=spans).runs(rows.sequences) if rows.sequences else None)
     unique_rows, cells = _match_cells(tree, levels, rows)
+    table = shared_table(rows.sequences)
+    image_rows, image_index, runs = _place_images(tree, levels, table)
     first_positions = rows.first_positions if by_position else np.zeros_like(rows.starts)
     positions = np.arange(rows.input_ids.shape[1]) + (first_positions - rows.starts)[:, None]
     num_rows, num_columns = rows.input_ids.shape
     return SharedRows(
         item=PassPlan(
-            # Of the batch: those of the tree may be marked with positions.
-            input_ids=torch.from_numpy(rows.input_ids.reshape(-1)[cells]).unsqueeze(0),
+            # Of the batch: those of the tree may be marked with positions, or stand for images.
+            input_ids=pass_input_ids(rows.input_ids.reshape(-1)[cells], image_rows).unsqueeze(0),
             position_ids=torch.from_numpy(positions.reshape(-1)[cells]).unsqueeze(0),
             attention_mask=None,
             levels=tuple(map(level_blocks, levels)),
             predictor_rows=int64(()),
             layouts=tuple(level.placed for level in levels),
             segments=level_segments(tree, levels),
+            image_rows=image_rows,
+            image_index=image_index,
+            row_runs=runs,
         ),
         unique_rows=torch.from_numpy(unique_rows),
         shape=(num_rows, num_columns),
         num_unique_tokens=len(cells),
         max_row_tokens=int(rows.lengths.max()),
+        sequences=rows.sequences,
+        images=table.images,
     )
+
+
+def _place_images(
+    tree: PrefixTree, levels: tuple[LevelSegments, ...], table: ImageTable
+) -> tuple[torch.Tensor, torch.Tensor, tuple[RowRun, ...]]:
+    """Image rows and index of the pass, and whose tokens its rows are."""
+    if not table.images:
+        return int64(()), int64(()), ()
+    holders = tree.holders()
+    rows_of = feature_rows(tree, holders, table.runs)
+    inside = first_rows(levels)
+    placed: list[tuple[int, int]] = []
+    runs: list[RowRun] = []
+    num_rows = 0
+    for level in levels:
+        for index in level.segments:
+            first = num_rows + inside[index]
+            placed += [(first + offset, row) for offset, row in rows_of.get(index, ())]
+        runs += row_runs(level, [holders[index] for index in level.segments])
+        num_rows += level.num_rows
+    return int64([row for row, _ in placed]), int64([index for _, index in placed]), tuple(runs)
 
 
 def _match_cells(

@@ -17,13 +17,17 @@ from kvpref.engine.level_pass import run_level_pass
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.integrations.shared_prefix.interception import Forward, Interception
 from kvpref.integrations.shared_prefix.padded_call import CallReader, check_arguments, check_head, check_state
-from kvpref.integrations.shared_prefix.padded_plans import LastPlan, SharingWorth
+from kvpref.integrations.shared_prefix.padded_plans import CallPlan, LastPlan, SharingWorth
 from kvpref.integrations.shared_prefix.padded_rows import SharedRows, UnservedError
 from kvpref.integrations.shared_prefix.selected_attention import selected_attention
 from kvpref.models.backbone import backbone
 from kvpref.models.mixers.forwards import attach_mixers
 from kvpref.models.own_head import GivenHidden
 from kvpref.models.support import check_architecture, unwrap
+from kvpref.models.text_layers import PassExtras
+from kvpref.models.vision.merging import PassImages
+from kvpref.models.vision.padded_call import image_arguments
+from kvpref.models.vision.tower import image_features
 from kvpref.ops.attention.backends import backend_names
 from kvpref.state.cache import PrefixCache
 
@@ -111,6 +115,7 @@ class SharedPrefix:
         attach_mixers(model)  # for good, because outside of kvpref's passes they are what they were
         self._model, self._plans, self._backend = model, plans, backend
         self._readers = {"model": CallReader(model), "backbone": CallReader(backbone(model))}
+        self._image_names = image_arguments(model)
         self._passing = False  # whether the backbone's calls are kvpref's own
         self._caller: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments of the model's own call
         self._interceptions = (
@@ -161,22 +166,27 @@ class SharedPrefix:
             UnservedError: If the call has to run unchanged.
         """
         arguments = self._readers["backbone"].read(args, kwargs)
-        check_arguments(arguments, self._model.config)
-        shared = self._plans.plan(arguments)
+        check_arguments(arguments, self._model.config, self._image_names)
+        plan = self._plans.plan(arguments)
         check_state(self._model)
         if self._caller is not None:
             check_head(self._model, self._readers["model"].read(*self._caller))
         try:
-            hidden = self._run(shared)
+            hidden = self._run(plan)
         except UnsupportedModelError:
             raise UnservedError("attention that kvpref does not follow in these rows") from None
         self.stats.num_served += 1
         self.stats.num_tokens += arguments["input_ids"].numel()
-        self.stats.num_unique_tokens += shared.num_unique_tokens
-        return _spread(hidden, shared)
+        self.stats.num_unique_tokens += plan.shared.num_unique_tokens
+        return _spread(hidden, plan.shared)
 
-    def _run(self, shared: SharedRows) -> torch.Tensor:
+    def _run(self, plan: CallPlan) -> torch.Tensor:
         """Hidden states of the unique tokens, (U, hidden_size)."""
+        shared, images = plan.shared, None
+        if shared.images:
+            # Before: the tower keeps its attention.
+            features = image_features(self._model, shared.images, plan.image_inputs)
+            images = PassImages(self._model, features, shared.sequences, plan.image_inputs)
         with self._own_calls(), selected_attention(self._model):
             hidden = run_level_pass(
                 self._model,
@@ -186,6 +196,7 @@ class SharedPrefix:
                 num_positions=shared.max_row_tokens,
                 backend=self._backend,
                 keep=False,
+                extras=PassExtras(images=images),
             )
         return hidden[0]
 

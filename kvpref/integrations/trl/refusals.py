@@ -14,7 +14,7 @@ from transformers import ProcessorMixin
 from kvpref.errors import InputError
 from kvpref.integrations.trl.setup import Setup
 from kvpref.models.support import check_config
-from kvpref.models.vision.splitting import SPLITTERS
+from kvpref.models.vision.splitting import SPLIT_FAMILIES
 from kvpref.parallel.sharding import is_zero_3
 
 _ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
@@ -86,7 +86,7 @@ def _is_multimodal(setup: Setup) -> bool:
 
 
 def _has_unknown_images(setup: Setup) -> bool:
-    return _is_multimodal(setup) and setup.config.model_type not in SPLITTERS
+    return _is_multimodal(setup) and setup.config.model_type not in SPLIT_FAMILIES
 
 
 def _dropout_rates(setup: Setup) -> Iterator[float | None]:
@@ -161,12 +161,12 @@ REFUSALS: tuple[Refusal, ...] = (
         name="vision-language models of this family",
         applies=_has_unknown_images,
         reason="which pixel inputs belong to which image is known for "
-        f"{', '.join(SPLITTERS)}; use TRL's trainer, or kvpref.PreferenceTrainer if docs/models.md lists the family",
+        f"{', '.join(SPLIT_FAMILIES)}; use TRL's trainer, or kvpref.PreferenceTrainer if docs/models.md lists the family",
     ),
     Refusal(
         name="vision-language models as reward models",
         applies=_is_multimodal,
-        reason="TRL's collator for rewards reads no images; use kvpref.PreferenceTrainer with loss='reward'",
+        reason="TRL's collator for rewards reads no images; use kvpref.PreferenceTrainer with loss='bradley_terry'",
         trainers=frozenset({"RewardTrainer"}),
     ),
     Refusal(

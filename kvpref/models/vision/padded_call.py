@@ -14,15 +14,16 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import InputError
 from kvpref.models.backbone import backbone
-from kvpref.models.vision.splitting import SPLITTERS
+from kvpref.models.vision.splitting import SPLIT_FAMILIES, splitter_of
 
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 def image_arguments(model: PreTrainedModel) -> tuple[str, ...]:
     """The arguments about images that can be understood: pixel inputs and token types; none if the family is unknown."""
-    splitter = SPLITTERS.get(model.config.model_type)
-    return () if splitter is None else (*splitter.names, *_token_types(model))
+    if model.config.model_type not in SPLIT_FAMILIES:
+        return ()
+    return (*splitter_of(model.config).names, *_token_types(model))
 
 
 def pixel_inputs(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models.backbone import backbone
+from kvpref.models.vision.families import VISION
 from kvpref.models.vision.fingerprints import image_keys
 from kvpref.records.images import Image, PlacedImage
 
@@ -47,13 +48,12 @@ def splitter_of(config: Any) -> Splitter:
     Raises:
         UnsupportedModelError: If nobody has checked it.
     """
-    found = SPLITTERS.get(config.model_type)
-    if found is None:
+    if config.model_type not in SPLIT_FAMILIES:
         raise UnsupportedModelError(
             f"kvpref does not know which pixel inputs of a {config.model_type!r} model belong to which image; "
-            f"supported: {', '.join(SPLITTERS)}"
+            f"supported: {', '.join(SPLIT_FAMILIES)}"
         )
-    return found
+    return SPLITTERS[config.model_type]
 
 
 def split_images(
@@ -245,3 +245,6 @@ SPLITTERS: dict[str, Splitter] = {
     "qwen3_vl_moe": _GRID,
     "smolvlm": _TILE,
 }
+
+SPLIT_FAMILIES = tuple(name for name in SPLITTERS if name in VISION)
+"""Model types that are exact with images, and whose pixel inputs can be taken apart."""
