@@ -138,12 +138,12 @@ def _count_into(seen: list[int]) -> Any:
     return hook
 
 
-def assert_same(found: Run, truth: Run, *, tolerance: float = 1e-5) -> None:
+def assert_same(found: Run, truth: Run, *, tolerance: float = 1e-5, num_steps: int = NUM_STEPS) -> None:
     """Losses to `tolerance`; log entries by name, and their values and the weights as close as that lets them be.
 
     Adam divides gradients by their size, so rounding in a gradient near zero moves a weight by more than rounding.
     """
-    assert len(found.losses) == len(truth.losses) >= NUM_STEPS
+    assert len(found.losses) == len(truth.losses) >= num_steps
     torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(truth.losses), rtol=tolerance, atol=tolerance)
     assert [sorted(entry) for entry in found.logs] == [sorted(entry) for entry in truth.logs]
     for ours, theirs in zip(found.logs, truth.logs, strict=True):

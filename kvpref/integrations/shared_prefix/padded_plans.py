@@ -124,9 +124,7 @@ class LastPlan:
         """The images of each row; empty where the call has none."""
         about_images = {name: arguments.get(name) for name in image_arguments(self._model)}
         try:
-            pixels = pixel_inputs(
-                self._model, about_images, arguments["input_ids"], arguments.get("attention_mask")
-            )
+            pixels = pixel_inputs(self._model, about_images, arguments["input_ids"], arguments.get("attention_mask"))
             if not pixels:
                 return []
             if arguments.get("position_ids") is not None and hasattr(backbone(self._model), "get_rope_index"):

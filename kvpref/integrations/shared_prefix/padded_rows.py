@@ -83,9 +83,7 @@ class PaddedRows:
             if not ((shifts == shift) | ~real).all():
                 raise UnservedError("position_ids that do not count up by one")
             first_positions = starts + shift[:, 0]
-        return cls(
-            input_ids=input_ids, starts=starts, stops=stops, first_positions=first_positions, keys=input_ids
-        )
+        return cls(input_ids=input_ids, starts=starts, stops=stops, first_positions=first_positions, keys=input_ids)
 
     def with_images(self, images: list[tuple[PlacedImage, ...]]) -> PaddedRows:
         """The same rows, which share placeholders only where they hold the same images.
@@ -138,8 +136,7 @@ class PaddedRows:
     def tree_ids(self, *, by_position: bool) -> list[TokenIds]:
         """What rows are compared by, of their real tokens; with `by_position` rows at other positions share nothing."""
         rows = [
-            tuple(row[start:stop].tolist())
-            for row, start, stop in zip(self.keys, self.starts, self.stops, strict=True)
+            tuple(row[start:stop].tolist()) for row, start, stop in zip(self.keys, self.starts, self.stops, strict=True)
         ]
         if not by_position:
             return rows

@@ -21,6 +21,7 @@ from kvpref.integrations.shared_prefix.padded_plans import CallPlan, LastPlan, S
 from kvpref.integrations.shared_prefix.padded_rows import SharedRows, UnservedError
 from kvpref.integrations.shared_prefix.selected_attention import selected_attention
 from kvpref.models.backbone import backbone
+from kvpref.models.both_ways import both_ways_of
 from kvpref.models.mixers.forwards import attach_mixers
 from kvpref.models.own_head import GivenHidden
 from kvpref.models.support import check_architecture, unwrap
@@ -82,7 +83,8 @@ def shared_prefix(
 
     Args:
         model: Of a supported family, with a language-model head or a scalar reward head; may be inside PEFT or
-            DDP, now or later.
+            DDP, now or later. Where it reads images, each may be given with every row that holds it: equal ones go
+            through the vision tower once.
         min_saved: Share of a call's tokens (padding included) that sharing must save, at least, for it to be served.
         min_saved_tokens: Tokens that it must save, at least.
         min_shared_tokens: Shorter shared prefixes are repeated in each row.
@@ -100,7 +102,16 @@ def shared_prefix(
         raise InputError(f"unknown attention backend {backend!r}; choose from: auto, {', '.join(backend_names())}")
     inner = unwrap(model)
     check_architecture(inner)
+    _refuse_prompts_both_ways(inner)
     return SharedPrefix(inner, LastPlan(inner, worth), backend)
+
+
+def _refuse_prompts_both_ways(model: PreTrainedModel) -> None:
+    if both_ways_of(model.config).spans == "prompts":
+        raise UnsupportedModelError(
+            f"in a {model.config.model_type!r} model all tokens of a prompt see one another, and a padded call does "
+            "not say where it ends; train it with kvpref.PreferenceTrainer"
+        )
 
 
 class SharedPrefix:

@@ -139,5 +139,5 @@ def _check_prompts(images: list[tuple[PlacedImage, ...]], flags: list[list[bool]
     for row, (placed, scored) in enumerate(zip(images, flags, strict=True)):
         if any(any(scored[first:stop]) for image in placed for first, stop in image.runs):
             raise InputError(
-                f"row {row} scores an image; kvpref takes images in prompts, and none in responses (those of tools, say)"
+                f"row {row} scores an image; kvpref takes images in prompts alone, and none of tools in responses"
             )

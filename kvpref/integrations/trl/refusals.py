@@ -158,16 +158,17 @@ REFUSALS: tuple[Refusal, ...] = (
         reason="all passes over a batch run on one device; load the model on one, or use data parallelism",
     ),
     Refusal(
-        name="vision-language models of this family",
-        applies=_has_unknown_images,
-        reason="which pixel inputs belong to which image is known for "
-        f"{', '.join(SPLIT_FAMILIES)}; use TRL's trainer, or kvpref.PreferenceTrainer if docs/models.md lists the family",
-    ),
-    Refusal(
         name="vision-language models as reward models",
         applies=_is_multimodal,
         reason="TRL's collator for rewards reads no images; use kvpref.PreferenceTrainer with loss='bradley_terry'",
         trainers=frozenset({"RewardTrainer"}),
+    ),
+    Refusal(
+        name="vision-language models of this family",
+        applies=_has_unknown_images,
+        reason="which pixel inputs belong to which image is known for "
+        f"{', '.join(SPLIT_FAMILIES)}; for others use TRL's trainer, or kvpref.PreferenceTrainer",
+        trainers=_ANY - {"RewardTrainer"},
     ),
     Refusal(
         name="PEFT prompt learning (prompt, prefix or p-tuning)",

@@ -20,7 +20,7 @@ _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 def image_arguments(model: PreTrainedModel) -> tuple[str, ...]:
-    """The arguments about images that can be understood: pixel inputs and token types; none if the family is unknown."""
+    """The arguments about images that can be understood: pixel inputs, token types; none of an unknown family."""
     if model.config.model_type not in SPLIT_FAMILIES:
         return ()
     return (*splitter_of(model.config).names, *_token_types(model))

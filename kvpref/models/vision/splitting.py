@@ -184,7 +184,9 @@ def _by_anyres(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
     """One entry per image with its tiles, which the model packs by the image's size (LLaVA-NeXT)."""
     pixels, sizes = inputs["pixel_values"], inputs["image_sizes"].cpu()
     if pixels.ndim != 5:
-        raise InputError(f"pixel_values of {tuple(pixels.shape)}; kvpref takes (images, tiles, channels, height, width)")
+        raise InputError(
+            f"pixel_values of {tuple(pixels.shape)}; kvpref takes (images, tiles, channels, height, width)"
+        )
     alone = [1] * len(sizes)
     counts = inputs["batch_num_images"].tolist() if "batch_num_images" in inputs else alone
     tokens = _anyres_tokens(base, sizes, [count for count in counts for _ in range(count)])

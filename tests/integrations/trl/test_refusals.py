@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
 import trl_runs  # noqa: E402
 from accelerate import ParallelismConfig  # noqa: E402
 from tiny_models import build_model, tiny_config, tiny_model  # noqa: E402
-from transformers import BloomConfig, LlamaForCausalLM, LlavaConfig, ProcessorMixin  # noqa: E402
+from transformers import BloomConfig, LlamaForCausalLM, MllamaConfig, ProcessorMixin  # noqa: E402
 
 from kvpref import InputError  # noqa: E402
 from kvpref.integrations import trl as kvpref_trl  # noqa: E402
@@ -92,7 +92,8 @@ CASES = (
     Case("fsdp", fsdp=["full_shard"]),
     Case("DeepSpeed ZeRO stage 3", deepspeed_plugin=SimpleNamespace(zero_stage=3)),
     Case("a model split over several devices (device_map)", model=split_model),
-    Case("vision-language models", arguments={"processing_class": Processor()}),
+    Case("vision-language models as reward models", arguments={"processing_class": Processor()}),
+    Case("vision-language models of this family", arguments={"processing_class": Processor()}),
     Case("PEFT prompt learning (prompt, prefix or p-tuning)", arguments={"peft_config": PROMPT_TUNING}),
     Case("PEFT prompt learning (prompt, prefix or p-tuning)", model=prompt_tuned),
     Case(
@@ -152,7 +153,7 @@ def test_fsdp_by_accelerates_launcher(
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("config", [BloomConfig(), LlavaConfig()], ids=["own attention", "images"])
+@pytest.mark.parametrize("config", [BloomConfig(), MllamaConfig()], ids=["own attention", "images"])
 def test_families_are_refused_by_configuration(trainer: str, config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "model")
     reason = "attention interface" if config.model_type == "bloom" else "vision-language"

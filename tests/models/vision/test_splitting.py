@@ -27,9 +27,7 @@ def joined(name: str, prompts: list[VisionPrompt]) -> tuple[list[list[int]], dic
     made = processor(
         text=texts, images=[list(prompt.pictures) for prompt in prompts], padding=True, return_tensors="pt"
     )
-    rows = [
-        ids[mask.bool()].tolist() for ids, mask in zip(made["input_ids"], made["attention_mask"], strict=True)
-    ]
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(made["input_ids"], made["attention_mask"], strict=True)]
     return rows, {key: value for key, value in made.items() if key not in NOT_FOR_THE_TOWER}
 
 
