@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,8 @@ def test_the_text_part_of_a_model_of_several_kinds_of_input() -> None:
     text = {**SIZES, "sliding_window": 5, "layer_types": ALTERNATING}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision)
-    kinds = attention_shapes(model_of(config))
-    assert {kind.rule: kind.num_layers for kind in kinds} == {NEAR: 3, CAUSAL: 1}
-    assert model_shape(model_of(config)) == model_shape(model_of(config_of("gemma3_text", **text)))
+    shape = model_shape(model_of(config))
+    both_ways = {replace(rule, bidirectional=True): rule for rule in (NEAR, CAUSAL)}  # inside images
+    assert {kind.rule: kind.num_layers for kind in shape.attention} == dict(zip(both_ways, (3, 1), strict=True))
+    as_text = tuple(replace(kind, rule=both_ways[kind.rule]) for kind in shape.attention)
+    assert replace(shape, attention=as_text) == model_shape(model_of(config_of("gemma3_text", **text)))
