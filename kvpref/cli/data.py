@@ -278,7 +278,7 @@ def _lengths_table(source: str, statistics: DataStatistics) -> Table:
     for name in ("mean", "p50", "p90", "max"):
         table.add_column(name, justify="right")
     images = statistics.images
-    of_images = [] if images is None else [("of it images, where any", images.image_tokens)]
+    of_images = [] if images is None else [("of which images, if any", images.image_tokens)]
     for label, summary in (
         ("prompt, per group", statistics.prompt_tokens),
         *of_images,
