@@ -13,6 +13,7 @@ from kvpref.cli.run_config import RunConfig
 from kvpref.cli.sizes import size_in_words
 from kvpref.data import PreferenceDataset, StepBatcher, summarize_batches, summarize_dataset
 from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS
+from kvpref.engine.reads import reads_of
 from kvpref.losses import PreferenceLoss, registered_name
 from kvpref.models.support import unwrap
 from kvpref.models.vision.parts import vision_parts
@@ -55,7 +56,12 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
     assert dataset is not None
     cost_model = make_cost_model(trainer.model, args.mode)
     batcher = make_batcher(
-        dataset, args, groups_per_device=args.per_device_train_batch_size, shuffle=True, cost_model=cost_model
+        dataset,
+        args,
+        reads_of(trainer.model, loss.reads),
+        groups_per_device=args.per_device_train_batch_size,
+        shuffle=True,
+        cost_model=cost_model,
     )
     costs = _step_costs(batcher, args.gradient_accumulation_steps)
     num_steps = args.max_steps if args.max_steps > 0 else ceil(len(costs) * args.num_train_epochs)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from kvpref.data.batching.lengths import GroupLengths, measure_group, repeat_short_beginning
-from kvpref.data.batching.sharing import Clusters, find_clusters
+from kvpref.data.batching.sharing import Clusters, as_wholes, find_clusters
 from kvpref.data.report import DataReport
 from kvpref.data.storage import PackedGroups
 from kvpref.errors import InputError
@@ -64,7 +64,7 @@ class PreferenceDataset:
     def __init__(self, groups: Iterable[Group], report: DataReport | None = None) -> None:
         self._groups = groups if isinstance(groups, PackedGroups) else PackedGroups(groups)
         self.report = report
-        self._clusters: dict[tuple[int, int], Clusters] = {}
+        self._clusters: dict[tuple[int, int, bool], Clusters] = {}
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -116,11 +116,19 @@ class PreferenceDataset:
         """The id of every group, for error messages."""
         return [self._groups.id_of(index) for index in range(len(self))]
 
-    def clusters(self, groups_per_step: int, min_shared_tokens: int) -> Clusters:
-        """Which groups begin alike and belong into one step; see `find_clusters`. Computed once per arguments."""
-        key = (groups_per_step, min_shared_tokens)
+    def clusters(self, groups_per_step: int, min_shared_tokens: int, *, whole_prompts: bool = False) -> Clusters:
+        """Which groups begin alike and belong into one step; see `find_clusters`. Computed once per arguments.
+
+        Args:
+            groups_per_step: As `find_clusters` takes it.
+            min_shared_tokens: Likewise.
+            whole_prompts: Only prompts that are the same to their end count as alike.
+        """
+        key = (groups_per_step, min_shared_tokens, whole_prompts)
         if key not in self._clusters:
             beginnings = [self._groups.beginning_of(index) for index in range(len(self))]
+            if whole_prompts:
+                beginnings = as_wholes(beginnings)
             self._clusters[key] = find_clusters(
                 beginnings, groups_per_step=groups_per_step, min_shared_tokens=min_shared_tokens
             )

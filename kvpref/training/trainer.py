@@ -136,10 +136,11 @@ class PreferenceTrainer(SavingTrainer):
         return loader
 
     def _make_loader(self, dataset: PreferenceDataset, groups_per_device: int, *, shuffle: bool) -> DataLoader[Any]:
+        reads = reads_of(self.model, self.loss.reads)
         batcher = make_batcher(
-            dataset, self.args, groups_per_device=groups_per_device, shuffle=shuffle, cost_model=self._cost_model
+            dataset, self.args, reads, groups_per_device=groups_per_device, shuffle=shuffle, cost_model=self._cost_model
         )
-        return make_loader(dataset, batcher, self.args, reads=reads_of(self.model, self.loss.reads), loss=self.loss)
+        return make_loader(dataset, batcher, self.args, reads=reads, loss=self.loss)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepInputs], num_batches: int, device: torch.device

@@ -16,6 +16,7 @@ system prompts of a mixture of tasks, are common as a rule, so that steps keep t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -101,6 +102,15 @@ def find_clusters(beginnings: Sequence[Sequence[int]], *, groups_per_step: int, 
         for group in members:
             of_group[group], shared_tokens[group] = min(members), run.shared
     return Clusters(of_group=tuple(of_group), shared_tokens=tuple(shared_tokens), min_shared_tokens=min_shared_tokens)
+
+
+def as_wholes(beginnings: Sequence[array[int]]) -> list[array[int]]:
+    """Tokens that have the beginnings' lengths, and begin alike just where these are the same to their end."""
+    numbers: dict[bytes, int] = {}
+    return [
+        array("q", [numbers.setdefault(array("q", beginning).tobytes(), len(numbers))]) * len(beginning)
+        for beginning in beginnings
+    ]
 
 
 def _nested_runs(ordered: list[Sequence[int]]) -> list[_Run]:

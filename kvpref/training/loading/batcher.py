@@ -6,6 +6,7 @@ from torch import nn
 
 from kvpref.data import CostModel, PreferenceDataset, StepBatcher, StepOptions
 from kvpref.models.shape import model_shape
+from kvpref.plan.passes import Reads
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.defaults import token_budget
 
@@ -13,6 +14,7 @@ from kvpref.training.defaults import token_budget
 def make_batcher(
     groups: PreferenceDataset,
     args: PreferenceTrainingArguments,
+    reads: Reads | None = None,
     *,
     groups_per_device: int,
     shuffle: bool,
@@ -23,6 +25,7 @@ def make_batcher(
     Args:
         groups: What to train on.
         args: Sizes, limits and the order.
+        reads: What the model and the loss read, where it matters whether prompts are shared only as wholes.
         groups_per_device: Groups per step and rank.
         shuffle: Whether the order is random.
         cost_model: What ranks are balanced by, the same on every rank; see `make_cost_model`. Tokens if None.
@@ -40,7 +43,11 @@ def make_batcher(
     clusters = None
     # Prompts that share a beginning take one depth more than responses that share a prompt.
     if args.max_prefix_depth is None or args.max_prefix_depth > 1:
-        clusters = groups.clusters(options.groups_per_step, args.min_shared_tokens)
+        clusters = groups.clusters(
+            options.groups_per_step,
+            args.min_shared_tokens,
+            whole_prompts=reads is not None and reads.spans == "prompts",
+        )
     return StepBatcher(lengths, options, groups.group_ids, cost_model, clusters)
 
 

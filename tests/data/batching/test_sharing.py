@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpref.data import DataOptions, PreferenceDataset, find_clusters, load_preferences, load_tokenizer
+from kvpref.data.batching.sharing import as_wholes
 from kvpref.errors import InputError
 from kvpref.prefix.tree import shared_prefix_length
 from kvpref.records.groups import Group, Sequence
@@ -165,3 +166,13 @@ def test_real_stories_are_found_and_one_few_shot_prompt_is_not(shared_dir):
     # 20 stories with five questions each; some begin with the same licence.
     assert [len(own) for own in members(clusters("squality_groups"))] == [5] * 20
     assert clusters("game24_groups").num_sharing_groups == 0
+
+
+def test_wholes_begin_alike_only_where_they_end_alike():
+    beginnings = [array("i", tokens) for tokens in ([1, 2, 3], [1, 2], [1, 2, 3], [1, 2, 4])]
+    wholes = as_wholes([*beginnings, array("q", [1, 2, 3])])  # wider, as where images are
+    assert [len(item) for item in wholes] == [3, 2, 3, 3, 3]
+    assert wholes[0] == wholes[2] == wholes[4]
+    assert len({item[0] for item in wholes}) == 3
+    found = find_clusters(wholes[:4], groups_per_step=2, min_shared_tokens=1)
+    assert (found.of_group, found.shared_tokens) == ((0, 1, 0, 3), (3, 0, 3, 0))
