@@ -189,9 +189,6 @@ class PreferenceTrainingArguments(TrainingArguments):
                 "auto_budget repeats a step with smaller chunks: it needs schedule 'bounded' and "
                 "gradient_accumulation_steps 1 (max_tokens_per_micro_batch cuts large steps)"
             )
-        if self.ddp_find_unused_parameters is None:
-            # Every trainable parameter takes part in every step; looking for others would walk the graph each time.
-            self.ddp_find_unused_parameters = False
         # One process drives one device: DataParallel would scatter a batch that only makes sense whole.
         if self.n_gpu > 1:
             self._n_gpu = 1

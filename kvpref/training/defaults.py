@@ -9,6 +9,8 @@ from torch import nn
 
 from kvpref.data.batching.budgets import default_budget
 from kvpref.errors import InputError
+from kvpref.models.support import unwrap
+from kvpref.models.vision.parts import vision_parts
 from kvpref.training.adapters import is_peft, trains_adapter_only
 
 if TYPE_CHECKING:
@@ -30,7 +32,15 @@ def with_defaults(
     if args.max_tokens_per_micro_batch == AUTO and loss.couples_groups:
         # A cut would change the loss, which a default must not do.
         resolved.max_tokens_per_micro_batch = None
+    if args.ddp_find_unused_parameters is None:
+        # Looking for them walks the graph in each step. Text needs every trainable parameter; a micro-batch without
+        # images needs no tower.
+        resolved.ddp_find_unused_parameters = not args.freeze_vision and _trains_vision(model)
     return resolved
+
+
+def _trains_vision(model: nn.Module) -> bool:
+    return any(weight.requires_grad for weight in vision_parts(unwrap(model)).weights.values())
 
 
 def trains_an_adapter(model: nn.Module) -> bool:

@@ -1,0 +1,18 @@
+"""Ranks without images beside ranks with them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from image_runs import train_with_images
+from two_processes import run_two_processes
+
+
+@pytest.mark.parametrize("schedule", ["full", pytest.param("bounded", marks=pytest.mark.full)])
+def test_a_rank_without_images_trains_as_one_process_does(tmp_path: Path, schedule: str) -> None:
+    run_two_processes(Path(__file__).with_name("image_ranks_worker.py"), tmp_path, schedule)
+    train_with_images(str(tmp_path), schedule)
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+    assert any("visual" in name for name in one)
+    for name, weight in one.items():
+        assert torch.allclose(two[name], weight, rtol=0, atol=1e-10), name
