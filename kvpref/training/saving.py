@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kvpref.errors import RunError
+from kvpref.models.saved_weights import load_saved_weights, renames_weights
 from kvpref.models.support import unwrap
+from kvpref.training.adapters import is_peft
 from kvpref.training.constructors import ConstructedTrainer
 from kvpref.training.generation_config import savable_generation_config
 
@@ -106,6 +108,22 @@ class SavingTrainer(ConstructedTrainer):
             if self.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # of no use, and it may be what fills the disk
             raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._files_rename_weights():
+            load_saved_weights(unwrap(self.model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._files_rename_weights():
+            load_saved_weights(unwrap(self.model), str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _files_rename_weights(self) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not sharded and not is_peft(self.model) and renames_weights(unwrap(self.model))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

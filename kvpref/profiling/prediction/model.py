@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvpref.errors import InputError
 from kvpref.models.attach import attach
+from kvpref.models.classes import model_class
 from kvpref.models.support import check_config, unwrap
 from kvpref.training.adapters import ALL_LINEAR, find_targets
 
@@ -157,7 +158,7 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class(config).from_config(config, dtype=dtype)
     except ValueError as error:
         raise InputError(f"{config.model_type!r} has no causal language model: {error}") from error
     return model
