@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,8 +29,9 @@ def load_saved_weights(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         RunError: If a weight is missing.
     """
-    fresh, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-    found = fresh.state_dict()
+    kind: Any = type(model)
+    fresh, info = kind.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    found: dict[str, torch.Tensor] = fresh.state_dict()
     own = model.state_dict()
     found |= _read(Path(folder), own.keys() - found.keys())  # a value head, say
     lacking = sorted({*info["missing_keys"], *(own.keys() - found.keys())})

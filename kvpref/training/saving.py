@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
 from kvpref.errors import RunError
 from kvpref.models.saved_weights import load_saved_weights, renames_weights
@@ -110,20 +111,26 @@ class SavingTrainer(ConstructedTrainer):
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._files_rename_weights():
-            load_saved_weights(unwrap(self.model), resume_from_checkpoint)
+        renamed = self._model_with_renamed_weights()
+        if renamed is not None:
+            load_saved_weights(renamed, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._files_rename_weights():
-            load_saved_weights(unwrap(self.model), str(self.state.best_model_checkpoint))
+        renamed = self._model_with_renamed_weights()
+        if renamed is not None:
+            load_saved_weights(renamed, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
-    def _files_rename_weights(self) -> bool:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return not sharded and not is_peft(self.model) and renames_weights(unwrap(self.model))
+    def _model_with_renamed_weights(self) -> PreTrainedModel | None:
+        """The model, where transformers' trainer would not find its weights in the files that it wrote itself."""
+        assert self.model is not None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft(self.model):
+            return None
+        inner = unwrap(self.model)
+        return inner if renames_weights(inner) else None
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
