@@ -19,6 +19,7 @@ from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
 from kvpref.ops.attention import select_backend
 from kvpref.ops.attention.backends.interface import Needs
+from kvpref.parallel.sharding import is_sharded, will_be_sharded
 from kvpref.training.arguments import PreferenceTrainingArguments, check_processes
 from kvpref.training.evaluation import check_best_metric, check_evaluation
 from kvpref.training.loading.selection import check_lengths
@@ -73,11 +74,21 @@ def check_run(
     for name, dataset in datasets.items():
         if dataset is not None:
             check_data(dataset, model, loss)
+            _refuse_images_on_shards(dataset, model, name)
             line = check_learnable(dataset, loss, name)
             if args.process_index == 0:
                 print(line, file=sys.stderr)
     if datasets["eval"] is not None:
         check_best_metric(args, datasets["eval"], loss, model_shape(model).hidden_size)
+
+
+def _refuse_images_on_shards(dataset: PreferenceDataset, model: nn.Module, name: str) -> None:
+    """Ranks that hold pieces of a tower must run it equally often, and one may have no image in a micro-batch."""
+    if dataset.images and (will_be_sharded() or is_sharded(model)):
+        raise InputError(
+            f"the {name} data hold images, and ranks of a sharded model (FSDP, DeepSpeed ZeRO-3) would run its vision "
+            "tower a different number of times and wait for one another for ever; use DistributedDataParallel"
+        )
 
 
 def _say_what_routers_miss(model: nn.Module, args: PreferenceTrainingArguments) -> None:

@@ -7,6 +7,8 @@ import torch
 from image_runs import train_with_images
 from two_processes import run_two_processes
 
+import kvpref
+
 
 @pytest.mark.parametrize("schedule", ["full", pytest.param("bounded", marks=pytest.mark.full)])
 def test_a_rank_without_images_trains_as_one_process_does(tmp_path: Path, schedule: str) -> None:
@@ -16,3 +18,9 @@ def test_a_rank_without_images_trains_as_one_process_does(tmp_path: Path, schedu
     assert any("visual" in name for name in one)
     for name, weight in one.items():
         assert torch.allclose(two[name], weight, rtol=0, atol=1e-10), name
+
+
+def test_images_on_sharded_models_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kvpref.training.checks.will_be_sharded", lambda: True)
+    with pytest.raises(kvpref.InputError, match=r"train data hold images.*DistributedDataParallel"):
+        train_with_images(str(tmp_path), "full")
