@@ -82,13 +82,14 @@ def _check(name: str, task: str, modes: tuple[str, ...], unlisted: bool, results
 
     import torch
     from census_check import check
-    from census_images import subject
+    from census_images import check_images
     from transformers.utils import logging
 
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    results.send(check(name, modes, unlisted=unlisted, subject=subject if task == "image" else None))
+    look = check_images if task == "image" else check
+    results.send(look(name, modes, unlisted=unlisted))
 
 
 def _document(rows: list[dict[str, Any]], counts: Counter[str]) -> str:

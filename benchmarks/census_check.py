@@ -79,7 +79,7 @@ def check(
     if unlisted:
         _let_in(made.model)
     row["runs"] = _runs(made, truth, modes)
-    return {**row, **_verdict(row["runs"])}
+    return {**row, **verdict_of(without_padded(row["runs"]))}
 
 
 def _trains(model: PreTrainedModel) -> bool:
@@ -240,9 +240,15 @@ def _groups() -> list[kvpref.Group]:
     return groups
 
 
-def _verdict(runs: dict[str, Any]) -> dict[str, Any]:
+def without_padded(runs: dict[str, Any]) -> dict[str, Any]:
+    """What a model that is given text is judged by: mode ``padded`` stands on the page apart."""
+    return {name: run for name, run in runs.items() if not name.startswith("padded")}
+
+
+def verdict_of(runs: dict[str, Any]) -> dict[str, Any]:
+    """What runs come to, and the first that speaks for it."""
     for verdict in ("wrong", "error", "refused"):
-        found = {name: run for name, run in runs.items() if run["is"] == verdict and not name.startswith("padded")}
+        found = {name: run for name, run in runs.items() if run["is"] == verdict}
         if found:
             name, run = next(iter(found.items()))
             reason = run.get("reason") or (

@@ -110,6 +110,26 @@ def placed_patches(vision: Any, size: int, generator: torch.Generator) -> Inputs
     return {"pixel_values": pixels.sigmoid(), "image_position_ids": places}
 
 
+def merged_patches(vision: Any, size: int, generator: torch.Generator) -> Inputs:
+    """(1, patches, pixels of a merged patch) and each one's place, -1 for padding."""
+    side, num_tokens = _number(vision, "model_patch_size"), 4 + 2 * size
+    places = torch.full((1, 6, 2), -1)
+    places[0, :num_tokens] = torch.stack([torch.arange(num_tokens) % 2, torch.arange(num_tokens) // 2], -1)
+    return {"pixel_values": _noise(generator, 1, 6, 3 * side * side).sigmoid(), "image_position_ids": places}
+
+
+def flat_grid(vision: Any, size: int, generator: torch.Generator) -> Inputs:
+    """A grid whose patches hold one picture, not several in time."""
+    inputs = grid(vision, size, generator)
+    return {**inputs, "pixel_values": inputs["pixel_values"][:, : 3 * _number(vision, "patch_size") ** 2]}
+
+
+def square_and_instruction(vision: Any, size: int, generator: torch.Generator) -> Inputs:
+    """(1, 3, S, S), and what is asked about the image."""
+    ids = torch.randint(5, 90, (1, 4), generator=generator)
+    return {**square(vision, size, generator), "qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+
+
 def shaped_patches(vision: Any, size: int, generator: torch.Generator) -> Inputs:
     """(1, patches, pixels of a patch), padded, with the image's shape in patches and its mask."""
     patch = _number(vision, "patch_size")
@@ -152,6 +172,25 @@ def local_and_whole(vision: Any, size: int, generator: torch.Generator) -> Input
 def fuyu_patches(vision: Any, size: int, generator: torch.Generator) -> Inputs:
     """(1, patches, pixels of a patch)."""
     return {"pixel_values": _noise(generator, 1, 4 + 4 * size, 3 * 8 * 8)}
+
+
+def aspect_tiles(vision: Any, size: int, generator: torch.Generator) -> Inputs:
+    """(1, 1, tiles, 3, S, S), padded to two tiles, with the image's shape in tiles."""
+    side = _number(vision, "image_size")
+    pixels = _noise(generator, 1, 1, 2, 3, side, side)
+    pixels[:, :, 1 + size :] = 0
+    mask = torch.tensor([[[1, size]]])
+    return {"pixel_values": pixels, "aspect_ratio_ids": torch.tensor([[1 + size]]), "aspect_ratio_mask": mask}
+
+
+def cross_attention_mask(ids: list[int], image: int, num_tiles: list[int]) -> torch.Tensor:
+    """(1, T, images, 2): each token sees the tiles of the images that stand last before it."""
+    mask = torch.zeros(1, len(ids), len(num_tiles), 2, dtype=torch.int64)
+    places = [place for place, token in enumerate(ids) if token == image]
+    for number, (place, tiles) in enumerate(zip(places, num_tiles, strict=True)):
+        later = [other for other in places[number + 1 :] if other != place + 1]
+        mask[0, place : later[0] if later else len(ids), number, :tiles] = 1
+    return mask
 
 
 def joined(images: list[Inputs], dim: int) -> Inputs:

@@ -61,6 +61,9 @@ class ImageFamily:
     join: int = 0
     """The dimension along which a sequence's images are joined."""
 
+    placeholders: int | None = None
+    """How many an image has; one per row of its features if None."""
+
     split: bool = False
     """Whether text stands between the placeholders of an image."""
 
@@ -75,6 +78,16 @@ def _grid(*sections: int, vision: Mapping[str, Any] = MappingProxyType({}), **ot
     return ImageFamily(inputs=kinds.grid, token_types="mm_token_type_ids", changes=changes)
 
 
+def _thinker(*sections: int, vision: Mapping[str, Any] = MappingProxyType({})) -> ImageFamily:
+    changes = {
+        **_mrope(*sections),
+        "vision_config": vision,
+        "vision_start_token_id": START,
+        "audio_start_token_id": 104,
+    }
+    return ImageFamily(inputs=kinds.grid, changes=changes)
+
+
 _WINDOW = {"vision_config": {"window_size": 32}}
 _PIXTRAL = ImageFamily(inputs=kinds.whole, split=True, changes={"vision_config": {"head_dim": 8}})
 _TILES = ImageFamily(inputs=kinds.tiles, split=True)
@@ -82,27 +95,82 @@ _SQUARE = ImageFamily(split=True)
 _ANY = ImageFamily(inputs=kinds.any_resolution, changes={"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]})
 
 IMAGE_FAMILIES: dict[str, ImageFamily] = {
+    "blip-2": ImageFamily(changes={"num_query_tokens": 4, "image_token_index": IMAGE}),
+    "chameleon": ImageFamily(
+        changes={
+            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 8, "resolution": 32},
+            "vocabulary_map": {"<image>": IMAGE, **{f"IMGIMG{letter}Z": 80 + i for i, letter in enumerate("ABCDEFGH")}},
+        }
+    ),
+    "cohere_compass": ImageFamily(
+        inputs=kinds.grid,
+        token_types="mm_token_type_ids",
+        changes={"text_config": SETTINGS["cohere_compass_text"]},
+    ),
+    "cosmos3_edge": ImageFamily(inputs=kinds.flat_grid, token_types="mm_token_type_ids", changes=_mrope(4, 2, 2)),
+    "cosmos3_omni": _grid(4, 2, 2),
+    "emu3": ImageFamily(
+        inputs=kinds.whole,
+        changes={
+            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8, "hidden_size": 32},
+            "vocabulary_map": {
+                "<image>": IMAGE,
+                "<|extra_200|>": 90,
+                **{f"<|visual token {i:06}|>": 80 + i for i in range(8)},
+            },
+        },
+    ),
+    "ernie4_5_vl_moe": ImageFamily(
+        inputs=kinds.flat_grid,
+        token_types="mm_token_type_ids",
+        changes={"text_config": {**_mrope(1, 1, 2)["text_config"], "moe_intermediate_size": [24, 24]}},
+    ),
+    "granite4_vision": ImageFamily(
+        inputs=kinds.any_resolution,
+        changes={
+            "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
+            "vision_config": {"hidden_size": 64},
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[0, 0], [-1, 1]],
+            "spatial_target_layers": [0, 1, 0, 1],
+        },
+    ),
+    "instructblip": ImageFamily(
+        inputs=kinds.square_and_instruction, changes={"num_query_tokens": 4, "image_token_index": IMAGE}
+    ),
+    "ovis2": _TILES,
+    "pp_chart2table": _SQUARE,
+    "qwen2_5_omni_thinker": _thinker(2, 1, 1, vision=_WINDOW["vision_config"]),
+    "qwen3_omni_moe_thinker": _thinker(4, 2, 2),
     "aria": ImageFamily(inputs=kinds.masked_pixels, changes={"projector_patch_to_query_dict": {16: 4}}),
     "aya_vision": _TILES,
     "cohere2_vision": _TILES,
     "deepseek_vl": _SQUARE,
     "deepseek_vl_hybrid": ImageFamily(
-        inputs=kinds.two_resolutions, changes={"high_res_vision_config": {"image_size": 64}}
+        inputs=kinds.two_resolutions, changes={"high_res_vision_config": {"image_size": 64, "global_attn_indexes": [1]}}
     ),
     "exaone4_5": ImageFamily(inputs=kinds.grid, changes=_WINDOW),
-    "fuyu": ImageFamily(inputs=kinds.fuyu_patches),
-    "gemma3": ImageFamily(token_types="token_type_ids", changes={"text_config": MIXED_WINDOWS}),
+    "fuyu": ImageFamily(inputs=kinds.fuyu_patches, join=1),
+    # More tokens in an image than in a window.
+    "gemma3": ImageFamily(
+        token_types="token_type_ids", changes={"text_config": MIXED_WINDOWS, "mm_tokens_per_image": 16}
+    ),
     "gemma4": ImageFamily(inputs=kinds.placed_patches, token_types="mm_token_type_ids"),
-    "gemma4_unified": ImageFamily(
+    "gemma4:both_ways": ImageFamily(
         inputs=kinds.placed_patches,
+        token_types="mm_token_type_ids",
+        changes={"text_config": {"use_bidirectional_attention": "vision"}},
+    ),
+    "gemma4_unified": ImageFamily(
+        inputs=kinds.merged_patches,
         token_types="mm_token_type_ids",
         changes={"vision_config": {"patch_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32}},
     ),
     "glm46v": _grid(2, 1, 1),
     "glm4v": _grid(2, 1, 1),
-    "glm4v_moe": _grid(4, 2, 2),
-    "glm_ocr": _grid(4, 2, 2),
-    "glmga": _grid(4, 2, 2),
+    "glm4v_moe": _grid(2, 1, 1),
+    "glm_ocr": _grid(2, 1, 1),
+    "glmga": _grid(2, 1, 1),
     "got_ocr2": _SQUARE,
     "granite_docling": ImageFamily(inputs=kinds.chosen_tiles, changes={"vision_config": {"scale_factor": 2}}),
     "hunyuan_vl": _grid(2, 2, 2, 2),
@@ -110,7 +178,19 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
     "idefics2": ImageFamily(inputs=kinds.masked_tiles, join=1, split=True),
     "idefics3": ImageFamily(inputs=kinds.masked_tiles, join=1, split=True),
     "internvl": _TILES,
-    "janus": _SQUARE,
+    "janus": ImageFamily(
+        split=True,
+        changes={
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "latent_channels": 32,
+                "num_embeddings": 16,
+                "num_res_blocks": 1,
+                "image_token_embed_dim": 32,
+            }
+        },
+    ),
     "kimi_k25": ImageFamily(inputs=kinds.grid_of_patches, changes={"projection_hidden_size": 32}),
     "lfm2_vl": ImageFamily(inputs=kinds.shaped_patches, split=True),
     "lfm3_vl": ImageFamily(inputs=kinds.grid),
@@ -129,15 +209,44 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
         },
     ),
     "llava": _SQUARE,
+    "llava:pixtral": ImageFamily(
+        inputs=kinds.whole,
+        split=True,
+        changes={
+            "vision_config": {"model_type": "pixtral", "head_dim": 8},
+            "vision_feature_select_strategy": "full",
+            "vision_feature_layer": -1,
+        },
+    ),
     "llava_next": _ANY,
     "llava_next_video": _ANY,
     "llava_onevision": _ANY,
-    "minicpm_ocr": ImageFamily(inputs=kinds.strips, join=3),
-    "minicpmv4_6": ImageFamily(inputs=kinds.strips, join=3),
-    "minicpmv4_7": ImageFamily(inputs=kinds.strips, join=3, token_types="mm_token_type_ids"),
+    "minicpm_ocr": ImageFamily(inputs=kinds.strips, join=3, changes={"insert_layer_id": 0}),
+    "minicpmv4_6": ImageFamily(inputs=kinds.strips, join=3, changes={"insert_layer_id": 0}),
+    "minicpmv4_7": ImageFamily(
+        inputs=kinds.strips,
+        join=3,
+        token_types="mm_token_type_ids",
+        changes={"insert_layer_id": 0},
+    ),
     "minimax_m3_vl": ImageFamily(inputs=kinds.grid),
     "mistral3": _PIXTRAL,
     "mistral_large4": _PIXTRAL,
+    "mllama": ImageFamily(
+        inputs=kinds.aspect_tiles,
+        join=1,
+        placeholders=1,
+        changes={
+            "text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
+            "vision_config": {
+                "num_global_layers": 1,
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 64,
+                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+                "max_num_tiles": 2,
+            },
+        },
+    ),
     "muse_glimmer": ImageFamily(inputs=kinds.grid, changes={"out_hidden_size": 128, "projector_hidden_size": 40}),
     "paddleocr_vl": ImageFamily(inputs=kinds.grid_of_patches, token_types="mm_token_type_ids", changes=_mrope(4, 2, 2)),
     "paligemma": ImageFamily(token_types="token_type_ids", response_type=1),

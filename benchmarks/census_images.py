@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from census_check import Subject
-from census_image_inputs import Inputs, joined
+from census_check import Subject, check, verdict_of
+from census_image_inputs import Inputs, cross_attention_mask, joined
 from census_image_settings import END, IMAGE, IMAGE_FAMILIES, IMAGE_SIZES, START, ImageFamily
 from census_models import MAX_WEIGHTS, randomise, shrunk
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 def build_with_tower(name: str) -> PreTrainedModel:
     """A random model of a registry entry, in evaluation mode."""
     family = IMAGE_FAMILIES.get(name, ImageFamily())
-    config = shrunk(CONFIG_MAPPING[name], family.changes, IMAGE_SIZES)
+    config = shrunk(CONFIG_MAPPING[name.partition(":")[0]], family.changes, IMAGE_SIZES)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -74,7 +74,8 @@ def case_with_images(name: str, model: PreTrainedModel) -> Case:
     pictures = []
     for index, size in enumerate((0, 1, 0)):
         inputs = family.inputs(vision, size, generator)
-        pictures.append(Picture(f"picture {index}", inputs, feature_rows(model, inputs)))
+        num_tokens = family.placeholders or feature_rows(model, inputs)
+        pictures.append(Picture(f"picture {index}", inputs, num_tokens))
     first_text, response = (draw(5), draw(4)), draw(6)
     plans = [
         ((pictures[0],), first_text, [response, draw(3)]),
@@ -124,6 +125,9 @@ def _own_inputs(family: ImageFamily, images: Sequence[Picture], prompt: list[int
     ids = torch.tensor([[*prompt, *response]])
     inputs = {**joined([one.inputs for one in images], family.join)} if images else {}
     inputs.update(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if "aspect_ratio_mask" in inputs:
+        num_tiles = inputs["aspect_ratio_mask"][0].sum(-1).tolist()
+        inputs["cross_attention_mask"] = cross_attention_mask([*prompt, *response], IMAGE, num_tiles)
     if family.token_types:
         types = (ids == IMAGE).long()
         types[:, len(prompt) :] = family.response_type
@@ -143,18 +147,31 @@ def own_token_logps(model: PreTrainedModel, sequence: kvpref.Sequence, inputs: I
     return logps[torch.tensor(sequence.scored[1:])]
 
 
-def subject(name: str) -> Subject:
-    """A model given images."""
+def check_images(name: str, modes: tuple[str, ...], *, unlisted: bool = False) -> dict[str, Any]:
+    """One line of the census of models that are given images: with images, and in a batch that holds none."""
+    row = check(name, modes, unlisted=unlisted, subject=subject)
+    if "runs" not in row or row["verdict"] not in ("exact", "wrong"):
+        return row
+    text = check(name, modes[:1], unlisted=unlisted, subject=partial(subject, with_images=False))
+    runs = {**row["runs"], **{f"text/{run}": found for run, found in text["runs"].items()}}
+    return {**row, "runs": runs, **verdict_of(runs)}
+
+
+def subject(name: str, *, with_images: bool = True) -> Subject:
+    """A model, and groups with and without images, or without alone."""
     if name not in IMAGE_FAMILIES:
         raise ValueError("the census knows no images for it")
     model = build_with_tower(name)
     case = case_with_images(name, model)
-    sequences = [sequence for group in case.groups for sequence in group.sequences]
+    moves = _image_moves(model, case)
+    pairs = zip([sequence for group in case.groups for sequence in group.sequences], case.inputs, strict=True)
+    kept = [pair for pair in pairs if with_images or not pair[0].images]
+    groups = [group for group in case.groups if with_images or not group.sequences[0].images]
 
     def logps(model: PreTrainedModel) -> torch.Tensor:
-        return torch.cat([own_token_logps(model, *pair) for pair in zip(sequences, case.inputs, strict=True)])
+        return torch.cat([own_token_logps(model, *pair) for pair in kept])
 
-    return Subject(model, case.groups, logps, _image_moves(model, case))
+    return Subject(model, groups, logps, moves)
 
 
 @torch.no_grad()

@@ -107,11 +107,11 @@ def shrunk(
     if "is_decoder" in defaults:
         values["is_decoder"] = True
     values.update(_layers(defaults, changes))
-    own = {name: value for name, value in changes.items() if name not in ("class", "layer_types")}
+    own = {name: value for name, value in changes.items() if name not in ("class", "layer_types", "model_type")}
     for part, part_kind in kind.sub_configs.items():
         sub_changes = own.pop(part, {})
         if part_kind is AutoConfig:
-            part_kind = CONFIG_MAPPING[defaults[part]["model_type"]]
+            part_kind = CONFIG_MAPPING[(sub_changes or {}).get("model_type", defaults[part]["model_type"])]
         values[part] = sub_changes if sub_changes is None else _arguments(shrunk(part_kind, sub_changes, sizes))
     values.update(own)
     return kind(**values)

@@ -57,7 +57,9 @@ class BothWays:
 _FAMILIES = {
     "gemma3": BothWays(spans="images"),
     "gemma4": BothWays(spans="images", full_layers=False, setting=("use_bidirectional_attention", "vision")),
+    "gemma4_unified": BothWays(spans="images", whole_spans=True, setting=("use_bidirectional_attention", "vision")),
     "paligemma": BothWays(spans="prompts", whole_spans=True),
+    "shieldgemma2": BothWays(spans="images"),
 }
 
 NOWHERE = BothWays()

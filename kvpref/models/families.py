@@ -1,7 +1,8 @@
 """The model families that are known to be exact, and why others are refused.
 
-Both lists are what `benchmarks/census.py` finds on tiny models, in every mode, against each sequence alone. To add a
-family: a row in `FAMILIES`, what its tiny config needs in `benchmarks/census_settings.py`, and a run of the census.
+Both lists are what `benchmarks/census.py` finds on tiny models, in every mode, against each sequence alone. Those that
+are found only among models that are given images are in `kvpref.models.vision.families`. To add a family: a row in
+`FAMILIES`, what its tiny config needs in `benchmarks/census_settings.py`, and a run of the census.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Refusal(NamedTuple):
 
 
 _TEXT_ONLY = Family(note="given text only")
+_AND_IMAGES = Family(note="given text, and images; see below")
 _OF_ENCODER_DECODER = Family(note="its decoder alone, without the encoder")
 _DECODER = Family(note="as a decoder: `is_decoder=True` in its config")
 
@@ -78,16 +80,16 @@ FAMILIES: dict[str, Family] = {
     "falcon_mamba": Family(),
     "flex_olmo": Family(),
     "flint": Family(),
-    "fuyu": _TEXT_ONLY,
+    "fuyu": _AND_IMAGES,
     "gemma": Family(),
     "gemma2": Family(),
-    "gemma3": Family(),
+    "gemma3": _AND_IMAGES,
     "gemma3_text": Family(),
     "gemma3n": _TEXT_ONLY,
     "gemma3n_text": Family(),
-    "gemma4": _TEXT_ONLY,
+    "gemma4": _AND_IMAGES,
     "gemma4_text": Family(),
-    "gemma4_unified": _TEXT_ONLY,
+    "gemma4_unified": _AND_IMAGES,
     "gemma4_unified_text": Family(),
     "glm": Family(),
     "glm4": Family(),
@@ -122,9 +124,8 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": Family(),
     "lfm3": Family(),
     "llama": Family(),
-    "llama4": _TEXT_ONLY,
+    "llama4": _AND_IMAGES,
     "llama4_text": Family(),
-    "llava": Family(),
     "longcat_flash": Family(),
     "mamba": Family(),
     "mamba2": Family(),
@@ -138,7 +139,7 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family(),
     "ministral3": Family(),
     "mistral": Family(),
-    "mistral3": _TEXT_ONLY,
+    "mistral3": _AND_IMAGES,
     "mixtral": Family(),
     "modernbert-decoder": Family(),
     "moshi": _TEXT_ONLY,
@@ -160,22 +161,14 @@ FAMILIES: dict[str, Family] = {
     "phimoe": Family(note="in evaluation mode: in training its router draws experts at random"),
     "plbart": _OF_ENCODER_DECODER,
     "qwen2": Family(),
-    "qwen2_5_vl": Family(),
-    "qwen2_5_vl_text": Family(),
     "qwen2_moe": Family(),
-    "qwen2_vl": Family(),
-    "qwen2_vl_text": Family(),
     "qwen3": Family(),
-    "qwen3_5": _TEXT_ONLY,
-    "qwen3_5_moe": _TEXT_ONLY,
+    "qwen3_5": _AND_IMAGES,
+    "qwen3_5_moe": _AND_IMAGES,
     "qwen3_5_moe_text": Family(),
     "qwen3_5_text": Family(),
     "qwen3_moe": Family(),
     "qwen3_next": Family(),
-    "qwen3_vl": Family(),
-    "qwen3_vl_moe": Family(),
-    "qwen3_vl_moe_text": Family(),
-    "qwen3_vl_text": Family(),
     "roberta": _DECODER,
     "roberta-prelayernorm": _DECODER,
     "roc_bert": _DECODER,

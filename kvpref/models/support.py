@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.families import FAMILIES, REFUSED, Refusal
 from kvpref.models.randomness import random_numbers
+from kvpref.models.vision.families import is_known
 
 _MADE_OF_PARTS = "kvpref.models.reward_classes"
 """Where classes are that have nothing but transformers' own parts."""
@@ -58,7 +59,7 @@ def check_config(config: Any, *, listed_only: bool = True, padded_only: bool = F
         refusal = REFUSED.get(name)
         if refusal is not None and not (padded_only and refusal.padded):
             raise _refused(name, refusal)
-        if refusal is None and listed_only and name not in FAMILIES:
+        if refusal is None and listed_only and name not in FAMILIES and not is_known(name):
             raise UnsupportedModelError(
                 f"model type {name!r} is not among those known to be exact (docs/models.md lists them); "
                 "kvpref.attach(model, verify=True) compares it with its own forward on two short groups and lets it in "

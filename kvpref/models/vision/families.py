@@ -1,4 +1,4 @@
-"""The model families that are exact with images, and what each needs.
+"""The model families that are exact with images, what each needs, and why others are given text only.
 
 `benchmarks/census.py --task image` finds them on tiny models, in every mode, against each sequence alone.
 """
@@ -7,17 +7,124 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionFamily:
     """What a family's models cannot tell themselves."""
 
+    join: int = 0
+    """The dimension along which its processor puts the pixels of several images one after another."""
+
+    projector: str = ""
+    """The part of the model that its `get_image_features` leaves out."""
+
+    casts_pixels: bool = False
+    """Whether pixels have to be cast to the dtype of its weights, which its own code does not do."""
+
+
+_PLAIN = VisionFamily()
+_IN_ONE_STRIP = VisionFamily(join=3)
 
 VISION: dict[str, VisionFamily] = {
-    "gemma3": VisionFamily(),
-    "llava": VisionFamily(),
-    "qwen2_5_vl": VisionFamily(),
-    "qwen2_vl": VisionFamily(),
-    "qwen3_vl": VisionFamily(),
-    "qwen3_vl_moe": VisionFamily(),
+    "aria": _PLAIN,
+    "aya_vision": _PLAIN,
+    "chameleon": VisionFamily(casts_pixels=True),
+    "cohere2_vision": _PLAIN,
+    "cohere_compass": _PLAIN,
+    "cosmos3_edge": _PLAIN,
+    "cosmos3_omni": _PLAIN,
+    "deepseek_vl": _PLAIN,
+    "deepseek_vl_hybrid": VisionFamily(casts_pixels=True),
+    "exaone4_5": _PLAIN,
+    "fuyu": VisionFamily(casts_pixels=True),
+    "gemma3": _PLAIN,
+    "gemma4": _PLAIN,
+    "gemma4_unified": _PLAIN,
+    "glm46v": _PLAIN,
+    "glm4v": _PLAIN,
+    "glm4v_moe": _PLAIN,
+    "glm_ocr": _PLAIN,
+    "glmga": _PLAIN,
+    "granite_docling": _PLAIN,
+    "hunyuan_vl": _PLAIN,
+    "hyperclovax_vision_v2": _PLAIN,
+    "idefics2": _PLAIN,
+    "idefics3": _PLAIN,
+    "internvl": _PLAIN,
+    "janus": _PLAIN,
+    "kimi_k25": _PLAIN,
+    "lfm2_vl": _PLAIN,
+    "lfm3_vl": VisionFamily(casts_pixels=True),
+    "lighton_ocr": _PLAIN,
+    "llama4": VisionFamily(projector="multi_modal_projector", casts_pixels=True),
+    "llava": _PLAIN,
+    "llava_next": _PLAIN,
+    "llava_next_video": _PLAIN,
+    "llava_onevision": _PLAIN,
+    "minicpm_ocr": _IN_ONE_STRIP,
+    "minicpmv4_6": _IN_ONE_STRIP,
+    "minicpmv4_7": _IN_ONE_STRIP,
+    "mistral3": _PLAIN,
+    "muse_glimmer": _PLAIN,
+    "paddleocr_vl": _PLAIN,
+    "paligemma": _PLAIN,
+    "qianfan_ocr": _PLAIN,
+    "qwen2_5_omni_thinker": _PLAIN,
+    "qwen2_5_vl": _PLAIN,
+    "qwen2_vl": _PLAIN,
+    "qwen3_5": _PLAIN,
+    "qwen3_5_moe": _PLAIN,
+    "qwen3_omni_moe_thinker": _PLAIN,
+    "qwen3_vl": _PLAIN,
+    "qwen3_vl_moe": _PLAIN,
+    "shieldgemma2": _PLAIN,
+    "smolvlm": _PLAIN,
+    "step3p7": _PLAIN,
+    "video_llama_3": _PLAIN,
+    "video_llava": _PLAIN,
+    "vipllava": _PLAIN,
 }
+
+WITHOUT_IMAGES: dict[str, str] = {
+    "ernie4_5_vl_moe": "it routes tokens of images to experts of their own",
+    "granite4_vision": "it adds features of images to its layers by number, and puts none in place of embeddings",
+    "ovis2": "its tower makes the embeddings of the tokens around an image too",
+}
+"""Why families that are exact given text are given no images: of the model, it ..."""
+
+
+TEXT_PARTS = frozenset(
+    {
+        "chameleon",
+        "cosmos3_edge_text",
+        "ernie4_5_vl_moe_text",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_ocr_text",
+        "granite4_vision_text",
+        "granite_docling_text",
+        "hunyuan_vl_text",
+        "muse_glimmer_text",
+        "paddleocr_vl_text",
+        "qwen2_5_omni_text",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+        "qwen3_omni_moe_text",
+        "qwen3_vl_moe_text",
+        "qwen3_vl_text",
+        "step3p5",
+    }
+)
+"""Language models of these families that are no families by themselves."""
+
+
+def is_known(name: str) -> bool:
+    """Whether a model type, or that of a language model inside, belongs to these families: all are exact given text."""
+    return name in VISION or name in WITHOUT_IMAGES or name in TEXT_PARTS
+
+
+def family_of(model: PreTrainedModel) -> VisionFamily:
+    """What a model's family needs; one that nobody has checked needs nothing."""
+    return VISION.get(model.config.model_type, _PLAIN)

@@ -5,6 +5,7 @@ Shape legend: A axes, B rows of T tokens in one pass.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,10 @@ class ImagePositions:
                 for first, stop in placed.runs:
                     types[0, first:stop] = 1
             given = inputs_named_by(self._function, [self._inputs[placed.image.key] for placed in sequence.images])
-            found, _ = self._function(input_ids=torch.tensor([ids]), **{**given, "mm_token_type_ids": types})
+            row = torch.tensor([ids])
+            known = {"input_ids": row, "mm_token_type_ids": types, "attention_mask": torch.ones_like(row)}
+            names = inspect.signature(self._function).parameters
+            given.update((name, value) for name, value in known.items() if name in names)
+            found, _ = self._function(**given)
             self._known[key] = _Beginning(found[:, 0, :end], int(found[0, 0, end]))
         return self._known[key]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
-from kvpref.models.vision.families import VISION
+from kvpref.models.support import SAFE_FALLBACK
+from kvpref.models.vision.families import VISION, WITHOUT_IMAGES
 from kvpref.models.vision.tower import has_tower
 from kvpref.records.images import Image
 
@@ -27,6 +28,10 @@ def check_images(model: PreTrainedModel, images: Sequence[Image]) -> None:
         raise UnsupportedModelError(
             f"the batch holds {len(images)} images, and {type(model).__name__} reads none; load a vision-language "
             "model (AutoModelForImageTextToText), or leave the images out"
+        )
+    if name in WITHOUT_IMAGES:
+        raise UnsupportedModelError(
+            f"model type {name!r} is exact given text, and not given images: {WITHOUT_IMAGES[name]}; {SAFE_FALLBACK}"
         )
     if name not in VISION:
         raise UnsupportedModelError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import RunError, UnsupportedModelError
 from kvpref.models.backbone import backbone
+from kvpref.models.vision.families import family_of
 from kvpref.plan.batch import ImageInputs
 from kvpref.records.host_copies import to_device
 from kvpref.records.images import Image
@@ -22,7 +23,13 @@ from kvpref.state.image_features import ImageFeatures
 
 def has_tower(model: PreTrainedModel) -> bool:
     """Whether a model turns images into features."""
-    return hasattr(backbone(model), "get_image_features")
+    return hasattr(_owner(model), "get_image_features")
+
+
+def _owner(model: PreTrainedModel) -> Any:
+    """Whose method makes features of images: the backbone, or the whole model (Llama 4)."""
+    base = backbone(model)
+    return base if hasattr(base, "get_image_features") else model
 
 
 def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapping[str, ImageInputs]) -> ImageFeatures:
@@ -40,7 +47,7 @@ def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapp
         RunError: If the tower makes another number of rows than there are placeholders.
     """
     parts: dict[int, list[torch.Tensor]] = {}
-    for numbers in _of_equal_shapes(images, inputs):
+    for numbers in _of_equal_shapes(images, inputs, family_of(model).join):
         made = _run_tower(model, [inputs[images[number].key] for number in numbers])
         sizes = [images[number].num_tokens for number in numbers]
         for tensor in made:
@@ -57,22 +64,40 @@ def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapp
     return ImageFeatures(features, tuple(deepstack))
 
 
-def inputs_named_by(function: Any, inputs: Sequence[ImageInputs]) -> dict[str, Any]:
-    """Those inputs of images that a function takes, of all images together."""
-    names = [name for name in inspect.signature(function).parameters if name in inputs[0]]
-    return {name: _joined([of_image[name] for of_image in inputs]) for name in names}
+def inputs_named_by(function: Any, inputs: Sequence[ImageInputs], join: int = 0) -> dict[str, Any]:
+    """Those inputs of images that a function takes, of all images together.
+
+    Args:
+        function: Takes them by name.
+        inputs: Of each image.
+        join: The dimension along which images stand one after another; the first in tensors that have fewer.
+    """
+    parameters = inspect.signature(function).parameters
+    takes_all = "args" in parameters  # hidden behind a decorator
+    names = [name for name in inputs[0] if name in parameters or takes_all]
+    return {name: _joined([of_image[name] for of_image in inputs], join) for name in names}
 
 
 def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs]) -> tuple[torch.Tensor, ...]:
-    base: Any = backbone(model)
-    device = next(model.parameters()).device
+    owner, family = _owner(model), family_of(model)
+    function = owner.get_image_features
+    weight = next(model.parameters())
     given = {
-        name: to_device(value, device) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs_named_by(base.get_image_features, inputs).items()
+        name: to_device(value, weight.device) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs_named_by(function, inputs, family.join).items()
     }
-    made = base.get_image_features(**given, return_dict=True)
+    if family.casts_pixels:
+        given = {name: _cast(value, weight.dtype) for name, value in given.items()}
+    made = function(**given, return_dict=True)
+    features = made.last_hidden_state if made.pooler_output is None else made.pooler_output
+    if family.projector:
+        features = getattr(owner, family.projector)(features)
     deepstack = getattr(made, "deepstack_features", None) or ()
-    return tuple(_rows(value) for value in (made.pooler_output, *deepstack))
+    return tuple(_rows(value) for value in (features, *deepstack))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _rows(made: Any) -> torch.Tensor:
@@ -82,10 +107,10 @@ def _rows(made: Any) -> torch.Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def _joined(values: Sequence[Any], join: int) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
-        return first if len(values) == 1 else torch.cat(tuple(values))
+        return first if len(values) == 1 else torch.cat(tuple(values), dim=_dimension(first, join))
     if isinstance(first, list | tuple):
         return [item for value in values for item in value]
     if any(value != first for value in values):
@@ -93,13 +118,23 @@ def _joined(values: Sequence[Any]) -> Any:
     return first
 
 
-def _of_equal_shapes(images: Sequence[Image], inputs: Mapping[str, ImageInputs]) -> list[list[int]]:
-    """Numbers of images whose inputs can be joined, by their first dimensions."""
+def _dimension(tensor: torch.Tensor, join: int) -> int:
+    return join if tensor.ndim > join else 0
+
+
+def _of_equal_shapes(images: Sequence[Image], inputs: Mapping[str, ImageInputs], join: int) -> list[list[int]]:
+    """Numbers of images whose inputs can be joined."""
     found: dict[Any, list[int]] = {}
     for number, image in enumerate(images):
         shapes = tuple(
-            (name, value.shape[1:], value.dtype) if isinstance(value, torch.Tensor) else (name,)
+            (name, _shape_beside(value, join), value.dtype) if isinstance(value, torch.Tensor) else (name,)
             for name, value in inputs[image.key].items()
         )
         found.setdefault(shapes, []).append(number)
     return list(found.values())
+
+
+def _shape_beside(tensor: torch.Tensor, join: int) -> tuple[int, ...]:
+    """All dimensions but the one along which images are joined."""
+    dimension = _dimension(tensor, join)
+    return tuple(size for number, size in enumerate(tensor.shape) if number != dimension)
