@@ -25,7 +25,8 @@ def describe_difference(before: bytes, after: bytes, ids: Sequence[str | None]) 
     counts = f"{len(new)} groups in place of {len(old)}" if len(old) != len(new) else f"{len(new)} groups"
     changed = [index for index, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
     if changed:
-        where = f"the first of {len(changed)} groups with other tokens, labels, scores or columns is {ids[changed[0]]}"
+        other = "other tokens, images, labels, scores or columns"
+        where = f"the first of {len(changed)} groups with {other} is {ids[changed[0]]}"
     elif len(new) > len(old):
         where = f"the first new one is {ids[len(old)]}"
     else:

@@ -41,11 +41,11 @@ def add_mismatched(groups: Groups, count: int) -> Iterator[Group]:
 
 
 def _others(groups: Groups, index: int, count: int) -> list[Group]:
-    prompt, _ = _split(groups[index].sequences[0])
+    prompt = _prompt_of(groups[index])
     others: list[Group] = []
     for step in range(1, len(groups)):
         other = groups[(index - step) % len(groups)]
-        if _split(other.sequences[0])[0] != prompt:
+        if _prompt_of(other) != prompt:
             others.append(other)
         if len(others) == count:
             return others
@@ -56,13 +56,15 @@ def _others(groups: Groups, index: int, count: int) -> list[Group]:
 
 
 def _with_mismatched(group: Group, others: list[Group], index: int) -> Group:
-    prompt, _ = _split(group.sequences[0])
+    first = group.sequences[0]
+    prompt = first.input_ids[: _response_start(first)]
     added: list[Sequence] = []
     for other in others:
         own = [s for s, flag in zip(other.sequences, mismatched_flags(other), strict=True) if not flag]
         response = own[index % len(own)]
-        start = len(_split(response)[0])
-        added.append(Sequence(prompt + response.input_ids[start:], (False,) * len(prompt) + response.scored[start:]))
+        start = _response_start(response)
+        scored = (False,) * len(prompt) + response.scored[start:]
+        added.append(Sequence(prompt + response.input_ids[start:], scored, first.images))
     fill = [None] * len(added)
     columns = {
         name: [*value, *fill] if group.is_per_sequence(value) else value for name, value in group.columns.items()
@@ -77,7 +79,11 @@ def _with_mismatched(group: Group, others: list[Group], index: int) -> Group:
     )
 
 
-def _split(sequence: Sequence) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens before the first scored one, and the rest."""
-    start = sequence.scored.index(True) if any(sequence.scored) else len(sequence)
-    return sequence.input_ids[:start], sequence.input_ids[start:]
+def _prompt_of(group: Group) -> tuple[int, ...]:
+    """The tokens before the first scored one; those of different images differ."""
+    first = group.sequences[0]
+    return first.tree_ids[: _response_start(first)]
+
+
+def _response_start(sequence: Sequence) -> int:
+    return sequence.scored.index(True) if any(sequence.scored) else len(sequence)

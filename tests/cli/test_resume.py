@@ -237,7 +237,7 @@ def test_edited_data_is_refused_with_the_row(
     edited = json.loads(lines[2]) | {"chosen": " nine nine"}
     data.write_text("".join([*lines[:2], json.dumps(edited) + "\n", *lines[3:]]))
     error = fail(capsys, "train", "--output", output, "--resume")
-    assert f"24 groups; the first of 1 groups with other tokens, labels, scores or columns is {data}:3" in error
+    assert f"24 groups; the first of 1 groups with other tokens, images, labels, scores or columns is {data}:3" in error
     assert "the file was edited since; put it back as it was" in error
     data.write_text("".join([*lines, lines[0]]))
     error = fail(capsys, "train", "--output", output, "--resume")
@@ -269,7 +269,7 @@ def test_a_template_that_writes_the_date_is_named_as_the_cause(
     (output / "result.json").unlink()
     set_day(monkeypatch, "04")
     error = fail(capsys, "train", "--output", output, "--resume")
-    assert f"the first of 2 groups with other tokens, labels, scores or columns is {data}:1" in error
+    assert f"the first of 2 groups with other tokens, images, labels, scores or columns is {data}:1" in error
     day = json.loads((output / "resume.json").read_text())["day"]
     assert "the file is unchanged, but the chat template writes the date (strftime_now)" in error
     assert f"write the date of the run's start ({day}) in its place" in error
