@@ -67,17 +67,18 @@ class PlaceholderWriter:
         self._call(text, sizes)
         return self._recorder.text
 
-    def continue_prompt(self, text: str, prompt_chars: int, sizes: Sequence[Size]) -> tuple[str, int]:
-        """The text of a prompt and its response, expanded, and how many characters longer the prompt is then.
+    def write_prompt(self, prompt: str, response: str, sizes: Sequence[Size]) -> str:
+        """A prompt with placeholders, as the processor writes it in front of a response.
 
         Raises:
-            RowError: If the processor refuses it, or changes the response.
+            RowError: If the processor refuses them, or changes the response.
         """
-        rest = text[prompt_chars:]
-        whole = self.write(text, sizes) if not self._ends_prompts else self.write(text[:prompt_chars], sizes) + rest
-        if not whole.endswith(rest):
+        if self._ends_prompts:
+            return self.write(prompt, sizes)
+        whole = self.write(prompt + response, sizes)
+        if not whole.endswith(response):
             raise RowError("the model's processor changes the text of the response where images are in the prompt")
-        return whole, len(whole) - len(text)
+        return whole[: len(whole) - len(response)]
 
     def count(self, sizes: tuple[Size, ...]) -> int:
         """Placeholders of images that are given to the processor together, without other text."""

@@ -59,11 +59,16 @@ class RowImages:
         assert row.spans is not None  # a row with images has a prompt
         writer = self._prepared()
         sizes = self._sizes(images)
-        texts, spans = [], []
+        texts, spans, written = [], [], {}
         for text, own in zip(row.texts, row.spans, strict=True):
-            whole, longer = writer.continue_prompt(text, own[0][0], sizes)
-            texts.append(whole)
-            spans.append(tuple((start + longer, end + longer) for start, end in own))
+            start = own[0][0]
+            prompt, rest = text[:start], text[start:]
+            # What stands right behind an image may change how the processor writes it.
+            if prompt not in written or writer.image_token in rest or prompt.endswith(writer.image_token):
+                written[prompt] = writer.write_prompt(prompt, rest, sizes)
+            longer = len(written[prompt]) - len(prompt)
+            texts.append(written[prompt] + rest)
+            spans.append(tuple((begin + longer, end + longer) for begin, end in own))
         # The row may hold the bytes of its images, which are stored now.
         bare = replace(row.row, images=())
         return replace(row, row=bare, texts=tuple(texts), spans=tuple(spans), images=images)

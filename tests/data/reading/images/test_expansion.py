@@ -49,9 +49,7 @@ def test_what_is_remembered_of_large_arrays_is_their_shape():
 
 def test_prompts_that_the_processor_ends_go_on_with_the_response():
     writer = PlaceholderWriter(build_processor("paligemma"))
-    text, longer = writer.continue_prompt("<image>What? yes", len("<image>What?"), [(40, 32)])
-    assert text == f"{'<image>' * 4}<s>What?\n yes"
-    assert longer == len("<image>" * 3 + "<s>\n")
+    assert writer.write_prompt("<image>What?", " yes", [(40, 32)]) == f"{'<image>' * 4}<s>What?\n"
 
 
 def test_token_ids_of_placeholders_are_those_that_are_repeated():
