@@ -105,6 +105,7 @@ def _check_numeric(source: str | None, config: str | None, mode: str, dtype: str
     from rich.table import Table
 
     from kvpref.cli.adapters import is_adapter, read_adapter
+    from kvpref.cli.check_pictures import picture_groups
     from kvpref.cli.loading import load_model
     from kvpref.engine.verification import compare_with_naive
 
@@ -113,8 +114,10 @@ def _check_numeric(source: str | None, config: str | None, mode: str, dtype: str
             f"{source}: --numeric compares log-probs, and this is the adapter of a reward model; leave --numeric out"
         )
     model = load_model(source, config, dtype=dtype)
-    errors = compare_with_naive(model, mode=mode)
-    table = Table(title=f"{source or config}: {mode} against each sequence alone", title_justify="left")
+    groups = picture_groups(source, model)
+    errors = compare_with_naive(model, mode=mode, groups=groups)
+    given = ", pictures included" if groups else ""
+    table = Table(title=f"{source or config}: {mode} against each sequence alone{given}", title_justify="left")
     for column in ("what", "largest error", "explained by rounding"):
         table.add_column(column)
     table.add_row("token log-probs (nats)", f"{errors.max_logp_error:.2e}", f"up to {errors.logp_tolerance:.0e}")
@@ -126,4 +129,4 @@ def _check_numeric(source: str | None, config: str | None, mode: str, dtype: str
     Console().print(table)
     if not errors.within_tolerance:
         raise RunError(f"{source or config}: mode {mode!r} differs from the naive forward by more than rounding")
-    return {"model": source or config, "mode": mode, "supported": True, **asdict(errors)}
+    return {"model": source or config, "mode": mode, "supported": True, "pictures": bool(groups), **asdict(errors)}

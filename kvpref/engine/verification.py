@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from kvpref.engine.passes import response_logps
 from kvpref.errors import UnsupportedModelError
 from kvpref.models.attach import attach, detach
 from kvpref.models.support import SAFE_FALLBACK
+from kvpref.models.vision.own_inputs import own_inputs
 from kvpref.plan.batch import Batch, collate
 from kvpref.records.groups import Group, Sequence
 
@@ -46,9 +48,14 @@ _TOLERANCES_16_BIT = (0.5, 0.2)
 
 
 def compare_with_naive(
-    model: PreTrainedModel, *, mode: str = "two_pass", prompt_tokens: int = 48, response_tokens: int = 16
+    model: PreTrainedModel,
+    *,
+    mode: str = "two_pass",
+    prompt_tokens: int = 48,
+    response_tokens: int = 16,
+    groups: AbstractSequence[Group] = (),
 ) -> NumericErrors:
-    """Run a small random batch both ways and compare log-probs and every parameter's gradient.
+    """Run a small batch both ways and compare log-probs and every parameter's gradient.
 
     The naive way is the model's own forward on each sequence alone, full logits included. Gradients that the model
     holds are left as they were found.
@@ -58,10 +65,11 @@ def compare_with_naive(
         mode: The mode to compare.
         prompt_tokens: Length of the random prompts, in tokens.
         response_tokens: Length of the longest random response, in tokens.
+        groups: What is compared, with images of the model's own processor, say; random tokens if empty.
     """
     attach(model)
     model.eval()
-    batch = _random_batch(model, prompt_tokens, response_tokens)
+    batch = collate(groups, device=model.device) if groups else _random_batch(model, prompt_tokens, response_tokens)
     return _errors(model, _naive(model, batch), _shared(model, batch, mode))
 
 
@@ -152,11 +160,11 @@ def _random_batch(model: PreTrainedModel, prompt_tokens: int, response_tokens: i
 def _naive(model: PreTrainedModel, batch: Batch) -> _Run:
     logps = []
     for sequence in batch.sequences:
-        input_ids = torch.tensor([sequence.input_ids], device=batch.device)
-        logits = model(input_ids=input_ids, use_cache=False).logits[0, :-1]
+        inputs = own_inputs(model, sequence)
+        logits = model(**inputs, use_cache=False).logits[0, :-1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         scored = torch.tensor(sequence.scored[1:], device=batch.device)
-        logps.append(logits.log_softmax(-1).gather(1, input_ids[0, 1:, None]).squeeze(1)[scored])
+        logps.append(logits.log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None]).squeeze(1)[scored])
     return _differentiated(model, torch.cat(logps))
 
 
