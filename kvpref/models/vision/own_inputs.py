@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvpref.models.both_ways import both_ways_of
+from kvpref.models.vision.families import family_of
 from kvpref.models.vision.tower import inputs_named_by
 from kvpref.records.groups import Sequence
 from kvpref.records.host_copies import to_device
@@ -25,7 +26,8 @@ def own_inputs(model: PreTrainedModel, sequence: Sequence) -> dict[str, Any]:
     names = inspect.signature(forward).parameters
     given: dict[str, Any] = {"input_ids": torch.tensor([sequence.input_ids])}
     if sequence.images:
-        given.update(inputs_named_by(forward, [placed.image.read() for placed in sequence.images]))
+        inputs = [placed.image.read() for placed in sequence.images]
+        given.update(inputs_named_by(forward, inputs, family_of(model).join))
         if "mm_token_type_ids" in names:
             given["mm_token_type_ids"] = _types(sequence, sequence.image_runs)
     spans = both_ways_of(model.config).spans
