@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models.attach import is_attached
+from kvpref.models.backbone import text_backbone
 from kvpref.models.mixers.forwards import find_mixers
 from kvpref.models.support import unwrap
 
@@ -24,8 +25,7 @@ def compile_layers(model: M, **options: Any) -> M:
 
     A layer compiles to one graph per kind of pass (first pass, later passes; more in schedule ``bounded``), with
     cascade attention as one operator in it; the passes themselves stay ordinary Python, and so do layers that carry a
-    state from token to token. Compile before wrapping in DDP
-    or sharding with FSDP2.
+    state from token to token, and those of vision towers. Compile before wrapping in DDP or sharding with FSDP2.
 
     Args:
         model: Attached with `kvpref.attach`; PEFT adapters must be in place already.
@@ -50,7 +50,7 @@ def compile_layers(model: M, **options: Any) -> M:
     # One graph per kind of pass: how many depths it reads, whether others read it, with or without gradients.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     mixers = {id(mixer) for _, mixer, _ in find_mixers(inner)}
-    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in text_backbone(inner).modules() if isinstance(module, GradientCheckpointingLayer)]
     chosen = [layer for layer in layers if mixers.isdisjoint(map(id, layer.modules()))]
     if not chosen:
         raise UnsupportedModelError(

@@ -124,3 +124,14 @@ def test_towers_are_checkpointed_with_the_prompts(checkpoint):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(parameter.grad, truth[1][name], rtol=1e-8, atol=1e-10), name
+
+
+def test_towers_stay_uncompiled():
+    made = vision_groups("qwen2_5_vl")
+    model, batch = attached("qwen2_5_vl", torch.float32), kvpref.collate(made.groups)
+    plain = shared(model, batch)
+    kvpref.compile_layers(model, backend="eager")
+    assert_same(shared(model, batch), plain, 1e-5)
+    layers = backbone(model)
+    assert layers.visual.blocks[0]._compiled_call_impl is None
+    assert layers.language_model.layers[0]._compiled_call_impl is not None
