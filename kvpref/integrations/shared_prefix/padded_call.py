@@ -25,6 +25,8 @@ _KNOWN = frozenset(
 )
 # Outputs that a pass over unique tokens does not have in the padded batch's shape. Left out or False is fine.
 _OUTPUTS = frozenset({"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"})
+# What some models hand to their backbone as their config has it; the tower reads it there.
+_TOWER_SETTINGS = frozenset({"vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"})
 # PEFT hands these to its layers by hooks, one entry per row of the batch.
 _PER_ROW_ADAPTERS = frozenset({"adapter_names", "alora_offsets"})
 
@@ -48,7 +50,8 @@ class CallReader:
             given = self._signature.bind_partial(self._module, *args, **kwargs).arguments
         except TypeError:
             raise UnservedError("arguments that forward does not take") from None
-        return {**given, **given.pop("kwargs", {})}
+        others = given.pop("kwargs", {})
+        return {**given, **others}
 
 
 def check_arguments(arguments: dict[str, Any], config: Any, image_names: tuple[str, ...] = ()) -> None:
@@ -60,7 +63,8 @@ def check_arguments(arguments: dict[str, Any], config: Any, image_names: tuple[s
         image_names: Arguments about images that are understood.
     """
     for name, value in arguments.items():
-        known = name in _KNOWN or name in image_names
+        of_tower = image_names and name in _TOWER_SETTINGS and value == getattr(config, name, None)
+        known = name in _KNOWN or name in image_names or of_tower
         harmless = value is None or known or (value is False and name in _OUTPUTS)
         keeps_all = name == "logits_to_keep" and isinstance(value, int) and value == 0
         if not (harmless or keeps_all or (value is True and name == "return_dict") or name == "self"):
