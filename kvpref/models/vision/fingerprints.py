@@ -7,6 +7,7 @@ equal pixels. The host waits twice, for a few numbers per image.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -21,22 +22,31 @@ _GOLDEN, _MIXER = -7046029254386353131, -4658895280553007687
 
 def image_keys(images: Sequence[Inputs]) -> list[str]:
     """One key per image: equal where all inputs have equal names, shapes, dtypes and bits, and only there."""
-    if not images:
-        return []
+    devices = dict.fromkeys(value.device for image in images for value in image.values())
     weights = _Weights()
-    sums = torch.stack([_fingerprint(image, weights) for image in images]).tolist()
-    keys = [
-        "-".join(f"{number & (1 << 64) - 1:016x}" for number in pair) + f":{_form(image)}"
-        for image, pair in zip(images, sums, strict=True)
-    ]
+    parts = [_on_host([_fingerprint(_inputs_on(device, image), device, weights) for image in images]) for device in devices]
+    keys = ["-".join([_form(image), *map(_hexadecimal, own)]) for image, *own in zip(images, *parts, strict=True)]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     again = [index for index, key in enumerate(keys) if first[key] != index]
-    if again:
-        same = torch.stack([_equal(images[index], images[first[keys[index]]]) for index in again]).tolist()
-        for index, is_same in zip(again, same, strict=True):
-            if not is_same:  # nobody has seen two images with one fingerprint, but features would be wrong silently
-                keys[index] += f":{index}"
+    pairs = [(images[index], images[first[keys[index]]]) for index in again]
+    flags = [_on_host([_equal(_inputs_on(device, one), other) for one, other in pairs]) for device in devices]
+    for index, *same in zip(again, *flags, strict=True):
+        if not all(same):  # nobody has seen two images with one fingerprint, but features would be wrong silently
+            keys[index] += f":{index}"
     return keys
+
+
+def _on_host(values: list[torch.Tensor]) -> list[Any]:
+    found: list[Any] = torch.stack(values).tolist() if values else []
+    return found
+
+
+def _inputs_on(device: torch.device, image: Inputs) -> Inputs:
+    return {name: value for name, value in image.items() if value.device == device}
+
+
+def _hexadecimal(sums: list[int]) -> str:
+    return "".join(f"{number & (1 << 64) - 1:016x}" for number in sums)
 
 
 def _form(image: Inputs) -> str:
@@ -60,16 +70,15 @@ class _Weights:
         return known[:, :count]
 
 
-def _fingerprint(image: Inputs, weights: _Weights) -> torch.Tensor:
-    """(2,) int64, on the device of the first input."""
-    device = next(iter(image.values())).device
+def _fingerprint(image: Inputs, device: torch.device, weights: _Weights) -> torch.Tensor:
+    """(2,) int64 of inputs on a device, there."""
     total = torch.zeros(2, dtype=torch.int64, device=device)
     for number, (_, value) in enumerate(sorted(image.items())):
         for place, chunk in enumerate(_bits(value).split(_CHUNK)):
-            sums = (chunk.to(torch.int64) * weights.of(len(chunk), value.device)).sum(dim=1)
+            sums = (chunk.to(torch.int64) * weights.of(len(chunk), device)).sum(dim=1)
             # Another factor for each chunk and input, so that none of them can change places.
             factor = (place * 2 + 1) * _GOLDEN + number * _MIXER * 2
-            total += (sums * ((factor | 1) % (1 << 63))).to(device, non_blocking=True)
+            total += sums * ((factor | 1) % (1 << 63))
     return total
 
 
@@ -78,7 +87,5 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 
 
 def _equal(one: Inputs, other: Inputs) -> torch.Tensor:
-    """() bool, on the device of the first input; names and shapes are the same."""
-    device = next(iter(one.values())).device
-    found = [(_bits(one[name]) == _bits(other[name])).all() for name in sorted(one)]
-    return torch.stack([flag.to(device, non_blocking=True) for flag in found]).all()
+    """() bool: whether all that is in `one` has the bits that it has in `other`, of the same shapes."""
+    return torch.stack([(_bits(value) == _bits(other[name])).all() for name, value in sorted(one.items())]).all()

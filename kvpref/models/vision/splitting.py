@@ -119,11 +119,11 @@ def _runs(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 def _by_entry(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
     """One entry per image, or per tile of one; all have the same number of tokens."""
-    pixels = inputs["pixel_values"]
-    each, rest = divmod(num_placeholders, len(pixels))
+    count = len(inputs["pixel_values"])
+    each, rest = divmod(num_placeholders, count)
     if rest or not each:
-        raise _mismatch(f"{num_placeholders} placeholders stand for {len(pixels)} images of one size")
-    return [Piece({"pixel_values": pixels[index : index + 1]}, each) for index in range(len(pixels))]
+        raise _mismatch(f"{num_placeholders} placeholders stand for {count} images of one size")
+    return [Piece({name: value[index : index + 1] for name, value in inputs.items()}, each) for index in range(count)]
 
 
 def _by_grid(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
