@@ -64,3 +64,10 @@ def test_the_bars_are_the_defaults() -> None:
         "min_saved": f"{defaults['min_saved']:.0%}",
         "min_saved_tokens": str(defaults["min_saved_tokens"]),
     }
+
+
+def test_every_family_with_images_is_listed() -> None:
+    from kvpref.models.vision.splitting import SPLIT_FAMILIES
+
+    (paragraph,) = re.findall(r"Pixel inputs can be taken apart.*?\n\n", PAGE.read_text(), re.DOTALL)
+    assert tuple(re.findall(r"`(\w+)`", paragraph)) == SPLIT_FAMILIES

@@ -166,8 +166,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         name="vision-language models of this family",
         applies=_has_unknown_images,
-        reason="which pixel inputs belong to which image is known for "
-        f"{', '.join(SPLIT_FAMILIES)}; for others use TRL's trainer, or kvpref.PreferenceTrainer",
+        reason="which pixel inputs belong to which image is not known (docs/trl.md lists the families of which it is); "
+        "use TRL's trainer, or kvpref.PreferenceTrainer",
         trainers=_ANY - {"RewardTrainer"},
     ),
     Refusal(

@@ -24,7 +24,9 @@ def image_keys(images: Sequence[Inputs]) -> list[str]:
     """One key per image: equal where all inputs have equal names, shapes, dtypes and bits, and only there."""
     devices = dict.fromkeys(value.device for image in images for value in image.values())
     weights = _Weights()
-    parts = [_on_host([_fingerprint(_inputs_on(device, image), device, weights) for image in images]) for device in devices]
+    parts = [
+        _on_host([_fingerprint(_inputs_on(device, image), device, weights) for image in images]) for device in devices
+    ]
     keys = ["-".join([_form(image), *map(_hexadecimal, own)]) for image, *own in zip(images, *parts, strict=True)]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     again = [index for index, key in enumerate(keys) if first[key] != index]

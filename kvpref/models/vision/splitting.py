@@ -51,7 +51,7 @@ def splitter_of(config: Any) -> Splitter:
     if config.model_type not in SPLIT_FAMILIES:
         raise UnsupportedModelError(
             f"kvpref does not know which pixel inputs of a {config.model_type!r} model belong to which image; "
-            f"supported: {', '.join(SPLIT_FAMILIES)}"
+            f"it does for {', '.join(SPLIT_FAMILIES)}"
         )
     return SPLITTERS[config.model_type]
 
@@ -221,32 +221,34 @@ def _anyres_tokens(base: Any, sizes: torch.Tensor, neighbours: list[int]) -> lis
     return found
 
 
-_GRID = Splitter(split=_by_grid, names=("pixel_values", "image_grid_thw"))
-_ENTRY = Splitter(split=_by_entry, names=("pixel_values",))
-_SIZE = Splitter(split=_by_size, names=("pixel_values", "image_sizes"))
-_TILE = Splitter(split=_by_tile, names=("pixel_values", "pixel_attention_mask"))
+_KINDS: tuple[tuple[Splitter, str], ...] = (
+    (
+        Splitter(split=_by_entry, names=("pixel_values",)),
+        "aya_vision cohere2_vision deepseek_vl gemma3 internvl janus llama4 qianfan_ocr video_llava vipllava",
+    ),
+    (Splitter(split=_by_entry, names=("pixel_values", "pixel_mask")), "aria"),
+    (Splitter(split=_by_entry, names=("pixel_values", "high_res_pixel_values")), "deepseek_vl_hybrid"),
+    (
+        Splitter(split=_by_grid, names=("pixel_values", "image_grid_thw")),
+        "cohere_compass cosmos3_edge cosmos3_omni exaone4_5 glm46v glm4v glm4v_moe glm_ocr glmga hyperclovax_vision_v2 "
+        "lfm3_vl paddleocr_vl qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker "
+        "qwen3_vl qwen3_vl_moe",
+    ),
+    (Splitter(split=_by_size, names=("pixel_values", "image_sizes")), "lighton_ocr llava mistral3"),
+    (
+        Splitter(split=_by_tile, names=("pixel_values", "pixel_attention_mask")),
+        "granite_docling idefics2 idefics3 smolvlm",
+    ),
+    (Splitter(split=_by_position, names=("pixel_values", "image_position_ids")), "gemma4"),
+    (Splitter(split=_by_anyres, names=("pixel_values", "image_sizes")), "llava_next llava_next_video"),
+    (
+        Splitter(split=_by_anyres, names=("pixel_values", "image_sizes", "batch_num_images")),
+        "llava_onevision",
+    ),
+)
 
-SPLITTERS: dict[str, Splitter] = {
-    "aya_vision": _ENTRY,
-    "gemma3": _ENTRY,
-    "gemma4": Splitter(split=_by_position, names=("pixel_values", "image_position_ids")),
-    "glm4v": _GRID,
-    "glm4v_moe": _GRID,
-    "idefics3": _TILE,
-    "internvl": _ENTRY,
-    "llama4": _ENTRY,
-    "llava": _SIZE,
-    "llava_next": Splitter(split=_by_anyres, names=("pixel_values", "image_sizes")),
-    "llava_onevision": Splitter(split=_by_anyres, names=("pixel_values", "image_sizes", "batch_num_images")),
-    "mistral3": _SIZE,
-    "qwen2_5_vl": _GRID,
-    "qwen2_vl": _GRID,
-    "qwen3_5": _GRID,
-    "qwen3_5_moe": _GRID,
-    "qwen3_vl": _GRID,
-    "qwen3_vl_moe": _GRID,
-    "smolvlm": _TILE,
-}
+SPLITTERS = {name: splitter for splitter, names in _KINDS for name in names.split()}
+"""By model type."""
 
-SPLIT_FAMILIES = tuple(name for name in SPLITTERS if name in VISION)
+SPLIT_FAMILIES = tuple(sorted(name for name in SPLITTERS if name in VISION))
 """Model types that are exact with images, and whose pixel inputs can be taken apart."""
