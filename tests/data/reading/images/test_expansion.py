@@ -62,11 +62,11 @@ def test_token_ids_of_placeholders_are_those_that_are_repeated():
         assert PlaceholderWriter(processor).token_id == processor.tokenizer.convert_tokens_to_ids(token)
 
 
-def test_images_are_together_only_where_their_number_matters():
+@pytest.mark.parametrize(("name", "together"), [("llava_onevision", True), ("llava_next", False), ("idefics3", False)])
+def test_images_are_together_only_where_their_number_matters(name, together):
     sizes = ((40, 32), (64, 32))
-    for name, together in (("llava_onevision", True), ("llava_next", False), ("idefics3", False)):
-        writer = PlaceholderWriter(build_processor(name))
-        assert (writer.treats_together(sizes), writer.treats_together(sizes[:1])) == (together, False)
+    writer = PlaceholderWriter(build_processor(name))
+    assert (writer.treats_together(sizes), writer.treats_together(sizes[:1])) == (together, False)
 
 
 def test_refusals():

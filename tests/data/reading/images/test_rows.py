@@ -19,13 +19,6 @@ NAMES = [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.full)
 IMAGE = {"type": "image"}
 
 
-def built(name):
-    try:
-        return build_processor(name)
-    except ImportError:
-        pytest.skip("this processor needs torchvision")
-
-
 def question(num_images, text="What?"):
     return [{"role": "user", "content": [*[IMAGE] * num_images, {"type": "text", "text": text}]}]
 
@@ -37,7 +30,7 @@ def row(num_images, name="qwen2_5_vl", **changes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_are_the_processors_own(name):
-    processor = built(name)
+    processor = build_processor(name)
     for count in (1, 2, 3):
         [group] = load_preferences([row(count, name)], processor)
         if KINDS[name].template:
