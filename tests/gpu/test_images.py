@@ -1,4 +1,4 @@
-"""Images on CUDA beside float64 on the CPU: towers, positions of the model's own, and image tokens that see both ways."""
+"""Images on CUDA beside float64 on the CPU: towers, positions of the model, and image tokens that see both ways."""
 
 from __future__ import annotations
 
