@@ -23,7 +23,9 @@ from vision_models import (
 import kvpref
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.schedules import forward_backward_step, score
+from kvpref.losses import make_loss
 from kvpref.models.backbone import backbone
+from kvpref.models.classes import model_class
 from kvpref.plan.batch import Batch
 
 # Only the order of additions differs. Measured: 1e-14.
@@ -225,3 +227,21 @@ def test_an_image_longer_than_the_bound_is_whole_where_its_tokens_see_one_anothe
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_gradients_in_chunks_of_many_sizes(name: str, max_tokens: int) -> None:
     oracle.assert_same(bounded(name, max_tokens), truth(name), TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "all"])
+def test_rewards_of_prompts_with_images(checkpoint: str) -> None:
+    groups = groups_of(NAME).groups
+    ranked = [kvpref.Group(group.sequences, scores=[float(n) for n in range(len(group))]) for group in groups]
+    config = tiny_vision_model(NAME).config
+    config.num_labels = 1
+    torch.manual_seed(3)
+    model = kvpref.attach(model_class(config, "ends").from_config(config, dtype=torch.float64).train())
+    batch = kvpref.collate(ranked, min_shared_tokens=1)
+    found = []
+    for options in ({"schedule": "full"}, {"schedule": "bounded", "max_tokens_per_chunk": 8}):
+        model.zero_grad(set_to_none=True)
+        output = kvpref.forward_backward(model, batch, make_loss("bradley_terry"), checkpoint=checkpoint, **options)
+        found.append(oracle.Result(output.loss.unsqueeze(0), oracle.grads_of(model)))
+    assert any(grad.norm() > 0 for name, grad in found[0].grads.items() if "visual" in name)
+    oracle.assert_same(found[1], found[0], 1e-6)  # norms of model code round to float32
