@@ -85,7 +85,13 @@ def _fingerprint(image: Inputs, device: torch.device, weights: _Weights) -> torc
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
-    return value.detach().contiguous().view(_INTEGERS[value.element_size()]).flatten()
+    """An input as integers, eight bytes in each where that comes out even."""
+    flat = value.detach().contiguous().flatten()
+    size = flat.element_size()
+    if flat.numel() * size % 8:
+        return flat.view(_INTEGERS[size])
+    aligned = flat if flat.storage_offset() * size % 8 == 0 else flat.clone()
+    return aligned.view(torch.int64)
 
 
 def _equal(one: Inputs, other: Inputs) -> torch.Tensor:

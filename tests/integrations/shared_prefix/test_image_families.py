@@ -14,6 +14,7 @@ from packaging.version import Version
 from padded_batches import switch_on
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+import kvpref
 from kvpref.models.vision.splitting import SPLIT_FAMILIES
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -92,3 +93,10 @@ def test_a_call_that_runs_unchanged(name: str) -> None:
     with torch.no_grad(), switch_on(model) as shared:
         model(**call)
     assert dict(shared.stats.unserved) == {"inputs_embeds": 1}
+
+
+def test_a_family_whose_prompts_see_both_ways_is_refused() -> None:
+    from census_images import build_with_tower
+
+    with pytest.raises(kvpref.UnsupportedModelError, match="all tokens of a prompt see one another"):
+        switch_on(build_with_tower("paligemma"))

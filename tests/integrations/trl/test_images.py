@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 trl = pytest.importorskip("trl", reason="needs the extra kvpref[trl]")
 peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
@@ -14,8 +15,12 @@ peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
 import trl_runs  # noqa: E402
 import trl_vision_runs  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
+from vision_calls import padded_call  # noqa: E402
+from vision_models import VisionPrompt, picture, tiny_vision_model  # noqa: E402
 
+from kvpref import InputError  # noqa: E402
 from kvpref.integrations import trl as kvpref_trl  # noqa: E402
+from kvpref.integrations.trl.forwards import add_shared_prompt_head  # noqa: E402
 
 FAMILIES = ("gemma3", "llava", "qwen2_5_vl")
 NUM_STEPS = 3
@@ -78,16 +83,18 @@ RUNS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "GRPO, qwen2_5_vl": (grpo, "qwen2_5_vl", {"num_iterations": 2}),
     "GRPO, gemma3": (grpo, "gemma3", {}),
     "GRPO, llava": (grpo, "llava", {}),
+    "DPO, padded": (dpo, "llava", {"MODE": "padded"}),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trls_numbers(name: str, paths: dict[str, str], tmp_path: Path) -> None:
     make, family, options = RUNS[name]
-    truth = trl_runs.run(make(trl, family, paths[family], tmp_path, **options))
+    plain = {key: value for key, value in options.items() if key != "MODE"}
+    truth = trl_runs.run(make(trl, family, paths[family], tmp_path, **plain))
     found = trl_runs.run(make(kvpref_trl, family, paths[family], tmp_path, **options))
     trl_runs.assert_same(found, truth, num_steps=NUM_STEPS)
-    assert found.num_layer_tokens < 0.8 * truth.num_layer_tokens
+    assert "MODE" in options or found.num_layer_tokens < 0.8 * truth.num_layer_tokens
     assert_towers_moved_alike(found, truth)
 
 
@@ -98,3 +105,38 @@ def assert_towers_moved_alike(found: trl_runs.Run, truth: trl_runs.Run) -> None:
     apart = sum(float((truth.after[name] - found.after[name]).norm()) for name in towers)
     assert apart <= 0.01 * moved
     assert moved or not towers
+
+
+def test_rows_cut_through_an_image_are_refused_as_trl_does(paths: dict[str, str], tmp_path: Path) -> None:
+    for trainers in (trl, kvpref_trl):
+        with pytest.raises(ValueError, match=r"`max_length` \(20\) is too short"):
+            dpo(trainers, "qwen2_5_vl", paths["qwen2_5_vl"], tmp_path, max_length=20).train()
+
+
+def served(name: str) -> tuple[Any, dict[str, Any]]:
+    model = tiny_vision_model(name)
+    add_shared_prompt_head(model, mode="two_pass")
+    return model, padded_call(name, prompts=[VisionPrompt("What is it?", (picture(1),), ("A cat.", "A dog"))])
+
+
+def test_images_in_responses_are_refused() -> None:
+    model, call = served("llava")
+    call["labels"] = call["input_ids"].masked_fill(call["attention_mask"] == 0, -100)
+    call["labels"][:, 0] = -100
+    with pytest.raises(InputError, match="row 0 scores an image"):
+        model(**call, fused_lm_head=True)
+
+
+def test_token_types_that_say_otherwise_are_refused() -> None:
+    model, call = served("gemma3")
+    for wrong in (torch.zeros_like(call["token_type_ids"]), torch.ones_like(call["token_type_ids"]), None):
+        with pytest.raises(InputError, match="token_type_ids"):
+            model(**{**call, "token_type_ids": wrong}, fused_lm_head=True)
+
+
+def test_pixels_that_are_no_tensor_are_refused() -> None:
+    model, call = served("llava")
+    with pytest.raises(InputError, match="pixel_values must be one tensor"):
+        model(**{**call, "pixel_values": list(call["pixel_values"])}, fused_lm_head=True)
+    with pytest.raises(InputError, match="pixel_values_videos"):
+        model(**call, pixel_values_videos=call["pixel_values"], fused_lm_head=True)

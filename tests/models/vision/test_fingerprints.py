@@ -76,3 +76,24 @@ def test_equal_fingerprints_of_unequal_images(monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_images() -> None:
     assert image_keys([]) == []
+
+
+def test_the_host_waits_twice_whatever_the_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, own = [], torch.Tensor.tolist
+
+    def tolist(tensor: torch.Tensor) -> object:
+        waits.append(tensor.shape)
+        return own(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    assert len(set(image_keys([image(seed % 3) for seed in range(12)]))) == 3
+    assert waits == [(12, 2), (9,)]
+
+
+def test_where_an_image_stands_in_memory_does_not_matter() -> None:
+    values = torch.zeros(1 + 240)
+    values[1:] = image()["pixel_values"].flatten()
+    apart, inside = image_keys([{"pixel_values": image()["pixel_values"].flatten()}, {"pixel_values": values[1:]}])
+    assert apart == inside
+    odd, again = image_keys([{"pixel_values": values[:3]}, {"pixel_values": values[:3].clone()}])
+    assert odd == again
