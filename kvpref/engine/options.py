@@ -30,7 +30,8 @@ class EngineOptions:
     """``full`` keeps the graph of the whole micro-batch; ``bounded`` that of at most `max_tokens_per_chunk` tokens."""
 
     max_tokens_per_chunk: int | None = None
-    """Most tokens whose activations are held at once in schedule ``bounded``; None for 8192."""
+    """Most tokens whose activations are held at once in schedule ``bounded``; None for 8192. An image, or a
+    prompt, whose tokens see one another in both directions is never cut, so a longer one makes a longer chunk."""
 
     prefix_cache: str = "device"
     """Where keys and values of prefixes wait: ``device`` or ``cpu`` (schedule ``bounded``)."""

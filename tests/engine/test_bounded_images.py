@@ -21,6 +21,7 @@ from vision_models import (
 )
 
 import kvpref
+from kvpref.engine import bounded as engine_bounded
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.schedules import forward_backward_step, score
 from kvpref.losses import make_loss
@@ -227,6 +228,12 @@ def test_an_image_longer_than_the_bound_is_whole_where_its_tokens_see_one_anothe
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_gradients_in_chunks_of_many_sizes(name: str, max_tokens: int) -> None:
     oracle.assert_same(bounded(name, max_tokens), truth(name), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_keys_and_values_that_wait_in_host_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_bounded, "moves_to_host", lambda device: True)
+    oracle.assert_same(bounded(name, 24, prefix_cache="cpu"), truth(name), TOLERANCE)
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "all"])

@@ -15,7 +15,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SCHEDULES: dict[str, dict[str, Any]] = {"full": {}, "bounded": {"schedule": "bounded", "max_tokens_per_chunk": 16}}
+BOUNDED = {"schedule": "bounded", "max_tokens_per_chunk": 16}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "bounded": BOUNDED,
+    "bounded, host": {**BOUNDED, "prefix_cache": "cpu"},
+    "bounded, checkpointed": {**BOUNDED, "checkpoint": "all"},
+}
 
 
 def run(model: torch.nn.Module, name: str, device: str, **options: Any) -> oracle.Result:
