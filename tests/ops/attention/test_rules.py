@@ -23,6 +23,15 @@ RULES = [Rule(kind, size) for kind in ("window", "chunk") for size in (1, 2, 3, 
 @pytest.fixture(params=["tiled", "cpu_flash", "cuda_flash", "efficient"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """With native windows and without, with ranges of keys and without."""
+    yield from _runnable(request, monkeypatch)
+
+
+@pytest.fixture(params=["reference", "tiled", "cpu_flash", *STAND_INS])
+def any_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from _runnable(request, monkeypatch)
+
+
+def _runnable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param not in STAND_INS:
         yield request.param
         return
@@ -50,14 +59,14 @@ BOTH_WAYS = [
 
 
 @pytest.mark.parametrize("rule", BOTH_WAYS, ids=["causal", "window", "whole"])
-def test_trees_with_spans_equal_masked_attention(rule: Rule, backend: str) -> None:
+def test_trees_with_spans_equal_masked_attention(rule: Rule, any_backend: str) -> None:
     images = [tuple(range(10 * key, 10 * key + length)) for key, length in ((1, 1), (2, 2), (3, 7), (4, 9))]
     prompts = [(1, 2, *images[3], 1, *images[1]), (*images[2], 2, *images[0]), (1, 2)]
     middles = [(5, *images[2]), (6, 5), ()]
     sequences = [
         (*prompt, *middle, end, 5, 6, *images[1]) for prompt in prompts for middle in middles for end in (7, 8)
     ]
-    check(build_tree(sequences), rule, backend, [_runs_of(sequence) for sequence in sequences])
+    check(build_tree(sequences), rule, any_backend, [_runs_of(sequence) for sequence in sequences])
 
 
 def _runs_of(sequence: tuple[int, ...]) -> Runs:
