@@ -11,6 +11,7 @@ from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name
 from kvpref.models.support import unwrap
+from kvpref.models.vision.tower import has_tower
 from kvpref.parallel.sharding import is_sharded, will_be_sharded
 from kvpref.training.adapters import check_adapters, is_peft, trains_adapter_only
 from kvpref.training.arguments import PreferenceTrainingArguments
@@ -86,8 +87,15 @@ def refuse_sharded(policy: nn.Module, what: str) -> None:
 
 
 def check_reference_data(dataset: PreferenceDataset, model: nn.Module, policy: nn.Module) -> None:
-    """Raise InputError for the first group that the reference model cannot read: too long, or with unknown tokens."""
+    """Raise InputError for the first group that the reference cannot read: too long, with images or unknown tokens."""
     check_lengths(dataset, model)
+    if dataset.images and not has_tower(unwrap(model)):
+        for group in dataset:
+            if any(sequence.images for sequence in group.sequences):
+                raise InputError(
+                    f"{group.id}: holds images, and {type(unwrap(model)).__name__}, the reference, reads none; give a "
+                    "reference that sees what the policy sees, or leave reference_model out"
+                )
     num_embeddings = _num_embeddings(model)
     if num_embeddings >= _num_embeddings(policy):
         return
