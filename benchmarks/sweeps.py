@@ -18,6 +18,7 @@ from types import ModuleType
 
 import attention
 import forward_backward
+import images
 import layer_kinds
 import logprob
 import torch
@@ -39,6 +40,7 @@ SWEEPS: dict[str, ModuleType] = {
     "logprob": logprob,
     "forward_backward": forward_backward,
     "layer_kinds": layer_kinds,
+    "images": images,
     "train_step": train_step,
     "trainer": trainer,
 }

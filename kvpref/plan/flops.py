@@ -66,6 +66,9 @@ class Flops(NamedTuple):
     recurrent: int = 0
     """Recurrences and convolutions along the sequence."""
 
+    vision: int = 0
+    """The vision tower and projector, counted by running them (`kvpref.models.vision.flops`)."""
+
     @property
     def total(self) -> int:
         """All of them."""

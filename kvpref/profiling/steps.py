@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from kvpref.engine.options import EngineOptions
 from kvpref.engine.passes import response_logps
 from kvpref.engine.reads import reads_of
 from kvpref.engine.schedules import forward_backward
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.losses.recording import RecordingLoss
+from kvpref.models.shape import model_shape
+from kvpref.models.vision.flops import VisionFlops
 from kvpref.plan.batch import Batch, collate
-from kvpref.plan.flops import Work, count_work, total_work
+from kvpref.plan.flops import Flops, Work, count_work, total_work
 from kvpref.prefix.rules import Rule
 from kvpref.records.groups import Group
 from kvpref.records.outputs import ResponseLogps, ResponseRewards
@@ -58,7 +61,7 @@ class TrainStep:
         micro_batches: What the step runs, one after another.
         mode: As in `kvpref.response_logps`.
         optimizer: Stepped at the end of each run; None leaves the weights as they are.
-        backend: Attention backend, or ``auto``.
+        options: How it runs in this mode; the defaults if None.
     """
 
     def __init__(
@@ -68,10 +71,11 @@ class TrainStep:
         micro_batches: Sequence[StepMicroBatch],
         mode: str,
         optimizer: torch.optim.Optimizer | None = None,
-        backend: str = "auto",
+        options: EngineOptions | None = None,
     ) -> None:
         self.model, self.loss, self.mode, self.optimizer = model, as_loss(loss), mode, optimizer
-        self.backend, self.micro_batches = backend, tuple(micro_batches)
+        self.micro_batches = tuple(micro_batches)
+        self.options = replace(options or EngineOptions(), mode=mode)
 
     def run(self) -> torch.Tensor:
         """Zero the gradients, run every micro-batch, step the optimizer; the step's loss, detached, on the device."""
@@ -96,6 +100,14 @@ class TrainStep:
         """Counts of what one run computes; of attention under these rules too."""
         return total_work(count_work(item.batch.plan(self.mode), rules) for item in self.micro_batches)
 
+    def flops(self) -> Flops:
+        """FLOPs of one run that keeps all that its forwards make; towers of images run once per step to count them."""
+        shape, vision = model_shape(self.model), VisionFlops(self.model)
+        images = sum(
+            vision.of(item.batch.plan(self.mode).images, item.batch.image_inputs()) for item in self.micro_batches
+        )
+        return shape.flops(self.work(shape.rules))._replace(vision=images)
+
     def resident_bytes(self) -> int:
         """Bytes of the weights, the buffers and the optimizer's state, as they are now."""
         state = self.optimizer.state.values() if self.optimizer is not None else ()
@@ -107,9 +119,8 @@ class TrainStep:
             self.model,
             item.batch,
             loss,
+            self.options,
             reference=item.reference,
-            mode=self.mode,
-            backend=self.backend,
             backward=lambda value: (value * item.weight).backward(),  # type: ignore[no-untyped-call]
         )
 

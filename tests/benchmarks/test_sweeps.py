@@ -91,6 +91,9 @@ def test_a_dry_run_measures_every_row(tmp_path: Path) -> None:
     kinds = json.loads((tmp_path / "layer_kinds.json").read_text())
     names = [*(row["name"] for row in kinds["comparisons"]), *kinds["skipped"]]
     assert {name.split()[0] for name in names} == {"windows", "gated", "Mamba2", "8"}
+    images = read(tmp_path / "images.json")
+    assert [cases[-1] for cases in images.values()] == ["packed", "padded"] * 2
+    assert all(cases[:2] == ["two_pass", "bounded"] for cases in images.values())
     assert all(cases == ["fused", "naive"] for cases in read(tmp_path / "logprob.json").values())
     assert "efficiency" in done.stdout
     stories = json.loads((tmp_path / "train_step.json").read_text())["comparisons"][real.index("squality stories")]

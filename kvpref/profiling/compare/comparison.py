@@ -86,13 +86,16 @@ class Comparison:
     bar: float | None = None
     """Efficiency that the cases besides the baseline are held to; None where there is no such bar."""
 
+    held: tuple[str, ...] = ()
+    """Names of those that are held to it; all of them if empty."""
+
     def contenders(self) -> tuple[CaseResult, ...]:
         """The results besides the baseline's."""
         return tuple(result for result in self.results if result.name != self.baseline)
 
     def verdict(self, result: CaseResult) -> str:
-        """``met`` or ``missed`` by the median, and nothing for the baseline or without a bar."""
-        if self.bar is None or result.name == self.baseline:
+        """``met`` or ``missed`` by the median, and nothing for the baseline or where no bar is held against it."""
+        if self.bar is None or result.name == self.baseline or (self.held and result.name not in self.held):
             return ""
         return "met" if result.efficiency.median >= self.bar else "missed"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.losses import LossFunction, PreferenceLoss
-from kvpref.models.shape import model_shape
 from kvpref.profiling.compare.comparison import Case, CaseResult, compare
 from kvpref.profiling.precision import compute_dtype
 from kvpref.profiling.steps import BASELINE_MODE, StepOutcome, TrainStep, make_micro_batches
@@ -74,7 +74,7 @@ def compare_modes(
     for mode, cut in cuts.items():
         on_start(mode)
         micro_batches = make_micro_batches(model, cut, loss, mode=mode, device=parameter.device)
-        steps[mode] = TrainStep(model, loss, micro_batches, mode, optimizer, backend)
+        steps[mode] = TrainStep(model, loss, micro_batches, mode, optimizer, EngineOptions(mode=mode, backend=backend))
         outcomes[mode] = steps[mode].check()
     tolerance = _TOLERANCE.get(compute_dtype(model), _TOLERANCE_16_BIT)
     different = find_differences(outcomes, tolerance)
@@ -85,13 +85,12 @@ def compare_modes(
 
 def step_case(step: TrainStep) -> Case:
     """A step as a case, named after its mode, with its counts."""
-    shape = model_shape(step.model)
-    work = step.work(shape.rules)
+    work = step.work()
     batches = [item.batch for item in step.micro_batches]
     return Case(
         name=step.mode,
         run=step.run,
-        flops=shape.flops(work).total,
+        flops=step.flops().total,
         resident_bytes=step.resident_bytes,
         facts={
             "num_micro_batches": len(batches),
@@ -105,18 +104,21 @@ def step_case(step: TrainStep) -> Case:
     )
 
 
-def find_differences(outcomes: Mapping[str, StepOutcome], tolerance: StepOutcome) -> dict[str, str]:
+def find_differences(
+    outcomes: Mapping[str, StepOutcome], tolerance: StepOutcome, baseline: str = BASELINE_MODE
+) -> dict[str, str]:
     """The modes whose loss or mean log-prob is not that of the baseline mode, and by how much.
 
     Args:
         outcomes: Mode -> what it computed, the baseline mode among them.
         tolerance: Largest difference of each value, relative to the baseline's where that is above 1.
+        baseline: The mode that the others are compared with.
     """
-    truth = outcomes[BASELINE_MODE]
+    truth = outcomes[baseline]
     different = {}
     for mode, outcome in outcomes.items():
         for name, value, expected, allowed in zip(outcome._fields, outcome, truth, tolerance, strict=True):
             # Written so that NaN counts as a difference.
             if not abs(value - expected) <= allowed * max(1.0, abs(expected)):
-                different[mode] = f"{name} is {value:.6g}, in {BASELINE_MODE} it is {expected:.6g}"
+                different[mode] = f"{name} is {value:.6g}, in {baseline} it is {expected:.6g}"
     return different

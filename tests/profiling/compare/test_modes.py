@@ -10,6 +10,7 @@ from sample_groups import tokens
 from tiny_models import tiny_model
 
 import kvpref
+from kvpref.engine.options import EngineOptions
 from kvpref import Group, LossOutput
 from kvpref.losses import DPO, SFT
 from kvpref.plan.flops import Work
@@ -108,10 +109,10 @@ def test_a_mode_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
     calls: list[str] = []
     real = steps.forward_backward
 
-    def broken(*args: Any, mode: str, **kwargs: Any) -> LossOutput:
-        calls.append(mode)
-        output = real(*args, mode=mode, **kwargs)
-        return output._replace(loss=output.loss + 0.01) if mode == "one_pass" else output
+    def broken(model: Any, batch: Any, loss: Any, options: EngineOptions, **kwargs: Any) -> LossOutput:
+        calls.append(options.mode)
+        output = real(model, batch, loss, options, **kwargs)
+        return output._replace(loss=output.loss + 0.01) if options.mode == "one_pass" else output
 
     monkeypatch.setattr(steps, "forward_backward", broken)
     groups = make_pairs(2)

@@ -1,0 +1,89 @@
+"""What the vision tower and projector of a model compute for images, by PyTorch's counter on one run of each shape.
+
+Towers differ too much for formulas: windows, tiles, poolings. So one image of every shape runs, forward and, where any
+weight of the tower or projector trains, backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import flop_counter
+
+from kvpref.models.support import unwrap
+from kvpref.models.vision.tower import image_features
+from kvpref.plan.batch import ImageInputs
+from kvpref.records.images import Image
+
+_MOST_VALUES = 64
+"""Integers of an input that may decide how much is computed (the sides of a grid); larger inputs count by shape."""
+
+_ATEN = torch.ops.aten
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of shapes (B, H, M, D)."""
+    return int(flop_counter.sdpa_flop_count(query, key, value))
+
+
+def _attention_backward_flops(dout: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of shapes (B, H, M, D)."""
+    return int(flop_counter.sdpa_backward_flop_count(dout, query, key, value))
+
+
+_ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""Kernels of the CPU that the counter does not know."""
+
+
+class VisionFlops:
+    """Counts FLOPs of images, each shape once.
+
+    Args:
+        model: With a tower; it runs as it is, on its device, and is left as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap(model)
+        self._known: dict[Any, int] = {}
+
+    def of(self, images: Sequence[Image], inputs: Mapping[str, ImageInputs]) -> int:
+        """FLOPs of running the tower on each image, forward, and backward where it trains.
+
+        Args:
+            images: Those that run; one that runs twice counts twice.
+            inputs: Of the tower by image key.
+        """
+        return sum(self._of_one(image, inputs[image.key]) for image in images)
+
+    def _of_one(self, image: Image, inputs: ImageInputs) -> int:
+        trains = tuple(parameter.requires_grad for parameter in self._model.parameters())
+        key = (trains, tuple(sorted((name, _signature(value)) for name, value in inputs.items())))
+        if key not in self._known:
+            self._known[key] = self._count(image, inputs)
+        return self._known[key]
+
+    def _count(self, image: Image, inputs: ImageInputs) -> int:
+        weights = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        devices = [self._model.device] if self._model.device.type == "cuda" else []
+        counter = flop_counter.FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        with torch.random.fork_rng(devices), torch.enable_grad(), counter:
+            made = image_features(self._model, [image], {image.key: inputs})
+            ends = [tensor for tensor in (made.features, *made.deepstack) if tensor.requires_grad]
+            if ends:
+                # Not `backward`: the gradients that the weights hold stay as they are.
+                torch.autograd.grad(ends, weights, [torch.ones_like(end) for end in ends], allow_unused=True)
+        return counter.get_total_flops()
+
+
+def _signature(value: Any) -> str:
+    """What tells inputs apart that make a tower compute another amount."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    decides = not value.is_floating_point() and value.numel() <= _MOST_VALUES
+    return f"{tuple(value.shape)} {value.dtype} {value.tolist() if decides else ''}"
