@@ -19,8 +19,8 @@ _current: ContextVar[str | None] = ContextVar("kvpref_region", default=None)
 def region(name: str) -> Iterator[None]:
     """Give what runs inside a name: for `current_region`, and in traces of `torch.profiler`.
 
-    The engine names ``pass 0``, ``pass 1``, ... (one per depth of the prefix tree), ``lm head``, ``loss`` and
-    ``backward``; the innermost name counts.
+    The engine names ``vision tower``, ``pass 0``, ``pass 1``, ... (one per depth of the prefix tree), ``lm head``,
+    ``loss`` and ``backward``; the innermost name counts.
     """
     token = _current.set(name)
     try:
@@ -44,7 +44,8 @@ _observers: list[Observer] = []
 def mark(kind: str, *tensors: torch.Tensor) -> None:
     """Tell observers what kind of data tensors hold.
 
-    The engine marks ``prefix K/V``, ``prefix K/V gradients``, ``log-probs`` and ``gradients`` that it makes itself.
+    The engine marks ``prefix K/V``, ``prefix K/V gradients``, ``log-probs``, ``pixel inputs``, ``image features``,
+    ``image feature gradients``, and ``gradients`` that it makes itself.
     """
     for observer in _observers:
         observer(kind, tensors)

@@ -19,6 +19,7 @@ from kvpref.plan.batch import ImageInputs
 from kvpref.records.host_copies import to_device
 from kvpref.records.images import Image
 from kvpref.state.image_features import ImageFeatures
+from kvpref.tracing import mark
 
 
 def has_tower(model: PreTrainedModel) -> bool:
@@ -86,6 +87,7 @@ def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs]) -> tuple[t
         name: to_device(value, weight.device) if isinstance(value, torch.Tensor) else value
         for name, value in inputs_named_by(function, inputs, family.join).items()
     }
+    mark("pixel inputs", *(value for value in given.values() if isinstance(value, torch.Tensor)))
     if family.casts_pixels:
         given = {name: _cast(value, weight.dtype) for name, value in given.items()}
     made = function(**given, return_dict=True)

@@ -73,6 +73,7 @@ def render_page(report: MemoryReport) -> str:
             _figure(breakdown_plots(largest), (11, 4.2), "breakdown", "What was held at the peak"),
             _breakdown(largest),
             '<p class="note">activations pass d: made in the forward of depth d of the prefix tree and still alive; '
+            "activations vision tower: the same of images; "
             "backward: temporaries of the backward pass; other: the batch, and what the allocator counted beyond the "
             "tracker (workspace of kernels, rounding).</p>",
         ]

@@ -20,7 +20,14 @@ Plot = Callable[[Any], None]
 """Draws on matplotlib axes."""
 
 MAX_DRAWN_POINTS = 240
-SHORT_NAMES = {"backward pass ": "b", "recompute pass ": "r", "pass ": "p"}
+SHORT_NAMES = {
+    "backward pass ": "b",
+    "recompute pass ": "r",
+    "pass ": "p",
+    "backward vision tower": "bv",
+    "recompute vision tower": "rv",
+    "vision tower": "v",
+}
 """In timelines: ``backward pass 2`` is b2 where its name has no room."""
 
 _MIB = 2**20

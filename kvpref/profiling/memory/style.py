@@ -41,6 +41,10 @@ _FILLS = {
     kinds.GRADIENTS: FillStyle("#e69f00", "\\\\\\"),
     kinds.PREFIX_KV: FillStyle("#0072b2", ""),
     kinds.PREFIX_KV_GRADIENTS: FillStyle("#0072b2", "xxx"),
+    kinds.PIXEL_INPUTS: FillStyle("#f7f3b0", ""),
+    kinds.IMAGE_FEATURES: FillStyle("#f0e442", ""),
+    kinds.IMAGE_FEATURE_GRADIENTS: FillStyle("#f0e442", "xxx"),
+    kinds.VISION_ACTIVATIONS: FillStyle("#c2b60d", "///"),
     kinds.BACKWARD: FillStyle("#d55e00", "---"),
     kinds.LOG_PROBS: FillStyle("#cc79a7", "||"),
     kinds.OTHER: FillStyle("#ffffff", ""),
@@ -56,7 +60,17 @@ _ACTIVATION_FILLS = (
 _UNKNOWN_FILL = FillStyle("#f0e442", "//")
 
 # Bottom to top of a stack: what stays for the whole step first, then what comes and goes.
-_ORDER = (kinds.PARAMETERS, kinds.OPTIMIZER, kinds.GRADIENTS, kinds.PREFIX_KV, kinds.PREFIX_KV_GRADIENTS)
+_ORDER = (
+    kinds.PARAMETERS,
+    kinds.OPTIMIZER,
+    kinds.GRADIENTS,
+    kinds.PREFIX_KV,
+    kinds.PREFIX_KV_GRADIENTS,
+    kinds.PIXEL_INPUTS,
+    kinds.IMAGE_FEATURES,
+    kinds.IMAGE_FEATURE_GRADIENTS,
+    kinds.VISION_ACTIVATIONS,
+)
 _ORDER_LAST = (kinds.LOG_PROBS, kinds.BACKWARD, kinds.OTHER)
 
 _LINES = {
@@ -71,7 +85,7 @@ _UNKNOWN_LINE = LineStyle("#000000", "x", "-")
 
 def fill_style(category: str) -> FillStyle:
     """The area of a category."""
-    if category.startswith(kinds.ACTIVATIONS):
+    if category.startswith(kinds.ACTIVATIONS) and category not in _FILLS:
         number = category.rpartition(" ")[2]
         return _ACTIVATION_FILLS[int(number) % len(_ACTIVATION_FILLS)] if number.isdigit() else _UNKNOWN_FILL
     return _FILLS.get(category, _UNKNOWN_FILL)

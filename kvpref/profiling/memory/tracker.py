@@ -23,9 +23,13 @@ from kvpref.tracing import current_region, observe_marks
 
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
 PREFIX_KV, PREFIX_KV_GRADIENTS = "prefix K/V", "prefix K/V gradients"
+PIXEL_INPUTS, IMAGE_FEATURES, IMAGE_FEATURE_GRADIENTS = "pixel inputs", "image features", "image feature gradients"
 LOG_PROBS, BACKWARD, OTHER = "log-probs", "backward", "other"
 ACTIVATIONS = "activations "
-"""Before the name of a pass."""
+"""Before the name of a pass, or of the vision tower."""
+
+TOWER = "vision tower"
+VISION_ACTIVATIONS = ACTIVATIONS + TOWER
 
 OUTSIDE = "outside"
 """Where `MemoryTracker.peak_by_region` puts what ran outside all regions."""
@@ -38,7 +42,7 @@ def category_of_region(region: str | None) -> str:
     """The category of what operators create in a region, as long as nothing says more about it."""
     if region is None:
         return OTHER
-    if region.startswith(("pass ", _RECOMPUTE + "pass ")):
+    if region.removeprefix(_RECOMPUTE).startswith(("pass ", TOWER)):
         return ACTIVATIONS + region.removeprefix(_RECOMPUTE)
     return BACKWARD if region.startswith(BACKWARD) else _CATEGORY_OF_REGION.get(region, OTHER)
 
@@ -62,9 +66,10 @@ class MemoryTracker(TorchDispatchMode):
     to another first is not: the LM head's where its weight is tied). Categories:
 
     - ``parameters`` (with buffers), ``gradients``, ``optimizer``: those of the model and the optimizer;
-    - what `kvpref.tracing.mark` announces: ``prefix K/V``, ``prefix K/V gradients``, ``log-probs``;
-    - by the region in which it was created: ``activations pass d``, ``log-probs`` (the LM head's), ``backward``,
-      ``optimizer``;
+    - what `kvpref.tracing.mark` announces: ``prefix K/V``, ``prefix K/V gradients``, ``log-probs``, ``pixel inputs``
+      (of images, on the device), ``image features`` and ``image feature gradients`` (of the bounded schedule);
+    - by the region in which it was created: ``activations vision tower`` (the features too, where it keeps its graph),
+      ``activations pass d``, ``log-probs`` (the LM head's), ``backward``, ``optimizer``;
     - ``other``: all else, such as the batch, which is counted from the first operator that reads it.
 
     Not seen: memory that a kernel takes and frees while it runs, and so the workspace inside

@@ -4,7 +4,7 @@ Every event has a self time, what is left of its time without the events inside 
 up to the step. On a CUDA device an event's own time is that of the kernels that it started itself; they add up to what
 the device was busy. Each self time is counted once, at the place that the names around it give:
 
-- the engine's regions (`kvpref.tracing`) say which pass runs, and whether it is recomputed;
+- the engine's regions (`kvpref.tracing`) say which pass or the vision tower runs, and whether it is recomputed;
 - a node of autograd belongs to the pass of the forward operator with the same sequence number, which the profiler
   records for both: the backward of several passes runs in one region, and on CUDA in a thread of its own;
 - ranges in the attention operators and operators' names say what is computed.
@@ -25,7 +25,7 @@ STEP = f"{PREFIX}step"
 NODE = "autograd::engine::evaluate_function: "
 """What the names of autograd's nodes begin with."""
 
-OTHER = "other"
+OTHER, TOWER = "other", "vision tower"
 PARTS = (
     "attention self",
     "attention cross",
@@ -61,7 +61,7 @@ _PRODUCTS = frozenset(
 _PRODUCT_NODE = re.compile(r"(Addmm|Mm|Bmm|Baddbmm|Linear|MkldnnLinear)Backward\d*$")
 _CASCADE = re.compile(r"kvpref(::|_)cascade_")
 _WHOLE_ATTENTION = re.compile(r"aten::_?scaled_dot_product\w*$|ScaledDotProduct\w*Backward\d*$")
-_PASS = re.compile(r"(recompute |backward )?(pass \d+)$")
+_PASS = re.compile(r"(recompute |backward )?(pass \d+|vision tower)$")
 _PASS_PHASES = {None: "forward", "recompute ": "recompute", "backward ": "backward"}
 
 
@@ -78,8 +78,8 @@ class Place:
     """What an event's self time counts as."""
 
     stage: str
-    """``pass 0``, ``pass 1``, ..., or a part that is a stage of its own: ``lm head``, ``loss``, ``optimizer``,
-    ``data``, ``other``."""
+    """``vision tower``, ``pass 0``, ``pass 1``, ..., or a part that is a stage of its own: ``lm head``, ``loss``,
+    ``optimizer``, ``data``, ``other``."""
 
     phase: str
     """One of `PHASES`."""
@@ -125,7 +125,7 @@ def attribute(roots: Sequence[Event], own_time: Callable[[Event], float], num_st
 
 def _rank(place: Place) -> tuple[int, int, int, int]:
     match = _PASS.match(place.stage)
-    number = int(place.stage.removeprefix("pass ")) if match else len(PARTS)
+    number = int(place.stage.removeprefix("pass ").replace(TOWER, "-1")) if match else len(PARTS)
     stage = PARTS.index(place.stage) if place.stage in PARTS else -1
     return stage, number, PHASES.index(place.phase), PARTS.index(place.part)
 

@@ -10,8 +10,8 @@ from sample_groups import tokens
 from tiny_models import tiny_model
 
 import kvpref
-from kvpref.engine.options import EngineOptions
 from kvpref import Group, LossOutput
+from kvpref.engine.options import EngineOptions
 from kvpref.losses import DPO, SFT
 from kvpref.plan.flops import Work
 from kvpref.profiling import steps

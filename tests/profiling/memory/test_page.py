@@ -202,8 +202,10 @@ def test_bytes_have_three_digits(num_bytes: int, text: str) -> None:
 
 def test_categories_that_stand_beside_one_another_look_different() -> None:
     names = ["other", "activations pass 1", "backward", "parameters", "activations pass 0", "prefix K/V", "log-probs"]
+    names += ["activations vision tower", "image features", "pixel inputs", "image feature gradients"]
     assert in_order(names) == [
-        *("parameters", "prefix K/V", "activations pass 0", "activations pass 1", "log-probs", "backward", "other"),
+        *("parameters", "prefix K/V", "pixel inputs", "image features", "image feature gradients"),
+        *("activations vision tower", "activations pass 0", "activations pass 1", "log-probs", "backward", "other"),
     ]
     assert len({fill_style(name) for name in names}) == len(names)
     lines = [line_style(name) for name in ("full", "bounded", "one_pass", "packed", "padded")]
