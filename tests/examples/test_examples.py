@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import kvpref
+from kvpref.data import load_processor
 from kvpref.losses import as_loss
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -33,7 +35,15 @@ def load(name: str) -> dict[str, Any]:
 
 def test_every_example_is_run_here() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"actor_critic", "entropy_dpo", "toy", "weighted_margin", "yes_no_judge"}
+    assert scripts == {
+        "actor_critic",
+        "coloured_shapes",
+        "entropy_dpo",
+        "shapes",
+        "toy",
+        "weighted_margin",
+        "yes_no_judge",
+    }
 
 
 def test_weighted_margin_learns() -> None:
@@ -53,6 +63,33 @@ def test_values_come_to_predict_scores() -> None:
     # Half of the responses score 1: the best constant has an error of 0.25, values of zero one of 0.5.
     assert logged[0]["value_error"] == pytest.approx(0.5, abs=0.01)
     assert logged[-1]["value_error"] < 0.35
+
+
+def test_pictures_are_drawn_trained_on_and_answered(tmp_path: Path) -> None:
+    names = load("coloured_shapes")
+    sizes = names["Sizes"](num_train=24, num_held_out=10, num_sft_steps=1, num_dpo_steps=1)
+    result = names["run"](sizes, tmp_path)
+    assert result["num_questions"] == 20
+    assert (tmp_path / "result.png").is_file()
+    assert load_processor(str(tmp_path / "model")).image_processor is not None
+
+
+@pytest.mark.full
+def test_colours_of_shapes_are_learned(tmp_path: Path) -> None:
+    names = load("coloured_shapes")
+    result = names["run"](
+        names["Sizes"](num_train=800, num_held_out=100, num_sft_steps=200, num_dpo_steps=100), tmp_path
+    )
+    assert result["accuracy"]["start"] < 0.35
+    assert result["accuracy"]["dpo"] > 0.45
+
+
+def test_the_pages_figures_are_those_of_the_kept_result() -> None:
+    root = EXAMPLES.parent
+    kept = json.loads((root / "benchmarks" / "results" / "coloured_shapes.json").read_text())
+    shares = " | ".join(f"{kept['accuracy'][stage]:.1%}" for stage in ("start", "sft", "dpo"))
+    row = f"| right answers, {kept['num_questions']} held-out questions | {shares} |"
+    assert row in (root / "docs" / "images.md").read_text()
 
 
 def test_the_judge_learns_and_its_question_is_encoded_once() -> None:
