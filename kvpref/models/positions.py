@@ -18,6 +18,18 @@ from transformers import PreTrainedModel
 from kvpref.errors import UnsupportedModelError
 from kvpref.records.groups import Group
 
+_NORMS_AFTER_ROTATION = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text"})
+"""Model types whose weights tell rotated dimensions apart, so that a shift of all positions is another computation."""
+
+
+def reads_distances_only(config: Any) -> bool:
+    """Whether all positions of a sequence can be shifted alike, and its tokens' hidden states stay what they are."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    if rope is None or text.model_type in _NORMS_AFTER_ROTATION:
+        return False
+    return rope.get("llama_4_scaling_beta") is None  # Ministral 3 and Mistral 4 scale queries by positions
+
 
 def first_position(model: PreTrainedModel) -> int:
     """The position of a sequence's first token."""

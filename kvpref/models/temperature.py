@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def at_positions(module: Any, query: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -17,11 +18,20 @@ def at_positions(module: Any, query: torch.Tensor, position_ids: torch.Tensor) -
         query: (T, H, D).
         position_ids: (1, T) int64.
     """
-    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+    if not _counts_rows(module):
         return query
     rows = torch.arange(query.shape[0], device=query.device)
     ratio = _temperature(module, position_ids[0]) / _temperature(module, rows)
     return (query * ratio[:, None, None]).to(query.dtype)
+
+
+def counts_rows(model: nn.Module) -> bool:
+    """Whether some layer takes places in the row, padding included, for places in the sequence."""
+    return any(map(_counts_rows, model.modules()))
+
+
+def _counts_rows(module: Any) -> bool:
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
 
 
 def _temperature(module: Any, places: torch.Tensor) -> torch.Tensor:

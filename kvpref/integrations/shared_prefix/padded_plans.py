@@ -14,6 +14,8 @@ from kvpref.errors import InputError
 from kvpref.integrations.shared_prefix.padded_rows import PaddedRows, SharedRows, UnservedError, share_rows
 from kvpref.models.backbone import backbone
 from kvpref.models.both_ways import both_ways_of
+from kvpref.models.positions import reads_distances_only
+from kvpref.models.temperature import counts_rows
 from kvpref.models.vision.padded_call import image_arguments, pixel_inputs
 from kvpref.models.vision.splitting import split_images
 from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
@@ -87,9 +89,10 @@ class LastPlan:
 
     def __init__(self, model: PreTrainedModel, worth: SharingWorth) -> None:
         self._model, self._worth = model, worth
-        # Rotary embeddings read distances only, so rows that start in different columns can share. Learned positions
-        # are what they are.
-        self._by_position = getattr(model.config.get_text_config(), "rope_parameters", None) is None
+        # Most rotary embeddings read distances only, so rows that start in different columns can share. Learned
+        # positions are what they are.
+        self._by_position = not reads_distances_only(model.config)
+        self._counts_padding = counts_rows(model)
         self._spans = both_ways_of(model.config).spans
         self._key: tuple[_Tensors, list[list[str]]] | None = None
         self._found: SharedRows | UnservedError | None = None
@@ -136,6 +139,8 @@ class LastPlan:
     def _decide(self, tensors: _Tensors, images: _Images) -> SharedRows | UnservedError:
         try:
             rows = _read(tensors).with_images(images)
+            if self._counts_padding and rows.starts.any():
+                raise UnservedError("padding that layers count")
             num_shared = rows.num_shared_tokens(by_position=self._by_position)
             self._worth.check(num_shared, rows.input_ids.size)
             found = share_rows(

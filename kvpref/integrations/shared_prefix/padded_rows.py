@@ -21,8 +21,8 @@ from kvpref.records.groups import Sequence
 from kvpref.records.images import Image, PlacedImage
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
-# Token ids stand below it, positions above, where both make one number.
-_POSITION_UNIT = 1 << 32
+# Token ids, negative ones of images too, stand below it, positions above, where both make one number.
+_POSITION_BITS = 80
 
 
 class UnservedError(Exception):
@@ -140,7 +140,7 @@ class PaddedRows:
         ]
         if not by_position:
             return rows
-        marks = (self.first_positions * _POSITION_UNIT).tolist()
+        marks = [int(position) << _POSITION_BITS for position in self.first_positions]
         return [(row[0] + mark, *row[1:]) for row, mark in zip(rows, marks, strict=True)]
 
 
