@@ -208,10 +208,18 @@ class Batch:
         target = torch.device(device)
         return self._mapped(lambda tensor: to_device(tensor, target), target)
 
-    def pin_memory(self) -> Batch:
-        """This batch with all tensors in page-locked memory, from which `to` copies to CUDA without a copy before."""
+    def pin_memory(self, images: dict[str, ImageInputs] | None = None) -> Batch:
+        """This batch with all tensors in page-locked memory, from which `to` copies to CUDA without a copy before.
+
+        Args:
+            images: By key, inputs that are there already; those of this batch are added.
+        """
         pinned = self._mapped(torch.Tensor.pin_memory, self.device)
-        pinned._image_inputs = {key: _pinned(inputs) for key, inputs in self._image_inputs.items()}
+        images = {} if images is None else images
+        for key, inputs in self._image_inputs.items():
+            if key not in images:
+                images[key] = _pinned(inputs)
+        pinned._image_inputs = {key: images[key] for key in self._image_inputs}
         return pinned
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Batch:

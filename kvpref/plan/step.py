@@ -39,9 +39,10 @@ class Step:
         batches = tuple(batch.to(device) for batch in self.batches)
         return replace(self, batches=batches, chunks=tensors_to(self.chunks, device))
 
-    def pin_memory(self) -> Step:
-        """This step with all tensors in page-locked memory."""
-        batches = tuple(batch.pin_memory() for batch in self.batches)
+    def pin_memory(self, images: dict[str, ImageInputs] | None = None) -> Step:
+        """This step with all tensors in page-locked memory, each image once; `images` as in `Batch.pin_memory`."""
+        images = {} if images is None else images
+        batches = tuple(batch.pin_memory(images) for batch in self.batches)
         return replace(self, batches=batches, chunks=map_tensors(self.chunks, torch.Tensor.pin_memory))
 
 

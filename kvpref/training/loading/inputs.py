@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvpref.engine.options import EngineOptions
-from kvpref.plan.batch import Batch
+from kvpref.plan.batch import Batch, ImageInputs
 from kvpref.plan.step import Step, join_batches
 
 
@@ -24,9 +24,13 @@ class MicroBatchInputs:
     group_indices: tuple[int, ...]
     is_filler: bool
 
-    def pin_memory(self) -> MicroBatchInputs:
-        """The same in page-locked memory; DataLoader calls this for what its workers send."""
-        return replace(self, batch=self.batch.pin_memory())
+    def pin_memory(self, images: dict[str, ImageInputs] | None = None) -> MicroBatchInputs:
+        """The same in page-locked memory; DataLoader calls this for what its workers send.
+
+        Args:
+            images: As in `Batch.pin_memory`.
+        """
+        return replace(self, batch=self.batch.pin_memory(images))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,10 +50,11 @@ class StepInputs:
         return iter(self.micro_batches)
 
     def pin_memory(self) -> StepInputs:
-        """The same in page-locked memory."""
+        """The same in page-locked memory; images that several parts show are there once."""
+        images: dict[str, ImageInputs] = {}
         return StepInputs(
-            micro_batches=tuple(item.pin_memory() for item in self.micro_batches),
-            joined=tuple(step.pin_memory() for step in self.joined),
+            micro_batches=tuple(item.pin_memory(images) for item in self.micro_batches),
+            joined=tuple(step.pin_memory(images) for step in self.joined),
         )
 
 
