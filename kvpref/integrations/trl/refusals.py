@@ -13,12 +13,16 @@ from transformers import ProcessorMixin
 
 from kvpref.errors import InputError
 from kvpref.integrations.trl.setup import Setup
+from kvpref.models.positions import reads_distances_only
 from kvpref.models.support import check_config
 from kvpref.models.vision.splitting import SPLIT_FAMILIES
 from kvpref.parallel.sharding import is_zero_3
 
 _ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
 _GRPO = frozenset({"GRPOTrainer"})
+
+# By column; others with learned positions leave padding out, or count from each row's first token.
+_LEARNED_POSITIONS = frozenset({"biogpt", "gpt2", "gpt_bigcode"})
 
 # TRL switches off the modules of class Dropout; these rates are numbers that attention layers read.
 _NUMERIC_DROPOUT = ("attention_dropout",)
@@ -87,6 +91,15 @@ def _is_multimodal(setup: Setup) -> bool:
 
 def _has_unknown_images(setup: Setup) -> bool:
     return _is_multimodal(setup) and setup.config.model_type not in SPLIT_FAMILIES
+
+
+def _counts_padding(setup: Setup) -> bool:
+    """Whether a row's numbers depend on the column of its first token."""
+    text = setup.config.get_text_config()
+    if text.model_type == "llama4_text":
+        return bool(text.attn_temperature_tuning)
+    rotary = getattr(text, "rope_parameters", None) is not None
+    return text.model_type in _LEARNED_POSITIONS or (rotary and not reads_distances_only(setup.config))
 
 
 def _dropout_rates(setup: Setup) -> Iterator[float | None]:
@@ -207,10 +220,10 @@ REFUSALS: tuple[Refusal, ...] = (
         trainers=_GRPO,
     ),
     Refusal(
-        name="models with learned positions (gpt2)",
-        applies=lambda setup: setup.config.model_type == "gpt2",
+        name="models to which padding before a prompt counts (gpt2, llama4 and others)",
+        applies=_counts_padding,
         reason="TRL counts the padding before prompts as positions and kvpref does not, so log-probs would differ from "
-        "TRL's; use a model with rotary embeddings",
+        "TRL's; use a model that reads distances alone, as most with rotary embeddings do",
         trainers=_GRPO,
     ),
 )

@@ -16,7 +16,14 @@ peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
 import trl_runs  # noqa: E402
 from accelerate import ParallelismConfig  # noqa: E402
 from tiny_models import build_model, tiny_config, tiny_model  # noqa: E402
-from transformers import BloomConfig, LlamaForCausalLM, MllamaConfig, ProcessorMixin  # noqa: E402
+from transformers import (  # noqa: E402
+    BloomConfig,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
+    LlamaForCausalLM,
+    MllamaConfig,
+    ProcessorMixin,
+)
 
 from kvpref import InputError  # noqa: E402
 from kvpref.integrations import trl as kvpref_trl  # noqa: E402
@@ -64,12 +71,22 @@ def split_model() -> Any:
     return model
 
 
+def hunyuan() -> Any:
+    """Its norms behind the rotation tell positions apart, not distances alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return HunYuanDenseV1ForCausalLM(
+        HunYuanDenseV1Config(**sizes, num_key_value_heads=2, head_dim=16, vocab_size=32, pad_token_id=0)
+    )
+
+
 def prompt_tuned() -> Any:
     return peft.get_peft_model(tiny_model("llama"), PROMPT_TUNING)
 
 
 PROMPT_TUNING = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+
+COUNTS_PADDING = "models to which padding before a prompt counts (gpt2, llama4 and others)"
 
 CASES = (
     Case(
@@ -111,7 +128,8 @@ CASES = (
     Case("cast_lm_head_to_fp32=True", cast_lm_head_to_fp32=True),
     Case("use_transformers_continuous_batching=True", use_transformers_continuous_batching=True),
     Case("use_transformers_continuous_batching=True", use_transformers_paged=True),
-    Case("models with learned positions (gpt2)", model=lambda: tiny_model("gpt2")),
+    Case(COUNTS_PADDING, model=lambda: tiny_model("gpt2")),
+    Case(COUNTS_PADDING, model=hunyuan),
 )
 ROWS = {refusal.name: refusal for refusal in kvpref_trl.REFUSALS}
 RUNS = [(trainer, case) for case in CASES for trainer in TRAINERS if trainer in ROWS[case.refusal].trainers]
