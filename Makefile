@@ -38,6 +38,7 @@ bench: $(READY)
 # About ten minutes.
 census: $(READY)
 	$(BIN)/python benchmarks/census.py --json benchmarks/results/census.json
+	$(BIN)/python benchmarks/census.py --task image --json benchmarks/results/census_images.json
 	$(BIN)/python benchmarks/census_page.py
 
 # The Python at hand: a GPU machine brings its own torch, and may reach no package index.

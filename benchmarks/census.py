@@ -34,11 +34,12 @@ _REGISTRIES = {
 
 def main() -> None:
     args = _parsed()
+    from census_image_settings import IMAGE_FAMILIES
     from census_variants import VARIANTS
     from transformers.models.auto import modeling_auto
 
     entries = getattr(modeling_auto, _REGISTRIES[args.task])
-    variants = VARIANTS if args.task == "text" else {}
+    variants = VARIANTS if args.task == "text" else [name for name in IMAGE_FAMILIES if ":" in name]
     names = args.models or [*entries, *(name for name in variants if name.partition(":")[0] in entries)]
     if args.variants:
         names += [name for name in VARIANTS if name.partition(":")[0] in names]

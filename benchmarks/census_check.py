@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import kvpref
 from kvpref.models import families
 from kvpref.models.support import is_padded_only
+from kvpref.models.vision.families import WITHOUT_IMAGES
 
 MODES = ("two_pass", "one_pass", "packed", "bounded", "padded")
 CHECKPOINTS = ("none", "all")
@@ -88,9 +89,11 @@ def _trains(model: PreTrainedModel) -> bool:
 
 
 def _not_built(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    refusal = families.REFUSED.get(row["model"].partition(":")[0])
-    if refusal is not None:
-        return {**row, "verdict": "refused", "reason": refusal.reason, "not_built": reason}
+    name = row["model"].partition(":")[0]
+    refusal = families.REFUSED.get(name)
+    why = WITHOUT_IMAGES.get(name) if refusal is None else refusal.reason
+    if why is not None:
+        return {**row, "verdict": "refused", "reason": why, "not_built": reason}
     return {**row, "verdict": "not built", "reason": reason}
 
 

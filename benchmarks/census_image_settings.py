@@ -112,11 +112,11 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
     "emu3": ImageFamily(
         inputs=kinds.whole,
         changes={
-            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8, "hidden_size": 32},
+            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 64, "hidden_size": 32},
             "vocabulary_map": {
                 "<image>": IMAGE,
                 "<|extra_200|>": 90,
-                **{f"<|visual token {i:06}|>": 80 + i for i in range(8)},
+                **{f"<|visual token {i:06}|>": 10 + i for i in range(64)},
             },
         },
     ),

@@ -12,8 +12,10 @@ from typing import Any
 from places import HERE, ROOT
 
 from kvpref.models.families import FAMILIES, REFUSED
+from kvpref.models.vision.families import WITHOUT_IMAGES
 
 RESULTS = HERE / "results" / "census.json"
+IMAGE_RESULTS = HERE / "results" / "census_images.json"
 PAGE = ROOT / "docs" / "models.md"
 
 _INTRODUCTION = """# Models
@@ -30,8 +32,39 @@ weights. A model of a type that is not listed here, such as one with code of its
 """
 
 
-def render(results: dict[str, Any], *others: dict[str, Any]) -> str:
-    """The page of one release's results, and the counts of others."""
+_IMAGES = """## Given images
+
+The same comparison of models that read images, tower and projector included, with groups of 2 and 4 that hold one
+image, two of different sizes, none, the image of another group, and another image under the same text; in mode
+`padded` too, and in a batch without images. `python benchmarks/census.py --task image` repeats it. A batch that holds
+images is refused, by name, for every other model type.
+"""
+
+
+def render(results: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
+    """The page: of the newest release's results, and the counts of others."""
+    return _of_text(*results) + "\n" + _of_images(*images)
+
+
+def _of_images(results: dict[str, Any], *others: dict[str, Any]) -> str:
+    rows = results["rows"]
+    parts = [
+        _IMAGES,
+        " ".join(map(_counts, (results, *others))) + "\n",
+        "| model type | class | variants that were compared too | largest error: log-probs, gradients |\n"
+        "| --- | --- | --- | --- |",
+    ]
+    for name in _exact(results):
+        shown = [row for row in rows if row["model"].partition(":")[0] == name]
+        variants = ", ".join(row["model"].partition(":")[2] for row in shown[1:])
+        errors = ", ".join(f"{max(row[kind] for row in shown):.0e}" for kind in _ERRORS)
+        parts.append(f"| `{name}` | {shown[0]['class']} | {variants} | {errors} |")
+    parts.append("\nExact given text, and refused given images:\n\n| model type | why: it ... |\n| --- | --- |")
+    parts += [f"| `{name}` | {reason} |" for name, reason in WITHOUT_IMAGES.items()]
+    return "\n".join(parts) + "\n"
+
+
+def _of_text(results: dict[str, Any], *others: dict[str, Any]) -> str:
     rows = {row["model"]: row for row in results["rows"]}
     exact = _exact(results)
     parts = [
@@ -78,8 +111,13 @@ def _counts(results: dict[str, Any]) -> str:
 
 def read() -> list[dict[str, Any]]:
     """The kept results: those of the newest release, then those of others."""
-    others = sorted(RESULTS.parent.glob("census_*.json"))
-    return [json.loads(path.read_text()) for path in (RESULTS, *others)]
+    return [json.loads(path.read_text()) for path in (RESULTS, *sorted(RESULTS.parent.glob("census_[0-9]*.json")))]
+
+
+def read_images() -> list[dict[str, Any]]:
+    """The same of models that are given images."""
+    others = sorted(IMAGE_RESULTS.parent.glob("census_images_*.json"))
+    return [json.loads(path.read_text()) for path in (IMAGE_RESULTS, *others)]
 
 
 _ERRORS = ("logp_error", "gradient_error")
@@ -90,4 +128,4 @@ def _code(names: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(*read()))
+    PAGE.write_text(render(read(), read_images()))

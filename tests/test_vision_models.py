@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from vision_models import (
-    FAMILIES,
     VisionPrompt,
     build_vision_processor,
     naive_vision_logps,
@@ -16,8 +15,10 @@ from vision_models import (
     vision_groups,
 )
 
+NAMES = ("gemma3", "llava", "qwen2_5_vl")
 
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_response_depends_on_the_picture(name: str) -> None:
     model = tiny_vision_model(name)
     moved = [
@@ -28,7 +29,7 @@ def test_a_response_depends_on_the_picture(name: str) -> None:
     assert (moved[0] - moved[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_images_alone_are_read_as_the_processor_reads_them_together(name: str) -> None:
     made = vision_groups(name)
     sequences = [sequence for group in made.groups for sequence in group.sequences]
@@ -39,7 +40,7 @@ def test_images_alone_are_read_as_the_processor_reads_them_together(name: str) -
             assert torch.equal(torch.cat(reads), whole), part
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_processors_can_be_pickled(name: str) -> None:
     processor = pickle.loads(pickle.dumps(build_vision_processor(name)))
     assert type(processor) is type(build_vision_processor(name))

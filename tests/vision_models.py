@@ -24,7 +24,7 @@ from vision_families import FAMILIES, VisionFamily, build_vision_config, build_v
 import kvpref
 
 Picture = Pictures.Image
-NOT_FOR_THE_TOWER = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+NOT_FOR_THE_TOWER = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 _COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange", "purple")
 
 

@@ -73,7 +73,7 @@ class StepImages:
         for batch in step.batches:
             self._inputs.update(batch.image_inputs(self._inputs))
         sequences = tuple(sequence for batch in step.batches for sequence in batch.sequences)
-        self._passes = PassImages(inner, self._table, sequences, self._inputs)
+        self._passes = PassImages(inner, self._table, sequences, self._inputs, self._images)
 
     @property
     def passes(self) -> PassImages | None:

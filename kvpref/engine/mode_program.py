@@ -109,7 +109,7 @@ def _images(
     if cache.image_features is None:
         with region("vision tower"), checkpointed(model, checkpoints_pass(checkpoint, is_prefix=True)):
             cache.image_features = image_features(model, plan.images, inputs)
-    return PassImages(model, cache.image_features, batch.sequences, inputs)
+    return PassImages(model, cache.image_features, batch.sequences, inputs, plan.images)
 
 
 def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.Tensor, ...]:

@@ -50,7 +50,7 @@ def attach(model: M, *, listed_only: bool = True, padded_only: bool = False) -> 
     _own_config(inner)
     name = interface.attention_name(inner)
     before = interface.select(inner, name)
-    if inner.config._attn_implementation != name:
+    if not interface.is_selected(inner.config):
         raise UnsupportedModelError(
             f"{type(inner).__name__} does not route attention through transformers' attention interface. "
             f"{SAFE_FALLBACK.capitalize()}"

@@ -101,8 +101,11 @@ def _parts(config: Any) -> list[Any]:
 
 
 def is_selected(config: Any) -> bool:
-    """Whether the layers that read a config run kvpref's attention."""
-    return config._attn_implementation in (ATTENTION_NAME, EAGER_NAME)
+    """Whether the layers of a model that run on text run kvpref's attention.
+
+    Not by the model's own config: some towers keep a model from choosing for itself (GOT-OCR2).
+    """
+    return config.get_text_config(decoder=True)._attn_implementation in (ATTENTION_NAME, EAGER_NAME)
 
 
 def mask_function(

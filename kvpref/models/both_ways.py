@@ -31,6 +31,9 @@ class BothWays:
     whole_spans: bool = False
     """Whether the window of a layer ends where their span begins, and not inside it."""
 
+    masks: bool = True
+    """Whether masks say so. If not, a prompt's first tokens see its images beside the text: it is shared as a whole."""
+
     setting: tuple[str, str] | None = None
     """Name of a setting of the language model's config, and its value, without which none do."""
 
@@ -45,7 +48,7 @@ class BothWays:
 
     def with_spans(self, rule: Rule, *, is_full: bool) -> Rule:
         """As `applied`, told whether the layers see all earlier tokens, however long sequences are."""
-        if self.spans == "none" or (is_full and not self.full_layers):
+        if self.spans == "none" or not self.masks or (is_full and not self.full_layers):
             return rule
         if rule.kind not in ("causal", "window"):
             raise UnsupportedModelError(
@@ -58,6 +61,7 @@ _FAMILIES = {
     "gemma3": BothWays(spans="images"),
     "gemma4": BothWays(spans="images", full_layers=False, setting=("use_bidirectional_attention", "vision")),
     "gemma4_unified": BothWays(spans="images", whole_spans=True, setting=("use_bidirectional_attention", "vision")),
+    "mllama": BothWays(spans="prompts", masks=False),
     "paligemma": BothWays(spans="prompts", whole_spans=True),
     "shieldgemma2": BothWays(spans="images"),
 }
@@ -104,7 +108,7 @@ _padded: ContextVar[_PaddedSpans | None] = ContextVar("kvpref_padded_spans", def
 @contextmanager
 def padded_spans(model: PreTrainedModel, item: PassPlan) -> Iterator[None]:
     """While the rows of mode ``padded`` run, let their spans see both ways."""
-    if not any(item.spans_of_rows):
+    if not any(item.spans_of_rows) or not both_ways_of(model.config).masks:
         yield
         return
     numbers = torch.full(item.input_ids.shape, -1)

@@ -16,6 +16,9 @@ _checked: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 _PER_TOKEN = frozenset({"NemotronHMLP", "NemotronHMoE"})
 """What stands in a layer's `mixer` where the layer mixes no tokens."""
 
+_TO_IMAGES = frozenset({"MllamaCrossAttentionDecoderLayer"})
+"""Layers whose tokens attend to images, and not to one another."""
+
 
 def check_all_took_part(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Check that where some layers of a list attended, all others did.
@@ -50,4 +53,4 @@ def _is(first: nn.Module, second: nn.Module) -> bool:
 
 
 def _is_per_token(layer: nn.Module) -> bool:
-    return type(getattr(layer, "mixer", None)).__name__ in _PER_TOKEN
+    return type(getattr(layer, "mixer", None)).__name__ in _PER_TOKEN or type(layer).__name__ in _TO_IMAGES

@@ -197,7 +197,7 @@ class SharedPrefix:
         if shared.images:
             # Before: the tower keeps its attention.
             features = image_features(self._model, shared.images, plan.image_inputs)
-            images = PassImages(self._model, features, shared.sequences, plan.image_inputs)
+            images = PassImages(self._model, features, shared.sequences, plan.image_inputs, shared.images)
         with self._own_calls(), selected_attention(self._model):
             hidden = run_level_pass(
                 self._model,

@@ -17,14 +17,21 @@ class VisionFamily:
     join: int = 0
     """The dimension along which its processor puts the pixels of several images one after another."""
 
+    join_of_row: int | None = None
+    """The same for images of one row of text; None where it is `join`."""
+
     projector: str = ""
     """The part of the model that its `get_image_features` leaves out."""
+
+    cross_attention: bool = False
+    """Whether layers attend to images beside the text, which has one placeholder for each; see `cross_attention`."""
 
     casts_pixels: bool = False
     """Whether pixels have to be cast to the dtype of its weights, which its own code does not do."""
 
 
 _PLAIN = VisionFamily()
+_IN_ONE_ROW = VisionFamily(join_of_row=1)
 _IN_ONE_STRIP = VisionFamily(join=3)
 
 VISION: dict[str, VisionFamily] = {
@@ -47,11 +54,12 @@ VISION: dict[str, VisionFamily] = {
     "glm4v_moe": _PLAIN,
     "glm_ocr": _PLAIN,
     "glmga": _PLAIN,
+    "got_ocr2": VisionFamily(casts_pixels=True),
     "granite_docling": _PLAIN,
     "hunyuan_vl": _PLAIN,
     "hyperclovax_vision_v2": _PLAIN,
-    "idefics2": _PLAIN,
-    "idefics3": _PLAIN,
+    "idefics2": _IN_ONE_ROW,
+    "idefics3": _IN_ONE_ROW,
     "internvl": _PLAIN,
     "janus": _PLAIN,
     "kimi_k25": _PLAIN,
@@ -67,9 +75,11 @@ VISION: dict[str, VisionFamily] = {
     "minicpmv4_6": _IN_ONE_STRIP,
     "minicpmv4_7": _IN_ONE_STRIP,
     "mistral3": _PLAIN,
+    "mllama": VisionFamily(join_of_row=1, cross_attention=True),
     "muse_glimmer": _PLAIN,
     "paddleocr_vl": _PLAIN,
     "paligemma": _PLAIN,
+    "pp_chart2table": VisionFamily(casts_pixels=True),
     "qianfan_ocr": _PLAIN,
     "qwen2_5_omni_thinker": _PLAIN,
     "qwen2_5_vl": _PLAIN,
@@ -80,16 +90,19 @@ VISION: dict[str, VisionFamily] = {
     "qwen3_vl": _PLAIN,
     "qwen3_vl_moe": _PLAIN,
     "shieldgemma2": _PLAIN,
-    "smolvlm": _PLAIN,
+    "smolvlm": _IN_ONE_ROW,
     "step3p7": _PLAIN,
     "video_llama_3": _PLAIN,
     "video_llava": _PLAIN,
     "vipllava": _PLAIN,
 }
 
+_TIMM = "its tower is of the package timm, and nobody has checked it"
+
 WITHOUT_IMAGES: dict[str, str] = {
+    "emu3": "its tower normalises over all images of a batch while it trains",
     "ernie4_5_vl_moe": "it routes tokens of images to experts of their own",
-    "granite4_vision": "it adds features of images to its layers by number, and puts none in place of embeddings",
+    "gemma3n": _TIMM,
     "ovis2": "its tower makes the embeddings of the tokens around an image too",
 }
 """Why families that are exact given text are given no images: of the model, it ..."""
@@ -103,9 +116,9 @@ TEXT_PARTS = frozenset(
         "glm4v_moe_text",
         "glm4v_text",
         "glm_ocr_text",
-        "granite4_vision_text",
         "granite_docling_text",
         "hunyuan_vl_text",
+        "mllama_text_model",
         "muse_glimmer_text",
         "paddleocr_vl_text",
         "qwen2_5_omni_text",

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvpref.models.vision.cross_attention import CrossImages
+from kvpref.models.vision.families import family_of
 from kvpref.models.vision.positions import ImagePositions
 from kvpref.plan.batch import ImageInputs
 from kvpref.plan.passes import PassPlan
 from kvpref.records.groups import Sequence as TokenSequence
+from kvpref.records.images import Image
 from kvpref.state.image_features import FeatureSource
 
 
@@ -23,6 +26,7 @@ class PassImages:
         features: The table that the plan's `image_index` points into.
         sequences: Those of the batch or step.
         inputs: Of the tower by image key.
+        images: Those of the table, in order.
     """
 
     def __init__(
@@ -31,9 +35,12 @@ class PassImages:
         features: FeatureSource,
         sequences: Sequence[TokenSequence],
         inputs: Mapping[str, ImageInputs],
+        images: Sequence[Image],
     ) -> None:
         self.features = features
         self._positions = ImagePositions(model, sequences, inputs)
+        is_beside = family_of(model).cross_attention
+        self._cross = CrossImages(model, sequences, inputs, images) if is_beside else None
 
     def merge(self, item: PassPlan, embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings of a pass with features in the place of placeholders.
@@ -44,12 +51,13 @@ class PassImages:
         """
         if not item.image_rows.numel():
             return embeds
-        rows = self.features.rows(0, item.image_index).to(embeds.dtype)
+        # Where layers attend to images, their states stand behind the embedding.
+        rows = self.features.rows(0, item.image_index)[:, : embeds.shape[-1]].to(embeds.dtype)
         return embeds.flatten(0, 1).index_copy(0, item.image_rows, rows).view_as(embeds)
 
     def layer_inputs(self, item: PassPlan) -> dict[str, Any]:
         """Keyword arguments of the stack of layers: positions where they are the model's own, deepstack features."""
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {} if self._cross is None else self._cross.layer_inputs(item, self.features)
         positions = self._positions.of_pass(item)
         if positions is not None:
             found["position_ids"] = positions

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvpref.models.both_ways import both_ways_of
+from kvpref.models.vision.cross_attention import own_mask
 from kvpref.models.vision.families import family_of
 from kvpref.models.vision.tower import inputs_named_by
 from kvpref.records.groups import Sequence
@@ -27,11 +28,15 @@ def own_inputs(model: PreTrainedModel, sequence: Sequence) -> dict[str, Any]:
     given: dict[str, Any] = {"input_ids": torch.tensor([sequence.input_ids])}
     if sequence.images:
         inputs = [placed.image.read() for placed in sequence.images]
-        given.update(inputs_named_by(forward, inputs, family_of(model).join))
+        family = family_of(model)
+        join = family.join if family.join_of_row is None else family.join_of_row
+        given.update(inputs_named_by(forward, inputs, join))
+        if family.cross_attention:
+            given["cross_attention_mask"] = own_mask(sequence, inputs)
         if "mm_token_type_ids" in names:
             given["mm_token_type_ids"] = _types(sequence, sequence.image_runs)
     spans = both_ways_of(model.config).spans
-    if spans == "prompts":
+    if spans == "prompts" and "token_type_ids" in names:
         given["token_type_ids"] = 1 - _types(sequence, sequence.prompt_runs)
     elif spans == "images" and "token_type_ids" in names:
         given["token_type_ids"] = _types(sequence, sequence.image_runs)

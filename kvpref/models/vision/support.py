@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
@@ -37,3 +38,9 @@ def check_images(model: PreTrainedModel, images: Sequence[Image]) -> None:
         raise UnsupportedModelError(
             f"model type {name!r} is not among those known to be exact with images: {', '.join(sorted(VISION))}"
         )
+    for part, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise UnsupportedModelError(
+                f"{part} normalises over all images of a batch while it trains, so features of an image depend on the "
+                "others; call .eval() on the tower"
+            )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kvpref.errors import RunError, UnsupportedModelError
 from kvpref.models.backbone import backbone
 from kvpref.models.vision.families import family_of
+from kvpref.models.vision.image_states import states_of_images
 from kvpref.plan.batch import ImageInputs
 from kvpref.records.host_copies import to_device
 from kvpref.records.images import Image
@@ -24,7 +25,7 @@ from kvpref.tracing import mark
 
 def has_tower(model: PreTrainedModel) -> bool:
     """Whether a model turns images into features."""
-    return hasattr(_owner(model), "get_image_features")
+    return family_of(model).cross_attention or hasattr(_owner(model), "get_image_features")
 
 
 def _owner(model: PreTrainedModel) -> Any:
@@ -49,7 +50,8 @@ def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapp
     """
     parts: dict[int, list[torch.Tensor]] = {}
     for numbers in _of_equal_shapes(images, inputs, family_of(model).join):
-        made = _run_tower(model, [inputs[images[number].key] for number in numbers])
+        token_id = images[numbers[0]].token_id
+        made = _run_tower(model, [inputs[images[number].key] for number in numbers], token_id)
         sizes = [images[number].num_tokens for number in numbers]
         for tensor in made:
             if tensor.shape[0] != sum(sizes):
@@ -79,9 +81,10 @@ def inputs_named_by(function: Any, inputs: Sequence[ImageInputs], join: int = 0)
     return {name: _joined([of_image[name] for of_image in inputs], join) for name in names}
 
 
-def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs]) -> tuple[torch.Tensor, ...]:
+def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs], token_id: int) -> tuple[torch.Tensor, ...]:
     owner, family = _owner(model), family_of(model)
-    function = owner.get_image_features
+    base: Any = backbone(model)
+    function = base.vision_model.forward if family.cross_attention else owner.get_image_features
     weight = next(model.parameters())
     given = {
         name: to_device(value, weight.device) if isinstance(value, torch.Tensor) else value
@@ -90,6 +93,8 @@ def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs]) -> tuple[t
     mark("pixel inputs", *(value for value in given.values() if isinstance(value, torch.Tensor)))
     if family.casts_pixels:
         given = {name: _cast(value, weight.dtype) for name, value in given.items()}
+    if family.cross_attention:
+        return (states_of_images(model, given, token_id),)
     made = function(**given, return_dict=True)
     features = made.last_hidden_state if made.pooler_output is None else made.pooler_output
     if family.projector:
