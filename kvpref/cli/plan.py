@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +26,7 @@ from kvpref.errors import InputError
 if TYPE_CHECKING:
     from kvpref.engine.options import EngineOptions
     from kvpref.profiling.prediction.fit import VariantPlan
+    from kvpref.profiling.prediction.images import PromptStart
     from kvpref.profiling.prediction.model import TrainingSetup
     from kvpref.profiling.prediction.peak import Predictor
     from kvpref.profiling.prediction.step import GroupShape
@@ -46,6 +46,8 @@ def plan(
         str | None, typer.Option(help="Take lengths not given from this data.", show_default="none")
     ] = None,
     tokenizer: Annotated[str | None, TOKENIZER] = None,
+    images: Annotated[int, typer.Option(help="Images per prompt, made up; those of --data otherwise.")] = 0,
+    image_size: Annotated[str, typer.Option(help="Width x height of made-up images, in pixels.")] = "640x480",
     lengths: Annotated[str, typer.Option(help="Which of the data's lengths: max, p90, p50.")] = "max",
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
     bf16: Annotated[bool | None, BF16] = None,
@@ -66,6 +68,7 @@ def plan(
     Example: kvpref plan ./llama --gpu-memory 80GiB --prompt-tokens 4096 --response-tokens 512 --num-responses 16
     """
     from kvpref.cli.adapters import refuse_to_plan
+    from kvpref.cli.made_up_images import made_up_start
     from kvpref.cli.plan_command import Subject
     from kvpref.cli.plan_report import PlanReport, describe
     from kvpref.training.adapters import ALL_LINEAR
@@ -74,7 +77,9 @@ def plan(
     memory_bytes, reserve_bytes = parse_bytes(gpu_memory, "--gpu-memory"), parse_bytes(reserve, "--reserve")
     if reserve_bytes >= memory_bytes:
         raise InputError(f"--reserve {reserve} leaves nothing of --gpu-memory {gpu_memory}")
-    shape = _shape(model, data, tokenizer, lengths, (prompt_tokens, response_tokens, num_responses))
+    given = (prompt_tokens, response_tokens, num_responses)
+    made_up = made_up_start(tokenizer or model, images, image_size) if images else None
+    shape = _shape(model, data, tokenizer, lengths, given, made_up)
     setup = _setup(dtype, bf16, optimizer, lora_r, lora_target_modules or ALL_LINEAR, device)
     predictor = _predictor(model, setup, num_shards)
     plans = _plan_variants(predictor, shape, memory_bytes - reserve_bytes, checkpoint, prefix_cache)
@@ -88,35 +93,45 @@ def plan(
     report.show(f"{model}: {gpu_memory} less {reserve} in reserve; {describe(shape)}")
     if json_:
         settings = {"model": model, "gpu_memory_bytes": memory_bytes, "reserve_bytes": reserve_bytes}
-        print(json.dumps({**settings, "shape": asdict(shape), **report.to_json()}))
+        print(json.dumps({**settings, "shape": shape.to_json(), **report.to_json()}))
 
 
 def _shape(
-    model: str, data: str | None, tokenizer: str | None, which: str, given: tuple[int | None, int | None, int | None]
+    model: str,
+    data: str | None,
+    tokenizer: str | None,
+    which: str,
+    given: tuple[int | None, int | None, int | None],
+    start: PromptStart | None,
 ) -> GroupShape:
     from kvpref.profiling.prediction.step import GroupShape
 
     found: tuple[int | None, int | None, int | None] = (None, None, None)
     if data is not None:
-        found = _lengths_of(data, tokenizer or model, which)
+        found, of_data = _lengths_of(data, tokenizer or model, which)
+        start = start or of_data
     lengths = [own if own is not None else other for own, other in zip(given, found, strict=True)]
     if any(length is None for length in lengths):
         raise InputError("give --prompt-tokens, --response-tokens and --num-responses, or --data")
     prompt, response, count = (length or 0 for length in lengths)
-    return GroupShape(prompt_tokens=prompt, response_tokens=response, num_responses=count)
+    if start is not None and given[0] is None:
+        prompt = max(prompt, start.num_tokens)
+    return GroupShape(prompt_tokens=prompt, response_tokens=response, num_responses=count, start=start)
 
 
-def _lengths_of(data: str, tokenizer: str, which: str) -> tuple[int, int, int]:
-    """Prompt tokens, response tokens and responses per prompt."""
+def _lengths_of(data: str, tokenizer: str, which: str) -> tuple[tuple[int, int, int], PromptStart | None]:
+    """Prompt tokens, response tokens and responses per prompt; the beginning of the prompt with the most images."""
     from kvpref.data import load_preferences, load_processor, summarize_dataset
+    from kvpref.profiling.prediction.images import most_images
 
     if which not in _LENGTHS:
         raise InputError(f"unknown lengths {which!r}; choose from: {', '.join(_LENGTHS)}")
     print(f"reading {data}", file=sys.stderr)
-    statistics = summarize_dataset(load_preferences(data, load_processor(tokenizer)))
+    groups = load_preferences(data, load_processor(tokenizer))
+    statistics = summarize_dataset(groups)
     summaries = (statistics.prompt_tokens, statistics.response_tokens, statistics.sequences_per_group)
     prompt, response, count = (getattr(summary, which) for summary in summaries)
-    return prompt, response, count
+    return (prompt, response, count), most_images(groups)
 
 
 def _setup(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpref.cli.plan_command import Subject, has_optimizer, train_command
+from kvpref.profiling.memory.tracker import VISION_CATEGORIES
 from kvpref.profiling.prediction.fit import VariantPlan
 from kvpref.profiling.prediction.model import TrainingSetup
 from kvpref.profiling.prediction.peak import PeakPrediction
@@ -71,10 +72,22 @@ class PlanReport:
             return [*notes, "bounded is left out: it does not run sharded models", NOT_CHECKED]
         return [*notes, "the largest N of bounded continues the line through two predictions", NOT_CHECKED]
 
+    def images(self) -> list[str]:
+        """What images hold at the peak of one group."""
+        found = []
+        for plan in self.plans:
+            held = plan.one_group.bytes_by_category
+            parts = [f"{name} {gib(held[name])}" for name in VISION_CATEGORIES if name in held]
+            if parts:
+                found.append(f"{plan.name}: of one group's peak, {', '.join(parts)}")
+        return found
+
     def show(self, title: str) -> None:
         """Print the table, and the command that runs what fits."""
         console = Console()
         console.print(self._table(title))
+        for line in self.images():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for plan in self.plans:
             command = self.command(plan)
             if command is not None:
@@ -143,7 +156,11 @@ class PlanReport:
 
 def describe(shape: GroupShape) -> str:
     """The lengths in words."""
-    return f"{shape.prompt_tokens} prompt tokens, {shape.num_responses} responses of {shape.response_tokens}"
+    images = ""
+    if shape.start is not None:
+        count = len(shape.start.images)
+        images = f" ({shape.start.num_image_tokens} of them of {count} image{'s' if count > 1 else ''})"
+    return f"{shape.prompt_tokens} prompt tokens{images}, {shape.num_responses} responses of {shape.response_tokens}"
 
 
 def gib(num_bytes: int) -> str:

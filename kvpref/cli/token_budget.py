@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.sizes import size_in_words
-from kvpref.data import DataStatistics, PreferenceDataset, summarize_dataset
+from kvpref.data import PreferenceDataset, summarize_dataset
 from kvpref.data.batching.costs import COUNTS
 from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
 from kvpref.models.support import unwrap
 from kvpref.profiling.prediction.fit import largest_fitting, num_tokens
+from kvpref.profiling.prediction.images import most_images
 from kvpref.profiling.prediction.model import TrainingSetup
 from kvpref.profiling.prediction.peak import Predictor
 from kvpref.profiling.prediction.step import GroupShape
@@ -95,7 +96,7 @@ def fitting_budget(
     if args.world_size > 1:
         # DistributedDataParallel sends copies of the gradients.
         usable -= sum(item.nbytes for item in model.parameters() if item.requires_grad)
-    shape = _longest(summarize_dataset(groups))
+    shape = _longest(groups)
     variant = EngineOptions(mode=args.mode, checkpoint=args.checkpoint)
     try:
         predictor = Predictor(unwrap(model).config, _setup(model, run, args))
@@ -140,7 +141,7 @@ def predict_peak(
     reason = _unpredictable(model, run, args, loss)
     if reason is not None:
         return f"peak not predicted: {reason}"
-    shape, count = _longest(summarize_dataset(groups)), args.per_device_train_batch_size
+    shape, count = _longest(groups), args.per_device_train_batch_size
     if budget is not None:
         count = min(count, max(1, budget // num_tokens(args.mode, shape)))
     try:
@@ -183,10 +184,12 @@ def _setup(model: nn.Module, run: RunConfig, args: PreferenceTrainingArguments) 
     )
 
 
-def _longest(found: DataStatistics) -> GroupShape:
+def _longest(groups: PreferenceDataset) -> GroupShape:
     """A group that no other exceeds in anything."""
+    found, start = summarize_dataset(groups), most_images(groups)
     return GroupShape(
-        prompt_tokens=max(1, found.prompt_tokens.max),
+        start=start,
+        prompt_tokens=max(1, found.prompt_tokens.max, 0 if start is None else start.num_tokens),
         response_tokens=max(1, found.response_tokens.max),
         num_responses=found.sequences_per_group.max,
     )

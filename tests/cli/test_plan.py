@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from command_line import environment
-from command_line_in_process import fail
+from command_line_in_process import fail, run
+from vision_files import save_model, write_pairs
 
 from kvpref.plan.modes import MODES
 
@@ -156,3 +157,31 @@ def test_lengths_come_from_data(tmp_path: Path, tokenizer_dir: Path, pairs_file:
     plan = plan_of(small(tmp_path), "--data", pairs_file, "--tokenizer", tokenizer_dir, "--num-responses", 5, *memory)
     # 18 words; two words and the end; the option given wins over the data's pairs.
     assert plan["shape"] == {"prompt_tokens": 18, "response_tokens": 3, "num_responses": 5}
+
+
+SMALL = ("--gpu-memory", "6MiB", "--reserve", "1MiB", "--device", "cpu", "--json")
+
+
+def test_images_are_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_model("gemma3", tmp_path)
+    lengths = (folder, "--prompt-tokens", 100, "--response-tokens", 8, "--num-responses", 2, *SMALL)
+    found = []
+    for images in ((), ("--images", 2, "--image-size", "40x32")):
+        run("plan", *lengths, *images)
+        out = capsys.readouterr().out
+        found.append(json.loads(out.splitlines()[-1]))
+    assert found[1]["shape"]["num_images"] == 2
+    assert 0 < found[1]["shape"]["image_tokens"] < 100
+    for plain, seeing in zip(*(plan["variants"] for plan in found), strict=True):
+        assert plain["one_group"]["total_bytes"] < seeing["one_group"]["total_bytes"]
+        assert seeing["one_group"]["bytes_by_category"]["pixel inputs"] > 0
+    assert "full: of one group's peak, activations vision tower" in out
+    assert "a size such as 640x480" in fail(capsys, "plan", *lengths, "--images", 1, "--image-size", "big")
+
+
+def test_images_of_data_are_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, pairs = save_model("gemma3", tmp_path / "model"), write_pairs(tmp_path / "data")
+    run("plan", folder, "--data", pairs, "--lengths", "p50", *SMALL)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["shape"]["num_images"] == 2
+    assert found["shape"]["prompt_tokens"] > found["shape"]["image_tokens"]

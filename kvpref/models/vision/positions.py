@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from kvpref.models.backbone import backbone
@@ -47,12 +48,13 @@ class ImagePositions:
         """(A, B, T) int64 on the pass's device; None where a token's position is its place in the sequence."""
         if self._function is None or not any(sequence.images for sequence in self._sequences):
             return None
-        if item.row_runs:
-            found = torch.cat([self._of_run(run) for run in item.row_runs], dim=1).unsqueeze(1)
-        else:
-            width = item.input_ids.shape[1]
-            rows = [self._of_run((number, 0, width)) for number in range(len(self._sequences))]
-            found = torch.stack(rows, dim=1)
+        with unset_fake_temporarily():  # the model's function reads tokens and sizes of images
+            if item.row_runs:
+                found = torch.cat([self._of_run(run) for run in item.row_runs], dim=1).unsqueeze(1)
+            else:
+                width = item.input_ids.shape[1]
+                rows = [self._of_run((number, 0, width)) for number in range(len(self._sequences))]
+                found = torch.stack(rows, dim=1)
         return to_device(found, item.input_ids.device)
 
     def _of_run(self, run: RowRun) -> torch.Tensor:

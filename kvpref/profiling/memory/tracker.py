@@ -30,6 +30,7 @@ ACTIVATIONS = "activations "
 
 TOWER = "vision tower"
 VISION_ACTIVATIONS = ACTIVATIONS + TOWER
+VISION_CATEGORIES = (VISION_ACTIVATIONS, PIXEL_INPUTS, IMAGE_FEATURES, IMAGE_FEATURE_GRADIENTS)
 
 OUTSIDE = "outside"
 """Where `MemoryTracker.peak_by_region` puts what ran outside all regions."""

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvpref.errors import InputError
 from kvpref.models.attach import attach
+from kvpref.models.backbone import text_backbone
 from kvpref.models.classes import model_class
 from kvpref.models.support import check_config, unwrap
 from kvpref.training.adapters import ALL_LINEAR, find_targets
@@ -152,8 +153,9 @@ def layers_repeat(config: PreTrainedConfig) -> bool:
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The decoder layers of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The decoder layers of a model, in order; not those of its vision tower."""
+    layers = text_backbone(unwrap(model)).modules()
+    return [module for module in layers if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -8,12 +8,15 @@ from functools import partial
 from typing import NamedTuple
 
 from kvpref.engine.options import EngineOptions
+from kvpref.engine.reads import batch_for
 from kvpref.engine.schedules import forward_backward, forward_backward_step
 from kvpref.errors import InputError
 from kvpref.losses import LossOutput
 from kvpref.plan.batch import Batch, collate
 from kvpref.plan.step import join_batches
 from kvpref.profiling.memory.tracker import OPTIMIZER, MemoryTracker
+from kvpref.profiling.prediction.images import PromptStart
+from kvpref.profiling.prediction.integers import RealIntegers
 from kvpref.profiling.prediction.kernels import running_on
 from kvpref.profiling.prediction.model import FakeTraining
 from kvpref.records.groups import Group
@@ -27,17 +30,31 @@ class GroupShape:
     """The lengths of made-up groups: one prompt with so many responses each.
 
     Raises:
-        InputError: If a length is not positive.
+        InputError: If a length is not positive, or the images of a prompt are longer than it.
     """
 
     prompt_tokens: int
     response_tokens: int
     num_responses: int
+    start: PromptStart | None = None
+    """Images that prompts begin with."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "response_tokens", "num_responses"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.start is not None and self.start.num_tokens > self.prompt_tokens:
+            raise InputError(
+                f"prompts of {self.prompt_tokens} tokens cannot hold their images, which end at token "
+                f"{self.start.num_tokens}; raise --prompt-tokens"
+            )
+
+    def to_json(self) -> dict[str, int]:
+        """JSON values."""
+        found = {name: getattr(self, name) for name in ("prompt_tokens", "response_tokens", "num_responses")}
+        if self.start is None:
+            return found
+        return {**found, "num_images": len(self.start.images), "image_tokens": self.start.num_image_tokens}
 
     @property
     def unique_tokens(self) -> int:
@@ -58,12 +75,23 @@ class GroupShape:
         """
         groups = []
         for group in range(num_groups):
-            prompt = [group, *[0] * (self.prompt_tokens - 1)]
-            responses = [[index, *[0] * (self.response_tokens - 1)] for index in range(self.num_responses)]
+            filler, *firsts = self._token_ids()
+            start = self.start
+            prompt = [group] if start is None else list(start.input_ids)
+            prompt += [filler] * (self.prompt_tokens - len(prompt))
+            responses = [[first, *[filler] * (self.response_tokens - 1)] for first in firsts]
             if ragged and group == 0 and self.response_tokens > 1:
                 responses[0] = responses[0][:-1]
-            groups.append(Group([TokenSequence.from_prompt_and_response(prompt, response) for response in responses]))
+            images = () if start is None else start.images_of(group)
+            sequences = [TokenSequence.from_prompt_and_response(prompt, response) for response in responses]
+            groups.append(Group([TokenSequence(one.input_ids, one.scored, images) for one in sequences]))
         return collate(groups)
+
+    def _token_ids(self) -> list[int]:
+        """What fills prompts and responses, and what each response begins with."""
+        if self.start is None:
+            return [0, *range(self.num_responses)]
+        return self.start.free_ids(1 + self.num_responses)
 
 
 class Moment(NamedTuple):
@@ -97,13 +125,15 @@ def trace_step(training: FakeTraining, batch: Batch, variant: EngineOptions, dev
             moments.append(Moment(operator, current_region(), now.total_bytes, now.bytes_by_category))
 
         record("start")
-        with running_on(device_type, record):
+        with running_on(device_type, record), RealIntegers():
             step()
     return moments
 
 
 def _prepare(training: FakeTraining, batch: Batch, variant: EngineOptions) -> Callable[[], object]:
     """The step, with its index tensors made now, as real ones: the engine reads some of them."""
+    batch = batch_for(training.model, batch, "tokens")
+    batch.image_inputs()
     if variant.schedule != "bounded":
         batch.plan(variant.mode)
         return partial(forward_backward, training.model, batch, _made_up_loss, variant)
