@@ -159,7 +159,8 @@ def test_lengths_come_from_data(tmp_path: Path, tokenizer_dir: Path, pairs_file:
     assert plan["shape"] == {"prompt_tokens": 18, "response_tokens": 3, "num_responses": 5}
 
 
-SMALL = ("--gpu-memory", "6MiB", "--reserve", "1MiB", "--device", "cpu", "--json")
+# Where nothing fits, nothing is searched for.
+SMALL = ("--gpu-memory", "1MiB", "--reserve", "768KiB", "--device", "cpu", "--json")
 
 
 def test_images_are_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
