@@ -52,6 +52,7 @@ def find_layers(config: Any) -> dict[str, Any]:
     import torch
 
     import kvpref
+    from kvpref.engine.reads import reads_of
     from kvpref.models.record import recorded
     from kvpref.models.support import unwrap
     from kvpref.profiling.prediction.model import TrainingSetup, build_fake_training
@@ -62,7 +63,7 @@ def find_layers(config: Any) -> dict[str, Any]:
     group = kvpref.Group(
         [kvpref.Sequence.from_prompt_and_response(prompt, [2 + i] * n) for i, n in enumerate(_RESPONSES)]
     )
-    batch = kvpref.collate([group])
+    batch = kvpref.collate([group], reads=reads_of(model, "tokens"))
     batch.plan("two_pass")  # of real tensors, which the engine reads
     with fake.mode, torch.no_grad(), recorded() as record:
         kvpref.response_logps(model, batch)

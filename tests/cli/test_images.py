@@ -131,6 +131,12 @@ def test_random_weights_of_a_configuration(folders: dict[str, Path], pairs: Path
     assert model.config.model_type == "qwen2_5_vl"
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_check_knows_the_family(name: str, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run("check", folders[name])
+    assert f"supported ({name}, " in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_vision_cannot_be_frozen_where_there_is_none(
     config_file: Path, tokenizer_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
