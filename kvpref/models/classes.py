@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from kvpref.models import reward_classes
 
@@ -30,7 +30,8 @@ def model_class(config: PreTrainedConfig, reads: str = "tokens") -> Any:
     """
     if reads != "ends":
         return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
-    if sees_images(config) and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    # By name: a class that was loaded as remote code takes the place of what the mapping itself has.
+    if sees_images(config) and config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         return _MadeRewardModel(config)
     return AutoModelForSequenceClassification
 

@@ -65,6 +65,7 @@ def test_transformers_alone_loads_what_was_saved(name: str, tmp_path: Path) -> N
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    assert type(reward_model(name)) is type(model)  # what was loaded as remote code does not take its place
     torch.testing.assert_close(own_rewards(whole.eval(), made), own_rewards(model, made))
     _, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
