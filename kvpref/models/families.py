@@ -199,6 +199,7 @@ _SEVERAL_TOKENS = "it predicts several tokens of sound at each position"
 _ENCODER = "its prompts go through an encoder"
 _ALWAYS_AN_IMAGE = "its forward takes no prompt without an image"
 _BESIDE = "its layers attend to an image beside the text"
+_POSITIONS = "its positions of images differ between releases of transformers"
 _UNCHECKED = "nobody has checked it on a small model"
 
 REFUSED: dict[str, Refusal] = {
@@ -264,6 +265,8 @@ REFUSED: dict[str, Refusal] = {
     "pix2struct": Refusal(_ENCODER, "idefics3"),
     "pp_formulanet": Refusal(_ENCODER, "got_ocr2"),
     "prophetnet": Refusal("it predicts several tokens ahead with attention of its own", "opt"),
+    "qwen2_5_omni_thinker": Refusal(_POSITIONS, "qwen2_5_vl"),
+    "qwen3_omni_moe_thinker": Refusal(_POSITIONS, "qwen3_vl_moe"),
     "qwen4_exp": Refusal(_SPARSE, "qwen3_next"),
     "qwen4_exp_text": Refusal(_SPARSE, "qwen3_next"),
     "recurrent_gemma": Refusal(_RECURRENT, "gemma2"),

@@ -35,7 +35,7 @@ _IN_ONE_ROW = VisionFamily(join_of_row=1)
 _IN_ONE_STRIP = VisionFamily(join=3)
 
 VISION: dict[str, VisionFamily] = {
-    "aria": _PLAIN,
+    "aria": VisionFamily(casts_pixels=True),
     "aya_vision": _PLAIN,
     "chameleon": VisionFamily(casts_pixels=True),
     "cohere2_vision": _PLAIN,
@@ -81,12 +81,10 @@ VISION: dict[str, VisionFamily] = {
     "paligemma": _PLAIN,
     "pp_chart2table": VisionFamily(casts_pixels=True),
     "qianfan_ocr": _PLAIN,
-    "qwen2_5_omni_thinker": _PLAIN,
     "qwen2_5_vl": _PLAIN,
     "qwen2_vl": _PLAIN,
     "qwen3_5": _PLAIN,
     "qwen3_5_moe": _PLAIN,
-    "qwen3_omni_moe_thinker": _PLAIN,
     "qwen3_vl": _PLAIN,
     "qwen3_vl_moe": _PLAIN,
     "shieldgemma2": _PLAIN,
@@ -121,10 +119,8 @@ TEXT_PARTS = frozenset(
         "mllama_text_model",
         "muse_glimmer_text",
         "paddleocr_vl_text",
-        "qwen2_5_omni_text",
         "qwen2_5_vl_text",
         "qwen2_vl_text",
-        "qwen3_omni_moe_text",
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "step3p5",

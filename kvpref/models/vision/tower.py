@@ -95,7 +95,13 @@ def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs], token_id: 
         given = {name: _cast(value, weight.dtype) for name, value in given.items()}
     if family.cross_attention:
         return (states_of_images(model, given, token_id),)
-    made = function(**given, return_dict=True)
+    try:
+        made = function(**given, return_dict=True)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} of this release of transformers makes features of images another way ({error}); "
+            "update transformers"
+        ) from error
     features = made.last_hidden_state if made.pooler_output is None else made.pooler_output
     if family.projector:
         features = getattr(owner, family.projector)(features)
