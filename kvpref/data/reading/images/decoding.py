@@ -16,6 +16,10 @@ class BadImageError(ValueError):
     """An image that cannot be used; the message says why, without its name."""
 
 
+# Turning these into RGB cuts every value off at 255: a 16-bit picture becomes all white.
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
 def decode(content: bytes) -> Picture:
     """Decode a whole file.
 
@@ -36,7 +40,7 @@ def upright(picture: Picture) -> Picture:
     """A picture in RGB, turned as its camera says.
 
     Raises:
-        BadImageError: If it is truncated, has no pixels, or holds several frames.
+        BadImageError: If it is truncated, has no pixels, holds several frames, or has more than 8 bits per channel.
     """
     import_pil()
     from PIL import ImageOps
@@ -49,6 +53,8 @@ def upright(picture: Picture) -> Picture:
         )
     if 0 in picture.size:
         raise BadImageError(f"has no pixels ({picture.width}x{picture.height})")
+    if picture.mode in _DEEP_MODES:
+        raise BadImageError(f"has more than 8 bits per channel (mode {picture.mode}); save it with 8")
     try:
         picture.load()
         return ImageOps.exif_transpose(picture).convert("RGB")

@@ -86,6 +86,8 @@ def noise():
         (saved(noise(), format="JPEG")[:-600], "`image` is truncated or broken"),
         (animation(), "`image` has 2 frames; animated"),
         (Image.new("RGB", (0, 3)), "`image` has no pixels"),
+        (saved(Image.new("I;16", (4, 3), 40_000), format="PNG"), "`image` has more than 8 bits per channel"),
+        (Image.new("F", (4, 3), 0.5), "`image` has more than 8 bits per channel"),
     ],
 )
 def test_images_that_cannot_be_used(store, content, reason):
