@@ -19,6 +19,9 @@ MAX_TOKENS_TRIED = 2**19
 MAX_RESPONSES_TRIED = 4096
 """No larger group is tried."""
 
+MAX_IMAGES_TRIED = 64
+"""No micro-batch with more runs of a tower is tried: many take images one by one, and so does predicting them."""
+
 _MAX_SECANTS = 8
 
 
@@ -136,9 +139,16 @@ def _plan_kept(
             limit=limit,
         )
 
+    num_images = 0 if shape.start is None else len(shape.start.images)
+    repeats = variant.mode not in SHARING_MODES
     max_groups = max(1, MAX_TOKENS_TRIED // num_tokens(variant.mode, shape))
+    max_responses = min(MAX_RESPONSES_TRIED, max_groups * given)
+    if num_images:
+        max_groups = min(max_groups, max(1, MAX_IMAGES_TRIED // (num_images * (given if repeats else 1))))
+    if num_images and repeats:
+        max_responses = min(max_responses, MAX_IMAGES_TRIED // num_images)
     groups = search(lambda number: peak(number, given), 1, max_groups)
-    responses = search(lambda number: peak(1, number), given, max(given, min(MAX_RESPONSES_TRIED, max_groups * given)))
+    responses = search(lambda number: peak(1, number), given, max(given, max_responses))
     return VariantPlan(
         name=name,
         variant=variant,
