@@ -7,6 +7,7 @@ from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, Any
 
 from kvpref.data.dataset import DataOptions, PreferenceDataset
+from kvpref.data.reading.columns import refuse_misnamed_images
 from kvpref.data.reading.files import Source, read_rows, source_folder, source_name
 from kvpref.data.reading.images.expansion import reads_images
 from kvpref.data.reading.images.rows import RowImages
@@ -87,6 +88,8 @@ class _Loader:
             if raw.error is not None:
                 raise RowError(raw.error)
             row = parse_row(raw.value, self._options.columns)
+            if self._images is not None and not row.images:
+                refuse_misnamed_images((*row.unread, *raw.left_out))
             rendered = self._render(row)
         except RowError as error:
             # Rows before this one may turn out bad when they are tokenized, and the first bad row is to be named.

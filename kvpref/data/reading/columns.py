@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from kvpref.data.reading.messages import RowError, type_name
@@ -13,6 +13,14 @@ PROMPT_COLUMNS = ("question", "query", "instruction", "prompts")
 
 IMAGE_COLUMNS = ("image", "images")
 """What a model sees with the prompt."""
+
+_LIKE_IMAGES = frozenset(
+    f"{kind}{part}{number}"
+    for kind in ("image", "img", "picture", "photo")
+    for part in ("", "_path", "_file", "_url", "_bytes")
+    for number in ("", "s")
+) - set(IMAGE_COLUMNS)
+"""Names that images go by elsewhere."""
 
 MEDIA_COLUMNS = ("video", "videos", "audio", "audios")
 """What a model would have to see or hear, which is refused until it can."""
@@ -144,6 +152,15 @@ def refuse_media(row: Mapping[str, Any]) -> None:
             raise RowError(
                 f"`{name}` is not empty, and video and audio are not supported; leave such rows out, or drop the "
                 "column to train without"
+            )
+
+
+def refuse_misnamed_images(unread: Iterable[str]) -> None:
+    """Raise RowError if one of the columns that nothing reads seems to hold the images of a row that has none."""
+    for name in unread:
+        if name.lower() in _LIKE_IMAGES or (name.lower() in IMAGE_COLUMNS and name not in IMAGE_COLUMNS):
+            raise RowError(
+                f"`{name}` is not read, and the row has no images; rename it to `images` if it holds them, or drop it"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 
+import datasets
 import pytest
 import torch
 from image_processors import KINDS, build_processor
@@ -205,6 +206,20 @@ def test_prompts_with_images_are_not_cut():
         load_preferences([row(1)], processor, DataOptions(max_prompt_tokens=length - 1))
     cut = load_preferences([row(1, chosen="AAAA")], processor, DataOptions(max_response_tokens=2))
     assert len(cut[0].sequences[0].images) == 1
+
+
+@pytest.mark.parametrize("name", ["pictures", "image_path", "Image", "img_urls"])
+def test_images_under_other_names_are_not_overlooked(name, tmp_path):
+    texts = {"prompt": question(0), "chosen": "A", "rejected": "Bc"}
+    processor = build_processor("qwen2_5_vl")
+    with pytest.raises(InputError, match=rf"row 1: `{name}` is not read.*`images`"):
+        load_preferences([{**texts, name: ["1.png"]}], processor)
+    table = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{**texts, name: ["1.png"]}]).to_parquet(table)
+    with pytest.raises(InputError, match=rf"row 1: `{name}` is not read"):
+        load_preferences(str(table), processor)
+    assert len(load_preferences([{**row(1), name: ["1.png"]}], processor)) == 1
+    assert len(load_preferences([{**texts, name: ["1.png"]}], processor.tokenizer)) == 1
 
 
 def test_images_without_a_processor_are_refused():
