@@ -109,9 +109,9 @@ def test_a_mode_that_differs_fails_the_run_after_the_report(
 ) -> None:
     real = steps.forward_backward
 
-    def broken(*args: Any, mode: str, **kwargs: Any) -> LossOutput:
-        output = real(*args, mode=mode, **kwargs)
-        return output._replace(loss=output.loss * 2) if mode == "padded" else output
+    def broken(model: Any, batch: Any, loss: Any, options: Any, **kwargs: Any) -> LossOutput:
+        output = real(model, batch, loss, options, **kwargs)
+        return output._replace(loss=output.loss * 2) if options.mode == "padded" else output
 
     monkeypatch.setattr(steps, "forward_backward", broken)
     with pytest.raises(RunError, match="not timed: padded"):

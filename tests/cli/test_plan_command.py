@@ -80,7 +80,7 @@ def test_the_commands_train_what_was_planned(
 ) -> None:
     reports: list[PlanReport] = []
     monkeypatch.setattr(PlanReport, "show", lambda self, title: reports.append(self))
-    monkeypatch.setattr("kvpref.cli.plan._lengths_of", lambda *names: (40, 8, 2))
+    monkeypatch.setattr("kvpref.cli.plan._lengths_of", lambda *names: ((40, 8, 2), None))
     monkeypatch.setattr("kvpref.profiling.prediction.fit.plan_variant", made_up_plan)
     lengths = () if "--data" in arguments else ("--prompt-tokens", 40, "--response-tokens", 8, "--num-responses", 2)
     config = tmp_path / "config.json"

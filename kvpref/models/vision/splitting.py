@@ -231,8 +231,7 @@ _KINDS: tuple[tuple[Splitter, str], ...] = (
     (
         Splitter(split=_by_grid, names=("pixel_values", "image_grid_thw")),
         "cohere_compass cosmos3_edge cosmos3_omni exaone4_5 glm46v glm4v glm4v_moe glm_ocr glmga hyperclovax_vision_v2 "
-        "lfm3_vl paddleocr_vl qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker "
-        "qwen3_vl qwen3_vl_moe",
+        "lfm3_vl paddleocr_vl qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
     ),
     (Splitter(split=_by_size, names=("pixel_values", "image_sizes")), "lighton_ocr llava mistral3"),
     (
