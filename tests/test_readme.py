@@ -128,6 +128,7 @@ def test_which_losses_couple_the_groups_of_a_micro_batch() -> None:
         ("forward_backward", "forward + backward"),
         ("train_step", "training step"),
         ("layer_kinds", "windows, recurrences, experts"),
+        ("images", "image prompts; `two_pass`, `bounded`"),
     ],
 )
 def test_speedups_are_those_that_were_measured(sweep: str, title: str) -> None:

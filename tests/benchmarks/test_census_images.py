@@ -14,7 +14,7 @@ from kvpref.models.families import REFUSED
 from kvpref.models.vision.families import VISION, WITHOUT_IMAGES
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-QUICK = ("idefics3", "minicpmv4_6", "mllama", "paligemma", "qwen3_vl")
+QUICK = ("idefics3", "mllama", "paligemma", "qwen3_vl")
 REST = [name for name in VISION if name not in QUICK and name in ENTRIES]
 
 

@@ -87,7 +87,12 @@ RUNS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+SAMPLED = ("DPO, qwen2_5_vl", "DPO, LoRA", "KTO, gemma3", "GRPO, llava")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.full) for name in RUNS]
+)
 def test_trls_numbers(name: str, paths: dict[str, str], tmp_path: Path) -> None:
     make, family, options = RUNS[name]
     plain = {key: value for key, value in options.items() if key != "MODE"}
