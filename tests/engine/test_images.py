@@ -95,6 +95,16 @@ def _prompt(image):
     return VisionPrompt("What is it?", (image,), ("A cat.", "A dog"))
 
 
+def test_an_image_may_end_a_sequence():
+    group = vision_groups("qwen2_5_vl").groups[0]
+    sequence = group.sequences[0]
+    end = sequence.images[0].runs[-1][1]
+    scored = (False, True, *sequence.scored[2:end])  # a token before the image
+    cut = kvpref.Sequence(sequence.input_ids[:end], scored, sequence.images)
+    found = kvpref.response_logps(attached("qwen2_5_vl"), kvpref.collate([kvpref.Group([cut]), group]))
+    assert found.token_logps.isfinite().all()
+
+
 def test_models_that_read_no_images_are_refused():
     model = kvpref.attach(tiny_model("llama", torch.float32))
     with pytest.raises(UnsupportedModelError, match="reads none"):

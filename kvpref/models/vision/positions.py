@@ -43,6 +43,7 @@ class ImagePositions:
         self._sequences, self._inputs = sequences, inputs
         self._function: Any = getattr(backbone(model), "get_rope_index", None)
         self._known: dict[Any, _Beginning] = {}
+        self._of_sequence: dict[int, _Beginning] = {}
 
     def of_pass(self, item: PassPlan) -> torch.Tensor | None:
         """(A, B, T) int64 on the pass's device; None where a token's position is its place in the sequence."""
@@ -63,7 +64,9 @@ class ImagePositions:
         sequence = self._sequences[number]
         if not sequence.images:
             return self._on_every_axis(first, stop)
-        positions, following = self._beginning(sequence)
+        if number not in self._of_sequence:
+            self._of_sequence[number] = self._beginning(sequence)
+        positions, following = self._of_sequence[number]
         end = positions.shape[1]
         after = self._on_every_axis(following + max(first, end) - end, following + max(stop, end) - end)
         return torch.cat([positions[:, first : min(stop, end)], after], dim=1)
@@ -79,8 +82,8 @@ class ImagePositions:
 
     def _beginning(self, sequence: TokenSequence) -> _Beginning:
         end = sequence.images[-1].runs[-1][1]
-        # One token more says where text goes on.
-        ids = sequence.input_ids[: end + 1]
+        # One token more says where text goes on; any does where the image is the sequence's end.
+        ids = (*sequence.input_ids, 0)[: end + 1]
         key = (ids, tuple(placed.image.key for placed in sequence.images))
         if key not in self._known:
             types = torch.zeros(1, len(ids), dtype=torch.int32)
