@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from kvpref.engine.level_pass import run_level_pass
 from kvpref.models.both_ways import padded_spans
-from kvpref.models.checkpointing import checkpointed, checkpoints_pass
+from kvpref.models.checkpointing import checkpointed, checkpoints_pass, is_checkpointing
+from kvpref.models.compilation import is_compiled
 from kvpref.models.experts import RouterTally
 from kvpref.models.head import head_outputs
 from kvpref.models.support import check_training_state
@@ -109,7 +110,8 @@ def _images(
     if cache.image_features is None:
         with region("vision tower"), checkpointed(model, checkpoints_pass(checkpoint, is_prefix=True)):
             cache.image_features = image_features(model, plan.images, inputs)
-    return PassImages(model, cache.image_features, batch.sequences, inputs, plan.images)
+    keeps = checkpoint == "none" and not (is_checkpointing(model) or is_compiled(model))
+    return PassImages(model, cache.image_features, batch.sequences, inputs, plan.images, keeps=keeps)
 
 
 def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.Tensor, ...]:

@@ -24,6 +24,11 @@ def checkpoints_pass(choice: str, *, is_prefix: bool) -> bool:
     return choice == "all" or (choice == "prefix" and is_prefix)
 
 
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether some of a model's layers are set to be recomputed."""
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())
+
+
 @contextmanager
 def checkpointed(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     """Checkpoint every decoder layer that runs inside, without re-entering autograd; in training mode only.

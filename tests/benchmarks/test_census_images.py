@@ -84,3 +84,26 @@ def test_what_is_wrong_is_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mode_program, "image_features", turned)
     row = census_images.check_images("llava", ("two_pass",))
     assert row["verdict"] == "wrong"
+
+
+def test_keys_and_values_of_images_exist_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mllama's layers attend to the same tensors in every pass, however many responses there are."""
+    import census_images
+
+    import kvpref
+    from kvpref.models.vision import cross_attention
+
+    model = census_images.build_with_tower("mllama")
+    groups = census_images.case_with_images("mllama", model).groups
+    real, seen = cross_attention.cascade_attention, []
+
+    def spy(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        seen.append((key, value))
+        return real(query, key, value, *rest)
+
+    monkeypatch.setattr(cross_attention, "cascade_attention", spy)
+    kvpref.response_logps(kvpref.attach(model), kvpref.collate(groups))
+    num_layers = len(model.config.text_config.cross_attention_layers)
+    assert len(seen) == 2 * num_layers  # prompts, then responses
+    assert len({id(key) for key, _ in seen}) == num_layers
+    assert len({id(value) for _, value in seen}) == num_layers

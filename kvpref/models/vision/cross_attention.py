@@ -29,6 +29,9 @@ from kvpref.state.image_features import FeatureSource
 
 Range = tuple[int, int]
 
+_Kept = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]
+"""Per layer the keys and values of all states."""
+
 
 class _Run(NamedTuple):
     """Tokens that see the same states: how many, which ranges of them, and whether they are of an image before."""
@@ -46,6 +49,8 @@ class CrossImages:
         sequences: Those of the batch or step.
         inputs: Of the tower by image key.
         images: Those of the table of features, in order.
+        keeps: Whether later passes attend to the keys and values of the first, and drop the same ones made again. Not
+            where layers are recomputed, which have to find their own.
     """
 
     def __init__(
@@ -54,7 +59,11 @@ class CrossImages:
         sequences: Sequence[TokenSequence],
         inputs: Mapping[str, ImageInputs],
         images: Sequence[Image],
+        *,
+        keeps: bool = False,
     ) -> None:
+        self._kept: _Kept | None = {} if keeps else None
+        self._num_images = len(images)
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self._sequences, self._inputs = sequences, inputs
         keys = [placed.image.key for sequence in sequences for placed in sequence.images]
@@ -70,6 +79,8 @@ class CrossImages:
         used = sorted({row for number, _, _ in runs for row in self._rows[number]})
         if not used:
             return {}
+        if self._kept is not None:
+            used = list(range(self._num_images))  # the same states in every pass
         device = item.input_ids.device
         wide = features.rows(0, torch.tensor(used, device=device))
         states = wide[:, self.hidden_size :].reshape(-1, self.hidden_size)
@@ -78,7 +89,7 @@ class CrossImages:
         place = {row: index for index, row in enumerate(used)}
         rows = [list(self._runs(run, place, nothing // len(used), nothing)) for run in runs]
         if item.row_runs:
-            return _of_a_pass([run for runs in rows for run in runs], states)
+            return _of_a_pass([run for runs in rows for run in runs], states, self._kept)
         return _of_padded_rows(rows, states)
 
     def _runs(self, run: RowRun, place: Mapping[int, int], size: int, nothing: int) -> Iterator[_Run]:
@@ -131,11 +142,11 @@ def own_mask(sequence: TokenSequence, inputs: Sequence[ImageInputs]) -> torch.Te
 class _CrossPass(LayersPass):
     """What cross-attention layers get for a mask: the blocks of their queries over states of images."""
 
-    def __init__(self, blocks: tuple[VarlenBlock, ...]) -> None:
+    def __init__(self, blocks: tuple[VarlenBlock, ...], kept: _Kept | None) -> None:
         running = current_pass()
         assert running is not None
         super().__init__(running, CAUSAL)
-        self._blocks = blocks
+        self._blocks, self._kept = blocks, kept
 
     def attend(
         self,
@@ -148,10 +159,13 @@ class _CrossPass(LayersPass):
     ) -> torch.Tensor:
         """As in `LayersPass`; keys and values are those of the states."""
         plan = CascadePlan(blocks=self._blocks, params=params, backend=self.running.backend)
-        return cascade_attention(query, key.contiguous(), value.contiguous(), (), plan, sink)
+        states = key.contiguous(), value.contiguous()
+        if self._kept is not None:
+            states = self._kept.setdefault(module, states)
+        return cascade_attention(query, *states, (), plan, sink)
 
 
-def _of_a_pass(runs: Sequence[_Run], states: torch.Tensor) -> dict[str, Any]:
+def _of_a_pass(runs: Sequence[_Run], states: torch.Tensor, kept: _Kept | None) -> dict[str, Any]:
     """One block per range that a token may see."""
     offsets = tuple(accumulate((run.num_tokens for run in runs), initial=0))
     blocks = []
@@ -166,7 +180,7 @@ def _of_a_pass(runs: Sequence[_Run], states: torch.Tensor) -> dict[str, Any]:
         blocks.append(VarlenBlock.from_layout(layout, states.device))
     return {
         "cross_attention_states": states.unsqueeze(0),
-        "cross_attention_mask": _CrossPass(tuple(blocks)),
+        "cross_attention_mask": _CrossPass(tuple(blocks), kept),
         "full_text_row_masked_out_mask": _follows_image([runs], states),
     }
 

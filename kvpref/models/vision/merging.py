@@ -27,6 +27,7 @@ class PassImages:
         sequences: Those of the batch or step.
         inputs: Of the tower by image key.
         images: Those of the table, in order.
+        keeps: Whether the graphs of all passes are kept together, so that keys and values of images can be shared.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class PassImages:
         sequences: Sequence[TokenSequence],
         inputs: Mapping[str, ImageInputs],
         images: Sequence[Image],
+        *,
+        keeps: bool = False,
     ) -> None:
         self.features = features
         self._positions = ImagePositions(model, sequences, inputs)
         is_beside = family_of(model).cross_attention
-        self._cross = CrossImages(model, sequences, inputs, images) if is_beside else None
+        self._cross = CrossImages(model, sequences, inputs, images, keeps=keeps) if is_beside else None
 
     def merge(self, item: PassPlan, embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings of a pass with features in the place of placeholders.
