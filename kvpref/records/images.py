@@ -52,6 +52,13 @@ class PlacedImage(NamedTuple):
     runs: tuple[tuple[int, int], ...]
 
 
+def runs_of(places: AbstractSequence[int]) -> tuple[tuple[int, int], ...]:
+    """Positions in order as [first, stop) runs."""
+    firsts = [index for index in range(len(places)) if index == 0 or places[index] != places[index - 1] + 1]
+    stops = [*firsts[1:], len(places)]
+    return tuple((places[first], places[stop - 1] + 1) for first, stop in zip(firsts, stops, strict=True))
+
+
 def check_places(images: AbstractSequence[PlacedImage], input_ids: tuple[int, ...], scored: tuple[bool, ...]) -> None:
     """Check that images stand in order, each over its own placeholders, and that none of these is scored.
 

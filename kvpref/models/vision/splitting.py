@@ -19,7 +19,7 @@ from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models.backbone import backbone
 from kvpref.models.vision.families import VISION
 from kvpref.models.vision.fingerprints import image_keys
-from kvpref.records.images import Image, PlacedImage
+from kvpref.records.images import Image, PlacedImage, runs_of
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -91,7 +91,7 @@ def _placed(images: list[Image], places: list[list[int]]) -> Iterator[tuple[Plac
             image = next(remaining, None)
             if image is None or first + image.num_tokens > len(own):
                 raise _mismatch(f"row {number} has {len(own)} placeholders, which its images do not fill")
-            found.append(PlacedImage(image, _runs(own[first : first + image.num_tokens])))
+            found.append(PlacedImage(image, runs_of(own[first : first + image.num_tokens])))
             first += image.num_tokens
         yield tuple(found)
     if next(remaining, None) is not None:
@@ -104,17 +104,6 @@ def _mismatch(found: str) -> InputError:
         f"Image features and image tokens do not match: {found}; was a row cut short (max_length), or made by another "
         "model's processor?"
     )
-
-
-def _runs(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Places in order as [first, stop) runs."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and runs[-1][1] == place:
-            runs[-1][1] += 1
-        else:
-            runs.append([place, place + 1])
-    return tuple((first, stop) for first, stop in runs)
 
 
 def _by_entry(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:

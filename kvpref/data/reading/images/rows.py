@@ -14,7 +14,7 @@ from kvpref.data.reading.images.store import ImageStore, StoredImage
 from kvpref.data.reading.images.tower import ReadImages, TowerInputs
 from kvpref.data.reading.messages import RowError
 from kvpref.data.reading.rendering import RenderedRow
-from kvpref.records.images import Image, PlacedImage
+from kvpref.records.images import Image, PlacedImage, runs_of
 
 
 class RowImages:
@@ -99,7 +99,7 @@ class RowImages:
             )
         placed = []
         for unit in units:
-            placed.append(PlacedImage(unit, _runs(places[: unit.num_tokens])))
+            placed.append(PlacedImage(unit, runs_of(places[: unit.num_tokens])))
             places = places[unit.num_tokens :]
         return tuple(placed)
 
@@ -134,10 +134,3 @@ class RowImages:
         sizes = tuple(scaled_size(image.size, self._max_pixels) for image in images)
         self._scaled.update(image.digest for image, size in zip(images, sizes, strict=True) if size != image.size)
         return sizes
-
-
-def _runs(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Positions in order as [first, stop) runs."""
-    firsts = [index for index in range(len(places)) if index == 0 or places[index] != places[index - 1] + 1]
-    stops = [*firsts[1:], len(places)]
-    return tuple((places[first], places[stop - 1] + 1) for first, stop in zip(firsts, stops, strict=True))
