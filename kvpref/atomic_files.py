@@ -1,4 +1,4 @@
-"""Files that are either whole or as they were, and what becomes of a failed write."""
+"""Atomic writing of files: either complete or unchanged, with clear errors for failed writes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvpref.errors import InputError, RunError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, in the folder of `path`, which is made; then put what was written in its place.
+    """Yield a temporary path in the folder of `path`, which is created; afterwards move what was written to `path`.
 
-    A process that is killed meanwhile, or a write that fails, leaves what was there.
+    If the process is killed meanwhile, or the write fails, the old file stays.
 
     Raises:
-        RunError: If it cannot be written: a full disk, say.
+        RunError: If it cannot be written, for example because the disk is full.
     """
     partial = path.with_name(f"partial-{path.name}")  # the suffix stays: some writers choose the format by it
     try:
@@ -33,16 +33,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a file in UTF-8 and make its folder; see `replacing`. `errors` is that of `str.encode`."""
+    """Write a file in UTF-8, creating its folder; see `replacing`. `errors` is as for `str.encode`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether a file can be written; nothing is left but its folder.
+    """Check before the work whether a file can be written; leaves nothing but its folder.
 
     Raises:
-        InputError: If not.
+        InputError: If it cannot.
     """
     probe = path.with_name(f"partial-{path.name}")
     try:
@@ -56,7 +56,7 @@ def check_writable(path: Path) -> None:
 
 
 def describe(error: OSError) -> str:
-    """The system's reason alone, where there is one."""
+    """Only the system's reason, if there is one."""
     return error.strerror or str(error)
 
 

@@ -14,17 +14,21 @@ class UnsupportedModelError(InputError):
 
 
 class RunError(RuntimeError):
-    """A run failed after it started (NaN loss, full disk); the message says what is saved and how to go on."""
+    """A run failed after it started (NaN loss, full disk); the message says what is saved and how to continue."""
+
+
+class SharedRunError(RunError):
+    """A failure that all ranks of a run know of; the message says on which rank it happened."""
 
 
 class Interrupted(BaseException):
-    """A signal stopped a run of the command line; the message says what is saved and how to go on.
+    """A signal stopped a command-line run; the message says what is saved and how to continue.
 
-    Like KeyboardInterrupt no Exception, so that nothing takes it for a failure and goes on.
+    Like KeyboardInterrupt, it is not an Exception, so that no handler of failures catches it.
 
     Args:
-        message: For the user.
-        signal_number: Of the signal.
+        message: The message for the user.
+        signal_number: The number of the signal.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

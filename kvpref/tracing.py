@@ -1,4 +1,4 @@
-"""Named stretches of a training step, and named tensors: what profilers attribute time and memory to."""
+"""Named regions of a training step and named tensors, to which profilers attribute time and memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch.profiler import record_function
 
 PREFIX = "kvpref: "
-"""Before a region's name in traces of `torch.profiler`."""
+"""Prefix of region names in traces of `torch.profiler`."""
 
 _current: ContextVar[str | None] = ContextVar("kvpref_region", default=None)
 
 
 @contextmanager
 def region(name: str) -> Iterator[None]:
-    """Give what runs inside a name: for `current_region`, and in traces of `torch.profiler`.
+    """Name the code that runs inside, for `current_region` and in traces of `torch.profiler`.
 
     The engine names ``vision tower``, ``pass 0``, ``pass 1``, ... (one per depth of the prefix tree), ``lm head``,
     ``loss`` and ``backward``; the innermost name counts.
@@ -31,13 +31,13 @@ def region(name: str) -> Iterator[None]:
 
 
 def current_region() -> str | None:
-    """The innermost region that this thread is in."""
+    """The innermost region of this thread; None outside any."""
     return _current.get()
 
 
 Observer = Callable[[str, tuple[torch.Tensor, ...]], None]
 
-# Not a ContextVar: gradients of CUDA tensors arrive on threads of autograd's own.
+# Not a ContextVar: gradients of CUDA tensors arrive on autograd's own threads.
 _observers: list[Observer] = []
 
 
@@ -53,7 +53,7 @@ def mark(kind: str, *tensors: torch.Tensor) -> None:
 
 @contextmanager
 def observe_marks(observer: Observer) -> Iterator[None]:
-    """Call ``observer(kind, tensors)`` for every `mark` inside, on whatever thread."""
+    """Call ``observer(kind, tensors)`` for every `mark` inside, on any thread."""
     _observers.append(observer)
     try:
         yield

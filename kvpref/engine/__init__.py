@@ -1,1 +1,1 @@
-"""Passes, schedules and their options: the room that combines the ones below."""
+"""Passes, schedules and their options: what combines plans, operators, models and losses."""

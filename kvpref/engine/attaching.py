@@ -1,4 +1,4 @@
-"""`kvpref.attach`: supported models at once, others after they have been compared with their own forward."""
+"""`kvpref.attach`: supported models at once, others after a comparison with their own forward."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def attach(model: M, *, verify: bool = False, padded_only: bool = False) -> M:
     """Select kvpref's attention on a model, after checking that the model is supported.
 
     The model keeps working as before: ordinary forwards and `generate` use `sdpa` attention, or the family's eager one
-    where `sdpa` has not what it needs. Attach before wrapping in DDP or sharding with FSDP; PEFT models may be attached
+    where `sdpa` lacks what it needs. Attach before wrapping in DDP or sharding with FSDP; PEFT models may be attached
     before or after `get_peft_model`. Calling it again does nothing.
 
     Args:
         model: A causal language model, possibly inside PEFT.
         verify: Run two short groups of random tokens through the model's own forward and through kvpref, and compare
-            log-probs and every gradient. A model of a family that nobody has checked is let in if they are equal.
-        padded_only: Let in models of families that are exact in mode ``padded`` alone (docs/models.md); other modes
-            then refuse them. Others are attached as ever.
+            log-probs and every gradient. A model of a family that nobody has checked is accepted if they are equal.
+        padded_only: Accept models of families that are exact in mode ``padded`` only (docs/models.md); other modes
+            then refuse them. Other models are attached as usual.
 
     Returns:
         The same model.

@@ -1,7 +1,7 @@
 """The vision tower in the bounded schedule: some images at a time, forward first and backward last.
 
-Their features stand in one table without graph, which all chunks of text read and leave gradients in. At the end of the
-step the tower runs again, with a graph, and is given them.
+Their features are kept in one table without a graph, which all chunks of text read and leave gradients in. At the end
+of the step the tower runs again, with a graph, and receives these gradients.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.autograd.graph import GradientEdge
 from transformers import PreTrainedModel
 
 from kvpref.engine.options import EngineOptions
-from kvpref.models.attach import run_inside
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass
 from kvpref.models.precision import without_cast_cache
 from kvpref.models.support import unwrap
 from kvpref.models.vision.merging import PassImages
 from kvpref.models.vision.support import check_images
 from kvpref.models.vision.tower import image_features
+from kvpref.parallel.plain import Wrapper
 from kvpref.plan.batch import ImageInputs
 from kvpref.plan.step import Step
 from kvpref.records.images import Image
@@ -33,7 +32,7 @@ from kvpref.tracing import region
 
 
 class _Part(NamedTuple):
-    """Images that run together: those from `first` to before `stop`, and their rows of the table."""
+    """Images [first, stop) that run together, and their rows of the table."""
 
     first: int
     stop: int
@@ -45,16 +44,16 @@ class StepImages:
     """The images of an optimizer step.
 
     Args:
-        model: Attached; not one of the wrappers that synchronise gradients in their forward.
-        step: What is run.
-        options: Bound and checkpointing.
+        wrapper: An attached model, possibly wrapped.
+        step: The step to run.
+        options: The bound and checkpointing.
 
     Raises:
         UnsupportedModelError: If the model is not known to be exact with images.
     """
 
-    def __init__(self, model: nn.Module, step: Step, options: EngineOptions) -> None:
-        self._model, self._options = model, options
+    def __init__(self, wrapper: Wrapper, step: Step, options: EngineOptions) -> None:
+        self._wrapper, self._options = wrapper, options
         self._images = step.chunks.images
         self._parts = _parts(self._images, options.chunk_tokens)
         self._edges: dict[_Part, tuple[GradientEdge | None, ...]] = {}
@@ -62,7 +61,7 @@ class StepImages:
         self._text_tokens = step.chunks.max_chunk_tokens
         if not self._images:
             return
-        inner = unwrap(model)
+        inner = unwrap(wrapper.model)
         check_images(inner, self._images)
         self._gets_grad = any(
             chunk.item.image_rows.numel() > 0 and (options.prefix_grad or not chunk.is_prompt)
@@ -72,17 +71,17 @@ class StepImages:
         self._inputs: dict[str, ImageInputs] = {}
         for batch in step.batches:
             self._inputs.update(batch.image_inputs(self._inputs))
-        sequences = tuple(sequence for batch in step.batches for sequence in batch.sequences)
+        sequences = tuple(sequence for batch in step.batches for sequence in batch.parts)
         self._passes = PassImages(inner, self._table, sequences, self._inputs, self._images)
 
     @property
     def passes(self) -> PassImages | None:
-        """What chunks read of them; None where there are none."""
+        """What chunks read of the images; None if there are none."""
         return self._passes
 
     @property
     def chunk_tokens(self) -> int | None:
-        """How many tokens of text may keep their graphs beside those that images keep."""
+        """How many tokens of text may keep their graphs besides those that images keep."""
         if self._options.chunk_tokens is None:
             return None
         return self._options.chunk_tokens - sum(part.stop_row - part.first_row for part in self._edges)
@@ -91,10 +90,10 @@ class StepImages:
         """Fill the table.
 
         Args:
-            keep_graph: Whether `backward` follows, so that what is left of the bound is used for the last images.
+            keep_graph: Whether `backward` follows, so that the last images use what is left of the bound.
         """
         for part in self._parts:
-            # The last ones always with one, if gradients are wanted: it tells whether any weight of theirs trains.
+            # The last part always keeps its graph if gradients are wanted: it tells whether any tower weight trains.
             with_graph = keep_graph and self._gets_grad and part is self._parts[-1]
             with torch.set_grad_enabled(with_graph), region("vision tower"):
                 made = self._run(part)
@@ -106,7 +105,7 @@ class StepImages:
                     self._edges[part] = edges
 
     def backward(self) -> None:
-        """Carry the gradients that chunks left on to the tower and projector."""
+        """Propagate the gradients that chunks left to the tower and projector."""
         if not self._images or not self._table.has_grads:
             return
         for part in reversed(self._parts):
@@ -130,7 +129,7 @@ class StepImages:
             inputs=self._inputs,
             checkpoints=torch.is_grad_enabled() and checkpoints_pass(self._options.checkpoint, is_prefix=True),
         )
-        return run_inside(self._model, program)
+        return self._wrapper.run_chunk(program)
 
 
 def _run_part(
@@ -145,7 +144,7 @@ def _edges(made: ImageFeatures) -> tuple[GradientEdge | None, ...]:
 
 
 def _parts(images: Sequence[Image], limit: int | None) -> list[_Part]:
-    """As many images as the bound has tokens for, and at least one."""
+    """The images in parts within the bound of tokens, at least one image each."""
     rows = list(accumulate((image.num_tokens for image in images), initial=0))
     found: list[_Part] = []
     first = 0

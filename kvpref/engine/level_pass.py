@@ -1,4 +1,4 @@
-"""One pass of a model's layers, with its keys and values read from and left where they wait."""
+"""One pass of a model's layers, reading and leaving its keys and values."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run_level_pass(
     """Run one pass of the model's layers.
 
     Args:
-        model: Attached model, in whose forward this runs.
-        item: The pass.
+        model: An attached model; this runs inside its forward.
+        item: The pass, or this rank's share of it.
         embeds: (1, T, hidden_size), its input embeddings.
         key_values: What it reads, and where its own keys and values go.
         num_positions: Length of the longest sequence, in tokens.
         backend: Attention backend, or ``auto``.
         keep: Whether later passes will read this one's keys and values.
-        extras: Experts' routers and images.
+        extras: The experts' routers, images, and the ranks that share its rows.
 
     Returns:
         (1, T, hidden_size), the final hidden states.
@@ -53,9 +53,10 @@ def run_level_pass(
         backend=backend,
         keep=keep,
         both_ways=both_ways_of(model.config),
+        exchange=None if extras is None else extras.exchange,
     )
     with long_frequencies(model, num_positions), bind_pass(running), recomputed_within(model, running):
-        # A 2-D mask of ones keeps transformers from guessing packed sequences from the positions, wrongly here.
+        # A 2-D mask of ones keeps transformers from inferring packed sequences from the positions, wrongly here.
         ones = torch.ones_like(item.input_ids)
         hidden = run_backbone(model, item, embeds, ones, extras)
     modules = running.finish()

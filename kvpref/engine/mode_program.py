@@ -8,15 +8,16 @@ import torch
 from transformers import PreTrainedModel
 
 from kvpref.engine.level_pass import run_level_pass
+from kvpref.engine.predictors import read_rows
 from kvpref.models.both_ways import padded_spans
 from kvpref.models.checkpointing import checkpointed, checkpoints_pass, is_checkpointing
 from kvpref.models.compilation import is_compiled
 from kvpref.models.experts import RouterTally
-from kvpref.models.head import head_outputs
 from kvpref.models.support import check_training_state
 from kvpref.models.text_layers import PassExtras, run_backbone
 from kvpref.models.vision.merging import PassImages
 from kvpref.models.vision.tower import image_features
+from kvpref.parallel.sequence import check_options, sequence_ranks
 from kvpref.plan.batch import Batch
 from kvpref.plan.passes import ModePlan, PassPlan
 from kvpref.records.requests import HeadOptions
@@ -24,7 +25,7 @@ from kvpref.state.cache import PrefixCache
 from kvpref.tracing import region
 
 BALANCE_LOSS = "router_aux_loss"
-"""Name among what a program makes."""
+"""Its name among a program's outputs."""
 
 
 def run_plan(
@@ -38,9 +39,9 @@ def run_plan(
     checkpoint: str = "none",
     counts: Sequence[torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """All passes not yet in `cache`, then the head; what it makes of the U unique rows that are read.
+    """Run all passes not yet in `cache`, then the head; returns its outputs for the U unique rows that are read.
 
-    With `counts`, how often the rows of each pass occur in the sequences, also the load-balancing loss.
+    With `counts` (how often the rows of each pass occur in the sequences), also the load-balancing loss.
     """
     cache = PrefixCache() if cache is None else cache
     routers = None if counts is None else RouterTally(model, counts)
@@ -55,7 +56,7 @@ def run_plan(
         routers=routers,
     )
     with region("lm head"):
-        found = head_outputs(model, torch.cat(cache.predictor_hidden), plan.targets, head)
+        found = read_rows(model, plan.passes, torch.cat(cache.predictor_hidden), plan.targets, head)
     if routers is not None:
         found[BALANCE_LOSS] = routers.sums().balance_losses().squeeze(0)
     return found
@@ -73,10 +74,13 @@ def run_passes(
     routers: RouterTally | None = None,
 ) -> None:
     check_training_state(model)
+    check_options(model, mode=plan.mode, has_images=bool(plan.images), balances_experts=routers is not None)
+    ranks = sequence_ranks(model)
     passes = plan.passes[cache.num_passes : stop]
-    embeds = _embed(model, passes)
-    extras = PassExtras(routers, _images(model, plan, batch, cache, checkpoint))
-    for item, embedded in zip(passes, embeds, strict=True):
+    shares = passes if ranks is None else tuple(ranks.share(item).item for item in passes)
+    embeds = _embed(model, shares)
+    extras = PassExtras(routers, _images(model, plan, batch, cache, checkpoint), ranks)
+    for item, share, embedded in zip(passes, shares, embeds, strict=True):
         is_prefix = item is not plan.passes[-1]
         with (
             region(f"pass {cache.num_passes}"),
@@ -89,7 +93,7 @@ def run_passes(
                 cache.claim(model)
                 hidden = run_level_pass(
                     model,
-                    item,
+                    share,
                     embedded,
                     cache,
                     num_positions=plan.max_sequence_tokens,
@@ -97,13 +101,13 @@ def run_passes(
                     keep=is_prefix,
                     extras=extras,
                 )
-        cache.close_pass(item, hidden.flatten(0, 1).index_select(0, item.predictor_rows))
+        cache.close_pass(item, hidden.flatten(0, 1).index_select(0, share.predictor_rows))
 
 
 def _images(
     model: PreTrainedModel, plan: ModePlan, batch: Batch, cache: PrefixCache, checkpoint: str
 ) -> PassImages | None:
-    """The images of all passes; their tower runs unless it has for passes that are held."""
+    """The images of all passes; their tower runs unless `cache` holds their features."""
     if not plan.images:
         return None
     inputs = batch.image_inputs()
@@ -111,14 +115,13 @@ def _images(
         with region("vision tower"), checkpointed(model, checkpoints_pass(checkpoint, is_prefix=True)):
             cache.image_features = image_features(model, plan.images, inputs)
     keeps = checkpoint == "none" and not (is_checkpointing(model) or is_compiled(model))
-    return PassImages(model, cache.image_features, batch.sequences, inputs, plan.images, keeps=keeps)
+    return PassImages(model, cache.image_features, batch.parts, inputs, plan.images, keeps=keeps)
 
 
 def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.Tensor, ...]:
     """Input embeddings of each pass, (B, T_d, hidden_size); more than one pass has one row.
 
-    Looked up together: the gradient of an embedding is as large as the vocabulary, whatever the number of tokens, and
-    one lookup has one.
+    They are looked up together: each lookup has a gradient as large as the vocabulary, whatever its number of tokens.
     """
     if not passes:
         return ()
@@ -126,5 +129,5 @@ def _embed(model: PreTrainedModel, passes: tuple[PassPlan, ...]) -> tuple[torch.
     embeds: torch.Tensor = model.get_input_embeddings()(input_ids)
     if len(passes) == 1:
         return (embeds,)
-    # Copies, because torch.compile would compile the first layer once more for a view.
+    # Copies, because torch.compile would recompile the first layer for a view.
     return tuple(part.clone() for part in embeds.split([item.input_ids.shape[1] for item in passes], dim=1))

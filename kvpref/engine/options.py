@@ -1,4 +1,4 @@
-"""How the engine runs a micro-batch: everything that changes time and memory, and what may change the result."""
+"""How the engine runs a micro-batch: everything that affects time and memory, and what may affect results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from kvpref.errors import InputError
 from kvpref.models.checkpointing import CHECKPOINTS
 from kvpref.ops.attention import get_backend
+from kvpref.parallel.sharding import TIMES, Sharding
 from kvpref.plan.modes import MODES
 
 SCHEDULES = ("full", "bounded")
@@ -18,7 +19,7 @@ DEFAULT_MAX_TOKENS_PER_CHUNK = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Mode, schedule and what belongs to them; what does not exist or does not fit together is refused at once."""
+    """Mode, schedule and their settings; unknown values and combinations that do not fit are refused at once."""
 
     mode: str = "two_pass"
     """``two_pass``, ``one_pass``, ``packed`` or ``padded``."""
@@ -30,17 +31,26 @@ class EngineOptions:
     """``full`` keeps the graph of the whole micro-batch; ``bounded`` that of at most `max_tokens_per_chunk` tokens."""
 
     max_tokens_per_chunk: int | None = None
-    """Most tokens whose activations are held at once in schedule ``bounded``; None for 8192. An image, or a
-    prompt, whose tokens see one another in both directions is never cut, so a longer one makes a longer chunk."""
+    """Most tokens whose activations are held at once in schedule ``bounded``; None for 8192. An image or prompt whose
+    tokens see one another in both directions is never cut, so a longer one makes a longer chunk."""
 
     prefix_cache: str = "device"
-    """Where keys and values of prefixes wait: ``device`` or ``cpu`` (schedule ``bounded``)."""
+    """Where keys and values of prefixes are kept: ``device`` or ``cpu`` (schedule ``bounded``)."""
 
     checkpoint: str = "none"
-    """Which passes compute their activations again: ``none``, ``prefix`` (those that others read) or ``all``."""
+    """Which passes recompute their activations: ``none``, ``prefix`` (those that others read) or ``all``."""
 
     prefix_grad: bool = True
     """False stops gradients at the keys and values of prompts: an approximation that skips the prompts' backward."""
+
+    gather_weights: str = "chunk"
+    """How long weights of a sharded model (FSDP2, ZeRO-3) stay gathered in schedule ``bounded``: ``chunk``, each layer
+    for a chunk's forward or backward pass, or ``step``, all layers until the end of the step. In ``full`` they stay
+    gathered for the passes of a micro-batch."""
+
+    reduce_grads: str = "chunk"
+    """When the gradients of a sharded model are averaged over ranks: ``chunk``, after each chunk (``bounded``) or
+    micro-batch (``full``), or ``step``, once per optimizer step; until then each rank holds whole gradients."""
 
     router_aux_loss_coef: float | None = None
     """Factor on the load-balancing loss of a mixture of experts, which is added to the loss; None leaves it out. That
@@ -52,6 +62,8 @@ class EngineOptions:
             ("schedule", SCHEDULES),
             ("prefix_cache", PREFIX_CACHES),
             ("checkpoint", CHECKPOINTS),
+            ("gather_weights", TIMES),
+            ("reduce_grads", TIMES),
         ):
             if getattr(self, name) not in valid:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose from: {', '.join(valid)}")
@@ -65,6 +77,7 @@ class EngineOptions:
             for name, is_set in (
                 ("max_tokens_per_chunk", self.max_tokens_per_chunk is not None),
                 ("prefix_cache='cpu'", self.prefix_cache == "cpu"),
+                ("gather_weights='step'", self.gather_weights == "step"),
             ):
                 if is_set:
                     raise InputError(f"{name} goes with schedule 'bounded'; got schedule {self.schedule!r}")
@@ -84,7 +97,7 @@ class EngineOptions:
         if self.mode == "padded" and self.backend != "auto":
             raise InputError(
                 f"mode 'padded' runs the model's own attention (transformers' sdpa), so backend {self.backend!r} has "
-                "no part in it; leave backend at auto, or choose mode two_pass, one_pass or packed"
+                "no effect; leave backend at auto, or choose mode two_pass, one_pass or packed"
             )
 
     def _check_router_loss(self) -> None:
@@ -103,6 +116,11 @@ class EngineOptions:
     def runs_chunks(self) -> bool:
         """Whether forward and backward run chunk by chunk, with keys and values as leaves."""
         return self.schedule == "bounded" or not self.prefix_grad
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the bounded schedule treats a sharded model."""
+        return Sharding(gather_weights=self.gather_weights, reduce_grads=self.reduce_grads)
 
     @property
     def chunk_tokens(self) -> int | None:

@@ -13,7 +13,7 @@ from kvpref.engine.mode_program import BALANCE_LOSS, run_passes, run_plan
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.reads import batch_for
 from kvpref.errors import InputError
-from kvpref.models.attach import run_inside
+from kvpref.parallel.wrapping import wrapper_of
 from kvpref.plan.batch import Batch
 from kvpref.plan.chunks import MicroBatchChunks
 from kvpref.plan.occurrences import pass_counts
@@ -41,16 +41,16 @@ def response_logps(
         batch: From `kvpref.collate`, on the model's device.
         mode: ``two_pass``, ``one_pass``, ``packed`` or ``padded``.
         backend: Attention backend, or ``auto``; mode ``padded``, which runs transformers' `sdpa`, takes ``auto`` only.
-        checkpoint: Which passes compute their activations again in the backward pass: ``none``, ``prefix`` (those whose
+        checkpoint: Which passes recompute their activations in the backward pass: ``none``, ``prefix`` (those whose
             keys and values others read) or ``all``. In training mode only.
-        head: What is computed besides log-probs; nothing if None.
+        head: What to compute besides log-probs; nothing if None.
 
     Returns:
         The log-probs, in the caller's order of sequences.
 
     Raises:
-        InputError: If a mode, backend or checkpoint is unknown or does not fit the others, a backend cannot serve here,
-            or the model is a reward model.
+        InputError: If a mode, backend or checkpoint is unknown or does not fit the others, the backend cannot serve
+            here, or the model is a reward model.
         UnsupportedModelError: If the model's state (dropout, checkpointing) or this batch cannot be run exactly.
     """
     options = EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
@@ -64,7 +64,7 @@ def response_rewards(
 
     Args:
         model: An `AutoModelForSequenceClassification` with ``num_labels=1``, attached with `kvpref.attach`. As in
-            transformers, tokens at a sequence's end that equal ``config.pad_token_id`` are passed over.
+            transformers, trailing tokens equal to ``config.pad_token_id`` are skipped.
         batch: From `kvpref.collate`, on the model's device.
         mode: As in `response_logps`.
         backend: As in `response_logps`.
@@ -74,8 +74,8 @@ def response_rewards(
         The rewards, in the caller's order of sequences.
 
     Raises:
-        InputError: If the model has no scalar head.
-        As `response_logps` otherwise.
+        InputError: If the model has no scalar head; otherwise as `response_logps`.
+        UnsupportedModelError: As `response_logps`.
     """
     options = EngineOptions(mode=mode, backend=backend, checkpoint=checkpoint)
     return run_mode(model, batch, options, "ends")
@@ -115,11 +115,11 @@ def run_mode(
     """Run all passes of the options' mode at once.
 
     Args:
-        model: Attached.
+        model: An attached model.
         batch: From `kvpref.collate`.
-        options: Mode, backend and checkpoint; the schedule is not looked at.
+        options: Mode, backend and checkpoint; the schedule is ignored.
         reads: ``tokens`` for a `ResponseLogps`, ``ends`` for a `ResponseRewards`.
-        head: What is computed besides log-probs; nothing if None.
+        head: What to compute besides log-probs; nothing if None.
 
     Raises:
         As `response_logps`.
@@ -130,7 +130,7 @@ def run_mode(
 def run_with_routers(
     model: nn.Module, batch: Batch, options: EngineOptions, reads: str, *, head: HeadOptions | None = None
 ) -> tuple[Responses, torch.Tensor | None]:
-    """As `run_mode`, and the load-balancing loss of a mixture of experts where the options ask for it, a scalar."""
+    """Like `run_mode`, and the scalar load-balancing loss of a mixture of experts if the options ask for it."""
     batch = batch_for(model, batch, reads)
     plan = batch.plan(options.mode)
     program = partial(
@@ -142,7 +142,7 @@ def run_with_routers(
         head=head or HeadOptions(),
         counts=None if options.router_aux_loss_coef is None else pass_counts(batch, options.mode),
     )
-    unique = run_inside(model, program)
+    unique = wrapper_of(model).run_whole(program, several_passes=options.mode == "two_pass")
     balance_loss = unique.pop(BALANCE_LOSS, None)
     return responses(unique, plan, batch), balance_loss
 
@@ -150,17 +150,24 @@ def run_with_routers(
 def encode_prefix(model: nn.Module, batch: Batch, *, backend: str = "auto") -> PrefixCache:
     """Pass 1: encode the segments at depth 0, each shared prompt once.
 
+    Args:
+        model: As in `response_logps`.
+        batch: As in `response_logps`.
+        backend: As in `response_logps`.
+
     Returns:
         The prefix cache, in the autograd graph unless gradients are off.
 
     Raises:
-        As `response_logps`.
+        InputError: As `response_logps`.
+        UnsupportedModelError: As `response_logps`.
     """
     EngineOptions(backend=backend)
     batch = batch_for(model, batch, "tokens")
     plan = batch.plan("two_pass")
     cache = PrefixCache()
-    run_inside(model, partial(run_passes, plan=plan, batch=batch, cache=cache, backend=backend, stop=1))
+    program = partial(run_passes, plan=plan, batch=batch, cache=cache, backend=backend, stop=1)
+    wrapper_of(model).run_whole(program, several_passes=True)
     return cache
 
 
@@ -170,11 +177,15 @@ def score_responses(
     """Pass 2 and, for deeper trees, the ones that follow: responses attend to the cache without copying it.
 
     Args:
-        cache: From `encode_prefix` on the same batch; it is not changed and may be used again.
+        model: As in `response_logps`.
+        batch: As in `response_logps`.
+        cache: From `encode_prefix` on the same batch; it is not changed and may be reused.
+        backend: As in `response_logps`.
+        head: As in `response_logps`.
 
     Raises:
-        InputError: If the cache was made from another batch or by another model.
-        As `response_logps` otherwise.
+        InputError: If the cache was made from another batch or by another model; otherwise as `response_logps`.
+        UnsupportedModelError: As `response_logps`.
     """
     EngineOptions(backend=backend)
     batch = batch_for(model, batch, "tokens")
@@ -182,14 +193,16 @@ def score_responses(
     if not cache.begins(plan):
         raise InputError("the prefix cache was made from another batch; use what encode_prefix returned for this one")
     program = partial(run_plan, plan=plan, batch=batch, backend=backend, cache=cache.fork(), head=head or HeadOptions())
-    found = responses(run_inside(model, program), plan, batch)
+    found = responses(wrapper_of(model).run_whole(program, several_passes=True), plan, batch)
     assert isinstance(found, ResponseLogps)
     return found
 
 
 def responses(unique: dict[str, torch.Tensor], plan: ModePlan | MicroBatchChunks, batch: Batch) -> Responses:
-    """Give each sequence what the head made along its path: a `ResponseRewards` or a `ResponseLogps`."""
+    """Gather the head's outputs along each sequence's path into a `ResponseRewards` or a `ResponseLogps`."""
     found = {name: values.index_select(0, plan.token_index) for name, values in unique.items()}
     if batch.reads.kind == "ends":
         return ResponseRewards(group_index=batch.group_index, **found)
-    return ResponseLogps(cu_seqlens=plan.cu_seqlens, group_index=batch.group_index, **found)
+    # A response of several parts has the scored tokens of all parts; the plan's offsets are per part.
+    weights = batch.token_weights(found["token_logps"].dtype)
+    return ResponseLogps(cu_seqlens=batch.cu_seqlens, group_index=batch.group_index, weights=weights, **found)

@@ -6,6 +6,7 @@ from torch import nn
 
 from kvpref.errors import InputError
 from kvpref.models.both_ways import both_ways_of
+from kvpref.models.mixers.kinds import has_mixers
 from kvpref.models.output_layer import is_reward_model
 from kvpref.models.positions import check_tokens
 from kvpref.models.rotary import check_lengths
@@ -16,10 +17,10 @@ from kvpref.plan.passes import Reads
 
 
 def batch_for(model: nn.Module, batch: Batch, reads: str) -> Batch:
-    """The batch whose plans read what a loss reads from this model.
+    """The batch with plans that read what the loss reads from this model.
 
     Raises:
-        InputError: If the model has another head.
+        InputError: If the model does not have the head for it.
         UnsupportedModelError: If lengths of sequences lead to different rotary embeddings, or the model is not known to
             be exact with the batch's images.
     """
@@ -34,7 +35,7 @@ def reads_of(model: nn.Module, reads: str) -> Reads:
     """Which hidden states are read for ``tokens`` (log-probs) or ``ends`` (rewards) of a model.
 
     Raises:
-        InputError: If the model has another head.
+        InputError: If the model does not have the head for it.
     """
     inner = unwrap(model)
     if reads == "ends" and not is_reward_model(inner):
@@ -45,12 +46,13 @@ def reads_of(model: nn.Module, reads: str) -> Reads:
     if reads == "tokens" and is_reward_model(inner):
         raise InputError(
             f"log-probs need a language model; {type(inner).__name__} has a scalar head instead of an LM head. Use a "
-            "loss of rewards (bradley_terry, say) or kvpref.response_rewards"
+            "loss on rewards, such as bradley_terry, or kvpref.response_rewards"
         )
-    # Configs of several parts keep it with the text's.
+    # Nested configs keep it in the text config.
     pad_token_id = getattr(inner.config.get_text_config(), "pad_token_id", None)
     return Reads(
         kind=reads,
         pad_token_id=pad_token_id if reads == "ends" else None,
         spans=both_ways_of(inner.config).spans,
+        states=has_mixers(inner),
     )

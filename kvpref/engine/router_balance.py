@@ -1,8 +1,8 @@
 """The load-balancing loss of a step that runs chunk by chunk.
 
-The first run of the chunks leaves the sums that a micro-batch's loss is made of. The loss's gradient with respect to
+The first run of the chunks leaves the sums that make up a micro-batch's loss. The loss's gradient with respect to
 the sums of router probabilities is then known, and each chunk's backward pass starts from its own share of these sums
-with that gradient; f, the experts' shares of rows, has none. So the gradient is that of the whole, to rounding.
+with that gradient; f, the experts' shares of rows, has none. So the gradient equals that of the whole, up to rounding.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from kvpref.plan.chunks import ChunkPlan
 
 
 class StepBalance:
-    """The load-balancing losses of a step's micro-batches, in the making.
+    """Accumulates the load-balancing losses of a step's micro-batches.
 
     Args:
-        num_micro_batches: Of the step.
+        num_micro_batches: Micro-batches of the step.
     """
 
     def __init__(self, num_micro_batches: int) -> None:
@@ -27,7 +27,7 @@ class StepBalance:
         self._leaves: dict[int, torch.Tensor] = {}
 
     def add(self, chunk: ChunkPlan, sums: RouterSums) -> None:
-        """Take in a chunk's first run."""
+        """Add the sums of a chunk's first run."""
         if self._sums is None:
             self._sums = RouterSums(*(total.new_zeros(self._num_micro_batches, *total.shape[1:]) for total in sums))
         owners = list(chunk.occurrences.owners)
@@ -35,7 +35,7 @@ class StepBalance:
             total[owners] += share.detach()
 
     def loss(self, index: int) -> torch.Tensor:
-        """The loss of a micro-batch whose chunks have all run, made of a leaf in which its gradient is to be left."""
+        """The loss of a micro-batch whose chunks have all run, made from a leaf that will receive its gradient."""
         assert self._sums is not None
         sums = RouterSums(*(total[index : index + 1] for total in self._sums))
         leaf = self._leaves[index] = sums.probabilities.clone().requires_grad_()

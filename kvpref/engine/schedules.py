@@ -1,4 +1,4 @@
-"""Forward and backward over a micro-batch, or over all those of an optimizer step."""
+"""Forward and backward over a micro-batch, or over all micro-batches of an optimizer step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
 from kvpref.models.compilation import is_compiled
 from kvpref.models.support import unwrap
-from kvpref.parallel.ddp import local_module, synchronise_gradients
+from kvpref.parallel.wrapping import wrapper_of
 from kvpref.plan.batch import Batch
 from kvpref.plan.step import Step, join_batches
 from kvpref.records.outputs import ResponseLogps, ResponseRewards, Responses
@@ -47,11 +47,11 @@ def forward_backward(
         batch: From `kvpref.collate`.
         loss_fn: ``loss_fn(policy, reference, batch) -> LossOutput``. It may couple responses in any way.
         options: How it runs; the defaults of `EngineOptions` if None.
-        reference: Reference log-probs of the same batch, handed to the loss.
+        reference: Reference log-probs of the same batch, passed to the loss.
         backward: What runs the backward pass of the loss, ``loss.backward()`` if None; pass accelerate's, which scales
-            for mixed precision. In ``bounded`` it stops at the log-probs, and what it leaves there is carried on to the
-            parameters.
-        **changes: Fields of `EngineOptions`, in place of those in `options`: ``mode``, ``schedule``,
+            for mixed precision. In ``bounded`` it stops at the log-probs, and the gradients it leaves there are
+            propagated to the parameters.
+        **changes: Fields of `EngineOptions` that override those in `options`: ``mode``, ``schedule``,
             ``max_tokens_per_chunk``, ``prefix_cache``, ``checkpoint``, ``prefix_grad``, ``backend``.
 
     Returns:
@@ -59,9 +59,8 @@ def forward_backward(
 
     Raises:
         InputError: If an option is unknown or does not fit the others, or the loss does not return a scalar
-            `LossOutput` with a gradient.
-        UnsupportedModelError: If the model cannot run this schedule exactly.
-        As `response_logps` otherwise.
+            `LossOutput` with a gradient; otherwise as `response_logps`.
+        UnsupportedModelError: If the model cannot run this schedule exactly; otherwise as `response_logps`.
     """
     options, loss = with_changes(options, changes), as_loss(loss_fn)
     _check_router_loss(model, options)
@@ -73,8 +72,9 @@ def forward_backward(
             model, step, loss, options, references=[reference], backward=lambda total, _: run_backward(total)
         )
         return outputs[0]
-    policy, balance_loss = run_with_routers(model, batch, options, loss.reads, head=loss.head)
-    return _differentiate(policy, reference, batch, _balanced(loss, options, balance_loss), run_backward)
+    with wrapper_of(model).micro_batch():
+        policy, balance_loss = run_with_routers(model, batch, options, loss.reads, head=loss.head)
+        return _differentiate(policy, reference, batch, _balanced(loss, options, balance_loss), run_backward)
 
 
 def forward_backward_step(
@@ -88,23 +88,24 @@ def forward_backward_step(
 ) -> list[LossOutput]:
     """Forward and backward of all micro-batches of an optimizer step, chunk by chunk.
 
-    What several micro-batches share is encoded once, and its backward pass runs once, at the end, with what all of
-    them leave: the weights do not change in between.
+    Tokens that several micro-batches share are encoded once, and their backward pass runs once, at the end, with the
+    gradients from all of them: the weights do not change in between.
 
     Args:
         model: Attached model, possibly inside DistributedDataParallel, whose ranks are synchronised at the end.
-        step: From `kvpref.plan.step.join`.
+        step: From `kvpref.plan.step.join_batches`.
         loss_fn: As in `forward_backward`; called once per micro-batch.
-        options: Those that `step` was joined for.
-        references: Per micro-batch, its reference log-probs.
-        backward: ``backward(loss, index)`` runs the backward pass of micro-batch `index`'s loss, weighted as its share
-            of the step asks.
+        options: The options that `step` was joined for.
+        references: The reference log-probs of each micro-batch.
+        backward: ``backward(loss, index)`` runs the backward pass of micro-batch `index`'s loss, weighted by its share
+            of the step.
 
     Returns:
-        Per micro-batch the loss's output, detached.
+        The loss's output for each micro-batch, detached.
 
     Raises:
-        As `forward_backward`.
+        InputError: If the step was joined for other options; otherwise as `forward_backward`.
+        UnsupportedModelError: As `forward_backward`.
     """
     _check_router_loss(model, options)
     limit = options.chunk_tokens
@@ -128,21 +129,20 @@ def forward_backward_step(
         whole = _balanced(loss, options, balance_loss)
         outputs.append(_differentiate(policy, reference, batch, whole, lambda total: backward(total, index)))
 
-    run_chunks(local_module(model), step, evaluate, options, loss.head)
-    synchronise_gradients(model)
+    run_chunks(model, step, evaluate, options, loss.head)
     return outputs
 
 
 def _check_router_loss(model: nn.Module, options: EngineOptions) -> None:
     if options.router_aux_loss_coef is not None and is_compiled(unwrap(model)):
         raise UnsupportedModelError(
-            "router_aux_loss_coef reads router logits inside the layers, which compiled layers do not hand out; use "
+            "router_aux_loss_coef reads router logits inside the layers, which compiled layers do not return; use "
             "one without the other"
         )
 
 
 def _balanced(loss: PreferenceLoss, options: EngineOptions, balance_loss: torch.Tensor | None) -> LossFunction:
-    """A loss with the load-balancing loss added to it, where there is one."""
+    """The loss, plus the load-balancing loss if there is one."""
     coefficient = options.router_aux_loss_coef
     if balance_loss is None or coefficient is None:
         return loss
@@ -190,13 +190,13 @@ def score(
 def score(
     model: nn.Module, batch: Batch, options: EngineOptions, *, head: HeadOptions | None = None, reads: str = "tokens"
 ) -> Responses:
-    """Log-probs (or rewards) without gradient, within the memory that `forward_backward` takes with these options.
+    """Log-probs (or rewards) without gradient, within the memory of `forward_backward` under these options.
 
     Args:
         model: Attached model.
         batch: From `kvpref.collate`.
         options: Mode and schedule.
-        head: What is computed besides log-probs; nothing if None.
+        head: What to compute besides log-probs; nothing if None.
         reads: ``tokens`` for a `ResponseLogps`, ``ends`` for a `ResponseRewards`.
 
     Raises:
@@ -207,15 +207,15 @@ def score(
         if options.runs_chunks:
             step = join_batches([batch], max_tokens_per_chunk=options.chunk_tokens)
             options = replace(options, router_aux_loss_coef=None)
-            return score_chunks(local_module(model), step, options, head or HeadOptions())
+            return score_chunks(model, step, options, head or HeadOptions())
         return run_mode(model, batch, replace(options, checkpoint="none"), reads, head=head)
 
 
 def check_output(output: LossOutput, loss_fn: PreferenceLoss | LossFunction) -> LossOutput:
-    """Check what a loss returned; losses may be users' code.
+    """Check a loss's return value; losses may be users' code.
 
     Raises:
-        InputError: Naming the loss, if it is not a LossOutput with a scalar that has a gradient, and scalar metrics.
+        InputError: Naming the loss, if it is not a LossOutput with scalar metrics and a scalar loss with a gradient.
     """
     name = loss_name(loss_fn)
     if not isinstance(output, LossOutput):
@@ -225,7 +225,7 @@ def check_output(output: LossOutput, loss_fn: PreferenceLoss | LossFunction) -> 
     if not isinstance(output.loss, torch.Tensor) or output.loss.ndim != 0:
         raise InputError(f"loss {name!r} must return a scalar tensor as `loss`; it returned {output.loss!r:.80}")
     if not output.loss.requires_grad:
-        raise InputError(f"loss {name!r} returned a loss without gradient; compute it from what the policy gives")
+        raise InputError(f"loss {name!r} returned a loss without gradient; compute it from the policy's outputs")
     if not isinstance(output.metrics, dict):
         raise InputError(f"loss {name!r} must return a dict as `metrics`; it returned {type(output.metrics).__name__}")
     for metric, value in output.metrics.items():

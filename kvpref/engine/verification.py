@@ -1,4 +1,4 @@
-"""Compare the engine with the naive forward on a model at hand."""
+"""Compare the engine with the naive forward on a given model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from kvpref.records.groups import Group, Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class NumericErrors:
-    """How far the engine is from each sequence run alone.
+    """How far the engine's results are from each sequence run alone.
 
     Attributes:
         max_logp_error: Largest absolute difference of a token's log-prob, in nats.
         max_gradient_error: Largest relative difference (Frobenius norm) of a parameter's gradient.
-        worst_parameter: Its name.
-        logp_tolerance: What rounding in the model's dtype explains.
+        worst_parameter: The name of that parameter.
+        logp_tolerance: The largest error that rounding in the model's dtype explains.
         gradient_tolerance: The same for gradients.
     """
 
@@ -42,7 +42,7 @@ class NumericErrors:
         return self.max_logp_error <= self.logp_tolerance and self.max_gradient_error <= self.gradient_tolerance
 
 
-# Sums of some ten thousand products, evaluated in two orders, in fp64, fp32 and 16 bits.
+# Sums of about ten thousand products, evaluated in two orders, in fp64, fp32 and 16 bits.
 _TOLERANCES = {torch.float64: (1e-5, 1e-5), torch.float32: (1e-4, 1e-3)}
 _TOLERANCES_16_BIT = (0.5, 0.2)
 
@@ -57,15 +57,15 @@ def compare_with_naive(
 ) -> NumericErrors:
     """Run a small batch both ways and compare log-probs and every parameter's gradient.
 
-    The naive way is the model's own forward on each sequence alone, full logits included. Gradients that the model
-    holds are left as they were found.
+    The naive way is the model's own forward on each sequence alone, full logits included. The model's existing
+    gradients are left unchanged.
 
     Args:
         model: A model of a supported family; it is attached here.
         mode: The mode to compare.
         prompt_tokens: Length of the random prompts, in tokens.
         response_tokens: Length of the longest random response, in tokens.
-        groups: What is compared, with images of the model's own processor, say; random tokens if empty.
+        groups: The data to compare on, possibly with images from the model's own processor; random tokens if empty.
     """
     attach(model)
     model.eval()
@@ -74,13 +74,13 @@ def compare_with_naive(
 
 
 def compare_unattached(model: PreTrainedModel) -> NumericErrors:
-    """Compare as `compare_with_naive` does, with the forward that the model has before it is attached here.
+    """Like `compare_with_naive`, against the forward that the model has before this attaches it.
 
     Its modules are left in training or evaluation mode as they were. Unless the errors are within tolerance, or if
     this raises, the caller must not use it attached.
 
     Raises:
-        UnsupportedModelError: If kvpref cannot run the model; it is then as it was.
+        UnsupportedModelError: If kvpref cannot run the model, which is then unchanged.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -109,8 +109,8 @@ class _Run:
 
 
 def _errors(model: PreTrainedModel, naive: _Run, *runs: _Run) -> NumericErrors:
-    """How far the worst run is."""
-    # Some gradients vanish exactly (a key bias without RoPE, say) and hold rounding only; they are measured against
+    """The errors of the worst run."""
+    # Some gradients vanish exactly, such as a key bias without RoPE, and hold only rounding; they are measured against
     # the whole gradient instead of themselves.
     floor = 1e-3 * torch.stack([grad.norm() for grad in naive.grads.values()]).norm()
     relative = {
@@ -129,7 +129,7 @@ def _errors(model: PreTrainedModel, naive: _Run, *runs: _Run) -> NumericErrors:
 
 
 def _largest(values: Iterable[torch.Tensor]) -> float:
-    """NaN if one is."""
+    """The largest value; NaN if any is."""
     return torch.stack(list(values)).max().item()
 
 
@@ -159,7 +159,7 @@ def _random_batch(model: PreTrainedModel, prompt_tokens: int, response_tokens: i
 
 def _naive(model: PreTrainedModel, batch: Batch) -> _Run:
     logps = []
-    for sequence in batch.sequences:
+    for sequence in batch.parts:
         inputs = own_inputs(model, sequence)
         logits = model(**inputs, use_cache=False).logits[0, :-1]
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -13,6 +13,7 @@ from kvpref.losses.unpaired import KTO
 from kvpref.losses.user import construct_loss, find_loss
 
 LOSSES: dict[str, type[PreferenceLoss]] = {**OBJECTIVES, "mixture": Mixture, "mpo": MPO, "rpo": RPO}
+"""The built-in losses by their registered names."""
 
 
 def make_loss(name: str, **settings: Any) -> PreferenceLoss:
@@ -31,7 +32,7 @@ def make_loss(name: str, **settings: Any) -> PreferenceLoss:
 
 
 def registered_name(loss: PreferenceLoss) -> str:
-    """What a loss is called on the command line, or in its own code."""
+    """The name of a loss on the command line, or in its own code."""
     return next((name for name, kind in LOSSES.items() if kind is type(loss)), loss_name(loss))
 
 

@@ -1,4 +1,4 @@
-"""What a loss is, needs and can be set to, read from its code; for people who choose one."""
+"""What a loss is, what it needs and its settings, read from its code; for people who choose one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvpref.losses.learning_rates import UNKNOWN_RATES, LearningRates
 from kvpref.losses.user import construct_loss, settings_of
 
 VARIES = "by settings"
-"""Where something depends on settings that have no default."""
+"""Stands for a value that depends on settings without a default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +26,18 @@ class Setting:
     """What ``--loss-arg`` and `make_loss` call it."""
 
     default: Any
-    """Its default; None where it is required."""
+    """Its default; None if it is required."""
 
     required: bool
     """Whether the loss cannot be made without it."""
 
     explanation: str
-    """The docstring under the field, in one line; empty where there is none."""
+    """The docstring under the field, in one line; empty if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossDescription:
-    """What users of a loss need to know."""
+    """A loss as described to users."""
 
     name: str
     """What ``--loss`` and `make_loss` call it."""
@@ -55,10 +55,10 @@ class LossDescription:
     """``tokens``: log-probs. ``ends``: rewards of a model with a scalar head."""
 
     learning_rates: LearningRates | str
-    """What is taken where no learning rate is given, or `VARIES`."""
+    """The learning rates used by default, or `VARIES`."""
 
     settings: tuple[Setting, ...]
-    """In the order in which the loss declares them."""
+    """The settings, in the order in which the loss declares them."""
 
     @property
     def summary(self) -> str:
@@ -74,7 +74,7 @@ def describe_loss(name: str, target: Any) -> LossDescription:
         target: A subclass of `PreferenceLoss`, an instance of one, or a function.
 
     Raises:
-        InputError: If it is no loss.
+        InputError: If it is not a loss.
     """
     settings = () if isinstance(target, PreferenceLoss) else tuple(_settings(target))
     made = None
@@ -125,7 +125,7 @@ def _explanations(kind: type) -> dict[str, str]:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError):
-            continue  # made without source, in an interactive interpreter say
+            continue  # made without source, such as in an interactive interpreter
         (definition,) = tree.body
         body = getattr(definition, "body", [])
         for item, following in pairwise(body):

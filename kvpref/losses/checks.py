@@ -37,8 +37,8 @@ def check_between(loss: str, low: float, high: float, *, ends: str, **settings: 
         loss: Its registered name.
         low: Lower end.
         high: Upper end.
-        ends: Which ends belong to it, as its brackets: ``[]``, ``[)``, ``(]`` or ``()``.
-        **settings: What to check, by name.
+        ends: Which ends are included, as brackets: ``[]``, ``[)``, ``(]`` or ``()``.
+        **settings: The values to check, by name.
     """
     for setting, value in settings.items():
         inside = _is_number(value) and low <= value <= high

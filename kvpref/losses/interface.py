@@ -31,7 +31,7 @@ class LossOutput(NamedTuple):
 
 
 LossFunction = Callable[[Any, Any, Batch], Any]
-"""Any callable ``loss(policy, reference, batch) -> LossOutput``, or the loss alone where it has no metrics.
+"""Any callable ``loss(policy, reference, batch) -> LossOutput``, or the loss alone if it has no metrics.
 
 `PreferenceLoss` adds what the trainer can use.
 """
@@ -42,7 +42,7 @@ class Idle(NamedTuple):
 
     Attributes:
         reason: What is wrong, to follow "in these groups".
-        remedy: What to give instead.
+        remedy: How to mend the data or the settings.
     """
 
     reason: str
@@ -53,7 +53,7 @@ NO_UNITS = Idle("the loss counts nothing", "give data that the loss reads; see i
 
 
 class Groups(Protocol):
-    """Groups by number: a list of them, or a data set."""
+    """Groups by index: a list or a dataset."""
 
     def __len__(self) -> int: ...
 
@@ -71,9 +71,11 @@ class PreferenceLoss:
         unit: What the loss is a mean over. Losses with different units cannot be mixed.
         head: What the LM head computes besides log-probs.
         columns: Extra columns of the data that the loss reads.
-        learning_rates: What the trainer takes where no learning rate is given.
+        learning_rates: The trainer's default learning rates for this loss.
         couples_groups: Whether the loss of a micro-batch is more than a mean over its groups, so that how a step is
             cut into micro-batches changes it.
+        reads_pairs: Whether each group must be two responses of which one is preferred. Trajectory data then yields
+            the best and the worst attempt at each task.
     """
 
     needs_reference: bool = False
@@ -81,6 +83,7 @@ class PreferenceLoss:
     unit: str = "groups"
     learning_rates: LearningRates = UNKNOWN_RATES
     couples_groups: bool = False
+    reads_pairs: bool = False
 
     @property
     def head(self) -> HeadOptions:
@@ -95,7 +98,7 @@ class PreferenceLoss:
 
         Args:
             policy: Log-probs of the model that is trained, with what `head` asks for.
-            reference: Log-probs of the reference model, or None where none are needed.
+            reference: Log-probs of the reference model, or None if none are needed.
             batch: The groups, with their scores, labels and columns.
 
         Raises:
@@ -103,27 +106,27 @@ class PreferenceLoss:
         """
         raise NotImplementedError
 
-    def num_units(self, batch: Batch) -> int:
-        """Over how many units the loss is a mean.
+    def num_units(self, batch: Batch) -> float:
+        """The number of units that the loss is a mean over; for tokens with weights, the sum of the weights.
 
         The trainer weights micro-batches and ranks by it, so that the loss of an optimizer step is the mean over all
         its units, however they were split.
         """
         return sum(map(self.group_units, batch.groups))
 
-    def group_units(self, group: Group) -> int:
-        """How many of the units are a group's: 1, unless overridden."""
+    def group_units(self, group: Group) -> float:
+        """How many of the units belong to a group: 1, unless overridden."""
         return 1
 
     def idle(self, group: Group) -> Idle | None:
-        """Why there is nothing to learn from a group; None where there is."""
+        """Why there is nothing to learn from a group; None if there is something."""
         if type(self).num_units is PreferenceLoss.num_units:
             return None if self.group_units(group) else NO_UNITS
         return None if self.num_units(collate([group])) else NO_UNITS
 
     @property
     def can_be_idle(self) -> bool:
-        """Whether there can be groups with nothing to learn, so that it makes sense to look for them."""
+        """Whether there can be groups with nothing to learn, so that looking for them makes sense."""
         names = ("idle", "group_units", "num_units")
         return any(getattr(type(self), name) is not getattr(PreferenceLoss, name) for name in names)
 
@@ -134,7 +137,7 @@ class PreferenceLoss:
     def prepare(self, groups: Groups) -> Iterable[Group]:
         """The groups to train on, as many and in the same order: `select` of each, unless overridden.
 
-        For losses that need sequences which no group has by itself. Preparing twice must be preparing once.
+        For losses that need sequences no group has by itself. Preparing twice must give the same as preparing once.
 
         Raises:
             InputError: If the data lacks what the loss needs; the message names the group.
@@ -142,17 +145,17 @@ class PreferenceLoss:
         return map(self.select, groups)
 
     def prepare_batch(self, batch: Batch) -> None:
-        """Have the batch make what the loss reads of it besides log-probs, with `Batch.tensors` or a column as numbers.
+        """Let the batch build what the loss reads besides log-probs, with `Batch.tensors` or numeric columns.
 
-        Called where batches are collated, ahead of use; then the loss waits neither for lists to become tensors nor for
-        copies of them to the device. A loss that does not do so is right all the same.
+        Called while batches are collated, ahead of use; the loss then waits neither for lists to become tensors nor for
+        copies to the device. A loss that does not override this is still correct.
 
         Raises:
             InputError: If the batch lacks what the loss needs; the loss must raise the same when it is called.
         """
         for name in self.columns:
             for as_numbers in (batch.sequence_column, batch.token_column):
-                with contextlib.suppress(InputError):  # what else a column holds, the loss knows
+                with contextlib.suppress(InputError):  # columns of other kinds are left to the loss
                     as_numbers(name)
                     break
 
@@ -168,20 +171,20 @@ class RewardLoss(PreferenceLoss):
 
 
 class FunctionLoss(PreferenceLoss):
-    """A user's function as a loss: a mean over groups, with what its attributes ask for.
+    """A user's function as a loss: a mean over groups, with the needs that its attributes declare.
 
     Args:
-        function: The loss, also inside `functools.partial`; its attributes `needs_reference`, `head`, `columns` and
-            `reads`, where it has them, are those of `PreferenceLoss`.
+        function: The loss, possibly inside `functools.partial`. If it has attributes `needs_reference`, `head`,
+            `columns` and `reads`, they mean the same as in `PreferenceLoss`.
 
     Raises:
-        InputError: If it declares something else than that.
+        InputError: If it declares anything else.
     """
 
     def __init__(self, function: LossFunction) -> None:
         self.function = function
         declared: Any = function
-        while isinstance(declared, partial):  # settings given by hand
+        while isinstance(declared, partial):  # attributes set by hand
             declared = declared.func
         self.__name__ = getattr(declared, "__name__", type(declared).__name__)
         self.needs_reference = bool(getattr(declared, "needs_reference", False))
@@ -206,7 +209,7 @@ class FunctionLoss(PreferenceLoss):
         if isinstance(output, torch.Tensor):
             return LossOutput(output, {})
         if isinstance(output, LossOutput) and isinstance(output.metrics, dict):
-            # Plain numbers are metrics too; what else is there is told where outputs are checked.
+            # Plain numbers are metrics too; anything else is reported where outputs are checked.
             numbers = {name: value for name, value in output.metrics.items() if isinstance(value, int | float)}
             return output._replace(
                 metrics=output.metrics | {name: torch.tensor(float(numbers[name])) for name in numbers}
@@ -215,7 +218,7 @@ class FunctionLoss(PreferenceLoss):
 
 
 def as_loss(loss: PreferenceLoss | LossFunction) -> PreferenceLoss:
-    """Wrap a plain function; leave a `PreferenceLoss` as it is."""
+    """Wrap a plain function; return a `PreferenceLoss` unchanged."""
     return loss if isinstance(loss, PreferenceLoss) else FunctionLoss(loss)
 
 
@@ -229,13 +232,13 @@ def loss(
     """Declare what a loss function needs: ``@kvpref.loss(needs_reference=True, entropy=True, columns=["weight"])``.
 
     Args:
-        needs_reference: Hand it the reference's log-probs.
-        columns: Extra columns of the data that it reads, with `Batch.column` and its like.
+        needs_reference: Whether to pass it the reference's log-probs.
+        columns: Extra columns of the data that it reads, with `Batch.column` and the like.
         reads: ``tokens``, or ``ends`` for the rewards of a model with a scalar head.
         **head: Fields of `kvpref.HeadOptions`: ``entropy``, ``hidden``, ``values``, ``logit_ids``, ``temperature``, ...
 
     Raises:
-        InputError: If there is no such field, or no such thing to read.
+        InputError: If there is no such field, or `reads` is unknown.
     """
     options, names = _head_options(head), _column_names(columns)
     _check_reads(reads)
@@ -254,7 +257,7 @@ def loss(
 
 
 def loss_name(loss: PreferenceLoss | LossFunction) -> str:
-    """What messages call a loss: the name of the function or of the class."""
+    """A loss's name in messages: that of the function or of the class."""
     return str(getattr(loss, "__name__", type(loss).__name__))
 
 

@@ -1,4 +1,4 @@
-"""The learning rates that each kind of objective is commonly trained with, and where they are from."""
+"""The learning rates that each kind of objective is commonly trained with, and their sources."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """Peak learning rates of Adam for one kind of objective: what the trainer takes where none is given."""
+    """Peak learning rates of Adam for one kind of objective: the trainer's defaults."""
 
     full: float
-    """For a model whose weights are trained."""
+    """For a model that is trained in full."""
 
     adapter: float
-    """For a model of which only an adapter (LoRA) is trained."""
+    """For a model with only an adapter (LoRA) trained."""
 
     source: str
-    """Where they are from, for people who choose one."""
+    """Where they come from, for people who choose one."""
 
     def rate(self, *, adapter_only: bool) -> float:
-        """The one that holds."""
+        """The rate that applies."""
         return self.adapter if adapter_only else self.full
 
 
@@ -68,16 +68,16 @@ POLICY_GRADIENT_RATES = LearningRates(
 UNKNOWN_RATES = LearningRates(
     full=PREFERENCE_RATES.full, adapter=PREFERENCE_RATES.adapter, source="as for dpo, since the loss declares none"
 )
-"""A loss of a user's that reads log-probs."""
+"""A user's loss that reads log-probs."""
 
 UNKNOWN_REWARD_RATES = LearningRates(
     full=REWARD_RATES.full, adapter=REWARD_RATES.adapter, source="as for bradley_terry, since the loss declares none"
 )
-"""A loss of a user's that reads rewards."""
+"""A user's loss that reads rewards."""
 
 
 def lowest(rates: Iterable[tuple[str, LearningRates]]) -> LearningRates:
-    """Those of a sum of losses: the lowest of its parts, by name, since a rate too high for one spoils the others."""
+    """The rates for a sum of losses: the lowest of its parts, since a rate too high for one spoils the others."""
     name, found = min(rates, key=lambda item: (item[1].full, item[1].adapter))
     return LearningRates(
         full=found.full, adapter=found.adapter, source=f"the lowest of its parts, {name}: {found.source}"

@@ -1,12 +1,14 @@
 """Mismatched responses: a group's prompt, answered with the response of another group.
 
-Their log-probs estimate how far the policy has moved from the reference in general. They share the group's prompt, so
-that they cost their own tokens only.
+Their log-probs estimate how far the policy has moved from the reference in general. They share the group's prompt and
+so cost only their own tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import numpy as np
 
 from kvpref.errors import InputError
 from kvpref.losses.interface import Groups
@@ -23,10 +25,10 @@ def mismatched_flags(group: Group) -> list[bool]:
 
 
 def add_mismatched(groups: Groups, count: int) -> Iterator[Group]:
-    """Each group with `count` mismatched responses after its own; groups that have some already stay as they are.
+    """Each group with `count` mismatched responses after its own; groups that already have some are unchanged.
 
-    They come from the nearest groups before it with another prompt, from the end again for the first ones, and stand
-    for the data's responses: of a group of N, the n-th response in turn.
+    They come from the nearest groups before it with another prompt, wrapping around to the end for the first ones, and
+    stand for the data's responses: of a group of N, the n-th response in turn.
 
     Args:
         groups: At least two with different prompts.
@@ -56,15 +58,10 @@ def _others(groups: Groups, index: int, count: int) -> list[Group]:
 
 
 def _with_mismatched(group: Group, others: list[Group], index: int) -> Group:
-    first = group.sequences[0]
-    prompt = first.input_ids[: _response_start(first)]
     added: list[Sequence] = []
     for other in others:
         own = [s for s, flag in zip(other.sequences, mismatched_flags(other), strict=True) if not flag]
-        response = own[index % len(own)]
-        start = _response_start(response)
-        scored = (False,) * len(prompt) + response.scored[start:]
-        added.append(Sequence(prompt + response.input_ids[start:], scored, first.images))
+        added.append(_behind_prompt_of(group, own[index % len(own)]))
     fill = [None] * len(added)
     columns = {
         name: [*value, *fill] if group.is_per_sequence(value) else value for name, value in group.columns.items()
@@ -79,11 +76,29 @@ def _with_mismatched(group: Group, others: list[Group], index: int) -> Group:
     )
 
 
+def _behind_prompt_of(group: Group, response: Sequence) -> Sequence:
+    """A response of another group after this group's prompt, with its weights, in all of its parts."""
+    first, other = group.sequences[0].parts[0], response.parts[0]
+    prompt, start = first.ids[: _response_start(first)], _response_start(other)
+    parts: list[Sequence] = []
+    for part in response.parts:
+        if not np.array_equal(part.ids[:start], other.ids[:start]):
+            raise InputError(
+                f"{group.id}: no mismatched response can be made of one whose prompt the chat template rewrites for "
+                "later turns; use apo_zero_unpaired, which needs none"
+            )
+        ids = np.concatenate([prompt, part.ids[start:]])
+        flags = np.concatenate([np.zeros(len(prompt), np.bool_), part.flags[start:]])
+        parts.append(Sequence(ids, flags, first.images, part.weights))
+    *earlier, last = parts
+    return Sequence(last.ids, last.flags, last.images, last.weights, earlier)
+
+
 def _prompt_of(group: Group) -> tuple[int, ...]:
     """The tokens before the first scored one; those of different images differ."""
-    first = group.sequences[0]
-    return first.tree_ids[: _response_start(first)]
+    first = group.sequences[0].parts[0]
+    return tuple(first.tree_ids[: _response_start(first)].tolist())
 
 
 def _response_start(sequence: Sequence) -> int:
-    return sequence.scored.index(True) if any(sequence.scored) else len(sequence)
+    return int(sequence.flags.argmax()) if sequence.flags.any() else len(sequence)

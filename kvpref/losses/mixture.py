@@ -26,8 +26,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"sft": {"average": "response"}}
 class WeightedSum(PreferenceLoss):
     """Base: ``sum_i w_i loss_i``, each loss a mean over the same units. Subclasses say what is summed.
 
-    A group that a part leaves out (one without any preference, say) counts 0 in that part's mean. Metrics are those of
-    all parts, a name that several have from the first, and each part's loss before its weight as ``loss/<name>``.
+    A group that a part leaves out, such as one without a preference, counts 0 in that part's mean. Metrics are those of
+    all parts (the first one's where several share a name), and each part's unweighted loss as ``loss/<name>``.
     """
 
     name: ClassVar[str]
@@ -36,7 +36,7 @@ class WeightedSum(PreferenceLoss):
     """Settings of the parts, by the part's name."""
 
     def part_weights(self) -> Mapping[str, float]:
-        """What each part counts, by its registered name."""
+        """The weight of each part, by its registered name."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class WeightedSum(PreferenceLoss):
         for part, loss in self.parts.items():
             if len(self.parts) > 1 and type(loss).prepare is not PreferenceLoss.prepare:
                 raise InputError(f"{self.name}: {part!r} adds responses that the others must not read; use it alone")
-        _ = self.head  # raises where the parts want different things
+        _ = self.head  # raises if the parts want different things
 
     def _check_alike(self, attribute: str, what: str) -> None:
         (first, value), *others = [(part, getattr(loss, attribute)) for part, loss in self.parts.items()]
@@ -98,6 +98,10 @@ class WeightedSum(PreferenceLoss):
         return any(part.couples_groups for part in self.parts.values())
 
     @property
+    def reads_pairs(self) -> bool:  # type: ignore[override]
+        return any(part.reads_pairs for part in self.parts.values())
+
+    @property
     def head(self) -> HeadOptions:
         return reduce(HeadOptions.joined, [part.head for part in self.parts.values()])
 
@@ -106,7 +110,7 @@ class WeightedSum(PreferenceLoss):
         return tuple(dict.fromkeys(column for part in self.parts.values() for column in part.columns))
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
-        weights, num_units = self.part_weights(), max(1, self.num_units(batch))
+        weights, num_units = self.part_weights(), self.num_units(batch) or 1
         outputs = {
             name: part(policy, reference if part.needs_reference else None, batch) for name, part in self.parts.items()
         }
@@ -119,11 +123,11 @@ class WeightedSum(PreferenceLoss):
             metrics = {**output.metrics, **metrics}
         return LossOutput(loss=sum(terms[1:], start=terms[0]), metrics=metrics)
 
-    def num_units(self, batch: Batch) -> int:
-        """Groups, or what the parts count where that is something else.
+    def num_units(self, batch: Batch) -> float:
+        """Groups, or whatever else the parts count.
 
         Raises:
-            InputError: If the parts are means over other things than groups, and count them differently.
+            InputError: If the parts are not means over groups and count their units differently.
         """
         if self.unit == "groups":
             return batch.num_groups
@@ -134,12 +138,12 @@ class WeightedSum(PreferenceLoss):
         return next(iter(counts.values()))
 
     def idle(self, group: Group) -> Idle | None:
-        """Nothing to learn for any part."""
+        """Why no part can learn from the group."""
         found = [part.idle(group) for part in self.parts.values()]
         return None if None in found else found[0]
 
     def select(self, group: Group) -> Group:
-        """What all parts agree on; the whole group where one reads what another leaves out."""
+        """What all parts agree on; the whole group if one reads what another leaves out."""
         first, *others = [part.select(group) for part in self.parts.values()]
         return first if all(other == first for other in others) else group
 
@@ -159,7 +163,7 @@ class Mixture(WeightedSum):
     name = "mixture"
 
     weights: Mapping[str, float]
-    """What each loss counts, by its registered name (or ``file.py:function``), such as ``{"dpo": 1.0, "sft": 0.5}``."""
+    """Weight of each loss, by its registered name (or ``file.py:function``), such as ``{"dpo": 1.0, "sft": 0.5}``."""
 
     def part_weights(self) -> Mapping[str, float]:
         return self.weights
@@ -175,13 +179,13 @@ class MPO(WeightedSum):
     name = "mpo"
 
     preference_weight: float = 0.8
-    """What DPO counts."""
+    """Weight of DPO."""
 
     quality_weight: float = 0.2
-    """What binary classifier optimisation counts."""
+    """Weight of binary classifier optimisation."""
 
     generation_weight: float = 1.0
-    """What the likelihood of the chosen response counts."""
+    """Weight of the chosen response's likelihood."""
 
     def part_weights(self) -> Mapping[str, float]:
         return {"dpo": self.preference_weight, "bco": self.quality_weight, "sft": self.generation_weight}
@@ -198,7 +202,7 @@ class RPO(WeightedSum):
     name = "rpo"
 
     alpha: float = 1.0
-    """What the likelihood per token counts."""
+    """Weight of the likelihood per token."""
 
     def part_weights(self) -> Mapping[str, float]:
         return {"dpo": 1.0, "sft": self.alpha}

@@ -1,7 +1,7 @@
 """Preferences over any number of responses, ordered by their scores, against a reference.
 
-All of them compare responses with different scores only: equal scores say nothing. A group whose scores are all equal
-is no unit of the mean, and unrated responses are left out.
+All of them compare only responses with different scores: equal scores say nothing. A group whose scores are all equal
+is not a unit of the mean, and unrated responses are left out.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class LiPO(RankingLoss):
         return super().__call__(policy, reference, batch)
 
     def select(self, group: Group) -> Group:
-        """As the base; ranks are refused here, before training."""
+        """Like the base class, but ranks are refused here, before training."""
         check_not_ranks(group, self.name)
         return super().select(group)
 
@@ -116,7 +116,7 @@ class AllPairs(RankingLoss):
     name = "all_pairs"
 
     weights: str = "equal"
-    """What each pair counts in its group's mean: ``equal``, or ``gap``: in proportion to the difference of scores."""
+    """Weight of each pair in its group's mean: ``equal``, or ``gap``: in proportion to the difference of scores."""
 
     label_smoothing: float = 0.0
     """e, the assumed share of pairs whose order is wrong, in [0, 0.5)."""
@@ -135,7 +135,7 @@ class AllPairs(RankingLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class BestVsRest(RankingLoss):
-    """The best response against all that are worse: ``log(1 + sum_(s_j < s_i) exp(r_j - r_i))``, i the best.
+    """The best response against all worse ones: ``log(1 + sum_(s_j < s_i) exp(r_j - r_i))``, i the best.
 
     Softmax-DPO, the loss of Chen et al. 2024 (arXiv 2406.09215). Several best ones are averaged.
     """
@@ -182,8 +182,8 @@ def mean_over(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def preference_metrics(rewards: torch.Tensor, rated: RatedResponses) -> dict[str, torch.Tensor]:
-    """Of each group, (num_groups,): mean reward of the best (``chosen``) and of the others (``rejected``), their
-    difference (``margins``), and the share of pairs with different scores that the rewards order right
+    """For each group, (num_groups,): mean reward of the best (``chosen``) and of the others (``rejected``), their
+    difference (``margins``), and the share of pairs with different scores that the rewards order correctly
     (``accuracies``).
 
     Args:
@@ -200,14 +200,14 @@ def preference_metrics(rewards: torch.Tensor, rated: RatedResponses) -> dict[str
 
 
 def _against_worse(rewards: torch.Tensor, rated: RatedResponses) -> torch.Tensor:
-    """(num_groups, N) negative log-prob of drawing response i from itself and all that are worse; 0 if none is."""
+    """(num_groups, N) negative log-prob of drawing response i from itself and all worse ones; 0 if none is worse."""
     itself = torch.eye(rewards.shape[1], dtype=torch.bool, device=rewards.device)
     drawn_from = rated.better() | itself
     return (-_minus(rewards)).masked_fill(~drawn_from, -torch.inf).logsumexp(dim=2)
 
 
 def _is_best(rated: RatedResponses) -> torch.Tensor:
-    """(num_groups, N) bool: is the response rated, and none of its group better?"""
+    """(num_groups, N) bool: whether the response is rated and none of its group is better."""
     return rated.rated & ~rated.better().any(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""A loss that shows what it was given to somebody else, too."""
+"""A loss that also passes its inputs to a callback."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvpref.records.requests import HeadOptions
 
 
 class RecordingLoss(PreferenceLoss):
-    """Another loss, and a look at the policy's outputs without gradient.
+    """Another loss, with a callback that sees the policy's outputs without gradient.
 
     Args:
-        loss: What is computed.
+        loss: The loss to compute.
         record: Called with the `ResponseLogps` or `ResponseRewards` of each micro-batch, under `torch.no_grad`.
     """
 
@@ -38,5 +38,5 @@ class RecordingLoss(PreferenceLoss):
             self._record(policy)
         return self._loss(policy, reference, batch)
 
-    def num_units(self, batch: Batch) -> int:
+    def num_units(self, batch: Batch) -> float:
         return self._loss.num_units(batch)

@@ -31,7 +31,7 @@ class RankingRewardLoss(ComparesScores, RewardLoss):
     """Base: a mean over the groups that have a preference of a function of their rewards.
 
     r_i is the reward of response i and s_i its score. Equal scores say nothing: a group whose scores are all equal is
-    no unit of the mean, and unrated responses are left out.
+    not a unit of the mean, and unrated responses are left out.
     """
 
     def __call__(self, policy: ResponseRewards, reference: None, batch: Batch) -> LossOutput:  # type: ignore[override]
@@ -67,7 +67,7 @@ class BradleyTerry(RankingRewardLoss):
     """
 
     margin_column: str | None = None
-    """Column of the data with margins: one number per group, for all its pairs, or one per response, and then a pair's
+    """Column of the data with margins: one number per group, for all its pairs, or one per response; then a pair's
     margin is the difference of the two."""
 
     center_rewards_coefficient: float = 0.0
@@ -103,7 +103,7 @@ class BradleyTerry(RankingRewardLoss):
 
 
 def _are_own(groups: Sequence[Group], name: str) -> torch.Tensor:
-    """Whether the responses of each group have numbers of their own in a column, (num_groups,) bool."""
+    """Whether a column holds a number per response of each group, (num_groups,) bool."""
     values = column_values(groups, name)
     return torch.tensor([group.is_per_sequence(value) for group, value in zip(groups, values, strict=True)])
 
@@ -132,7 +132,7 @@ def _cross_entropies(rewards: torch.Tensor, scores: torch.Tensor) -> torch.Tenso
 
 
 REGRESSIONS: dict[str, Regression] = {"mse": _squared_errors, "bce": _cross_entropies}
-"""By name: (num_rated,) rewards and scores -> (num_rated,) losses."""
+"""Functions by name: (num_rated,) rewards and scores -> (num_rated,) losses."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How good each response of a batch is, as tensors: what losses over any number of responses share."""
+"""How good each response of a batch is, as tensors; shared by losses over any number of responses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from kvpref.errors import InputError
 from kvpref.losses.interface import Idle, PreferenceLoss
 from kvpref.plan.batch import Batch
+from kvpref.plan.columns import turn_numbers
 from kvpref.records.groups import Group
 
 T = TypeVar("T")
 
 EQUAL_SCORES = Idle(
-    # True also of a prompt with one response, or one that is rated: `select` may have left out the others by now.
+    # Also true of a prompt with one response, or one rated response: `select` may already have left out the others.
     "no two responses have different scores",
     "give each prompt at least two responses with different scores",
 )
@@ -26,10 +27,10 @@ class RatedResponses(NamedTuple):
     """The scores of a batch, one row per group, padded to the N responses of the largest group.
 
     Attributes:
-        rows: (num_groups, N) int64, the place of each response among the batch's sequences; 0 where there is none.
+        rows: (num_groups, N) int64, the index of each response among the batch's sequences; 0 where there is none.
         rated: (num_groups, N) bool, whether the response exists and has a score.
         scores: (num_groups, N) float64, so that no two different scores become equal; 0 where not rated.
-        places: (num_sequences,) int64, where each of the batch's sequences stands in the rows, one after another.
+        places: (num_sequences,) int64, the place of each of the batch's sequences in the flattened rows.
     """
 
     rows: torch.Tensor
@@ -38,11 +39,11 @@ class RatedResponses(NamedTuple):
     places: torch.Tensor
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
-        """(num_sequences,) values in the rows of their groups, (num_groups, N); those not rated are arbitrary."""
+        """(num_sequences,) values arranged by group, (num_groups, N); arbitrary where not rated."""
         return values[self.rows]
 
     def better(self) -> torch.Tensor:
-        """(num_groups, N, N) bool: is response i scored higher than response j? False where either is not rated."""
+        """(num_groups, N, N) bool: whether response i is scored higher than response j; False if either is unrated."""
         both = self.rated[:, :, None] & self.rated[:, None, :]
         return both & (self.scores[:, :, None] > self.scores[:, None, :])
 
@@ -51,18 +52,36 @@ class RatedResponses(NamedTuple):
         return values.where(self.rated, 0).flatten()[self.places]
 
 
+TURN_SCORES = "turn_scores"
+"""The column of scores by turn: a list per response with one number per turn, or null."""
+
+
+def known_scores(group: Group) -> tuple[float | None, ...] | None:
+    """The scores of a group's responses; if there are none, the sums of their turns' scores, if any.
+
+    Raises:
+        InputError: If the column `TURN_SCORES` is read and does not hold one number per turn.
+    """
+    if TURN_SCORES not in group.columns or any(score is not None for score in group.scores or ()):
+        return group.scores
+    (rows,) = turn_numbers([group], TURN_SCORES)
+    return tuple(None if row is None else float(row.sum()) for row in rows)
+
+
 def response_scores(group: Group) -> tuple[float | None, ...]:
-    """A score per response, or None where unrated: the group's scores, else 1 and 0 for its labels.
+    """A score per response, or None where unrated: `known_scores`, else 1 and 0 for the group's labels.
 
     Raises:
         InputError: If no response has a score or label.
     """
-    if group.scores is not None and any(score is not None for score in group.scores):
-        return group.scores
+    scores = known_scores(group)
+    if scores is not None and any(score is not None for score in scores):
+        return scores
     if group.labels is not None:
         return tuple(float(label) for label in group.labels)
     raise InputError(
-        f"{group.id}: no response has a score or a label; this loss needs `scores`, or chosen and rejected"
+        f"{group.id}: no response has a score or a label; this loss needs `scores` (trajectories: a `score` "
+        "in each), or chosen and rejected"
     )
 
 
@@ -81,15 +100,15 @@ def has_preference(group: Group) -> bool:
 
 
 def check_not_ranks(group: Group, loss: str) -> None:
-    """For losses that read how good a response is by itself, or that change when all scores of a group rise alike.
+    """Refuse ranks, for losses that read how good a response is by itself, or that change if all scores rise equally.
 
     Raises:
-        InputError: If of the group's responses only the order is known.
+        InputError: If only the order of the group's responses is known.
     """
     if group.ranks is not None:
         raise InputError(
             f"{group.id}: {loss} reads how good each response is by itself, and ranks say only which one is better; "
-            "give `scores` in place of `ranks`, or take a loss that compares: all_pairs, plackett_luce or grpo; "
+            "give `scores` in place of `ranks`, or use a loss that compares: all_pairs, plackett_luce or grpo; "
             "bradley_terry or plackett_luce_reward for reward models"
         )
 
@@ -133,7 +152,7 @@ class ComparesScores(PreferenceLoss):
         return None if has_preference(group) else EQUAL_SCORES
 
     def select(self, group: Group) -> Group:
-        """The rated responses; one of them where all have the same score, for then there is nothing to learn."""
+        """The rated responses; just one if all have the same score, because then there is nothing to learn."""
         rated = rated_indices(group)
         return group.take(rated if has_preference(group) else rated[:1])
 

@@ -18,7 +18,7 @@ from kvpref.losses.pairs.preferred import best_sequence
 from kvpref.losses.scores import check_not_ranks, response_scores
 from kvpref.plan.batch import Batch
 from kvpref.records.groups import Group
-from kvpref.records.outputs import ResponseLogps
+from kvpref.records.outputs import ResponseLogps, or_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class SFT(PreferenceLoss):
 
     average: str = "token"
     """``token``: the mean over all tokens of the optimizer step, as in ordinary causal language-model training.
-    ``response``: the mean over responses of the mean over their tokens, so that long ones count no more."""
+    ``response``: the mean over responses of the mean over their tokens, so that long ones do not count more."""
 
     learning_rates = LIKELIHOOD_RATES
 
@@ -43,13 +43,12 @@ class SFT(PreferenceLoss):
         if self.average == "response":
             loss = -policy.mean()[best].mean()
         else:
-            num_tokens = policy.lengths()[best].sum()
-            loss = -policy.sum()[best].sum() / num_tokens.clamp(min=1)
+            loss = -policy.sum()[best].sum() / or_one(policy.total_weights()[best].sum())
         return LossOutput(loss=loss, metrics={"nll_per_token": loss.detach()})
 
-    def group_units(self, group: Group) -> int:
-        """Scored tokens of the chosen response, or 1."""
-        return 1 if self.average == "response" else sum(group.sequences[best_sequence(group)].scored)
+    def group_units(self, group: Group) -> float:
+        """Scored tokens of the chosen response (the sum of their weights), or 1."""
+        return 1 if self.average == "response" else group.sequences[best_sequence(group)].total_weight
 
     def select(self, group: Group) -> Group:
         return group.take([best_sequence(group)])
@@ -59,7 +58,7 @@ class SFT(PreferenceLoss):
 
 
 def _best_indices(groups: Sequence[Group]) -> torch.Tensor:
-    """Where each group's best sequence stands among all, (num_groups,) int64."""
+    """The index of each group's best sequence among all, (num_groups,) int64."""
     starts = accumulate(map(len, groups), initial=0)
     return torch.tensor([start + best_sequence(group) for start, group in zip(starts, groups, strict=False)])
 
@@ -70,7 +69,7 @@ class WeightedSFT(PreferenceLoss):
 
     Reward-weighted regression, Peters and Schaal 2007 (ICML); scores of 0 and 1 give the rejection-sampling
     fine-tuning of Yuan et al. 2023 (arXiv 2308.01825): the mean over the right responses. A group whose weights are
-    all 0 is no unit of the mean.
+    all 0 is not a unit of the mean.
     """
 
     weights: str = "scores"
@@ -107,14 +106,14 @@ class WeightedSFT(PreferenceLoss):
         return Idle("all weights are 0", "give at least one response a weight above 0, or set weights='softmax'")
 
     def select(self, group: Group) -> Group:
-        """The responses whose weight is above 0; one response where there is none."""
+        """The responses whose weight is above 0; a single response if there are none."""
         return group.take([index for index, share in enumerate(self._shares(group)) if share > 0] or [0])
 
     def prepare_batch(self, batch: Batch) -> None:
         batch.tensors(_shares, self)
 
     def _shares(self, group: Group) -> list[float]:
-        """What each response counts in its group's mean: they sum to 1, or all are 0. Unrated responses count 0."""
+        """The share of each response in its group's mean: they sum to 1, or all are 0. Unrated responses have 0."""
         weights = (
             _softmax(response_scores(group), self.temperature) if self.weights == "softmax" else self._given(group)
         )

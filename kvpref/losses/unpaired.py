@@ -13,19 +13,19 @@ from kvpref.losses.checks import check_not_negative, check_number, check_positiv
 from kvpref.losses.interface import Groups, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import GOOD_OR_BAD_RATES
 from kvpref.losses.mismatched import add_mismatched, mismatched_flags
-from kvpref.losses.scores import check_not_ranks
+from kvpref.losses.scores import check_not_ranks, known_scores
 from kvpref.plan.batch import Batch
 from kvpref.records.groups import Group
 from kvpref.records.outputs import ResponseLogps
 
 
 class Places(NamedTuple):
-    """Where the responses of each kind stand among a batch's sequences; each (n,) int64.
+    """Indices of the responses of each kind among a batch's sequences; each (n,) int64.
 
     Attributes:
         chosen: Desirable ones.
         rejected: Undesirable ones.
-        mismatched: Those of other groups.
+        mismatched: Responses of other groups.
     """
 
     chosen: torch.Tensor
@@ -47,13 +47,13 @@ class UnpairedLoss(PreferenceLoss):
     """Strength of the pull towards the reference; the larger, the closer."""
 
     desirable_weight: float = 1.0
-    """What a desirable response counts; raise it where they are the fewer."""
+    """Weight of a desirable response; raise it if these are the minority."""
 
     undesirable_weight: float = 1.0
-    """What an undesirable response counts."""
+    """Weight of an undesirable response."""
 
     score_threshold: float = 0.5
-    """In groups without labels, responses that score more are desirable."""
+    """In groups without labels, responses with a higher score are desirable."""
 
     needs_reference = True
     learning_rates = GOOD_OR_BAD_RATES
@@ -71,7 +71,7 @@ class UnpairedLoss(PreferenceLoss):
 
         Args:
             ratios: (num_sequences,) log-ratio of each response to the reference.
-            mismatched: (n,) int64, where the responses of other groups stand.
+            mismatched: (n,) int64, indices of the responses of other groups.
         """
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class UnpairedLoss(PreferenceLoss):
         if group.labels is not None:
             return [label and not flag for label, flag in zip(group.labels, flags, strict=True)]
         check_not_ranks(group, self.name)
-        scores = group.scores or (None,) * len(group)
+        scores = known_scores(group) or (None,) * len(group)
         for index, (score, flag) in enumerate(zip(scores, flags, strict=True)):
             if score is None and not flag:
                 raise InputError(
@@ -146,7 +146,7 @@ class KTO(UnpairedLoss):
     couples_groups = True
 
     num_mismatched: int = 1
-    """Mismatched responses that are made for each group."""
+    """Mismatched responses to make for each group."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ _LIBRARY_ROOTS = (
 
 
 def find_loss(name: str, built_in: Iterable[str]) -> Any:
-    """What a name that is not built in stands for.
+    """The object that a name stands for, if it is not built in.
 
     Args:
         name: ``file.py:NAME``, ``package.module:NAME``, or the name of an entry point. Paths are relative to the
@@ -44,7 +44,7 @@ def find_loss(name: str, built_in: Iterable[str]) -> Any:
         built_in: The names of the built-in losses, for the error message.
 
     Raises:
-        InputError: If there is no such loss, or its code cannot be imported; then with the line that failed.
+        InputError: If there is no such loss, or its code cannot be imported; the message names the line that failed.
     """
     if ":" in name or name.endswith(".py"):
         return _find_in_source(name)
@@ -57,7 +57,7 @@ def find_loss(name: str, built_in: Iterable[str]) -> Any:
 
 
 def installed_losses() -> dict[str, EntryPoint]:
-    """Losses that installed packages add, by name; nothing of theirs is imported."""
+    """Losses that installed packages add, by name, without importing them."""
     return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
 
 
@@ -65,12 +65,12 @@ def construct_loss(name: str, target: Any, settings: Mapping[str, Any]) -> Prefe
     """Make a loss with its settings.
 
     Args:
-        name: What the user calls it.
+        name: The user's name for it.
         target: A subclass of `PreferenceLoss`, an instance without settings, or a function.
         settings: By name.
 
     Raises:
-        InputError: If the target is no loss, or a setting is unknown, missing or refused.
+        InputError: If the target is not a loss, or a setting is unknown, missing or refused.
     """
     is_class = isinstance(target, type)
     if isinstance(target, PreferenceLoss):
@@ -138,7 +138,7 @@ def _find_in_source(spec: str) -> Any:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Run a file as a module, once for each version of it; its own folder is importable meanwhile."""
+    """Run a file as a module, once per version of it; its folder is importable meanwhile."""
     try:
         version = hashlib.sha256(f"{path.resolve()}:".encode() + path.read_bytes()).hexdigest()[:16]
     except OSError as error:
@@ -179,13 +179,13 @@ def _importable(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the user's code may have taken it out
+        with contextlib.suppress(ValueError):  # the user's code may have removed it
             sys.path.remove(str(folder))
 
 
 @contextlib.contextmanager
 def _importing(spec: str) -> Iterator[None]:
-    """Turn whatever the user's code raises while it is imported into one InputError with the line that failed."""
+    """Turn whatever the user's code raises on import into one InputError with the line that failed."""
     try:
         yield
     except InputError as error:

@@ -1,1 +1,1 @@
-"""The Hugging Face room: attaching models, their attention, masks and heads."""
+"""Everything that knows Hugging Face models from the inside: attaching them, their attention, masks and heads."""

@@ -15,6 +15,8 @@ from kvpref.errors import InputError, UnsupportedModelError
 from kvpref.models import attention as interface
 from kvpref.models.head_form import verify_head
 from kvpref.models.mixers.forwards import attach_mixers
+from kvpref.models.output_layer import head_weights
+from kvpref.models.partitioned import gathered
 from kvpref.models.support import SAFE_FALLBACK, check_architecture, is_padded_only, unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,12 +26,12 @@ Program = Callable[[PreTrainedModel], R]
 
 
 def attach(model: M, *, listed_only: bool = True, padded_only: bool = False) -> M:
-    """`kvpref.attach` without a comparison of numbers.
+    """`kvpref.attach` without comparing numbers.
 
     Args:
         model: A causal language model of a supported family, possibly inside PEFT.
-        listed_only: Whether families that nobody has checked are refused; who lets them in has to compare.
-        padded_only: Whether families that are exact in mode ``padded`` alone are let in, for that mode.
+        listed_only: Whether to refuse families that nobody has checked; a caller that allows them has to compare.
+        padded_only: Whether to allow families that are exact in mode ``padded`` only, for that mode.
 
     Returns:
         The same model.
@@ -41,7 +43,8 @@ def attach(model: M, *, listed_only: bool = True, padded_only: bool = False) -> 
     if is_attached(inner):
         return model
     check_architecture(inner, listed_only=listed_only, padded_only=padded_only)
-    verify_head(inner)
+    with gathered(head_weights(inner)):
+        verify_head(inner)
     if is_padded_only(inner.config):
         _accept_programs(inner, inner.config._attn_implementation)
         return model
@@ -60,7 +63,7 @@ def attach(model: M, *, listed_only: bool = True, padded_only: bool = False) -> 
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach` on a model that is not wrapped."""
+    """Undo `attach` on an unwrapped model."""
     forward: Any = model.__dict__.pop("forward")
     if forward.patched is not None:
         model.forward = forward.patched
@@ -68,8 +71,8 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def is_attached(model: PreTrainedModel) -> bool:
-    # Pickling a model drops the patched forward but keeps the attention's name. For mixed precision, accelerate puts a
-    # forward around the patched one that hands programs on.
+    # Pickling a model drops the patched forward but keeps the attention's name. For mixed precision, accelerate wraps
+    # the patched forward in one that passes programs on.
     forward: Any = model.__dict__.get("forward")
     while forward is not None and not getattr(forward, "accepts_programs", False):
         forward = getattr(forward, "__wrapped__", None)
@@ -92,7 +95,7 @@ def run_inside(model: nn.Module, program: Program[R]) -> R:
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Give the model a config of its own: the attention name is stored in the config, which models may share."""
+    """Copy the model's config: it stores the attention name, and models may share it."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -103,7 +106,7 @@ def _own_config(model: PreTrainedModel) -> None:
 
 def _accept_programs(model: PreTrainedModel, attention_before: interface.Implementation) -> None:
     """Let the model's forward take a program in place of inputs."""
-    # An instance may already carry a patched forward (accelerate's hooks do that); it stays in charge of inputs.
+    # An instance may already have a patched forward (accelerate's hooks do that); it keeps handling inputs.
     patched = model.__dict__.get("forward")
 
     @functools.wraps(type(model).forward)

@@ -1,8 +1,8 @@
 """The attention function and the mask function that `attach` registers with transformers.
 
 How a pass reaches the layers: the mask function is the one place where every model asks for something per forward and
-hands the answer to every attention call, also in models that drop unknown keyword arguments. So the mask *is* the pass,
-as the layers of that kind see it: the mask function reads their rule and returns a `LayersPass`, which travels as the
+passes the answer to every attention call, even in models that drop unknown keyword arguments. So the mask *is* the
+pass, as layers of that kind see it: the mask function reads their rule and returns a `LayersPass`, which travels as the
 `attention_mask` argument.
 """
 
@@ -29,12 +29,12 @@ from kvpref.prefix.rules import CAUSAL
 
 ATTENTION_NAME = "kvpref"
 EAGER_NAME = "kvpref_eager"
-"""The same for models whose ordinary forwards `sdpa` cannot run: those with softcapped scores or sinks."""
+"""The name for models whose ordinary forwards `sdpa` cannot run: those with softcapped scores or sinks."""
 
 _Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
-# Keyword arguments of attention calls that do not change what a layer computes. `sliding_window` is not the truth about
-# the window: the mask function is, and it has been read.
+# Keyword arguments of attention calls that do not change what a layer computes. `sliding_window` may be wrong; the
+# window comes from the mask function.
 _HARMLESS_KWARGS = frozenset(
     {
         "position_ids",
@@ -49,7 +49,7 @@ _HARMLESS_KWARGS = frozenset(
 
 
 def register() -> None:
-    """Make the functions known to transformers, by both names; idempotent."""
+    """Register the functions with transformers under both names; idempotent."""
     for name, mask, attention in ((ATTENTION_NAME, sdpa_mask, _sdpa), (EAGER_NAME, eager_mask, _eager)):
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attention_function, attention))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask_function, mask))
@@ -65,12 +65,12 @@ Implementation = str | dict[str, Any]
 
 
 def select(model: PreTrainedModel, name: str) -> Implementation:
-    """Let the layers of a model that run on text attend through the functions of this name.
+    """Make the text layers of a model attend through the functions of this name.
 
-    Towers keep what they have: their rows are no sequences, and they may have been loaded with a faster kernel.
+    Towers keep their implementation: their rows are not sequences, and a faster kernel may have been loaded.
 
     Returns:
-        What was selected before, for `deselect`.
+        The previous selection, for `deselect`.
     """
     text = model.config.get_text_config(decoder=True)
     before = _by_part(model.config, text, lambda config: config._attn_implementation)
@@ -84,7 +84,7 @@ def deselect(model: PreTrainedModel, before: Implementation) -> None:
 
 
 def _by_part(config: Any, text: Any, name: Callable[[Any], Any]) -> Implementation:
-    """The names of a config and of all down to the text's."""
+    """The names for a config and all configs down to the text's."""
     for key in config.sub_configs:
         part = getattr(config, key, None)
         if part is not None and (part is text or text in _parts(part)):
@@ -101,9 +101,9 @@ def _parts(config: Any) -> list[Any]:
 
 
 def is_selected(config: Any) -> bool:
-    """Whether the layers of a model that run on text run kvpref's attention.
+    """Whether the text layers of a model run kvpref's attention.
 
-    Not by the model's own config: some towers keep a model from choosing for itself (GOT-OCR2).
+    The model's own config does not tell: some towers keep a model from choosing for itself (GOT-OCR2).
     """
     return config.get_text_config(decoder=True)._attn_implementation in (ATTENTION_NAME, EAGER_NAME)
 
@@ -111,7 +111,7 @@ def is_selected(config: Any) -> bool:
 def mask_function(
     ordinary: Callable[..., torch.Tensor | None], *args: Any, **kwargs: Any
 ) -> LayersPass | torch.Tensor | None:
-    """The running pass under the rule of the layers that ask; outside a pass, the `ordinary` mask."""
+    """The running pass under the rule of the calling layers; outside a pass, the `ordinary` mask."""
     running = current_pass()
     if running is None:
         return ordinary(*args, **padded_mask_arguments(kwargs))
@@ -124,9 +124,9 @@ def mask_function(
 
 
 class _Refused(LayersPass):
-    """For layers that see what no blocks can say: they are refused once they attend.
+    """Stands in for masks that no blocks can express: such layers are refused once they attend.
 
-    Not before: Qwen2-MoE makes masks for windows of no tokens, which none of its layers has.
+    Not earlier: Qwen2-MoE makes masks for windows of no tokens, which none of its layers uses.
     """
 
     def __init__(self, running: RunningPass, error: UnsupportedModelError) -> None:
@@ -139,7 +139,7 @@ class _Refused(LayersPass):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_inside_a_pass() -> bool:
-    """Whether a pass runs; asked once per graph in compiled layers, which cannot read context variables."""
+    """Whether a pass is running; asked once per graph in compiled layers, which cannot read context variables."""
     return current_pass() is not None
 
 
@@ -159,14 +159,14 @@ def attention_function(
     Args:
         query: (B, H, T, D); key (B, G, T, D); value (B, G, T, E). B is 1 inside a pass.
         attention_mask: What `mask_function` returned.
-        kwargs: Among them ``s_aux``, the sinks (H,), and ``softcap``; see `AttentionParams`.
+        kwargs: May hold ``s_aux``, the sinks (H,), and ``softcap``; see `AttentionParams`.
 
     Returns:
         (B, T, H, E), and None in place of attention weights inside a pass.
 
     Raises:
         UnsupportedModelError: If the layer asks for something that would change the result: dropout, or a keyword
-            argument that kvpref does not know.
+            argument unknown to kvpref.
     """
     if not isinstance(attention_mask, LayersPass):
         if _is_inside_a_pass():
@@ -202,12 +202,12 @@ def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, t
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Each family's own, which stands beside the class of its attention."""
-    for kind in type(module).__mro__:  # wrappers such as FSDP2's make classes elsewhere
+    """The family's own eager attention, found in the module of its attention class."""
+    for kind in type(module).__mro__:  # wrappers such as FSDP2 make classes in other modules
         attention = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if attention is not None:
             found: tuple[torch.Tensor, torch.Tensor | None] = attention(module, *args, **kwargs)
             return found
     raise UnsupportedModelError(
-        f"{type(module).__name__} has no eager attention beside it, and its model does not support sdpa"
+        f"{type(module).__name__} has no eager attention in its module, and its model does not support sdpa"
     )

@@ -1,4 +1,4 @@
-"""The sizes and rules of a model's attention layers, as its modules and its config tell them."""
+"""The sizes and rules of a model's attention layers, read from its modules and config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvpref.prefix.rules import CAUSAL, Rule
 
 
 def attention_shapes(model: PreTrainedModel) -> tuple[AttentionShape, ...]:
-    """The attention layers of the text part, those of one kind together."""
+    """The attention layers of the text part, grouped by kind."""
     config, both_ways = model.config.get_text_config(decoder=True), both_ways_of(model.config)
     modules = [module for module in text_backbone(model).modules() if _attends(module)]
     kinds = Counter(_shape(module, config, both_ways) for module in modules)
@@ -24,7 +24,7 @@ def attention_shapes(model: PreTrainedModel) -> tuple[AttentionShape, ...]:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module makes attention calls: transformers' all say whether they are causal, and how they scale."""
+    """Whether a module makes attention calls: in transformers, all that do have these attributes."""
     return hasattr(module, "is_causal") and _first(module, "head_dim", "head_size", "qk_head_dim") is not None
 
 
@@ -59,12 +59,12 @@ def layer_rule(config: Any, layer: int | None) -> Rule:
 
 
 _BY_SIZE = (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention"))
-"""Where the config says how many tokens layers of a kind see; without `layer_types` the first that is set is all
-layers' kind."""
+"""Where the config says how many tokens layers of a kind see; without `layer_types`, the first one set is the kind of
+all layers."""
 
 _RULES = {"sliding_attention": "window", "chunked_attention": "chunk"}
 
 
 def _first(owner: Any, *names: str) -> int | None:
-    """The first of some attributes that is a number."""
+    """The first of these attributes that is a number."""
     return next((value for name in names if isinstance(value := getattr(owner, name, None), int)), None)

@@ -8,16 +8,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _CALLS_PER_LAYER = 4
-"""More than any layer makes attention calls."""
+"""More attention calls than any layer makes."""
 
 _TEXT_PARTS = ("language_model", "text_model")
-"""Where models of several kinds of input keep the layers that run on text."""
+"""Where multimodal models keep the layers that run on text."""
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """What a model's own forward calls to get the hidden states that its head reads."""
+    """The module that a model's forward calls to get the hidden states for its head."""
     base: Any = model.base_model
-    if base is model:  # Llama 4's text model names its prefix otherwise than its backbone
+    if base is model:  # Llama 4's text model has a prefix that is not the name of its backbone
         base = getattr(model, "language_model", model).model
     decoder = getattr(base, "decoder", None)  # OPT's head calls a part of the backbone
     found: PreTrainedModel = decoder if isinstance(decoder, PreTrainedModel) else base
@@ -27,7 +27,7 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 def text_backbone(model: PreTrainedModel) -> nn.Module:
     """The module that turns embeddings of text into final hidden states.
 
-    A model of several kinds of input keeps it beside its other towers, whose code asks for more than text.
+    A multimodal model keeps it beside its other towers, whose code needs more than text.
     """
     whole = backbone(model)
     for name in _TEXT_PARTS:

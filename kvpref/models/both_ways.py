@@ -1,4 +1,4 @@
-"""Families whose tokens may see later ones: those of one image, or of the whole prompt."""
+"""Families in which tokens of one image, or of the whole prompt, see later tokens of the same span."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from kvpref.prefix.rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class BothWays:
-    """What tokens of a model see of one another in both directions."""
+    """Which tokens of a model see one another in both directions."""
 
     spans: str = "none"
-    """Which runs of tokens do; one of `kvpref.records.requests.SPANS`."""
+    """Which runs of tokens see both ways; one of `kvpref.records.requests.SPANS`."""
 
     full_layers: bool = True
-    """Whether they do in layers that see all earlier tokens, too, and not only in those with a window."""
+    """Whether they also do so in layers that see all earlier tokens, not only in those with a window."""
 
     whole_spans: bool = False
     """Whether the window of a layer ends where their span begins, and not inside it."""
 
     masks: bool = True
-    """Whether masks say so. If not, a prompt's first tokens see its images beside the text: it is shared as a whole."""
+    """Whether masks express it. If not, a prompt's first tokens see its images differently: it is shared as a whole."""
 
     setting: tuple[str, str] | None = None
-    """Name of a setting of the language model's config, and its value, without which none do."""
+    """A setting of the language model's config and the value it must have for tokens to see both ways."""
 
     def applied(self, rule: Rule, mask_function: MaskFunction) -> Rule:
-        """The rule of layers whose own mask function, which does not know of images, says `rule`.
+        """The rule of layers whose own mask function, unaware of images, follows `rule`.
 
         Raises:
-            UnsupportedModelError: If spans cannot be told under such a rule.
+            UnsupportedModelError: If spans cannot be expressed under such a rule.
         """
-        # Not by the rule: a window longer than the batch reads as causal.
+        # The rule does not tell: a window longer than the batch reads as causal.
         return self.with_spans(rule, is_full=is_causal(mask_function))
 
     def with_spans(self, rule: Rule, *, is_full: bool) -> Rule:
-        """As `applied`, told whether the layers see all earlier tokens, however long sequences are."""
+        """Like `applied`, given whether the layers see all earlier tokens however long sequences are."""
         if self.spans == "none" or not self.masks or (is_full and not self.full_layers):
             return rule
         if rule.kind not in ("causal", "window"):
@@ -70,7 +70,7 @@ NOWHERE = BothWays()
 
 
 def both_ways_of(config: Any) -> BothWays:
-    """What the tokens of models of a configuration see of one another in both directions."""
+    """Which tokens see one another in both directions, in models of a configuration."""
     found = _FAMILIES.get(config.model_type, NOWHERE)
     if found.setting is None:
         return found
@@ -80,14 +80,14 @@ def both_ways_of(config: Any) -> BothWays:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _PaddedSpans:
-    """What runs in mode ``padded``: the model's own masks, which do not know of images."""
+    """The spans of a pass in mode ``padded``, where the model's own masks are unaware of images."""
 
     both_ways: BothWays
     numbers: torch.Tensor
-    """(B, T) int64, which span of its row a token stands in; -1 for none."""
+    """(B, T) int64, the span of its row that a token belongs to; -1 for none."""
 
     def mask(self, model_mask: MaskFunction) -> MaskFunction:
-        """The mask of layers together with what their spans see besides."""
+        """The layers' mask, extended by what their spans see."""
         if not self.both_ways.full_layers and is_causal(model_mask):
             return model_mask
 
@@ -107,7 +107,7 @@ _padded: ContextVar[_PaddedSpans | None] = ContextVar("kvpref_padded_spans", def
 
 @contextmanager
 def padded_spans(model: PreTrainedModel, item: PassPlan) -> Iterator[None]:
-    """While the rows of mode ``padded`` run, let their spans see both ways."""
+    """Let the spans of rows in mode ``padded`` see both ways while they run."""
     if not any(item.spans_of_rows) or not both_ways_of(model.config).masks:
         yield
         return
@@ -124,7 +124,7 @@ def padded_spans(model: PreTrainedModel, item: PassPlan) -> Iterator[None]:
 
 
 def padded_mask_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What transformers' own mask functions are called with, where rows have spans."""
+    """The arguments for transformers' own mask functions if rows have spans."""
     spans = _padded.get()
     if spans is None:
         return arguments

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kvpref.errors import UnsupportedModelError
 
 CHECKPOINTS = ("none", "prefix", "all")
-"""Which passes keep only the inputs of their layers and compute them again: none, those that others read, or all."""
+"""Which passes keep only the inputs of their layers and recompute the rest: none, those that others read, or all."""
 
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
@@ -25,7 +25,7 @@ def checkpoints_pass(choice: str, *, is_prefix: bool) -> bool:
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """Whether some of a model's layers are set to be recomputed."""
+    """Whether any of a model's layers is set to be recomputed."""
     return any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())
 
 
@@ -59,7 +59,7 @@ def checkpointed(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
 
 
 def _outermost(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
-    """Layers that are in no other; recomputation of one inside another would not find its settings again."""
+    """Layers that are inside no other such layer; a nested one would not find its settings when recomputed."""
     for child in module.children():
         if isinstance(child, GradientCheckpointingLayer):
             yield child

@@ -1,4 +1,4 @@
-"""Which of transformers' classes a model is loaded by, from its configuration and what is read of it."""
+"""Which transformers class loads a model, given its configuration and what is read from it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def sees_images(config: PreTrainedConfig) -> bool:
 
 
 def model_class(config: PreTrainedConfig, reads: str = "tokens") -> Any:
-    """What loads a model, with `from_pretrained(source, ...)` and `from_config(config, ...)`.
+    """The class that loads a model, with `from_pretrained(source, ...)` and `from_config(config, ...)`.
 
     Args:
-        config: Of the model.
+        config: The model's configuration.
         reads: ``tokens``, log-probs of a language model; ``ends``, rewards of a scalar head.
     """
     if reads != "ends":
         return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
-    # By name: a class that was loaded as remote code takes the place of what the mapping itself has.
+    # By name: a class loaded as remote code takes precedence over the mapping's own.
     if sees_images(config) and config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         return _MadeRewardModel(config)
     return AutoModelForSequenceClassification
 
 
 class _MadeRewardModel:
-    """A class of `kvpref.models.reward_classes` with the two functions of an auto class."""
+    """A class of `kvpref.models.reward_classes` with the interface of an auto class."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -47,12 +47,10 @@ class _MadeRewardModel:
         try:
             return getattr(reward_classes, self._name)
         except AttributeError as error:
-            raise ValueError(f"transformers has no parts to make a {self._name} of") from error
+            raise ValueError(f"transformers has no parts to build a {self._name} from") from error
 
     def from_pretrained(self, source: str, **settings: Any) -> Any:
-        """As of an auto class."""
         return self._class().from_pretrained(source, **settings)
 
     def from_config(self, config: PreTrainedConfig, **settings: Any) -> Any:
-        """As of an auto class."""
         return self._class()._from_config(config, **settings)

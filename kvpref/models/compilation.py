@@ -16,15 +16,17 @@ from kvpref.models.support import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
-_MAX_GRAPHS = 64
-"""More than torch's 8, at which compilation would fail: `bounded` takes 15 for prompts and responses in chunks."""
+_MAX_GRAPHS = 1024
+"""Above torch's limit of 8, at which compilation would fail: there is one graph per number of attention blocks at each
+depth that a pass reads, and trees of trajectories have many."""
 
 
 def compile_layers(model: M, **options: Any) -> M:
     """Compile each decoder layer in place, once for all layers, batch shapes and micro-batches.
 
-    A layer compiles to one graph per kind of pass (first pass, later passes; more in schedule ``bounded``), with
-    cascade attention as one operator in it; the passes themselves stay ordinary Python, and so do layers that carry a
+    A layer compiles to one graph per kind of pass (first pass, later passes; more in schedule ``bounded``, and where
+    sequences branch off inside segments, one per number of blocks, a logarithm of the number of places), with cascade
+    attention as one operator in it; the passes themselves stay ordinary Python, and so do layers that carry a
     state from token to token, and those of vision towers. Compile before wrapping in DDP or sharding with FSDP2.
 
     Args:
@@ -35,7 +37,7 @@ def compile_layers(model: M, **options: Any) -> M:
         The same model.
 
     Raises:
-        InputError: If the model was not attached, or an option would compile anew for each batch shape.
+        InputError: If the model was not attached, or an option would recompile for each batch shape.
         UnsupportedModelError: If no layer can be compiled.
     """
     inner = unwrap(model)
@@ -43,12 +45,13 @@ def compile_layers(model: M, **options: Any) -> M:
         raise InputError("this model is not attached; call kvpref.attach(model) first")
     if options.get("dynamic") is False:
         raise InputError("compile_layers needs dynamic shapes: the number of tokens differs from batch to batch")
-    # A layer leaves its keys and values with the running pass. When a checkpoint recomputes the layer they must not be
-    # left again, which is what this setting says. Releases without it refuse to compile checkpointed layers.
+    # A layer leaves its keys and values with the running pass. This setting keeps a checkpoint that recomputes the
+    # layer from leaving them again. Releases without it refuse to compile checkpointed layers.
     if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # One graph per kind of pass: how many depths it reads, whether others read it, with or without gradients.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), _MAX_GRAPHS))
     mixers = {id(mixer) for _, mixer, _ in find_mixers(inner)}
     layers = [module for module in text_backbone(inner).modules() if isinstance(module, GradientCheckpointingLayer)]
     chosen = [layer for layer in layers if mixers.isdisjoint(map(id, layer.modules()))]

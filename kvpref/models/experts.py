@@ -5,8 +5,8 @@ With E experts, over all N rows of all expert layers (a token that n sequences h
     loss = E * sum_e f_e * P_e,   f_e = (rows that choose expert e) / N,   P_e = (sum of its router probabilities) / N
 
 This is transformers' `load_balancing_loss_func` (Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6) on the
-sequences as ordinary training sees them. f has no gradient, so the loss is linear in the sums of probabilities once
-they and f are known: what the bounded schedule needs.
+sequences as ordinary training sees them. f has no gradient, so once f is known the loss is linear in the sums of
+probabilities, as the bounded schedule needs.
 
 Shape legend: M micro-batches, T rows of a pass, E experts.
 """
@@ -23,9 +23,9 @@ from kvpref.errors import UnsupportedModelError
 from kvpref.models.own_head import GivenHidden, run_own_forward
 
 _TOP_K = "_kvpref_router_top_k"
-# How many experts a token goes to, by the names that configs give it.
+# Names that configs use for the number of experts per token.
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "top_k_experts", "top_k")
-# Sums of some ten products in two orders, the model's own in fp32.
+# Sums of about ten products in two orders, the model's own in fp32.
 _TOLERANCE = 1e-5
 
 
@@ -49,10 +49,10 @@ class RouterSums(NamedTuple):
 
 
 class RouterTally:
-    """Takes in the router logits of passes as they run. Opaque to pytrees, as running passes are.
+    """Collects the router logits of passes as they run. Opaque to pytrees, like running passes.
 
     Args:
-        model: Attached.
+        model: An attached model.
         counts: Per pass, in the order in which they run, (M, T): how often its rows occur in each micro-batch.
     """
 
@@ -62,18 +62,18 @@ class RouterTally:
         self._found: list[RouterSums] = []
 
     def add(self, outputs: Any) -> None:
-        """Take in a pass.
+        """Add a pass.
 
         Args:
             outputs: What the backbone returned; its `router_logits` are (T, E) or (B, T, E) per expert layer.
 
         Raises:
-            UnsupportedModelError: If there are none, or the model's own loss is another one.
+            UnsupportedModelError: If there are none, or the model's own loss differs.
         """
         router_logits = getattr(outputs, "router_logits", None)
         if not router_logits:
             raise UnsupportedModelError(
-                f"{type(self._model).__name__} hands out no router logits, so it has no load-balancing loss; leave "
+                f"{type(self._model).__name__} returns no router logits, so it has no load-balancing loss; leave "
                 "router_aux_loss_coef out"
             )
         counts = next(self._counts)
@@ -82,7 +82,7 @@ class RouterTally:
         self._found.append(_sums(layers, counts, top_k))
 
     def sums(self) -> RouterSums:
-        """Those of all passes so far."""
+        """The sums over all passes so far."""
         return RouterSums(*(torch.stack(each).sum(0) for each in zip(*self._found, strict=True)))
 
 
@@ -92,7 +92,7 @@ def _sums(layers: Sequence[torch.Tensor], counts: torch.Tensor, top_k: int) -> R
         weights = logits.softmax(-1)
         chosen = torch.zeros_like(weights).scatter_(1, weights.topk(top_k, dim=-1).indices, 1.0)
         wide = torch.promote_types(weights.dtype, torch.float32)
-        # Not under autocast: sums of thousands of rows, in fp32 as transformers adds them up.
+        # Not under autocast: sums over thousands of rows, in fp32 as in transformers.
         with torch.autocast(logits.device.type, enabled=False):
             found.append((counts.to(wide) @ chosen.to(wide), counts.to(wide) @ weights.to(wide)))
     choices, probabilities = (torch.stack(each).sum(0) for each in zip(*found, strict=True))
@@ -104,7 +104,7 @@ def _verified_top_k(model: PreTrainedModel, num_experts: int) -> int:
     """How many experts a token goes to; found once, by running the model's own loss on made-up router logits.
 
     Raises:
-        UnsupportedModelError: If the model has no such loss, or no number of experts gives its value.
+        UnsupportedModelError: If the model has no such loss, or no number of experts reproduces its value.
     """
     known: tuple[int, int] | None = getattr(model, _TOP_K, None)
     if known is not None and known[0] == num_experts:
@@ -127,12 +127,12 @@ def _verified_top_k(model: PreTrainedModel, num_experts: int) -> int:
 
 
 def _of_ffn(config: Any) -> int | None:
-    """DBRX keeps the number in a config of its own."""
+    """The number in DBRX's nested config."""
     return getattr(getattr(config, "ffn_config", None), "moe_top_k", None)
 
 
 def _own_balance_loss(model: PreTrainedModel, router_logits: list[torch.Tensor]) -> float | None:
-    """The model's own loss of some router logits (rows, E) per layer; None if it has none."""
+    """The model's own loss for router logits (rows, E) per layer; None if it has none."""
     num_rows = router_logits[0].shape[0]
     hidden = torch.zeros(1, num_rows, model.config.get_text_config().hidden_size)
     given = GivenHidden(last_hidden_state=hidden.to(device=model.device, dtype=model.dtype))

@@ -1,8 +1,8 @@
 """The model families that are known to be exact, and why others are refused.
 
-Both lists are what `benchmarks/census.py` finds on tiny models, in every mode, against each sequence alone. Those that
-are found only among models that are given images are in `kvpref.models.vision.families`. To add a family: a row in
-`FAMILIES`, what its tiny config needs in `benchmarks/census_settings.py`, and a run of the census.
+Both lists come from `benchmarks/census.py`, which compares tiny models in every mode with each sequence alone. Families
+that occur only with images are in `kvpref.models.vision.families`. To add a family: a row in `FAMILIES`, what its tiny
+config needs in `benchmarks/census_settings.py`, and a run of the census.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a family's models cannot tell themselves."""
+    """What cannot be read from a family's models."""
 
     note: str = ""
     """What a user should know."""
 
     embedding_factor: str = ""
-    """Name in the config of a factor that the model puts on embeddings which it looks up itself, and on no others."""
+    """Name in the config of a factor that the model applies only to embeddings it looks up itself."""
 
 
 class Refusal(NamedTuple):
     """Why a family is not supported."""
 
     reason: str
-    """Of the model: it ..."""
+    """Completes a sentence about the model: "it ..."."""
 
     nearest: str
-    """The nearest family that is."""
+    """The nearest supported family."""
 
     padded: bool = False
-    """Whether it is exact in mode `padded`, which runs the model's own attention."""
+    """Whether it is exact in mode ``padded``, which runs the model's own attention."""
 
 
 _TEXT_ONLY = Family(note="given text only")

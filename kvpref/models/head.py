@@ -1,4 +1,4 @@
-"""From hidden states to log-probs or rewards through the model's own head."""
+"""Computes log-probs or rewards from hidden states through the model's own head."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from transformers import PreTrainedModel
 
 from kvpref.models.head_form import HeadForm, head_form
 from kvpref.models.output_layer import head_module, is_reward_model
+from kvpref.models.own_call import call_with
 from kvpref.models.own_head import check_logit_ids, own_logits, own_rewards, own_statistics
 from kvpref.models.value_head import value_head
 from kvpref.models.vocabulary_grads import grad_in_place
 from kvpref.ops.logprob.statistics import HeadParams, token_statistics
 from kvpref.records.host_copies import to_device
 from kvpref.records.requests import HeadOptions
+
+_MAX_TILE_BYTES = 64 * 2**20
 
 
 def head_outputs(
@@ -24,17 +27,17 @@ def head_outputs(
     *,
     in_place: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """What the model's head makes of some hidden states.
+    """The model's head applied to hidden states.
 
     Args:
-        model: Attached.
+        model: An attached model.
         hidden: (U, hidden_size).
-        targets: (U,) int64, the tokens that they predict; not read by reward models.
-        options: What is wanted besides log-probs.
-        in_place: The backward pass adds the LM head's gradient to its `.grad` itself, where it can.
+        targets: (U,) int64, the tokens that they predict; ignored by reward models.
+        options: What to compute besides log-probs.
+        in_place: Whether the backward pass adds the LM head's gradient to its `.grad` itself, where possible.
 
     Returns:
-        By the names of `ResponseLogps`, U values each; ``rewards`` alone for a reward model. Computed at least in fp32.
+        Values by the names of `ResponseLogps`, U each; ``rewards`` alone for a reward model. At least fp32.
     """
     form = head_form(model)
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -42,7 +45,10 @@ def head_outputs(
         rewards = head_module(model)(hidden).squeeze(-1) if form.fused else own_rewards(model, hidden)
         return {"rewards": rewards.to(wide)}
     if form.fused:
-        found = _fused_statistics(head_module(model), hidden, targets, options, form, in_place=in_place)
+        head = head_module(model)
+        found = call_with(
+            head, lambda rows: _fused_statistics(head, rows, targets, options, form, in_place=in_place), hidden
+        )
     else:
         found = own_statistics(model, hidden, targets, options)
     if options.hidden:
@@ -52,12 +58,25 @@ def head_outputs(
     return found
 
 
-def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """The logits of U rows, (U, hidden_size) -> (U, vocab_size); for few rows at a time."""
-    form = head_form(model)
+@torch.no_grad()
+def most_likely_tokens(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The token with the largest logit for each of U rows: (U, hidden_size) -> (U,); computed a few rows at a time."""
+    form, head = head_form(model), head_module(model)
+    vocab_size = model.config.get_text_config().vocab_size
+    rows_at_once = max(1, _MAX_TILE_BYTES // (vocab_size * torch.float32.itemsize))
+
+    def tokens(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([_logits(model, form, rows).argmax(dim=-1) for rows in hidden.split(rows_at_once)])
+
+    # One call of the head even without rows: its wrappers communicate with other ranks in each.
+    return call_with(head, tokens, hidden) if form.fused else tokens(hidden)
+
+
+def _logits(model: PreTrainedModel, form: HeadForm, hidden: torch.Tensor) -> torch.Tensor:
     if not form.fused:
         return own_logits(model, hidden)
-    return form.logits(head_module(model)(hidden))
+    head = head_module(model)
+    return form.logits(nn.functional.linear(hidden, head.weight, head.bias))
 
 
 def _fused_statistics(
@@ -76,7 +95,7 @@ def _fused_statistics(
         temperature=options.temperature,
         entropy=options.entropy,
         collision=options.collision,
-        # Without a cap there is a shorter way.
+        # Without a cap there is a shortcut.
         mean_logits=options.mean_logits and form.softcap is not None,
     )
     weight_grad = grad_in_place(head.weight) if in_place else None
@@ -98,7 +117,7 @@ def _fused_statistics(
 
 @torch.no_grad()
 def _mean_logits(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """The mean over the vocabulary is that of one linear layer whose row is the mean of all rows."""
+    """The mean over the vocabulary, computed by a linear layer whose only row is the mean of all rows."""
     mean = hidden @ head.weight.mean(0, dtype=hidden.dtype)
     return mean if head.bias is None else mean + head.bias.mean(dtype=hidden.dtype)
 

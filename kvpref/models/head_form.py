@@ -1,4 +1,4 @@
-"""What lies between a model's final hidden states and its logits: found by the config's names, proved by comparison."""
+"""What lies between a model's final hidden states and its logits: guessed from the config, proved by comparison."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PROBED_SIZES = (1.0, 30.0, 1000.0)
 # Two evaluations of one linear layer, in the model's own dtype, differ by rounding only.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 _TOLERANCE_16_BIT = 2e-2
-_LARGEST_FACTOR = 1e4  # of the range of fp16, with room for the largest of some thousand normal numbers
+_LARGEST_FACTOR = 1e4  # within fp16's range, with room for the largest of a few thousand normal numbers
 _FORM = "_kvpref_head_form"
 
-# Factors on the logits, by where a model keeps them. What is right for one model is wrong for the next (Granite
+# Factors on the logits, by where a model keeps them. What is right for one model is wrong for another (Granite
 # divides by logits_scaling, HyperCLOVA X multiplies), so all are tried.
 _SCALES: dict[str, Callable[[Any], float]] = {
     "logits_scaling": lambda value: 1.0 / value,
@@ -41,16 +41,16 @@ class HeadForm:
     """How hidden states become logits."""
 
     fused: bool
-    """Whether the linear layer and what follows is known in full; if not, the model's own forward makes the logits."""
+    """Whether the linear layer and what follows are fully known; if not, the model's own forward makes the logits."""
 
     logit_scale: float = 1.0
     """Factor on the linear layer's output."""
 
     softcap: float | None = None
-    """What bounds the logits after that: ``softcap * tanh(logits / softcap)``."""
+    """Bound on the logits after that: ``softcap * tanh(logits / softcap)``; None for none."""
 
     def logits(self, linear: torch.Tensor) -> torch.Tensor:
-        """Logits of a linear layer's output."""
+        """The logits for the linear layer's output."""
         logits = linear * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -59,14 +59,14 @@ OWN_FORWARD = HeadForm(fused=False)
 
 
 def head_form(model: PreTrainedModel) -> HeadForm:
-    """The form that holds now: what `verify_head` found, unless the head has been replaced since."""
+    """The current form: what `verify_head` found, unless the head has been replaced since."""
     form: HeadForm = getattr(model, _FORM)
     return form if isinstance(head_module(model), nn.Linear) else OWN_FORWARD
 
 
 @torch.no_grad()
 def verify_head(model: PreTrainedModel) -> None:
-    """Run the model's own forward on made-up hidden states, and keep the form that makes the same logits.
+    """Run the model's own forward on made-up hidden states, and keep the form that gives the same logits.
 
     The layers are skipped, so this costs a few rows of the LM head, whatever the size of the model.
 
@@ -85,7 +85,7 @@ def verify_head(model: PreTrainedModel) -> None:
         found = [own_outputs(model, hidden) for hidden in probes]
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot make logits of given hidden states: {type(error).__name__}: {error}"
+            f"{type(model).__name__} cannot make logits from given hidden states: {type(error).__name__}: {error}"
         ) from error
     for form in candidates:
         if all(map(_agree, found, (_expected(model, head, form, hidden) for hidden in probes))):
@@ -97,7 +97,7 @@ def verify_head(model: PreTrainedModel) -> None:
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[HeadForm]:
-    """Forms that the config's names speak of, the likeliest first."""
+    """Forms suggested by names in the config, likeliest first."""
     if is_reward_model(model):
         yield HeadForm(fused=True)
         return
@@ -117,7 +117,7 @@ def _number(config: Any, key: str) -> float | None:
 def _probes(model: PreTrainedModel, head: Any) -> list[torch.Tensor]:
     """Hidden states (1, n, hidden_size) whose logits are about 1, 30 and 1000."""
     weight: Any = getattr(head, "weight", None)
-    # Not the layer's in_features: PEFT's copy of a tied LM head has them the wrong way round.
+    # Not the layer's in_features: PEFT's copy of a tied LM head has them swapped.
     is_matrix = isinstance(head, nn.Linear) and weight.ndim == 2 and weight.is_floating_point()
     size = weight.shape[1] if is_matrix else model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ def _expected(model: PreTrainedModel, head: nn.Linear, form: HeadForm, hidden: t
 
 
 def _check_reads_rows_only(model: PreTrainedModel, probes: list[torch.Tensor], found: list[torch.Tensor]) -> None:
-    """Check that the model's forward gives each row the same, whatever the token, and whatever rows stand beside it."""
+    """Check that the forward's result for a row depends neither on its token nor on other rows."""
     is_reward = is_reward_model(model)
     for hidden, outputs in zip(probes, found, strict=True):
         last_alone = own_outputs(model, hidden[:, -1:])
@@ -142,13 +142,13 @@ def _check_reads_rows_only(model: PreTrainedModel, probes: list[torch.Tensor], f
         another_token = own_outputs(model, hidden, token=2)
         if not (_agree(last_alone, last) and _agree(another_token, outputs)):
             raise UnsupportedModelError(
-                f"{type(model).__name__} makes its logits of more than the hidden state of each token (other tokens "
+                f"{type(model).__name__} makes its logits from more than the hidden state of each token (other tokens "
                 "or their ids), which kvpref does not follow"
             )
 
 
 def _check_head_takes_part(model: PreTrainedModel, hidden: torch.Tensor) -> None:
-    """Check that the logits come out of the model's head, and not past it."""
+    """Check that the logits come from the model's head and do not bypass it."""
     head = head_module(model)
     calls: list[int] = []
     hook = None if head is None else head.register_forward_hook(lambda *_: calls.append(1))

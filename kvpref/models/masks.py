@@ -24,7 +24,7 @@ from kvpref.prefix.rules import CAUSAL, Rule
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 MAX_DENSE_POSITIONS = 2048
-"""Longest sequence under a mask of no known form, which is evaluated and planned pair by pair."""
+"""Longest sequence under a mask of unknown form, which is evaluated and planned pair by pair."""
 
 _NUM_RANDOM_ROWS = 4
 _PADDED = "use mode 'padded' for this model"
@@ -33,17 +33,17 @@ _PADDED = "use mode 'padded' for this model"
 def read_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
     """The rule of a mask function over sequences of up to `num_positions` tokens.
 
-    What these cannot tell from causal is causal: a window at least as long, say.
+    A mask that is causal for all of these lengths counts as causal, such as a window at least as long.
 
     Raises:
-        UnsupportedModelError: If tokens see later ones or none at all, or the mask has no form that is known here and
-            sequences are longer than `MAX_DENSE_POSITIONS`, or depends on more than positions.
+        UnsupportedModelError: If tokens see later ones or none at all, if the mask has no form known here and
+            sequences are longer than `MAX_DENSE_POSITIONS`, or if it depends on more than positions.
     """
     if mask_function is cast(MaskFunction, causal_mask_function):
         return CAUSAL
     inner = _unpacked(mask_function)
-    # One number at most: the padding of a pass's only row. More would say something of each token, such as which are
-    # of an image, which a few probed rows may miss.
+    # At most one number: the padding of a pass's only row. More could describe single tokens, such as an image's, which
+    # a few probed rows may miss.
     if any(tensor.numel() > 1 for tensor in _tensors_in(inner)):
         raise UnsupportedModelError(
             f"a layer's attention mask depends on more than positions inside the sequence; {_PADDED}"
@@ -61,14 +61,14 @@ def read_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
 
 
 def is_causal(mask_function: MaskFunction) -> bool:
-    """Whether a mask function is transformers' own of layers that see all earlier tokens."""
+    """Whether a mask function is transformers' own for layers that see all earlier tokens."""
     return _unpacked(mask_function) is cast(MaskFunction, causal_mask_function)
 
 
 def _known_rule(mask_function: MaskFunction, num_positions: int) -> Rule | None:
-    """The causal, window or chunk rule that all probed rows follow."""
+    """The causal, window or chunk rule that all probed rows follow; None if there is none."""
     sees_first = _visible(mask_function, torch.arange(num_positions), torch.tensor(0), num_positions)
-    size = int(sees_first.sum())  # under all three rules the first queries see the first key, and no others do
+    size = int(sees_first.sum())  # under all three rules exactly the first queries see the first key
     rules = [CAUSAL] if size == num_positions else [Rule("window", size), Rule("chunk", size)] if size else []
     visible = {
         row: _visible(mask_function, torch.tensor(row), torch.arange(num_positions), num_positions)
@@ -83,7 +83,7 @@ def _known_rule(mask_function: MaskFunction, num_positions: int) -> Rule | None:
 def _probed_rows(num_positions: int, size: int) -> list[int]:
     # Where windows and chunks differ, and where chunks begin.
     rows = {0, num_positions // 2, num_positions - 1, size - 1, size, size + 1, 2 * size - 1, 2 * size}
-    # A seeded generator of its own: probing must not move the user's random state.
+    # A separate seeded generator: probing must not change the user's random state.
     rows.update(random.Random(num_positions).randrange(num_positions) for _ in range(_NUM_RANDOM_ROWS))
     return sorted(row for row in rows if 0 <= row < num_positions)
 
@@ -94,10 +94,10 @@ def _row_under(rule: Rule, row: int, num_positions: int) -> torch.Tensor:
 
 
 def _dense_rule(mask_function: MaskFunction, num_positions: int) -> Rule:
-    """What every row sees, one by one."""
+    """The dense rule, from evaluating every row."""
     if num_positions > MAX_DENSE_POSITIONS:
         raise UnsupportedModelError(
-            f"a layer's attention mask is neither causal nor a window nor in chunks, and this batch holds a sequence "
+            f"a layer's attention mask is neither causal nor a window nor chunked, and this batch holds a sequence "
             f"of {num_positions} tokens; such masks go up to {MAX_DENSE_POSITIONS} (max_prompt_tokens, "
             f"max_response_tokens), or {_PADDED}"
         )
@@ -120,15 +120,15 @@ def _ranges(visible: np.ndarray) -> tuple[tuple[int, int], ...]:
 def _visible(
     mask_function: MaskFunction, queries: torch.Tensor, keys: torch.Tensor, num_positions: int
 ) -> torch.Tensor:
-    """Which of the pairs of one query and all keys, or of all queries and one key, meet: (T,) bool."""
+    """Which pairs of one query and all keys, or of all queries and one key, meet: (T,) bool."""
     zero = torch.zeros((), dtype=torch.int64)
     return mask_function(zero, zero, queries, keys).expand(num_positions)
 
 
 def _unpacked(mask_function: Any) -> MaskFunction:
-    """The mask inside the wrapper that transformers puts around it where it takes a row for several packed sequences.
+    """The mask inside the wrapper that transformers adds when it takes a row for several packed sequences.
 
-    The wrapper goes by rows; the passes' own blocks keep sequences apart.
+    The wrapper works on rows; the passes' own blocks keep sequences apart.
     """
     parts = _captured(mask_function).get("mask_functions", ())
     names = [getattr(part, "__qualname__", "").split(".")[0] for part in parts]
@@ -138,14 +138,14 @@ def _unpacked(mask_function: Any) -> MaskFunction:
 
 
 def _captured(function: Any) -> dict[str, Any]:
-    """The variables of a function that it takes from where it was made."""
+    """The variables in a function's closure."""
     code: Any = getattr(function, "__code__", None)
     cells = getattr(function, "__closure__", None)
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)} if cells else {}
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a function was made with."""
+    """The tensors in a function's closure."""
     if isinstance(value, torch.Tensor):
         yield value
         return
@@ -157,9 +157,9 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class _OnTheHost(TorchFunctionMode):
-    """Tensors that a mask function brings along are read in host memory.
+    """Makes tensors in a mask function's closure readable in host memory.
 
-    Of a fake tensor nothing is known; those of masks count padding, and a pass has none.
+    Fake tensors have no values; in masks they count padding, of which a pass has none.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

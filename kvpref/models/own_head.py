@@ -1,4 +1,4 @@
-"""A model's own head: its own forward, its layers left out, run on hidden states that are given."""
+"""A model's own head: its forward without its layers, run on given hidden states."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kvpref.errors import InputError
 from kvpref.models.output_layer import head_module
 from kvpref.records.requests import HeadOptions
 
-# One piece of logits; a few tensors of its size live at once.
+# Bytes of one piece of logits; a few tensors of this size exist at once.
 _PIECE_BYTES = {"cpu": 64 * 2**20}
 _DEFAULT_PIECE_BYTES = 256 * 2**20
 
 
 class GivenHidden(BaseModelOutputWithPast):
-    """What a backbone returns whose final hidden states are given; all else that a forward may ask for is None.
+    """A backbone output with given final hidden states; any other field that a forward may read is None.
 
-    Models read fields of their own output classes (`router_logits`, `image_hidden_states`), so any name is answered.
+    Models read fields of their own output classes (`router_logits`, `image_hidden_states`), so every name exists.
     """
 
     def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):  # looked for by copying and pickling, where None would be an answer
+        if name.startswith("__"):  # copying and pickling look these up and would take None for an answer
             raise AttributeError(name)
 
 
@@ -35,8 +35,8 @@ class GivenHidden(BaseModelOutputWithPast):
 def given_outputs(model: PreTrainedModel, given: GivenHidden) -> Iterator[None]:
     """Let the model's backbone return `given`, whatever it is called with.
 
-    Some forwards call a part of the backbone (`model.decoder`), so the parts that are models themselves do the same;
-    but not a part that holds the head, which is a language model inside a model of several kinds of input.
+    Some forwards call a part of the backbone (`model.decoder`), so parts that are models themselves do the same,
+    except a part that holds the head: a language model inside a multimodal one.
     """
     head = head_module(model)
     inside = [module for module in model.base_model.modules() if isinstance(module, PreTrainedModel)]
@@ -56,27 +56,27 @@ def given_outputs(model: PreTrainedModel, given: GivenHidden) -> Iterator[None]:
 
 
 def own_outputs(model: PreTrainedModel, hidden: torch.Tensor, token: int | None = None) -> torch.Tensor:
-    """What the model makes of final hidden states, in the graph: logits, or what a reward model reads of its last row.
+    """The model's outputs for final hidden states, in the graph: logits, or a reward model's outputs for its last row.
 
     Args:
         model: Attached or not.
         hidden: (B, T, hidden_size).
-        token: The token that the model is told stands at every row; any but padding if None.
+        token: The token id passed to the model for every row; None for any id but padding.
 
     Returns:
         (B, T, vocab_size), or (B, num_labels) for a reward model.
     """
     if token is None:
-        token = 1 if _pad_token_id(model) == 0 else 0  # a reward model passes over padding
+        token = 1 if _pad_token_id(model) == 0 else 0  # a reward model skips padding
     input_ids = torch.full(hidden.shape[:2], token, dtype=torch.int64, device=hidden.device)
     logits: torch.Tensor = run_own_forward(model, GivenHidden(last_hidden_state=hidden), input_ids=input_ids).logits
     return logits
 
 
 def run_own_forward(model: PreTrainedModel, given: GivenHidden, **inputs: Any) -> Any:
-    """The model's own forward, on what its backbone is said to return."""
+    """The model's own forward, with its backbone returning `given`."""
     with given_outputs(model, given):
-        # Not a call of the module: inside a pass, wrappers' hooks around it have run already.
+        # Not a call of the module: inside a pass, the wrappers' hooks have already run.
         return model.forward(use_cache=False, return_dict=True, **inputs)
 
 
@@ -91,15 +91,15 @@ def own_rewards(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def own_statistics(
     model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, options: HeadOptions
 ) -> dict[str, torch.Tensor]:
-    """What `head_outputs` returns, from logits that the model's own forward makes.
+    """The results of `head_outputs`, from logits made by the model's own forward.
 
-    The logits of a few rows exist at once, and are computed again in the backward pass.
+    Only a few rows' logits exist at once; the backward pass computes them again.
 
     Args:
-        model: Attached.
+        model: An attached model.
         hidden: (U, hidden_size).
         targets: (U,) int64.
-        options: What is wanted.
+        options: What to compute.
 
     Raises:
         InputError: If `logit_ids` lie outside the vocabulary.
@@ -135,7 +135,7 @@ def _piece(
         target_logps = logps.gather(1, targets.clamp(0, vocab_size - 1).unsqueeze(1)).squeeze(1)
         found = {"token_logps": target_logps.where(targets < vocab_size, float("nan"))}
         if options.entropy:
-            # 0 for a token that cannot come, whose logit is -inf.
+            # 0 for an impossible token, whose logit is -inf.
             found["entropy"] = -(logps.exp() * logps.where(logps.isfinite(), 0.0)).sum(-1)
         if options.collision:
             found["collision"] = (2 * logps.detach()).logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Did every layer take part in a pass? One that did not may have mixed tokens of different sequences."""
+"""Checks that every layer took part in a pass: one that did not may have mixed tokens of different sequences."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import nn
 from kvpref.errors import UnsupportedModelError
 
 _checked: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
-"""The modules that were found to be all that a model has."""
+"""Per model, the modules already found to be complete."""
 
 
 _PER_TOKEN = frozenset({"NemotronHMLP", "NemotronHMoE"})
-"""What stands in a layer's `mixer` where the layer mixes no tokens."""
+"""Classes of a layer's `mixer` that mix no tokens."""
 
 _TO_IMAGES = frozenset({"MllamaCrossAttentionDecoderLayer"})
-"""Layers whose tokens attend to images, and not to one another."""
+"""Layers whose tokens attend to images but not to one another."""
 
 
 def check_all_took_part(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Check that where some layers of a list attended, all others did.
+    """Check that if some layers of a list attended, all of them did.
 
     Args:
-        model: Whose pass has run.
-        modules: Those that took part.
+        model: The model that ran a pass.
+        modules: The modules that took part.
 
     Raises:
         UnsupportedModelError: Naming the first layer that did not.

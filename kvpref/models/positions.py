@@ -1,7 +1,7 @@
-"""How models are told the positions of a pass's tokens.
+"""How models learn the positions of a pass's tokens.
 
-Most take `position_ids` that begin at 0. Those in the line of RoBERTa begin behind the padding's position. Decoders out
-of encoder-decoders count along the row, unless their embedding of positions is told.
+Most take `position_ids` that begin at 0. Descendants of RoBERTa begin after the padding's position. Decoders of
+encoder-decoder models count along the row unless their position embedding is given the positions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kvpref.errors import UnsupportedModelError
 from kvpref.records.groups import Group
 
 _NORMS_AFTER_ROTATION = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text"})
-"""Model types whose weights tell rotated dimensions apart, so that a shift of all positions is another computation."""
+"""Model types whose weights distinguish rotated dimensions, so that shifting all positions changes the computation."""
 
 
 def reads_distances_only(config: Any) -> bool:
-    """Whether all positions of a sequence can be shifted alike, and its tokens' hidden states stay what they are."""
+    """Whether shifting all positions of a sequence equally leaves its hidden states unchanged."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None)
     if rope is None or text.model_type in _NORMS_AFTER_ROTATION:
@@ -39,11 +39,11 @@ def first_position(model: PreTrainedModel) -> int:
 
 @contextmanager
 def positions_told(backbone: nn.Module, position_ids: torch.Tensor) -> Iterator[None]:
-    """Tell the embedding of positions, where a decoder would not.
+    """Give the positions to the position embedding of decoders that would not pass them on.
 
     Args:
-        backbone: What is called inside.
-        position_ids: (B, T); rows of several sequences are alone in their pass.
+        backbone: The module called inside.
+        position_ids: (B, T); B is 1 if a row holds several sequences.
     """
     decoder: Any = getattr(backbone, "decoder", backbone)
     embedding: Any = getattr(decoder, "embed_positions", None)
@@ -65,17 +65,17 @@ def check_tokens(model: PreTrainedModel, groups: Iterable[Group]) -> None:
     """Check that every token has the position of its place in the sequence.
 
     Raises:
-        UnsupportedModelError: If a model would give a token of some sequence, and those behind it, another position.
+        UnsupportedModelError: If a model would give some token, and those after it, another position.
     """
     padding = _padding_position(model)
     if padding is None:
         return
     for number, group in enumerate(groups):
-        for place, sequence in enumerate(group.sequences):
-            if padding in sequence.input_ids:
+        for place, sequence in enumerate(group.parts):
+            if (sequence.ids == padding).any():
                 raise UnsupportedModelError(
                     f"sequence {place} of group {number} holds token {padding}, which {type(model).__name__} takes for "
-                    "padding and does not count in its positions; leave that token out"
+                    "padding and skips in its positions; leave that token out"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Settings of a module by which two forwards of one token differ."""
+"""Settings of a module that make two forwards of the same token differ."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _NAMES = ("drop", "jitter")
 
 
 def random_numbers(module: nn.Module) -> Iterator[tuple[str, float]]:
-    """Numbers above 0 that a module keeps under the name of a dropout, a layer drop or a router's jitter.
+    """Nonzero dropout, layer drop and router jitter settings of a module, by attribute name.
 
-    Modules of their own, such as `nn.Dropout`, are not looked into.
+    Child modules such as `nn.Dropout` are not searched.
     """
     for name, value in vars(module).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

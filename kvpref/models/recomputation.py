@@ -1,6 +1,6 @@
-"""Gradient checkpointing tells the layers that it recomputes which pass they belong to, and where in it they are.
+"""Makes gradient checkpointing tell recomputed layers which pass they belong to, and where in it they are.
 
-transformers' checkpointed layers call a function of their own, `_gradient_checkpointing_func`; while a pass runs it
+transformers' checkpointed layers call their own `_gradient_checkpointing_func`; while a pass runs it
 gets a `context_fn` (see `torch.utils.checkpoint`).
 """
 
@@ -25,7 +25,7 @@ ContextFn = Callable[[], tuple[Context, Context]]
 
 @contextmanager
 def recomputed_within(model: nn.Module, running: RunningPass) -> Iterator[None]:
-    """While a pass runs: layers that a checkpoint recomputes later find it again."""
+    """While a pass runs, let layers that a checkpoint recomputes later find it again."""
     layers = [module for module in model.modules() if _is_checkpointed(module)]
     with checkpoint_contexts(layers, lambda given: partial(_contexts, running, given)):
         yield
@@ -33,7 +33,7 @@ def recomputed_within(model: nn.Module, running: RunningPass) -> Iterator[None]:
 
 @contextmanager
 def checkpoint_contexts(layers: Iterable[nn.Module], wrap: Callable[[ContextFn | None], ContextFn]) -> Iterator[None]:
-    """Give checkpointed layers a `context_fn`, made by `wrap` from the one that each has; what they had comes back."""
+    """Give checkpointed layers a `context_fn`, made by `wrap` from their own, which is restored afterwards."""
     before = [(layer, vars(layer).get(FUNCTION)) for layer in layers]
     for layer, _ in before:
         function = getattr(layer, FUNCTION)
@@ -50,7 +50,7 @@ def checkpoint_contexts(layers: Iterable[nn.Module], wrap: Callable[[ContextFn |
 
 
 def _is_checkpointed(module: nn.Module) -> bool:
-    # What is recomputed inside a compiled graph does not run as Python again.
+    # Recomputation inside a compiled graph does not run as Python again.
     return (
         module.training
         and getattr(module, "gradient_checkpointing", False)
@@ -60,7 +60,7 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 
 def _contexts(running: RunningPass, given: ContextFn | None) -> tuple[Context, Context]:
-    """Around a checkpointed layer's first run, and around its recomputation."""
+    """The contexts for a checkpointed layer's first run and for its recomputation."""
     first, again = (None, None) if given is None else given()
     start = _Start(running, first)
     return start, _Again(start, again)
@@ -85,7 +85,7 @@ class _Start:
 
 
 class _Again:
-    """Takes the pass back there; as often as the layer is recomputed."""
+    """Takes the pass back there, each time the layer is recomputed."""
 
     def __init__(self, start: _Start, given: Context | None) -> None:
         self._start, self._given = start, given

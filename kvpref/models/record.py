@@ -1,4 +1,4 @@
-"""What layers do in passes, written down while they run; `kvpref check` prints it."""
+"""A record of what layers do in passes; `kvpref check` prints it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ class AttentionCall(NamedTuple):
 
 @dataclass
 class Record:
-    """Of the passes that ran."""
+    """What layers did in the passes that ran."""
 
     calls: list[AttentionCall] = field(default_factory=list)
-    """Attention calls, in order."""
 
     modules: list[nn.Module] = field(default_factory=list)
     """Modules that mixed tokens: attention and recurrent layers."""
@@ -53,19 +52,19 @@ def recorded() -> Iterator[Record]:
 
 
 def is_recording() -> bool:
-    """Whether anybody wants to know."""
+    """Whether a record is being kept."""
     return _record.get() is not None
 
 
 def note_call(call: AttentionCall) -> None:
-    """Write an attention call down, if anybody wants to know."""
+    """Record an attention call, if a record is being kept."""
     record = _record.get()
     if record is not None:
         record.calls.append(call)
 
 
 def note_modules(modules: Iterable[nn.Module]) -> None:
-    """Write down which modules mixed tokens in a pass."""
+    """Record which modules mixed tokens in a pass."""
     record = _record.get()
     if record is not None:
         record.modules.extend(module for module in modules if not any(module is known for known in record.modules))

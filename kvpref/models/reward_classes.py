@@ -1,7 +1,7 @@
 """Reward models of vision-language families for which transformers has no sequence-classification class.
 
-This file is saved beside the weights of such a model, so that transformers alone can load it, with
-`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`. So it imports transformers only.
+This file is saved beside the weights of such a model, so that transformers alone can load it with
+`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`. It imports only transformers.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made: Any = type(name, (GenericForSequenceClassification, family), {"__module__": __name__, "__doc__": __doc__})
     made._auto_class = "AutoModelForSequenceClassification"  # saving writes this file too
-    # Files name weights otherwise than models do, and transformers knows by the class which names to change.
+    # Weights have other names in files than in models, and transformers picks the renaming by class.
     for known_by in (name.replace(_ENDING, "ForConditionalGeneration"), family.config_class.model_type):
         renamed = get_checkpoint_conversion_mapping(known_by)
         if renamed is not None:

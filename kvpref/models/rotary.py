@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on the longest position of the forward at hand.
+"""Rotary embeddings whose frequencies depend on the longest position of the current forward.
 
 Each sequence alone would get the frequencies of its own length. Passes hold tokens of several sequences, so they are
 exact only where all lengths lead to the same frequencies.
@@ -22,7 +22,7 @@ LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 def rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
-    """Every set of rotary parameters that a text config names, also where they are given per layer type."""
+    """Every set of rotary parameters in a text config, also if given per layer type."""
     for name in ("rope_parameters", "rope_scaling"):
         parameters = getattr(config, name, None)
         if isinstance(parameters, dict):
@@ -33,7 +33,7 @@ def rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def length_thresholds(model: PreTrainedModel) -> dict[int, str]:
-    """Lengths in tokens up to which frequencies do not depend on the length, and the type of embedding that says so."""
+    """Lengths in tokens up to which frequencies do not depend on the length, with the rope type they come from."""
     config = model.config.get_text_config(decoder=True)
     found = {}
     for parameters in rope_parameters(config):
@@ -51,10 +51,10 @@ def check_lengths(model: PreTrainedModel, groups: Iterable[Group]) -> None:
 
     Args:
         model: Attached.
-        groups: Those of a batch, or of all batches that share passes.
+        groups: The groups of a batch, or of all batches that share passes.
 
     Raises:
-        UnsupportedModelError: Naming a sequence.
+        UnsupportedModelError: If they do not; the message names a sequence.
     """
     thresholds = length_thresholds(model)
     if not thresholds:
@@ -62,7 +62,7 @@ def check_lengths(model: PreTrainedModel, groups: Iterable[Group]) -> None:
     lengths = {
         (number, place): len(sequence)
         for number, group in enumerate(groups)
-        for place, sequence in enumerate(group.sequences)
+        for place, sequence in enumerate(group.parts)
     }
     for threshold, kind in thresholds.items():
         long = max(lengths, key=lengths.__getitem__)
@@ -72,7 +72,7 @@ def check_lengths(model: PreTrainedModel, groups: Iterable[Group]) -> None:
         told = f"sequence {long[1]} of group {long[0]} holds {lengths[long]} tokens"
         if kind == "dynamic":
             raise UnsupportedModelError(
-                f"{told}, and rope type 'dynamic' picks frequencies of their own for each length over {threshold}, so "
+                f"{told}, and rope type 'dynamic' picks separate frequencies for each length over {threshold}, so "
                 f"passes over shared tokens would disagree; keep sequences within {threshold} tokens"
             )
         if lengths[short] <= threshold:
@@ -85,7 +85,7 @@ def check_lengths(model: PreTrainedModel, groups: Iterable[Group]) -> None:
 
 @contextmanager
 def long_frequencies(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
-    """Let passes over parts of long sequences use the frequencies that the whole sequences lead to.
+    """Let passes over parts of long sequences use the frequencies of the whole sequences.
 
     Args:
         model: Attached; its batch has passed `check_lengths`.
@@ -93,7 +93,7 @@ def long_frequencies(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
 
     Raises:
         UnsupportedModelError: If the model computes frequencies inside its layers, where a checkpoint that recomputes
-            them would find the short ones again.
+            them would use those of short sequences.
     """
     over = [kind for threshold, kind in length_thresholds(model).items() if num_tokens > threshold]
     if not over:
@@ -101,7 +101,7 @@ def long_frequencies(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
         return
     if "dynamic" in over:
         raise UnsupportedModelError(
-            f"rope type 'dynamic' picks frequencies of their own for each length over those it was trained on, "
+            f"rope type 'dynamic' picks separate frequencies for each length over those it was trained on, "
             f"and this batch holds a sequence of {num_tokens} tokens; keep sequences shorter"
         )
     swapped = []

@@ -1,4 +1,4 @@
-"""Weights of a folder put back into a model that is there, by the names that files have."""
+"""Load a folder's weights into an existing model, by their names in files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kvpref.errors import RunError
 
 
 def renames_weights(model: PreTrainedModel) -> bool:
-    """Whether files hold the weights under other names, or in other pieces, than the model does.
+    """Whether files hold the weights under other names or split differently than the model.
 
-    transformers converts them when it saves and loads a model, but its trainer does not when it resumes: it would go on
-    with the weights that it has.
+    transformers converts them when it saves and loads a model, but its trainer does not when it resumes: it would
+    continue with the current weights.
     """
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 @torch.no_grad()
 def load_saved_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load what `save_pretrained` wrote.
+    """Load the weights that `save_pretrained` wrote.
 
     Raises:
         RunError: If a weight is missing.
@@ -33,7 +33,7 @@ def load_saved_weights(model: PreTrainedModel, folder: str | Path) -> None:
     fresh, info = kind.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     found: dict[str, torch.Tensor] = fresh.state_dict()
     own = model.state_dict()
-    found |= _read(Path(folder), own.keys() - found.keys())  # a value head, say
+    found |= _read(Path(folder), own.keys() - found.keys())  # such as a value head
     lacking = sorted({*info["missing_keys"], *(own.keys() - found.keys())})
     if lacking:
         raise RunError(f"{folder}: lacks the weight {lacking[0]!r}; resume from another checkpoint")

@@ -1,10 +1,11 @@
-"""Is a model, in its present state, computed exactly? Clear refusals, never a silent approximation."""
+"""Whether a model, in its present state, is computed exactly: clear refusals, never a silent approximation."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from kvpref.errors import UnsupportedModelError
@@ -13,7 +14,7 @@ from kvpref.models.randomness import random_numbers
 from kvpref.models.vision.families import is_known
 
 _MADE_OF_PARTS = "kvpref.models.reward_classes"
-"""Where classes are that have nothing but transformers' own parts."""
+"""The module of classes built only from transformers' own parts."""
 
 _REWARD_HEAD = "ForSequenceClassification"
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "GenerationDecoder", _REWARD_HEAD)
@@ -45,12 +46,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def check_config(config: Any, *, listed_only: bool = True, padded_only: bool = False) -> None:
-    """Check what a configuration alone tells: its family, and that of the language model in it.
+    """Check what the configuration alone tells: its family, and that of the language model in it.
 
     Args:
-        config: Of a model.
-        listed_only: Whether families that nobody has checked are refused too.
-        padded_only: Whether families that are exact in mode ``padded`` alone are let in.
+        config: The configuration of a model.
+        listed_only: Whether to refuse families that nobody has checked, too.
+        padded_only: Whether to allow families that are exact in mode ``padded`` only.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
@@ -62,13 +63,13 @@ def check_config(config: Any, *, listed_only: bool = True, padded_only: bool = F
         if refusal is None and listed_only and name not in FAMILIES and not is_known(name):
             raise UnsupportedModelError(
                 f"model type {name!r} is not among those known to be exact (docs/models.md lists them); "
-                "kvpref.attach(model, verify=True) compares it with its own forward on two short groups and lets it in "
+                "kvpref.attach(model, verify=True) compares it with its own forward on two short groups and accepts it "
                 f"if log-probs and gradients are equal. Otherwise {SAFE_FALLBACK}"
             )
 
 
 def is_padded_only(config: Any) -> bool:
-    """Whether models of a configuration are exact in mode ``padded`` alone."""
+    """Whether models of a configuration are exact in mode ``padded`` only."""
     refusal = REFUSED.get(config.model_type)
     return refusal is not None and refusal.padded
 
@@ -77,7 +78,7 @@ def require_passes(model: PreTrainedModel) -> None:
     """Check that a model can run passes over shared prefixes.
 
     Raises:
-        UnsupportedModelError: If it was let in for mode ``padded``.
+        UnsupportedModelError: If it is exact in mode ``padded`` only.
     """
     if is_padded_only(model.config):
         raise _refused(model.config.model_type, REFUSED[model.config.model_type])
@@ -92,17 +93,18 @@ def _refused(name: str, refusal: Refusal) -> UnsupportedModelError:
 
 
 def is_custom_code(model: PreTrainedModel) -> bool:
-    """Whether the model's class is not transformers' own."""
-    return not type(model).__module__.startswith(("transformers.", _MADE_OF_PARTS))
+    """Whether the model's class is not transformers' own; FSDP2 derives a class, which does not count."""
+    own = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    return not own.__module__.startswith(("transformers.", _MADE_OF_PARTS))
 
 
 def check_architecture(model: PreTrainedModel, *, listed_only: bool = True, padded_only: bool = False) -> None:
     """Check what does not change after loading: the configuration, and that the class is transformers' own.
 
     Args:
-        model: Not wrapped.
-        listed_only: Whether custom code and families that nobody has checked are refused too.
-        padded_only: As in `check_config`.
+        model: An unwrapped model.
+        listed_only: Whether to refuse custom code and families that nobody has checked, too.
+        padded_only: As for `check_config`.
 
     Raises:
         UnsupportedModelError: With the reason and the nearest thing that works.
@@ -125,7 +127,7 @@ def check_architecture(model: PreTrainedModel, *, listed_only: bool = True, padd
         )
     if type(model).__name__.endswith(_REWARD_HEAD) and model.config.num_labels != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} with {model.config.num_labels} labels is no reward model; load it with "
+            f"{type(model).__name__} with {model.config.num_labels} labels is not a reward model; load it with "
             "num_labels=1"
         )
 
@@ -134,9 +136,9 @@ def check_training_state(model: PreTrainedModel) -> None:
     """Check what can change between forwards: dropout and gradient checkpointing.
 
     Raises:
-        UnsupportedModelError: With the setting to change.
+        UnsupportedModelError: Naming the setting to change.
     """
-    # Not only where the root trains: PEFT adapters and frozen parts are switched one by one.
+    # Even if the root is in eval mode: PEFT adapters and frozen parts are switched separately.
     for name, module in model.named_modules():
         if not module.training:
             continue
@@ -145,7 +147,7 @@ def check_training_state(model: PreTrainedModel) -> None:
                 f"dropout {module.p} in {name} makes two forwards of one token differ; set it to 0 in the config "
                 "(attention_dropout, resid_pdrop, embd_pdrop, hidden_dropout, lora_dropout) or call model.eval()"
             )
-        # Most families keep dropout as a number, and mode `padded` never hands that of attention to kvpref.
+        # Most families keep dropout as a number, and mode `padded` never passes attention's to kvpref.
         for setting, value in random_numbers(module):
             raise UnsupportedModelError(
                 f"{setting.replace('_', ' ')} {value} in {name or 'the model'} makes two forwards of one token differ; "
@@ -162,7 +164,7 @@ def check_training_state(model: PreTrainedModel) -> None:
 
 
 def _refuse_sparse_mixer(name: str, module: nn.Module) -> None:
-    """PhiMoE's routers draw experts in training mode, whatever their noise is."""
+    """Refuse PhiMoE's routers in training mode, where they sample experts whatever their noise."""
     if hasattr(module, "router_jitter_noise"):
         raise UnsupportedModelError(
             f"the router {name} draws experts at random in training mode, whatever its noise, so two forwards of one "

@@ -1,5 +1,5 @@
-"""Llama 4 scales the queries of layers without rotary embeddings by how far along they are. It takes a token's place in
-the row for its place in the sequence, and in a pass these differ.
+"""Llama 4 scales the queries of layers without rotary embeddings by position. It takes a token's place in the row for
+its position in the sequence, and in a pass these differ.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def at_positions(module: Any, query: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """The queries of an attention call, scaled by positions in place of rows; of other models, as they are.
+    """The queries of an attention call, scaled by positions instead of rows; unchanged for other models.
 
     Args:
         module: The layer's attention.
@@ -26,7 +26,7 @@ def at_positions(module: Any, query: torch.Tensor, position_ids: torch.Tensor) -
 
 
 def counts_rows(model: nn.Module) -> bool:
-    """Whether some layer takes places in the row, padding included, for places in the sequence."""
+    """Whether any layer takes places in the row, padding included, for positions in the sequence."""
     return any(map(_counts_rows, model.modules()))
 
 
@@ -35,5 +35,5 @@ def _counts_rows(module: Any) -> bool:
 
 
 def _temperature(module: Any, places: torch.Tensor) -> torch.Tensor:
-    """As in transformers' `Llama4TextAttention`; (T,) fp32."""
+    """The factors of transformers' `Llama4TextAttention`, (T,) fp32."""
     return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0

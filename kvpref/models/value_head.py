@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpref.errors import InputError
+from kvpref.models.partitioned import full_shape
 from kvpref.models.support import unwrap
 
 VALUE_HEAD = "value_head"
@@ -19,8 +20,8 @@ VALUE_HEAD = "value_head"
 def add_value_head(model: nn.Module, source: str | Path | None = None) -> nn.Linear:
     """Give a model a value head: a linear layer from hidden states to one number, trained and saved with the model.
 
-    It predicts from the hidden state that predicts each scored token, so it sees the tokens before it. Call this before
-    the optimizer is made, and before PEFT's `get_peft_model`, whose `modules_to_save` then has to name ``value_head``.
+    Its input is the hidden state that predicts each scored token, so it sees the tokens before it. Call this before
+    creating the optimizer and before PEFT's `get_peft_model`, whose `modules_to_save` then has to name ``value_head``.
 
     Args:
         model: A causal language model, possibly wrapped.
@@ -36,7 +37,7 @@ def add_value_head(model: nn.Module, source: str | Path | None = None) -> nn.Lin
     if hasattr(inner, VALUE_HEAD):
         raise InputError(f"{type(inner).__name__} has a {VALUE_HEAD} already")
     embeddings: Any = inner.get_output_embeddings()
-    head = nn.Linear(embeddings.weight.shape[1], 1).to(embeddings.weight)
+    head = nn.Linear(full_shape(embeddings.weight)[1], 1).to(embeddings.weight)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if source is not None:
@@ -46,7 +47,7 @@ def add_value_head(model: nn.Module, source: str | Path | None = None) -> nn.Lin
 
 
 def value_head(model: PreTrainedModel) -> nn.Module:
-    """The model's value head; the copy that PEFT trains, where it keeps one.
+    """The model's value head, or PEFT's trained copy of it.
 
     Raises:
         InputError: If there is none.
@@ -58,7 +59,7 @@ def value_head(model: PreTrainedModel) -> nn.Module:
 
 
 def trained_copy(module: Any) -> Any:
-    """The copy of a module that PEFT trains (`modules_to_save`), or the original where its adapters are off."""
+    """The copy of a module that PEFT trains (`modules_to_save`), or the original if adapters are off."""
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return module

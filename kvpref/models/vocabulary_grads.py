@@ -1,7 +1,7 @@
 """Gradients of the two weights that are as large as the vocabulary, added in place.
 
-Autograd hands such a gradient over as a tensor of its own, whatever the number of tokens; with a tied LM head, as three
-at once. A chunk of the bounded schedule may be small beside that, so its embedding and LM head add to `.grad` directly.
+Autograd delivers such a gradient as a separate full tensor, whatever the number of tokens; with a tied LM head, three
+at once. A chunk of the bounded schedule may be small by comparison, so its embedding and LM head add to `.grad`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from kvpref.tracing import mark
 
 
 def grad_in_place(weight: torch.Tensor) -> torch.Tensor | None:
-    """The `.grad` of a weight, made if there is none; None where autograd has to deliver the gradient.
+    """The `.grad` of a weight, created if missing; None if autograd has to deliver the gradient.
 
-    That is where nothing is trained, or somebody listens: hooks on the weight must see its gradient.
+    That is the case if the weight is not trained, or has hooks, which must see its gradient.
     """
     if type(weight) is not nn.Parameter or not weight.requires_grad or not torch.is_grad_enabled():
         return None
@@ -34,7 +34,7 @@ def grad_in_place(weight: torch.Tensor) -> torch.Tensor | None:
 def embed(
     embedding: nn.Module, input_ids: torch.Tensor, unique_ids: torch.Tensor, inverse: torch.Tensor
 ) -> torch.Tensor:
-    """``embedding(input_ids)``, whose gradient is added in place where it can be.
+    """``embedding(input_ids)``, whose gradient is added in place where possible.
 
     Args:
         embedding: The model's input embeddings.
@@ -49,14 +49,14 @@ def embed(
     if grad is None:
         looked_up: torch.Tensor = embedding(input_ids)
         return looked_up
-    # Like autograd's own lookup, whose padding row gets no gradient.
+    # As in autograd's own lookup, the padding row gets no gradient.
     receives = unique_ids != (-1 if embedding.padding_idx is None else embedding.padding_idx)
     embeds: torch.Tensor = _Embed.apply(embedding.weight, input_ids, unique_ids, inverse, receives, grad)
     return embeds
 
 
 def _is_plain(embedding: nn.Module) -> bool:
-    """Whether it is a lookup and nothing else: families that scale, and adapters, have classes of their own."""
+    """Whether it is a plain lookup: families that scale, and adapters, have their own classes."""
     return type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
 
 
@@ -79,7 +79,7 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         unique_ids, inverse, receives = ctx.saved_tensors
-        # A frequent token adds up in fp32, and is rounded once.
+        # A frequent token's gradient is summed in fp32 and rounded once.
         wide = torch.promote_types(grad.dtype, torch.float32)
         sums = grad.new_zeros(unique_ids.shape[0], grad.shape[-1], dtype=wide)
         sums.index_add_(0, inverse, grad.flatten(0, 1).to(wide))

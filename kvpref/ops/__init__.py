@@ -1,1 +1,1 @@
-"""Tensors in, tensors out."""
+"""Operators: functions of tensors that know nothing of models or losses."""

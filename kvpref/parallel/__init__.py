@@ -1,1 +1,1 @@
-"""Equal work on all ranks."""
+"""Running passes on several ranks: wrappers, sharded weights, agreement and failures."""

@@ -1,1 +1,1 @@
-"""What the rooms hand one another: groups, requests and outputs."""
+"""The records that packages pass to one another: groups, requests and outputs."""

@@ -1,83 +1,151 @@
 """The two records that every part of kvpref passes around: a `Sequence` of tokens and a `Group` of sequences.
 
-Pure Python integers: no tensors, so data workers, batchers and tests can use them without torch.
+Integers in numpy arrays: no tensors, so data workers, batchers and tests can use them without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from kvpref.prefix.both_ways import joined
+import numpy as np
+import numpy.typing as npt
+
+from kvpref.prefix.runs import joined
 from kvpref.records.images import PlacedImage, check_places, own_ids, placeholder_ids
 
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Sequence:
-    """One full prompt+response token list.
+    """One full prompt+response token list; the response may be several turns, with other roles' messages between them.
 
     Args:
         input_ids: Token ids of prompt and response together, at least one.
-        scored: One flag per token: does its log-prob count in the loss? The first token has no predictor, so its
+        scored: One flag per token: whether its log-prob counts in the loss. The first token has no predictor, so its
             flag must be False.
-        images: Those in the prompt, in order of position.
+        images: The images in the prompt, in order of position.
+        weights: Weight of each scored token in every loss and metric, at least 0; None for 1 each.
+        earlier: If a later turn's history differs from what an earlier turn answered (because, for example, the chat
+            template drops the thinking of earlier turns): the sequences in which those earlier turns are scored, in
+            order. A loss reads them and this one as one response.
+
+    Attributes:
+        ids: (T,) int64, `input_ids` as a read-only array.
+        flags: (T,) bool, `scored` as a read-only array.
 
     Raises:
-        ValueError: If the lengths differ, there are no tokens, the first token is scored, or images do not stand over
-            their placeholders.
+        ValueError: If the lengths differ, there are no tokens, the first token is scored, a weight is negative or not
+            finite, images do not match their placeholders, or an earlier sequence has earlier ones.
     """
 
-    input_ids: tuple[int, ...]
-    scored: tuple[bool, ...]
+    ids: IntArray
+    flags: BoolArray
     images: tuple[PlacedImage, ...]
+    weights: tuple[float, ...] | None
+    earlier: tuple[Sequence, ...]
 
     def __init__(
         self,
-        input_ids: AbstractSequence[int],
-        scored: AbstractSequence[bool],
+        input_ids: AbstractSequence[int] | IntArray,
+        scored: AbstractSequence[bool] | BoolArray,
         images: AbstractSequence[PlacedImage] = (),
+        weights: AbstractSequence[float] | None = None,
+        earlier: AbstractSequence[Sequence] = (),
     ) -> None:
-        # Frozen dataclass with normalising constructor: lists are accepted, tuples are kept.
-        object.__setattr__(self, "input_ids", tuple(input_ids))
-        object.__setattr__(self, "scored", tuple(scored))
+        # Frozen dataclass with normalising constructor: lists are accepted, arrays are kept.
+        object.__setattr__(self, "ids", _constant(input_ids, np.int64))
+        object.__setattr__(self, "flags", _constant(scored, np.bool_))
         object.__setattr__(self, "images", tuple(images))
-        if not self.input_ids:
+        object.__setattr__(self, "weights", None if weights is None else tuple(map(float, weights)))
+        object.__setattr__(self, "earlier", tuple(earlier))
+        if not len(self.ids):
             raise ValueError("a Sequence needs at least one token; got an empty input_ids")
-        if len(self.input_ids) != len(self.scored):
+        if len(self.ids) != len(self.flags):
             raise ValueError(
-                f"input_ids and scored must have one entry per token; got {len(self.input_ids)} and {len(self.scored)}"
+                f"input_ids and scored must have one entry per token; got {len(self.ids)} and {len(self.flags)}"
             )
-        if self.scored[0]:
+        if self.flags[0]:
             raise ValueError(
                 "the first token of a Sequence cannot be scored, because no token before it predicts it; "
                 "put a BOS token before an empty prompt"
             )
-        check_places(self.images, self.input_ids, self.scored)
+        if self.weights is not None and len(self.weights) != self.num_scored:
+            raise ValueError(
+                f"weights must have one number per scored token; got {len(self.weights)} for {self.num_scored}"
+            )
+        if self.weights is not None and not all(0 <= weight < math.inf for weight in self.weights):
+            bad = next(weight for weight in self.weights if not 0 <= weight < math.inf)
+            raise ValueError(f"weights must be finite numbers of at least 0; got {bad}")
+        if any(part.earlier for part in self.earlier):
+            raise ValueError("an earlier sequence cannot have earlier ones; give them all in one list")
+        if self.images:
+            check_places(self.images, self.input_ids, self.scored)
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.ids)
+
+    @cached_property
+    def input_ids(self) -> tuple[int, ...]:
+        """Token ids of prompt and response together."""
+        return tuple(self.ids.tolist())
+
+    @cached_property
+    def scored(self) -> tuple[bool, ...]:
+        """One flag per token: whether its log-prob counts in the loss."""
+        return tuple(self.flags.tolist())
+
+    @cached_property
+    def num_scored(self) -> int:
+        """Scored tokens of this sequence, not counting `earlier`."""
+        return int(np.count_nonzero(self.flags))
 
     @property
-    def tree_ids(self) -> tuple[int, ...]:
-        """What is compared to find shared prefixes: the token ids, with ids of its own for each image's placeholders.
+    def parts(self) -> tuple[Sequence, ...]:
+        """The token rows that a model runs: the earlier sequences and this one."""
+        return (*self.earlier, self)
 
-        Those are negative, hold in this process only, and are equal just where images have equal keys. Images without a
+    @property
+    def total_scored(self) -> int:
+        """Scored tokens of all parts."""
+        return self.num_scored + sum(part.num_scored for part in self.earlier)
+
+    @property
+    def total_weight(self) -> float:
+        """Total weight of the scored tokens of all parts: their number, or the sum of their weights."""
+        return sum(part.num_scored if part.weights is None else sum(part.weights) for part in self.parts)
+
+    @property
+    def turns(self) -> tuple[tuple[int, int], ...]:
+        """The runs of scored tokens, as positions [first, stop)."""
+        edges = np.flatnonzero(np.diff(self.flags, prepend=False, append=False))
+        return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+    @property
+    def tree_ids(self) -> IntArray:
+        """(T,) int64, the ids compared to find shared prefixes: token ids, with special ids for images' placeholders.
+
+        Those are negative, valid only in this process, and equal exactly if images have equal keys. Images without a
         token between them are shared together or not at all, because a model may let their tokens see one another.
         """
         if not self.images:
-            return self.input_ids
-        ids = list(self.input_ids)
+            return self.ids
+        ids = self.ids.copy()
         for images in _neighbours(self.images):
             own = iter(placeholder_ids([placed.image for placed in images]))
             for first, stop in (run for placed in images for run in placed.runs):
                 ids[first:stop] = [next(own) for _ in range(first, stop)]
-        return tuple(ids)
+        return ids
 
     @property
     def image_runs(self) -> tuple[tuple[int, int], ...]:
-        """Where images stand, those without a token between them as one."""
+        """Runs of image placeholders; images without a token between them form one run."""
         return joined(run for placed in self.images for run in placed.runs)
 
     @property
@@ -87,14 +155,36 @@ class Sequence:
 
     @property
     def _prompt_length(self) -> int:
-        return self.scored.index(True) if True in self.scored else len(self.input_ids)
+        return int(self.flags.argmax()) if self.flags.any() else len(self.ids)
 
     @property
-    def whole_prompt_ids(self) -> tuple[int, ...]:
-        """`tree_ids` under which prompts, the tokens before the first scored one, are equal as wholes or nowhere."""
-        ids = self.tree_ids
+    def whole_prompt_ids(self) -> IntArray:
+        """Like `tree_ids`, but prompts (the tokens before the first scored one) are equal as wholes or not at all."""
+        ids = self.tree_ids.copy()
         stop = self._prompt_length
-        return own_ids(("prompt", ids[:stop]), stop) + ids[stop:]
+        ids[:stop] = own_ids(("prompt", ids[:stop].tobytes()), stop)
+        return ids
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return (
+            np.array_equal(self.ids, other.ids)
+            and np.array_equal(self.flags, other.flags)
+            and (self.images, self.weights, self.earlier) == (other.images, other.weights, other.earlier)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.ids.tobytes(), self.flags.tobytes(), self.images, self.weights, self.earlier))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sequence, (self.ids, self.flags, self.images, self.weights, self.earlier)
+
+    def __repr__(self) -> str:
+        more = "".join(
+            f", {name}={value!r}" for name in ("images", "weights", "earlier") if (value := getattr(self, name))
+        )
+        return f"Sequence(input_ids={self.input_ids!r}, scored={self.scored!r}{more})"
 
     @classmethod
     def from_prompt_and_response(
@@ -106,21 +196,21 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Group:
-    """The sequences that answer one prompt (2 for DPO, N for best-of-N), with what is known of their quality.
+    """The sequences that answer one prompt (2 for DPO, N for best-of-N), with scores or labels.
 
     Args:
         sequences: At least one `Sequence`.
         scores: One float per sequence, or None where unrated. Higher is better.
         labels: One flag per sequence: True for preferred (chosen), False for not (rejected).
-        id: Where the group came from, used in error messages (``file:line``, say).
-        columns: Extra columns of the data, by name. A list (or tuple) with one entry per sequence is theirs; anything
-            else is the group's.
-        ranks: In place of scores, where only an order is known: one number per sequence, 1 for the best, or None where
+        id: Where the group came from, such as ``file:line``; used in error messages.
+        columns: Extra columns of the data, by name. A list or tuple with one entry per sequence belongs to the
+            sequences; anything else to the group.
+        ranks: In place of scores, if only an order is known: one number per sequence, 1 for the best, or None where
             unranked. The scores are then the negated ranks, which losses that need more than an order refuse.
 
     Raises:
-        ValueError: If there are no sequences, scores, ranks or labels have another length, or both scores and ranks
-            are given.
+        ValueError: If there are no sequences, if scores, ranks or labels have a different length, or if both scores
+            and ranks are given.
     """
 
     sequences: tuple[Sequence, ...]
@@ -162,8 +252,13 @@ class Group:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def parts(self) -> tuple[Sequence, ...]:
+        """The token rows that a model runs: the parts of all sequences, in order."""
+        return tuple(part for sequence in self.sequences for part in sequence.parts)
+
     def take(self, indices: AbstractSequence[int]) -> Group:
-        """The group with only these sequences, in this order, and what belongs to them."""
+        """The group with only these sequences, in this order, and their scores, labels and column entries."""
         return Group(
             [self.sequences[index] for index in indices],
             scores=None if self.scores is None or self.ranks is not None else [self.scores[index] for index in indices],
@@ -181,8 +276,17 @@ class Group:
         return isinstance(value, list | tuple) and len(value) == len(self.sequences)
 
 
+def _constant(values: Any, dtype: Any) -> Any:
+    """Values as a read-only array; a writable array is copied."""
+    if isinstance(values, np.ndarray) and values.dtype == dtype and not values.flags.writeable:
+        return values
+    found = np.array(values, dtype=dtype)
+    found.flags.writeable = False
+    return found
+
+
 def _neighbours(images: AbstractSequence[PlacedImage]) -> list[list[PlacedImage]]:
-    """The images, with those that stand one right behind the other together."""
+    """The images, with immediate neighbours grouped."""
     found: list[list[PlacedImage]] = []
     for placed in images:
         if found and found[-1][-1].runs[-1][1] == placed.runs[0][0]:

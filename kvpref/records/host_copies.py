@@ -6,10 +6,10 @@ import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on `device`; itself if it is there.
+    """The tensor on `device`; the same tensor if it is already there.
 
-    A copy to CUDA from ordinary memory first waits for all that the device has still to do; one from page-locked memory
-    takes its place in the queue.
+    A copy to CUDA from ordinary memory first waits for all work queued on the device; one from page-locked memory joins
+    the queue.
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_initialized():
         tensor = tensor.pin_memory()

@@ -1,6 +1,6 @@
-"""Images in prompts: what stands for them in a sequence's tokens, and how their tower's inputs are had.
+"""Images in prompts: their placeholders in a sequence's tokens, and how to get their tower's inputs.
 
-No pixels here: a sequence names its images, and whoever runs their tower reads them.
+No pixels here: a sequence names its images, and whoever runs the tower reads them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 class Image:
     """One image as a model's vision tower reads it.
 
-    Where a processor treats the images of a prompt together (their number changes how each is cut into tiles, say), all
-    of them are one `Image`.
+    If a processor treats the images of a prompt together, such as when their number affects how each is cut into tiles,
+    all of them are one `Image`.
 
     Args:
-        key: Digest of its content and of all that changes how it is processed: two images with equal keys have equal
-            features, and prompts share them.
-        token_id: Its placeholders among the token ids.
-        num_tokens: Its placeholders, at least one; in order, each is one row of its features.
-        read: Makes its tower's inputs, name -> tensor on the CPU, as the model's processor makes them for this image
-            alone; called when a batch is collated. Has to be picklable where data workers collate.
+        key: Digest of its content and of everything that affects its processing: two images with equal keys have
+            equal features, and prompts share them.
+        token_id: The token id of its placeholders.
+        num_tokens: Number of placeholders, at least one; in order, each is one row of its features.
+        read: Makes the tower's inputs, name -> tensor on the CPU, as the model's processor does for this image alone;
+            called when a batch is collated. Must be picklable if data workers collate.
 
     Raises:
         ValueError: If there are no placeholders, or more than 2**24.
@@ -45,7 +45,7 @@ class PlacedImage(NamedTuple):
 
     Attributes:
         image: The image.
-        runs: Where its placeholders stand: [first, stop) runs of positions, in order, `image.num_tokens` in all.
+        runs: Positions of its placeholders as [first, stop) runs, in order, `image.num_tokens` in total.
     """
 
     image: Image
@@ -60,7 +60,7 @@ def runs_of(places: AbstractSequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def check_places(images: AbstractSequence[PlacedImage], input_ids: tuple[int, ...], scored: tuple[bool, ...]) -> None:
-    """Check that images stand in order, each over its own placeholders, and that none of these is scored.
+    """Check that images are in order, each at its own placeholders, and that none of these is scored.
 
     Raises:
         ValueError: Naming the image.
@@ -85,7 +85,7 @@ def check_places(images: AbstractSequence[PlacedImage], input_ids: tuple[int, ..
 
 
 def unique_images(images: Iterable[Image]) -> tuple[Image, ...]:
-    """One of those with equal keys, in order of first appearance."""
+    """The images without repeated keys, in order of first appearance."""
     found: dict[str, Image] = {}
     for image in images:
         known = found.setdefault(image.key, image)
@@ -97,12 +97,12 @@ def unique_images(images: Iterable[Image]) -> tuple[Image, ...]:
 
 
 def placeholder_ids(images: AbstractSequence[Image]) -> tuple[int, ...]:
-    """What tells the placeholders of neighbouring images from all tokens and from those of all others: negative ids."""
+    """Negative ids that distinguish the placeholders of these neighbouring images from all tokens and other images."""
     return own_ids(("images", *(image.key for image in images)), sum(image.num_tokens for image in images))
 
 
 def own_ids(key: tuple[Any, ...], num_tokens: int) -> tuple[int, ...]:
-    """Negative ids that belong to `key` alone in this process, the same whenever it is asked for; (num_tokens,)."""
+    """(num_tokens,) negative ids that belong to `key` alone in this process, the same on every call."""
     number = _numbers.setdefault(key, len(_numbers))
     first = -1 - (number << _OFFSET_BITS)
     return tuple(range(first, first - num_tokens, -1))

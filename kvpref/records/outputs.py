@@ -1,4 +1,4 @@
-"""What the engine computes for the sequences of a batch."""
+"""The engine's outputs for the sequences of a batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ WITHOUT_GRAD = ("collision", "mean_logits")
 
 
 class ResponseLogps(NamedTuple):
-    """Log-probs of the scored tokens of every sequence, in the order in which the caller gave the sequences.
+    """Log-probs of the scored tokens of every sequence, in the caller's order of sequences.
 
     A NamedTuple, so that distributed wrappers, which look for tensors in a forward's output, find them. S is the number
-    of scored tokens over all sequences; what was not asked for (`kvpref.HeadOptions`) is None.
+    of scored tokens over all sequences; fields not requested by `kvpref.HeadOptions` are None.
 
     Attributes:
         token_logps: (S,) float32 (float64 for a float64 model), natural log, sequence after sequence.
@@ -26,6 +26,8 @@ class ResponseLogps(NamedTuple):
         hidden: (S, hidden_size) in the model's dtype.
         values: (S,) the dtype of `token_logps`.
         logits: (S, len(logit_ids)) the dtype of `token_logps`.
+        weights: (S,) the weight of each token, at least 0, the dtype of `token_logps`; None for 1 each
+            (`Sequence.weights`).
     """
 
     token_logps: torch.Tensor
@@ -37,34 +39,51 @@ class ResponseLogps(NamedTuple):
     hidden: torch.Tensor | None = None
     values: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def lengths(self) -> torch.Tensor:
         """Number of scored tokens per sequence, (num_sequences,) int64."""
         return self.cu_seqlens.diff()
 
+    def total_weights(self) -> torch.Tensor:
+        """Total weight of each sequence's tokens, (num_sequences,): `lengths`, or the sums of their weights."""
+        return self.lengths() if self.weights is None else self._sums(self.weights)
+
     def sum(self) -> torch.Tensor:
-        """Log-prob of each whole response, (num_sequences,), the dtype of `token_logps`."""
+        """Log-prob of each whole response, (num_sequences,), the dtype of `token_logps`; tokens are weighted."""
         return self.sum_of(self.token_logps)
 
     def mean(self) -> torch.Tensor:
-        """Log-prob per scored token of each response, (num_sequences,); 0 where a sequence has none."""
+        """Log-prob per scored token of each response, (num_sequences,); 0 where the total weight is 0."""
         return self.mean_of(self.token_logps)
 
     def sum_of(self, values: torch.Tensor) -> torch.Tensor:
-        """(S,) values of tokens summed over each sequence, (num_sequences,)."""
-        return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0)
+        """(S,) values of tokens, summed by weight over each sequence, (num_sequences,)."""
+        return self._sums(self.weighted(values))
 
     def mean_of(self, values: torch.Tensor) -> torch.Tensor:
-        """(S,) values of tokens averaged over each sequence, (num_sequences,); 0 where a sequence has no token."""
-        return self.sum_of(values) / self.lengths().clamp(min=1)
+        """(S,) values of tokens, averaged by weight over each sequence, (num_sequences,); 0 if all weights are 0."""
+        return self.sum_of(values) / or_one(self.total_weights())
+
+    def weighted(self, values: torch.Tensor) -> torch.Tensor:
+        """(S,) values of tokens times the tokens' weights, (S,)."""
+        return values if self.weights is None else values * self.weights
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         """(num_sequences,) values of sequences, repeated for each scored token, (S,)."""
         return torch.repeat_interleave(values, self.lengths(), output_size=self.token_logps.shape[0])
 
+    def _sums(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0)
+
+
+def or_one(totals: torch.Tensor) -> torch.Tensor:
+    """Token counts, or sums of weights, as divisors: 1 in place of 0."""
+    return totals.where(totals > 0, 1)
+
 
 class ResponseRewards(NamedTuple):
-    """Rewards of every sequence, in the order in which the caller gave the sequences.
+    """Rewards of every sequence, in the caller's order of sequences.
 
     Attributes:
         rewards: (num_sequences,) float32 (float64 for a float64 model).
@@ -76,4 +95,4 @@ class ResponseRewards(NamedTuple):
 
 
 Responses = ResponseLogps | ResponseRewards
-"""What a loss is given of the policy, by what it reads."""
+"""The policy's outputs as passed to a loss, depending on what it reads."""

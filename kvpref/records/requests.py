@@ -1,4 +1,4 @@
-"""What a loss asks of the engine, besides the log-probs of scored tokens."""
+"""What a loss requests from the engine besides the log-probs of scored tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class HeadOptions:
             raise InputError(f"temperature must be positive; got {self.temperature}")
 
     def joined(self, other: HeadOptions) -> HeadOptions:
-        """What two losses ask for together.
+        """The union of two losses' requests.
 
         Raises:
             InputError: If they want different temperatures or the logits of different tokens.

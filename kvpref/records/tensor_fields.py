@@ -1,4 +1,4 @@
-"""Dataclasses of tensors as wholes: moved to a device, pinned."""
+"""Dataclasses of tensors, moved to a device or pinned as a whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpref.records.host_copies import to_device
 T = TypeVar("T")
 
 STAYS_ON_THE_HOST: Mapping[str, str] = {"place": "host"}
-"""Metadata of a field whose tensor is read in host memory, wherever the others go."""
+"""Metadata of a field whose tensor stays in host memory, wherever the others go."""
 
 
 def tensors_to(plan: T, device: torch.device | str) -> T:
@@ -25,7 +25,7 @@ def tensors_to(plan: T, device: torch.device | str) -> T:
 def map_tensors(plan: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
     """A copy of a plan dataclass (or tensor, or tuple) with ``function(tensor)`` in place of every tensor.
 
-    `STAYS_ON_THE_HOST` stays.
+    Fields marked `STAYS_ON_THE_HOST` are left as they are.
     """
     if isinstance(plan, torch.Tensor | tuple):
         return _map(plan, function)  # type: ignore[no-any-return]

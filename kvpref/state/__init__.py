@@ -1,1 +1,1 @@
-"""What passes hand on: keys and values on the device and in host memory."""
+"""What passes leave for later ones: keys, values and recurrent states, on the device and in host memory."""

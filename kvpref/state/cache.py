@@ -21,12 +21,12 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 class LayerSlot:
     """One attention call's place in a running pass: what it reads, and what it leaves.
 
-    Most layers make one call. Slots are chained and handed out in the order in which calls are made. Looking a layer up
-    by its identity or number would make torch.compile specialise each layer's code on it, and compile every layer anew.
+    Most layers make one call. Slots are chained and handed out in the order of the calls. Looking a layer up by its
+    identity or number would make torch.compile specialise on it, and compile every layer separately.
 
     Attributes:
-        following: The next layer's slot. After the last layer's comes an end, which follows nothing and is no
-            layer's, so that the last layer looks like the others.
+        following: The next layer's slot. The last layer's slot is followed by an end that belongs to no layer, so that
+            the last layer looks like the others.
         module: The attention module that took the slot.
         own: The keys and values of this pass.
     """
@@ -38,11 +38,11 @@ class LayerSlot:
         self._prefixes = prefixes
 
     def read(self) -> tuple[KeyValue, ...]:
-        """Keys and values of the passes before, (rows, num_kv_heads, head_dim) each, one pair per cross block."""
+        """Keys and values of earlier passes, (rows, num_kv_heads, head_dim) each, one pair per cross block."""
         return self._prefixes
 
     def leave(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take the keys and values of this pass, before its own attention reads them."""
+        """Store the keys and values of this pass, before its own attention reads them."""
         self.own = (key, value)
 
 
@@ -54,13 +54,13 @@ class KeyValues(Protocol):
         """The same for the states of mixers."""
 
     def slots(self, max_calls: int) -> list[LayerSlot]:
-        """The slots of the next pass, one per attention call, chained; `max_calls` where their number is not known."""
+        """The chained slots of the next pass, one per attention call; `max_calls` if their number is unknown."""
 
     def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
-        """Whether the taken slots are those of the attention modules of the passes before, in the same order."""
+        """Whether the same attention modules took slots as in earlier passes, in the same order."""
 
     def record(self, slots: Sequence[LayerSlot]) -> None:
-        """Take the keys and values that a pass left in its taken slots."""
+        """Store the keys and values that a pass left in its slots."""
 
 
 def chain_slots(prefixes: Sequence[tuple[KeyValue, ...]]) -> list[LayerSlot]:
@@ -110,12 +110,11 @@ class PrefixCache(Cache):
     Keys and values stay in the autograd graph, so gradients of the responses flow back through the prompts.
 
     Attributes:
-        layers: One `PrefixCacheLayer` per attention call, in the order in which they are made.
+        layers: One `PrefixCacheLayer` per attention call, in the order of the calls.
         passes: The passes run so far.
         predictor_hidden: Per pass run so far, the hidden states (P_i, hidden_size) that predict scored tokens.
-        recurrent: What the mixers of the last pass left.
-        image_features: Of all images of the batch, for the passes whose tokens stand for them; None before the tower
-            has run, or without images.
+        recurrent: The states that the mixers of the last pass left.
+        image_features: The features of all images of the batch; None before the tower has run, or without images.
     """
 
     def __init__(self) -> None:
@@ -130,12 +129,12 @@ class PrefixCache(Cache):
 
     @property
     def num_passes(self) -> int:
-        """Passes that have run."""
+        """Number of passes that have run."""
         return len(self.passes)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values held, and of recurrent states."""
+        """Bytes of all keys, values and recurrent states held."""
         own = sum(tensor.nbytes for layer in self.layers for slab in layer.slabs for tensor in slab)
         return own + self.recurrent.num_bytes
 
@@ -150,7 +149,7 @@ class PrefixCache(Cache):
         self._model = model
 
     def slots(self, max_calls: int) -> list[LayerSlot]:
-        """The slots of the next pass: every call reads its slabs, one per pass so far."""
+        """The slots of the next pass; each call reads its own slabs, one per pass so far."""
         return chain_slots([tuple(layer.slabs) for layer in self.layers] or [()] * max_calls)
 
     def same_layers(self, slots: Sequence[LayerSlot]) -> bool:
@@ -181,7 +180,7 @@ class PrefixCache(Cache):
         return 0 < self.num_passes <= len(plan.passes) and all(
             held is own
             or (
-                not held.image_rows.numel()  # tokens do not tell images apart
+                not held.image_rows.numel()  # tokens do not distinguish images
                 and torch.equal(held.input_ids, own.input_ids)
                 and torch.equal(held.position_ids, own.position_ids)
                 and torch.equal(held.predictor_rows, own.predictor_rows)

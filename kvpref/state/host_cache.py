@@ -1,7 +1,7 @@
-"""Keys and values in host memory: brought to the device layer by layer, just before each layer reads them.
+"""Keys and values in host memory, copied to the device layer by layer, just before each layer reads them.
 
-Copies run beside the computation, through a few buffers that are the same ones for all layers and chunks of a step. The
-host waits for none.
+Copies run in parallel to the computation, through a few buffers shared by all layers and chunks of a step. The host
+waits for none of them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class HostPrefixes:
-    """The keys and values that one chunk reads, in host memory, and the gradients of those that it leaves there.
+    """The keys and values in host memory that one chunk reads, and the gradients of its own.
 
-    While a layer computes, the next one's are copied. The graph keeps no copy: what autograd would save of them
-    (`pack`) is a note to bring them again (`unpack`).
+    While a layer computes, the next one's are copied. The graph keeps no copy: autograd saves only a note (`pack`) to
+    fetch them again (`unpack`).
 
     Args:
-        transfers: Of the step.
+        transfers: The transfers of the step.
         reads: Per layer, the rows that it reads; empty if the chunk reads nothing.
         own: As in `HostSums`.
     """
@@ -40,14 +40,14 @@ class HostPrefixes:
     ) -> None:
         self.sums = HostSums(transfers, reads, own)
         self._transfers, self._reads = transfers, reads
-        self._token = object()  # names the chunk in the buffers, and keeps nothing alive
+        self._token = object()  # identifies the chunk in the buffers and keeps nothing alive
         self._last_layer = -1
         needs_grad = torch.is_grad_enabled() and any(rows.needs_grad for layer in reads for rows in layer)
-        # In place of leaves, of which autograd would collect the gradients.
+        # In place of leaves, whose gradients autograd would collect.
         self._anchor = torch.empty(0, device=transfers.device, requires_grad=needs_grad)
 
     def slots(self, max_calls: int) -> list[LayerSlot]:
-        """The slots of attention calls, chained; what the first one reads is begun."""
+        """The chained slots of attention calls; starts the copy for the first one."""
         if self._reads:
             self._begin(0)
         chain = [LayerSlot((), None)]
@@ -63,12 +63,12 @@ class HostPrefixes:
         return tuple(zip(tensors[::2], tensors[1::2], strict=True))
 
     def copies(self, layer: int) -> Tensors:
-        """A layer's keys and values on the device; they may be used until those of another layer are asked for."""
+        """A layer's keys and values on the device, valid until those of another layer are requested."""
         return tuple(self._carve(layer, self.bring(layer).memory))
 
     def bring(self, layer: int) -> Buffer:
-        """The buffer that holds what a layer reads; that of the layer that comes next is begun."""
-        # Forward through the layers, and back in the backward pass, which begins with the last one.
+        """The buffer with what a layer reads; starts the copy for the next layer."""
+        # Upwards in the forward pass; downwards in the backward pass, which begins with the last layer.
         following = layer + 1 if layer > self._last_layer else layer - 1
         self._last_layer = layer
         buffers = self._transfers.key_values(self._reads)
@@ -85,16 +85,16 @@ class HostPrefixes:
         return [not rows.needs_grad for rows in self._reads[layer]]
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """What autograd keeps of a tensor that it saves: a note, if its memory is a buffer's."""
-        is_plain = type(tensor) is torch.Tensor  # weights may be of classes without memory of their own
+        """What autograd keeps of a saved tensor: a note, if its memory belongs to a buffer."""
+        is_plain = type(tensor) is torch.Tensor  # weights may be of classes without storage
         buffer = self._transfers.key_values(self._reads).around(tensor) if is_plain else None
         if buffer is not None:
             return _Note(self, buffer, tensor)
-        # An operator that saved its own result as it is would hold itself, for ever if no backward pass comes by.
+        # An operator that saved its own result would keep itself alive, forever if no backward pass runs.
         return tensor if tensor.grad_fn is None else tensor.detach()
 
     def saving(self) -> AbstractContextManager[Any]:
-        """While layers run: keeps autograd from holding what it would save of the copies."""
+        """While layers run, keeps autograd from holding on to the copies."""
         return saved_tensors_hooks(self.pack, self.unpack) if self._reads else nullcontext()
 
     @staticmethod
@@ -138,12 +138,12 @@ class HostSlot(LayerSlot):
     def leave(self, key: torch.Tensor, value: torch.Tensor) -> None:
         super().leave(key, value)
         if key.requires_grad or value.requires_grad:
-            # Here, and not after the pass: autograd runs first what was made last, and so takes up each layer's
-            # gradients when it comes by.
+            # Created here and not after the pass: autograd runs the latest nodes first, and so takes up each layer's
+            # gradients when it reaches the layer.
             self._edge = get_gradient_edge(_TakeUp.apply(self._source.sums, self._layer, key, value))
 
     def take_edge(self) -> GradientEdge | None:
-        """Where the gradients of the layer's own keys and values enter the graph; None if they have none."""
+        """Where the gradients of the layer's own keys and values enter the graph; None if there is no such place."""
         edge, self._edge = self._edge, None
         return edge
 
@@ -169,7 +169,7 @@ class _Bring(torch.autograd.Function):
 
 
 class _TakeUp(torch.autograd.Function):
-    """An end of the graph, where the gradients of a layer's own keys and values come in from host memory."""
+    """An end of the graph where the gradients of a layer's own keys and values arrive from host memory."""
 
     @staticmethod
     def forward(ctx: Any, sums: HostSums, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Slabs in host memory: keys or values of one layer, and the sums of the gradients that their readers leave."""
+"""Slabs in host memory: keys or values of one layer, and the sums of the gradients from their readers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from kvpref.tracing import mark
 
 
 class HostSlab:
-    """One tensor of keys or values in host memory, page-locked where the model is on CUDA.
+    """One tensor of keys or values in host memory, page-locked if the model is on CUDA.
 
-    The device alone reads and writes it, in its lanes: what is there when the host looks is not known.
+    Only the device reads and writes it, in its lanes; its content is undefined for the host.
 
     Attributes:
         data: (rows, num_kv_heads, head_dim).
         sums: The gradients added up so far, in fp32 or wider; None before the first.
-        wide: Their dtype.
+        wide: The dtype of the sums.
         is_locked: Whether the memory is page-locked.
 
     Args:
-        num_rows: Rows.
-        like: (any, num_kv_heads, head_dim), what it will hold, on the device.
+        num_rows: Number of rows.
+        like: (any, num_kv_heads, head_dim), a tensor of the kind it will hold, on the device.
     """
 
     def __init__(self, num_rows: int, like: torch.Tensor) -> None:
@@ -50,12 +50,12 @@ class HostRows(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Of one row's keys or values."""
+        """Bytes of one row's keys or values."""
         return self.slab.data[0].nbytes
 
     @property
     def row_sum_bytes(self) -> int:
-        """Of one row's sums."""
+        """Bytes of one row's sums."""
         return self.slab.data[0].numel() * self.slab.wide.itemsize
 
     @property
@@ -65,14 +65,14 @@ class HostRows(NamedTuple):
 
     @property
     def sums(self) -> torch.Tensor | None:
-        """Their gradients so far."""
+        """The sums of their gradients so far; None if there are none."""
         return None if self.slab.sums is None else self.slab.sums[self.start : self.stop]
 
     def make_sums(self) -> torch.Tensor:
-        """`sums`, to be written: of rows that had none, what is there is not to be read."""
+        """`sums`, for writing; where there were none, the content is undefined."""
         slab = self.slab
         if slab.sums is None:
-            # The host writes zeros at once: page-locked memory is not given out while a device uses it.
+            # The host may write zeros at once: page-locked memory is not reallocated while a device uses it.
             covers = self.stop - self.start == len(slab.data)
             make = torch.empty if covers else torch.zeros
             slab.sums = make(slab.data.shape, dtype=slab.wide, device="cpu", pin_memory=slab.is_locked)

@@ -1,7 +1,7 @@
-"""Gradients of keys and values in host memory: the device adds to their sums, a layer at a time.
+"""Gradients of keys and values in host memory: the device adds to their sums layer by layer.
 
-A layer's sums come up while the layer above computes, get what it leaves, and go back; so nothing waits, and the host
-adds up nothing.
+A layer's sums are copied up while the layer above computes, added to, and copied back; so nothing waits, and the host
+does no additions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kvpref.state.transfers import Transfers
 
 
 class HostSums:
-    """The sums that the backward pass of one chunk adds to and takes up, layer by layer, the last one first.
+    """The sums that the backward pass of one chunk adds to and takes up, layer by layer from the last.
 
     Args:
-        transfers: Of the step.
-        reads: Per layer, the rows that it reads; its gradients are added to theirs.
+        transfers: The transfers of the step.
+        reads: Per layer, the rows that it reads; gradients are added to their sums.
         own: Called in the backward pass: per layer, the rows of the chunk's own keys and values, whose gradients it
             takes up.
     """
@@ -31,7 +31,7 @@ class HostSums:
         self, transfers: Transfers, reads: Sequence[HostLayer], own: Callable[[], Sequence[HostLayer]] | None
     ) -> None:
         self._transfers, self._reads, self._make_own = transfers, reads, own
-        self._token = object()  # names the chunk in the buffers, and keeps nothing alive
+        self._token = object()  # identifies the chunk in the buffers and keeps nothing alive
 
     @cached_property
     def own(self) -> Sequence[HostLayer]:
@@ -40,7 +40,7 @@ class HostSums:
 
     @cached_property
     def _layers(self) -> Sequence[HostLayer]:
-        """Per layer, the rows that it reads, and then its own."""
+        """Per layer, the rows that it reads, followed by its own."""
         if not self._reads or not self.own:
             return self._reads or self.own
         return [(*read, *own) for read, own in zip(self._reads, self.own, strict=True)]
@@ -63,20 +63,20 @@ class HostSums:
     def take_up(self, layer: int) -> tuple[torch.Tensor | None, ...]:
         """The gradients that others left for a layer's own keys and values."""
         parts, exist = self._bring(layer)
-        # Copies: autograd may hold them until the buffer is used again.
+        # Copies: autograd may hold them until the buffer is reused.
         return tuple(
             part.to(rows.slab.data.dtype, copy=True) if exists else None
             for rows, part, exists in zip(self.own[layer], parts[-2:], exist[-2:], strict=True)
         )
 
     def incoming(self, edges: Sequence[GradientEdge | None]) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
-        """Per layer that others left gradients for, the node that calls `take_up`, and what to hand in there."""
+        """For each layer with gradients from others, the node that calls `take_up`, and the value to pass in there."""
         for edge, rows in zip(edges, self.own, strict=True):
             if edge is not None and any(item.slab.sums is not None for item in rows):
                 yield edge, torch.empty(0, dtype=rows[0].slab.data.dtype, device=self._transfers.device)
 
     def _bring(self, layer: int) -> tuple[list[torch.Tensor], list[bool]]:
-        """A layer's sums on the device, and which of them exist; those of the layer below are begun."""
+        """A layer's sums on the device, and which of them exist; starts the copy for the layer below."""
         buffers = self._transfers.sums(self._layers)
         buffer = buffers.read((self._token, layer), partial(self._fill, layer))
         if layer:

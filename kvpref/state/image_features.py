@@ -31,7 +31,7 @@ class FeatureSource(Protocol):
 
 
 class ImageFeatures(NamedTuple):
-    """What the tower and projector make of images.
+    """The outputs of tower and projector for images.
 
     Attributes:
         features: (R, hidden_size), in place of embeddings.
@@ -43,19 +43,17 @@ class ImageFeatures(NamedTuple):
 
     @property
     def num_tensors(self) -> int:
-        """As in `FeatureSource`."""
         return 1 + len(self.deepstack)
 
     def rows(self, number: int, index: torch.Tensor) -> torch.Tensor:
-        """As in `FeatureSource`."""
         return (self.features, *self.deepstack)[number].index_select(0, index)
 
 
 class FeatureTable:
-    """Features of a step's images without their graphs, and the gradients that the passes which read them leave.
+    """Features of a step's images without their graphs, and the gradients that their readers leave.
 
     Args:
-        num_rows: R.
+        num_rows: R, the number of feature rows.
 
     Attributes:
         requires_grad: Whether gradients are wanted.
@@ -69,7 +67,6 @@ class FeatureTable:
 
     @property
     def num_tensors(self) -> int:
-        """As in `FeatureSource`."""
         return len(self._data)
 
     def write(self, start: int, made: ImageFeatures) -> None:
@@ -82,7 +79,7 @@ class FeatureTable:
             data[start : start + len(tensor)] = tensor.detach()
 
     def rows(self, number: int, index: torch.Tensor) -> torch.Tensor:
-        """As in `FeatureSource`: a leaf, whose gradient is added to the table's as soon as it is there."""
+        """As in `FeatureSource`; a leaf whose gradient is added to the table's as soon as it arrives."""
         leaf = self._data[number].index_select(0, index)
         if self.requires_grad and torch.is_grad_enabled():
             leaf.requires_grad_()
@@ -101,7 +98,7 @@ class FeatureTable:
 
     @property
     def has_grads(self) -> bool:
-        """Whether any pass left some."""
+        """Whether any pass left gradients."""
         return bool(self._grads)
 
     def roots(
@@ -111,8 +108,8 @@ class FeatureTable:
 
         Args:
             start: First row.
-            stop: Behind the last one.
-            edges: Of each tensor; None for one without graph.
+            stop: One past the last row.
+            edges: The edge of each tensor; None for one without a graph.
         """
         for number, edge in enumerate(edges):
             if edge is not None and number in self._grads:

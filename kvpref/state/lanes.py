@@ -1,4 +1,4 @@
-"""Lanes: what runs in order on a device, beside other lanes; streams of CUDA, and a stand-in where there are none."""
+"""Lanes: work that runs in order on a device, in parallel to other lanes; CUDA streams, or a stand-in without CUDA."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 
 
 class Lane(Protocol):
-    """Operators that run one after another, in the order in which the host hands them in. The host waits for none."""
+    """Operators that run one after another, in the order in which the host submits them, without the host waiting."""
 
     def record(self) -> Any:
-        """An event: over as soon as all that was handed in so far is."""
+        """An event that completes when everything submitted so far has."""
 
     def wait(self, event: Any) -> None:
-        """What is handed in from now on begins when the event is over."""
+        """Make everything submitted from now on wait for the event."""
 
     def running(self) -> AbstractContextManager[Any]:
-        """Operators called inside are handed in here."""
+        """Submit the operators called inside to this lane."""
 
 
 class Lanes(NamedTuple):
-    """Those that move keys and values between a device and the host.
+    """The lanes that move keys and values between a device and the host.
 
     Attributes:
-        compute: Where the model runs.
+        compute: The lane of the model.
         up: Copies to the device.
         down: Copies to the host.
     """
@@ -38,7 +38,7 @@ class Lanes(NamedTuple):
 
 @cache
 def lanes_of(device: torch.device) -> Lanes:
-    """The lanes of a device, the same ones for all chunks and steps."""
+    """The lanes of a device, the same for all chunks and steps."""
     if device.type != "cuda":
         return Lanes(_Inline(), _Inline(), _Inline())
     up, down = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -46,7 +46,7 @@ def lanes_of(device: torch.device) -> Lanes:
 
 
 class _Inline:
-    """The lane of a device that runs everything in the order in which it is called."""
+    """The lane of a device that runs everything in call order."""
 
     def record(self) -> None:
         return None
@@ -59,7 +59,7 @@ class _Inline:
 
 
 class _CudaLane:
-    """A stream of its own, or None for the current one: autograd's threads have that of the forward pass."""
+    """A separate stream, or None for the current one: autograd's threads use the forward pass's stream."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device, self._own = device, stream

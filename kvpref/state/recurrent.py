@@ -16,24 +16,24 @@ from kvpref.state.slab import Slab, edge_of
 from kvpref.tracing import mark
 
 States = tuple[torch.Tensor, ...]
-"""The states of one mixer, (P, ...) each, in the order in which it meets them."""
+"""The states of one mixer, (P, ...) each, in the order in which it uses them."""
 
 Incoming = Callable[[], Iterable[tuple[GradientEdge, torch.Tensor]]]
-"""Called for the backward pass of a chunk: where gradients enter its graph, and what to hand in there."""
+"""Called for the backward pass of a chunk: where gradients enter its graph, and their values."""
 
 
 class RecurrentStates(Protocol):
-    """Where a running pass finds the states that its mixers begin with, and leaves their own."""
+    """Where a running pass finds the states that its mixers start from, and leaves their own."""
 
     def before(self) -> Mapping[nn.Module, States]:
-        """What the segments' parents left."""
+        """The states that the segments' parents left."""
 
     def record(self, left: Mapping[nn.Module, States]) -> None:
-        """Take what a pass leaves."""
+        """Store the states that a pass leaves."""
 
 
 class HeldStates:
-    """States in the autograd graph. Parents are in the pass before, so only the last pass's are held."""
+    """States in the autograd graph. Parents are always in the previous pass, so only its states are held."""
 
     def __init__(self) -> None:
         self._held: Mapping[nn.Module, States] = {}
@@ -51,10 +51,10 @@ class HeldStates:
 
 
 class RecurrentSlabs:
-    """The states that chunks of one optimizer step leave for one another, and the gradients they get.
+    """The states that chunks of one optimizer step leave for one another, and their gradients.
 
     Args:
-        num_states: Of each slab.
+        num_states: States of each slab.
         prompts_get_grad: Whether slabs of prompts collect gradients.
     """
 
@@ -63,7 +63,7 @@ class RecurrentSlabs:
         self._slabs: dict[SlabKey, dict[nn.Module, list[Slab]]] = {}
 
     def leaves(self, places: Iterable[SlabSlice]) -> dict[nn.Module, States]:
-        """Per mixer, its states of several places one after another; their gradients are collected here."""
+        """Per mixer, its states at several places, concatenated; their gradients are collected here."""
         found: dict[nn.Module, list[list[torch.Tensor]]] = {}
         for place in places:
             needs_grad = torch.is_grad_enabled() and (self._prompts_get_grad or not place.slab.is_prompt)
@@ -102,7 +102,7 @@ class RecurrentSlabs:
 
 
 class ChunkRecurrent:
-    """What the mixers of one chunk begin with and leave."""
+    """The states that the mixers of one chunk start from and leave."""
 
     def __init__(self, slabs: RecurrentSlabs, chunk: ChunkPlan) -> None:
         self._slabs, self._reads, self._place = slabs, chunk.state_reads, chunk.state_writes
@@ -120,7 +120,7 @@ class ChunkRecurrent:
             self._slabs.write(self._place, self._left)
 
     def incoming(self) -> Incoming:
-        """What gives the gradients that others will have left for the chunk's own states; forgets the states."""
+        """A callable for the gradients that others will have left for the chunk's own states, which are forgotten."""
         left, self._left = self._left, {}
         if self._place is None:
             return tuple

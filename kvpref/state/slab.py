@@ -12,8 +12,8 @@ class Slab:
     """One tensor of keys, values or recurrent states, and its gradient.
 
     Args:
-        num_rows: Rows.
-        like: What it will hold, with any number of rows.
+        num_rows: Number of rows.
+        like: A tensor of the kind it will hold, with any number of rows.
     """
 
     def __init__(self, num_rows: int, like: torch.Tensor) -> None:
@@ -22,8 +22,8 @@ class Slab:
         mark("prefix K/V", self.data)
 
     def leaf(self, start: int, stop: int, *, requires_grad: bool) -> torch.Tensor:
-        """A view of rows as a leaf; its gradients go to `grad` as soon as they are there."""
-        # `.data` has a version counter of its own: graphs may go on while other rows are written.
+        """A view of rows as a leaf; its gradients go to `grad` as soon as they arrive."""
+        # `.data` has its own version counter: graphs stay valid while other rows are written.
         leaf = self.data.data[start:stop].requires_grad_(requires_grad)
         if requires_grad:
             leaf.register_post_accumulate_grad_hook(lambda tensor: self._take(tensor, start, stop))
@@ -45,5 +45,5 @@ class Slab:
 
 
 def edge_of(tensor: torch.Tensor) -> GradientEdge | None:
-    """Where a gradient of the tensor enters its graph; None if it has none."""
+    """Where a gradient of the tensor enters its graph; None if it has no graph."""
     return get_gradient_edge(tensor) if tensor.requires_grad else None

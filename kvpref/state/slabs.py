@@ -1,7 +1,7 @@
-"""Slabs: the keys and values that chunks of the bounded schedule leave for one another, and the gradients they get.
+"""Slabs: the keys and values that chunks of the bounded schedule leave for one another, and their gradients.
 
-Each key and value stands in one slab, once. A chunk reads views of the slabs as leaves of its own autograd graph; what
-its backward pass leaves there is added up, in fp32 or wider, until the chunk that made those rows takes it.
+Each key and value is stored once, in one slab. A chunk reads views of the slabs as leaves of its own autograd graph;
+the gradients there are summed, in fp32 or wider, until the chunk that made those rows takes them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class SlabStore:
     """All slabs of one optimizer step.
 
     Attributes:
-        modules: The attention modules, in the order in which they run, once it is known.
-        recurrent: What mixers leave; on the device wherever keys and values are, because it is little.
+        modules: The attention modules in running order, once known.
+        recurrent: The states that mixers leave; always on the device, because they are small.
 
     Args:
-        chunks: What will run.
-        device: Where the model is.
-        on_host: Keep keys and values in host memory.
+        chunks: The chunks that will run.
+        device: The model's device.
+        on_host: Whether to keep keys and values in host memory.
         prompts_get_grad: Whether slabs of prompts collect gradients.
     """
 
@@ -48,7 +48,7 @@ class SlabStore:
         self.recurrent = RecurrentSlabs(chunks.slab_states, prompts_get_grad=prompts_get_grad)
 
     def key_values(self, chunk: ChunkPlan) -> ChunkKeyValues:
-        """What a chunk reads here, and leaves."""
+        """The keys and values that a chunk reads here and leaves."""
         if self._transfers is None:
             return ChunkKeyValues(self, chunk)
         return HostChunkKeyValues(self, chunk, self._transfers)
@@ -98,7 +98,7 @@ class SlabStore:
         self.recurrent.drop(owner)
 
     def close(self) -> None:
-        """Free what is on the device to bring slabs there."""
+        """Free the device memory used to copy slabs there."""
         if self._transfers is not None:
             self._transfers.close()
 
@@ -108,7 +108,7 @@ class ChunkKeyValues:
 
     Attributes:
         own: After the pass, the keys and values of the chunk, one pair per layer.
-        recurrent: The states that its mixers begin with, and leave.
+        recurrent: The states that its mixers start from and leave.
     """
 
     def __init__(self, store: SlabStore, chunk: ChunkPlan) -> None:
@@ -130,7 +130,7 @@ class ChunkKeyValues:
         return modules == self._store.modules
 
     def saving(self) -> AbstractContextManager[Any]:
-        """While layers run: what becomes of the tensors that autograd saves."""
+        """While layers run, decides what happens to the tensors that autograd saves."""
         return nullcontext()
 
     def record(self, slots: Sequence[LayerSlot]) -> None:
@@ -141,9 +141,9 @@ class ChunkKeyValues:
             slot.own = None
 
     def incoming(self) -> Incoming:
-        """What gives the gradients that others will have left for the chunk's own keys and values; forgets those.
+        """A callable for the gradients that others will have left for the chunk's keys and values, which are forgotten.
 
-        It is all that may know their places in the graph: the graph may hold this object, to recompute layers.
+        Only the callable may refer to their graph: the graph may hold this object, to recompute layers.
         """
         edges = [(edge_of(key), edge_of(value)) for key, value in self.own]
         self.own = []
@@ -152,7 +152,7 @@ class ChunkKeyValues:
 
 
 class HostChunkKeyValues(ChunkKeyValues):
-    """The same where keys and values are in host memory."""
+    """The same with keys and values in host memory."""
 
     def __init__(self, store: SlabStore, chunk: ChunkPlan, transfers: Transfers) -> None:
         self.own = []
@@ -184,6 +184,6 @@ def _incoming(
 ) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
     for pair, grads in zip(edges, store.grads(place), strict=True):
         for edge, grad in zip(pair, grads, strict=True):
-            # An adapter on the queries alone leaves keys and values of the first layer without a graph.
+            # With an adapter only on the queries, the first layer's keys and values have no graph.
             if edge is not None and grad is not None:
                 yield edge, grad

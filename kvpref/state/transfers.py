@@ -1,4 +1,4 @@
-"""The way between host memory and the device: one for all chunks of an optimizer step."""
+"""Transfers between host memory and the device, shared by all chunks of an optimizer step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvpref.state.lanes import lanes_of
 
 
 class Transfers:
-    """Lanes, and buffers that are large enough for any layer of any chunk; made when they are first needed.
+    """Lanes, and buffers large enough for any layer of any chunk, created when first needed.
 
     Args:
-        device: Where the model is.
-        chunks: All that will run.
+        device: The model's device.
+        chunks: All chunks that will run.
     """
 
     def __init__(self, device: torch.device, chunks: Iterable[ChunkPlan]) -> None:
@@ -36,12 +36,12 @@ class Transfers:
         """Buffers for the keys and values that a layer reads.
 
         Args:
-            layers: Those of any chunk; a row takes as many bytes in all chunks.
+            layers: The layers of any chunk; a row has the same size in all chunks.
         """
         if self._key_values is None:
             row_bytes = max(sum(rows.row_bytes for rows in layer[:2]) for layer in layers)
             size = room(self._rows_read * row_bytes, self._most_parts)
-            # Compute reads the buffers, and has written what is copied there.
+            # Compute reads the buffers and wrote what is copied there.
             self._key_values = Buffers(self.lanes, size, self.device, "prefix K/V", [self.lanes.compute])
         return self._key_values
 
@@ -54,13 +54,13 @@ class Transfers:
         if self._sums is None:
             row_bytes = max(sum(rows.row_sum_bytes for rows in layer[:2]) for layer in layers)
             size = room(self._rows_summed * row_bytes, self._most_parts)
-            # Compute reads and writes the buffers; what is copied there has come down.
+            # Compute reads and writes the buffers; what is copied there came from `down`.
             after = [self.lanes.compute, self.lanes.down]
             self._sums = Buffers(self.lanes, size, self.device, "prefix K/V gradients", after)
         return self._sums
 
     def close(self) -> None:
-        """Free the buffers: compute, which may get their memory, waits for the copies."""
+        """Free the buffers; compute, which may get their memory, first waits for the copies."""
         if self._key_values is not None or self._sums is not None:
             self.lanes.compute.wait(self.lanes.up.record())
             self.lanes.compute.wait(self.lanes.down.record())

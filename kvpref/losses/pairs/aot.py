@@ -41,7 +41,7 @@ class AOT(PairLoss):
         return smoothed_logistic(self.beta * (policy.sort().values - reference.sort().values), self.label_smoothing)
 
     def samples(self, pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
-        """What should lie above, and below what; each (num_groups,)."""
+        """The sample that should lie above, and the one below; each (num_groups,)."""
         return pairs.chosen - pairs.rejected, pairs.chosen_reference - pairs.rejected_reference
 
 

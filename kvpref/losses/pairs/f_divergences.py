@@ -1,4 +1,4 @@
-"""f-divergences between policy and reference: what a log-ratio is worth under each.
+"""f-divergences between policy and reference: the implicit reward of a log-ratio under each.
 
 Wang et al. 2023 (f-DPO, arXiv 2309.16240): with ``t = pi / ref`` and the divergence that f generates, the implicit
 reward is ``beta f'(t)``, up to a term that cancels between two responses to one prompt.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import logsigmoid
 
-_MAX_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
+_MAX_EXPONENT = 80.0  # its exp is finite in float32 and bfloat16
 
 
 def _reverse_kl(log_ratios: torch.Tensor, alpha: float) -> torch.Tensor:

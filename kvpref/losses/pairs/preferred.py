@@ -1,4 +1,4 @@
-"""Which sequences of a batch are preferred, from labels or scores, and what is logged of pairs."""
+"""Which sequences of a batch are preferred, from labels or scores, and the metrics of pairs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvpref.errors import InputError
+from kvpref.losses.scores import known_scores
 from kvpref.plan.batch import Batch
 from kvpref.records.groups import Group
 
@@ -32,7 +33,7 @@ def pair_metrics(
     chosen_logps: torch.Tensor,
     rejected_logps: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """What is logged of pairs: means without gradient, each (), of rewards and log-probs, each (num_groups,)."""
+    """The metrics of pairs: means without gradient, each (), of rewards and log-probs, each (num_groups,)."""
     margins = chosen_rewards.detach() - rejected_rewards.detach()
     return {
         "rewards/chosen": chosen_rewards.detach().mean(),
@@ -53,9 +54,9 @@ def preferred_of_pair(group: Group) -> int:
     if len(group) != 2:
         raise InputError(
             f"{group.id}: a pairwise loss needs exactly 2 responses per prompt, this group has {len(group)}; "
-            "give `chosen` and `rejected`, or take a loss of N responses: all_pairs, best_vs_rest, plackett_luce"
+            "give `chosen` and `rejected`, or use a loss on N responses: all_pairs, best_vs_rest, plackett_luce"
         )
-    first, second = group.labels or group.scores or (None, None)
+    first, second = group.labels or known_scores(group) or (None, None)
     if first is None or second is None or first == second:
         raise InputError(f"{group.id}: cannot tell which response is preferred; give labels or two different scores")
     return 0 if first > second else 1
@@ -71,7 +72,7 @@ def best_sequence(group: Group) -> int:
         return 0
     if group.labels is not None and any(group.labels):
         return group.labels.index(True)
-    rated = {index: score for index, score in enumerate(group.scores or ()) if score is not None}
+    rated = {index: score for index, score in enumerate(known_scores(group) or ()) if score is not None}
     if not rated:
         raise InputError(f"{group.id}: no response is labelled as chosen and none has a score, so none is the best")
     return max(rated, key=rated.__getitem__)

@@ -28,12 +28,14 @@ class ReferenceFreeLoss(PreferenceLoss):
     beta: float
     """Scale of the rewards."""
 
+    reads_pairs = True
+
     def __post_init__(self) -> None:
         check_positive(self.name, beta=self.beta)
 
     @property
     def nll_weight(self) -> float:
-        """What the negative log-likelihood per token of the chosen responses counts."""
+        """Weight of the negative log-likelihood per token of the chosen responses."""
         return 0.0
 
     def rewards(self, policy: ResponseLogps) -> torch.Tensor:
@@ -57,7 +59,7 @@ class ReferenceFreeLoss(PreferenceLoss):
         return LossOutput(loss=loss, metrics=metrics)
 
     def select(self, group: Group) -> Group:
-        """The pair; one that is none is refused here, before training."""
+        """The pair; a group that is not a pair is refused here, before training."""
         preferred_of_pair(group)
         return group
 

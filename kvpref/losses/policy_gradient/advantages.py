@@ -1,4 +1,4 @@
-"""Advantages of the responses of a group over one another."""
+"""Advantages of the responses of a group relative to one another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _mean_baseline(rated: RatedResponses) -> torch.Tensor:
 def _leave_one_out_baseline(rated: RatedResponses) -> torch.Tensor:
     others = rated.rated.sum(dim=1, keepdim=True) - 1
     baseline = (rated.scores.sum(dim=1, keepdim=True) - rated.scores) / others.clamp(min=1)
-    # A response alone is its own baseline: no advantage.
+    # A single response is its own baseline: no advantage.
     return torch.where(others > 0, baseline, rated.scores)
 
 
@@ -27,12 +27,12 @@ BASELINES: dict[str, Callable[[RatedResponses], torch.Tensor]] = {
     "mean": _mean_baseline,
     "leave_one_out": _leave_one_out_baseline,
 }
-"""What the score of each response is compared with, (num_groups, N): the mean of the rated responses of its group, or
-of the others."""
+"""The baseline that each response's score is compared with, (num_groups, N): the mean of the rated responses of its
+group, or of the others."""
 
 SCALES = ("group", "none")
-"""What advantages are divided by: the standard deviation of the group's scores, or nothing. That of the batch is not
-offered: it would change with the cut into micro-batches."""
+"""What advantages are divided by: the standard deviation of the group's scores, or nothing. The batch's is not offered:
+it would depend on the cut into micro-batches."""
 
 
 def group_advantages(rated: RatedResponses, *, baseline: str, scale: str) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Policy gradients from given rewards: one sum over tokens of advantage, importance ratio, clipping, KL and entropy.
 
 Rewards are the scores of the data. In the docstrings A is a response's advantage, w the importance ratio pi / old, D
-the KL estimate of a token, and t runs over the T scored tokens of a response.
+the KL estimate of a token, and t runs over the T scored tokens of a response. Where tokens have weights
+(`kvpref.Sequence`), sum_t is weighted by them, and T is their sum.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from kvpref.errors import InputError
@@ -18,13 +20,21 @@ from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import POLICY_GRADIENT_RATES
 from kvpref.losses.policy_gradient.advantages import SCALES, group_advantages, score_deviations
 from kvpref.losses.policy_gradient.kl_estimators import KL_ESTIMATORS, MAX_LOG_RATIO
-from kvpref.losses.scores import EQUAL_SCORES, has_preference, rated_indices, rated_responses
+from kvpref.losses.policy_gradient.turn_scores import (
+    EQUAL_TURN_SCORES,
+    scored_by_turn,
+    turn_advantages,
+    turns_differ,
+)
+from kvpref.losses.scores import EQUAL_SCORES, TURN_SCORES, has_preference, rated_indices, rated_responses
 from kvpref.plan.batch import Batch
+from kvpref.plan.columns import exact_token_numbers, spread_numbers
 from kvpref.records.groups import Group
-from kvpref.records.outputs import ResponseLogps
+from kvpref.records.outputs import ResponseLogps, or_one
 from kvpref.records.requests import HeadOptions
 
 ZERO_ADVANTAGES = Idle("all advantages are 0", "give responses whose advantages differ from 0")
+_IDLE = {"scores": EQUAL_SCORES, TURN_SCORES: EQUAL_TURN_SCORES}
 
 
 def _token_level(policy: ResponseLogps, log_ratio: torch.Tensor) -> torch.Tensor:
@@ -44,16 +54,18 @@ RATIO_LEVELS: dict[str, Callable[[ResponseLogps, torch.Tensor], torch.Tensor]] =
     "sequence_mean": _mean_level,
     "sequence_sum": _sum_level,
 }
-"""What an importance ratio is of, from (S,) log ratios of tokens: each token, or its whole response, as the mean or the
-sum of its log ratios; (S,) too."""
+"""The log importance ratios, (S,), from tokens' log ratios, (S,): per token, or of the whole response, as the mean or
+sum of its log ratios."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient(PreferenceLoss):
-    """Base: what the methods share. A response without scored tokens contributes 0; unrated ones are left out."""
+    """Base of the methods. A response without scored tokens contributes 0; unrated ones are left out."""
 
     advantages: str = "scores"
-    """``scores``: computed in each group from its scores. Else the name of a column with one number per response."""
+    """``scores``: computed in each group from its scores. ``turn_scores``: from the scores of the responses' turns, see
+    `kvpref.losses.policy_gradient.turn_scores.turn_advantages`. Else the name of a column with one number per response,
+    per turn or per scored token."""
 
     scale_rewards: str = "group"
     """Advantages from scores are divided by the ``group``'s standard deviation, or by nothing: ``none``."""
@@ -70,11 +82,11 @@ class PolicyGradient(PreferenceLoss):
     """``k1``, ``k2`` or ``k3``; see `kvpref.losses.policy_gradient.kl_estimators.KL_ESTIMATORS`."""
 
     correct_kl: bool = True
-    """Multiply the KL term of a token by w: then k1 and k3 have the gradient of the KL, for old samples too
+    """Multiply the KL term of a token by w: then k1 and k3 have the gradient of the KL, also for old samples
     (DeepSeek-AI 2025, arXiv 2512.02556; TRL's ``use_bias_correction_kl``). False: as in the equations."""
 
     temperature: float = 1.0
-    """That the samples were drawn at; logits are divided by it."""
+    """The temperature that the samples were drawn at; logits are divided by it."""
 
     entropy_coef: float = 0.0
     """Coefficient of a bonus for the entropy per token; 0 leaves it uncomputed."""
@@ -103,8 +115,8 @@ class PolicyGradient(PreferenceLoss):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        of_tokens = () if self.old in ("policy", "reference") else (self.old,)
-        return of_tokens if self.advantages == "scores" else (*of_tokens, self.advantages)
+        old = () if self._old_column is None else (self._old_column,)
+        return old if self.advantages == "scores" else (*old, self.advantages)
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
         if self.needs_reference and reference is None:
@@ -125,9 +137,9 @@ class PolicyGradient(PreferenceLoss):
             losses = losses if self.kl_in_rewards else losses + self.beta * kl
 
         counted = batch.tensors(_counted, self).to(policy.token_logps)
-        num_units = max(1, self.num_units(batch))
-        loss = (losses * self.token_shares(policy, counted)).sum() / num_units
-        shares = self._mean_shares(policy, counted) / num_units
+        num_units = self.num_units(batch) or 1
+        loss = (losses * policy.weighted(self.token_shares(policy, counted))).sum() / num_units
+        shares = policy.weighted(self._mean_shares(policy, counted)) / num_units
         if self.entropy_coef != 0:
             if policy.entropy is None:
                 raise InputError(f"{self.name} needs entropies; compute log-probs with head=loss.head")
@@ -144,37 +156,50 @@ class PolicyGradient(PreferenceLoss):
         raise NotImplementedError
 
     def token_shares(self, policy: ResponseLogps, counted: torch.Tensor) -> torch.Tensor:
-        """What each token's loss counts, (S,); the sum is divided by `num_units`."""
+        """The factor on each token's loss besides its weight, (S,); the sum is divided by `num_units`."""
         return self._mean_shares(policy, counted)
 
-    def group_units(self, group: Group) -> int:
-        """Responses that count, or their scored tokens."""
+    def group_units(self, group: Group) -> float:
+        """Responses that count, or their scored tokens (the sum of their weights)."""
         counted = [group.sequences[index] for index in self.counted_indices(group)]
-        return sum(sum(sequence.scored) for sequence in counted) if self.unit == "tokens" else len(counted)
+        return sum(sequence.total_weight for sequence in counted) if self.unit == "tokens" else len(counted)
 
     def idle(self, group: Group) -> Idle | None:
-        """Where all advantages are 0 only the KL term and the entropy are left to learn from."""
-        if self.advantages == "scores":
-            found = None if has_preference(group) else EQUAL_SCORES
-        else:
-            given: Any = group.columns.get(self.advantages)
-            found = None if any(given if group.is_per_sequence(given) else [given]) else ZERO_ADVANTAGES
-        # Without a unit (dynamic sampling) the other terms do not count, either.
+        """The reason if all advantages are 0, which leaves only the KL term and the entropy to learn from."""
+        found = None if self.has_advantages(group) else _IDLE.get(self.advantages, ZERO_ADVANTAGES)
+        # Without a unit (dynamic sampling) the other terms do not count either.
         return found if self.group_units(group) == 0 or (self.beta == 0 and self.entropy_coef == 0) else None
 
     def select(self, group: Group) -> Group:
-        """The responses that count; a single one where none does."""
+        """The responses that count; a single one if none does."""
         return group.take(self.counted_indices(group) or [0])
 
     def prepare_batch(self, batch: Batch) -> None:
-        super().prepare_batch(batch)
         batch.tensors(_counted, self)
+        if self._old_column is not None:
+            batch.tensors(exact_token_numbers, self._old_column)
         if self.advantages == "scores":
             rated_responses(batch)
+        elif self.advantages == TURN_SCORES:
+            batch.tensors(turn_advantages, self.scale_rewards)
+        else:
+            batch.tensors(spread_numbers, self.advantages)
 
     def counted_indices(self, group: Group) -> list[int]:
         """The responses of a group that the mean runs over."""
+        if self.advantages == TURN_SCORES:
+            return scored_by_turn(group)
         return rated_indices(group) if self.advantages == "scores" else list(range(len(group)))
+
+    def has_advantages(self, group: Group) -> bool:
+        """Whether any token has a nonzero advantage."""
+        if self.advantages == TURN_SCORES:
+            return turns_differ(group)
+        return has_preference(group) if self.advantages == "scores" else _any(group.columns.get(self.advantages))
+
+    @property
+    def _old_column(self) -> str | None:
+        return None if self.old in ("policy", "reference") else self.old
 
     def _old_logps(self, policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> torch.Tensor:
         if self.old == "policy":
@@ -182,10 +207,10 @@ class PolicyGradient(PreferenceLoss):
         if self.old == "reference":
             assert reference is not None
             return reference.token_logps
-        return batch.token_column(self.old).to(policy.token_logps)
+        return batch.tensors(exact_token_numbers, self.old).to(policy.token_logps)
 
     def _kl(self, policy: ResponseLogps, old: torch.Tensor, reference: ResponseLogps | None) -> torch.Tensor | None:
-        """(S,) estimates; a part of the rewards is that of the model which drew the samples, without gradient."""
+        """(S,) KL estimates; as a part of the rewards, that of the model that drew the samples, without gradient."""
         if self.beta == 0 or reference is None:
             return None
         drawn_from = old if self.kl_in_rewards else policy.token_logps
@@ -194,10 +219,15 @@ class PolicyGradient(PreferenceLoss):
     def _advantages(
         self, policy: ResponseLogps, batch: Batch, kl: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(S,) advantages, and (S,) metrics of them."""
+        """The advantages, (S,), and metrics of them, (S,) each."""
         logps = policy.token_logps
+        if self.advantages == TURN_SCORES:
+            found = batch.tensors(turn_advantages, self.scale_rewards)
+            names = ("reward", "reward_std", "frac_reward_zero_std")
+            metrics = {name: policy.per_token(value.to(logps)) for name, value in zip(names, found[1:], strict=True)}
+            return found.advantages.to(logps), {"advantage": found.advantages.to(logps), **metrics}
         if self.advantages != "scores":
-            given = policy.per_token(batch.sequence_column(self.advantages).to(logps))
+            given = batch.tensors(spread_numbers, self.advantages).to(logps)
             return given, {"advantage": given}
         rated = rated_responses(batch)
         rewarded = rated
@@ -216,7 +246,12 @@ class PolicyGradient(PreferenceLoss):
 
     def _mean_shares(self, policy: ResponseLogps, counted: torch.Tensor) -> torch.Tensor:
         """Shares that make the sum over tokens, divided by `num_units`, a mean over units."""
-        return policy.per_token(counted if self.unit == "tokens" else counted / policy.lengths().clamp(min=1))
+        return policy.per_token(counted if self.unit == "tokens" else counted / or_one(policy.total_weights()))
+
+
+def _any(values: Any) -> bool:
+    """Whether a number, or any number in nested lists, is not 0."""
+    return any(map(_any, values)) if isinstance(values, list | tuple | np.ndarray) else bool(values)
 
 
 def _counted(groups: Sequence[Group], loss: PolicyGradient) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from kvpref.errors import InputError
 from kvpref.losses.checks import check_not_negative, check_positive
 from kvpref.losses.policy_gradient.base import PolicyGradient
-from kvpref.losses.scores import has_preference
+from kvpref.losses.scores import TURN_SCORES
 from kvpref.records.groups import Group
 from kvpref.records.outputs import ResponseLogps
 
@@ -96,13 +96,13 @@ class DAPO(ClippedPolicyGradient):
     """e_high; None is `epsilon`."""
 
     dynamic_sampling: bool = False
-    """Leave out groups whose scores are all equal, equation 11 there: they have no advantage."""
+    """Leave out groups whose scores are all equal (equation 11 there): they have no advantage."""
 
     name = "dapo"
     unit = "tokens"
 
     def counted_indices(self, group: Group) -> list[int]:
-        if self.dynamic_sampling and not has_preference(group):
+        if self.dynamic_sampling and not self.has_advantages(group):
             return []
         return super().counted_indices(group)
 
@@ -176,7 +176,7 @@ class RLOO(ClippedPolicyGradient):
     """``k1``, ``k2`` or ``k3``; see `kvpref.losses.policy_gradient.kl_estimators.KL_ESTIMATORS`."""
 
     correct_kl: bool = False
-    """Not for this loss: its KL term has no gradient."""
+    """Must be False for this loss, whose KL term has no gradient."""
 
     name = "rloo"
     ratio_level = "sequence_sum"
@@ -187,6 +187,11 @@ class RLOO(ClippedPolicyGradient):
         super().__post_init__()
         if self.correct_kl:
             raise InputError("rloo: its KL term is a part of the scores and has no gradient to correct")
+        if self.advantages == TURN_SCORES:
+            raise InputError(
+                "rloo: scores by turn have no baseline of the other responses; take grpo or dr_grpo, or give an "
+                "advantage per turn in a column of another name"
+            )
         if self.beta > 0 and self.advantages != "scores":
             raise InputError("rloo: its KL term is a part of the scores; with advantages from a column beta must be 0")
         if self.beta > 0 and self.old == "reference":

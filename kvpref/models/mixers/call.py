@@ -1,4 +1,4 @@
-"""One mixer while it runs in a pass: what it begins with, and what it leaves."""
+"""One mixer while it runs in a pass: the states it starts from, and those it leaves."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Function = Callable[..., Any]
 Advance = Callable[
     [SegmentRows, tuple[torch.Tensor, ...], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
 ]
-"""From a level's segments, their rows of some tensors (T, ...) and the states (P, ...) that were left before to the
-output (T, ...) and the states (K, ...) that kept segments leave."""
+"""From a level's segments, their rows of some tensors (T, ...) and the states (P, ...) left earlier to the output
+(T, ...) and the states (K, ...) that kept segments leave."""
 
 
 class MixerCall:
-    """The states of one mixer in one pass. A mixer may have several, which it meets in one order.
+    """The states of one mixer in one pass. A mixer may have several, always used in the same order.
 
     Attributes:
-        left: What the last level's kept segments leave, state after state; empty where none is kept.
+        left: The states that the last level's kept segments leave, in order; empty if none is kept.
 
     Args:
         levels: The levels of the pass's row, one after another.
-        before: The states that earlier passes left, (P, ...) each; empty where the first level begins with zeros.
+        before: The states that earlier passes left, (P, ...) each; empty if the first level starts from zeros.
     """
 
     def __init__(self, levels: Sequence[SegmentRows], before: Sequence[torch.Tensor]) -> None:
@@ -38,15 +38,15 @@ class MixerCall:
 
         Args:
             step: The recurrence.
-            tensors: (T, ...) each, over all levels.
+            tensors: The recurrence's inputs, (T, ...) each, over all levels.
 
         Returns:
-            (T, ...).
+            The output, (T, ...).
         """
         states = self._before.pop() if self._before else None
         outs = []
         num_rows = [level.layout.num_rows for level in self._levels]
-        # Autograd would copy the gradient of a split, even of one into a single part.
+        # Autograd would copy the gradient of a split, even if there is only one part.
         parts = [(tensor,) if len(num_rows) == 1 else tensor.split(num_rows) for tensor in tensors]
         for level, rows in zip(self._levels, zip(*parts, strict=True), strict=True):
             out, states = step(level, rows, states)
@@ -56,7 +56,7 @@ class MixerCall:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def scan(self, scan: Scan, *tensors: torch.Tensor) -> torch.Tensor:
-        """`advance` by a recurrence over rows of one segment each."""
+        """`advance` with a recurrence over rows of one segment each."""
 
         def step(
             segments: SegmentRows, rows: tuple[torch.Tensor, ...], states: torch.Tensor | None
@@ -67,5 +67,5 @@ class MixerCall:
 
 
 def in_wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In fp32, or wider where it is."""
+    """The tensor in fp32, or in its own dtype if wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

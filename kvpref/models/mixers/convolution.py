@@ -11,7 +11,7 @@ from kvpref.ops.recurrent import SegmentRows, segment_convolution
 
 
 def convolution(original: Function, call: MixerCall) -> Function:
-    """What takes its place, of (1, C, T)."""
+    """The function that replaces it in a pass, on (1, C, T)."""
 
     def stand_in(
         hidden_states: torch.Tensor,

@@ -10,9 +10,9 @@ from kvpref.models.mixers.call import Function, MixerCall
 
 
 def delta_rule(original: Function, call: MixerCall) -> Function:
-    """What takes its place, of (1, T, ...) each.
+    """The function that replaces it in a pass, on (1, T, ...) each.
 
-    Rows of zeros leave the state as it is: nothing is written with `beta` 0, and nothing decays with `g` 0.
+    Rows of zeros do not change the state: `beta` 0 writes nothing, and `g` 0 means no decay.
     """
 
     def stand_in(

@@ -1,4 +1,4 @@
-"""Mixers of an attached model: in a pass they see segments of the prefix tree, elsewhere they run as ever."""
+"""Mixers of an attached model: in a pass they see segments of the prefix tree, elsewhere they run as usual."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MixerKind]]:
 
 
 def attach_mixers(model: nn.Module) -> None:
-    """Let the model's mixers take part in passes; idempotent. Outside of passes they are what they were.
+    """Let the model's mixers take part in passes; idempotent. Outside passes they are unchanged.
 
     Raises:
         UnsupportedModelError: If a mixer's forward is not the one that kvpref knows.
@@ -43,8 +43,8 @@ def attach_mixers(model: nn.Module) -> None:
     for name, module, kind in found:
         if not _has_own_forward(module):
             raise UnsupportedModelError(
-                f"the forward of {name} ({type(module).__name__}) was replaced, by kernels of the hub or by hooks of "
-                "accelerate, so kvpref cannot hand it the state of a prompt; load the model without use_kernels and "
+                f"the forward of {name} ({type(module).__name__}) was replaced by hub kernels or by hooks of "
+                "accelerate, so kvpref cannot pass it the state of a prompt; load the model without use_kernels and "
                 "device_map"
             )
         if type(module) not in made:
@@ -58,7 +58,7 @@ def _is_attached(mixer: nn.Module) -> bool:
 
 
 def _has_own_forward(mixer: nn.Module) -> bool:
-    # A pickled model has lost what `attach_mixers` gave it, and holds its class's forward in its place.
+    # Pickling drops the forward that `attach_mixers` set and leaves the class's own.
     forward = vars(mixer).get("forward")
     return forward is None or getattr(forward, "__func__", None) is type(mixer).forward
 
@@ -79,7 +79,7 @@ def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
         for name in _CACHES:
             if bound.arguments.get(name) is not None:
                 raise UnsupportedModelError(f"{mixer.__name__} got a cache of its own inside a pass")
-        # Of ones, or the attention layers'.
+        # All ones, or the attention layers' mask.
         if "attention_mask" in signature.parameters:
             bound.arguments["attention_mask"] = None
         hidden_states = bound.arguments["hidden_states"]
@@ -96,18 +96,18 @@ def _make_forward(mixer: type[nn.Module], kind: MixerKind) -> Forward:
 
 
 def _check_knows_its_pass(mixer: nn.Module, running: RunningPass | None) -> None:
-    """Refuse a layer that a checkpoint recomputes without the pass that it ran in: it would run as an ordinary one."""
+    """Refuse a layer that a checkpoint recomputes outside its pass: it would run as an ordinary one."""
     in_backward = torch._C._current_graph_task_id() != -1
     if running is None and in_backward and getattr(mixer, _RAN_IN_PASS, False):
         raise UnsupportedModelError(
-            f"{type(mixer).__name__} is recomputed by a checkpoint of another kind than transformers' own, which does "
-            "not tell it what it begins with; use gradient_checkpointing_enable, or checkpoint='all'"
+            f"{type(mixer).__name__} is recomputed by a checkpoint other than transformers' own, which does "
+            "not pass it its initial state; use gradient_checkpointing_enable, or checkpoint='all'"
         )
     setattr(mixer, _RAN_IN_PASS, running is not None)
 
 
 def _seams(mixer: type[nn.Module], kind: MixerKind, inner: Forward) -> list[str]:
-    """The names of functions to replace in a mixer's forward, once it is known that there are no others."""
+    """The names of functions to replace in a mixer's forward, after checking that it calls no others."""
     called = {name for name in inner.__code__.co_names if name in inner.__globals__}
     missing = [name for name in kind.seams if name not in called]
     unknown = [name for name in called if name in SEAMS and name not in (*kind.seams, *kind.optional)]
@@ -120,7 +120,7 @@ def _seams(mixer: type[nn.Module], kind: MixerKind, inner: Forward) -> list[str]
 
 
 def _with_seams(inner: Forward, names: list[str], call: MixerCall) -> Forward:
-    """The same code, where these names mean other functions."""
+    """The same code with these names bound to other functions."""
     replaced = {name: SEAMS[name](inner.__globals__[name], call) for name in names}
     function = FunctionType(
         inner.__code__, {**inner.__globals__, **replaced}, inner.__name__, inner.__defaults__, inner.__closure__

@@ -1,7 +1,7 @@
 """Which layers are mixers that kvpref knows.
 
-To add one: its class and kind here, if its forward calls no functions but those of that kind between tokens; a tiny
-config in tests/models/mixers/tiny_hybrids.py; the exactness tests then run over it.
+To add one: its class and kind here, if only functions of that kind mix tokens in its forward; and a tiny config in
+tests/models/mixers/tiny_hybrids.py, which the exactness tests then cover.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixerKind:
     """A way to carry state from token to token."""
 
     name: str
-    """In words, for `kvpref check`."""
+    """A phrase for `kvpref check`."""
 
     seams: tuple[str, ...] = ()
-    """The functions that the layer's forward must call for it; empty where kvpref has a forward of its own."""
+    """The functions that the layer's forward must call for it; empty if kvpref replaces the whole forward."""
 
     optional: tuple[str, ...] = ()
-    """Functions that it may call besides."""
+    """Further functions that it may call."""
 
 
 SHORT_CONVOLUTION = MixerKind(name="short convolution", seams=("causal_conv1d_fn",))
@@ -58,4 +60,9 @@ KINDS: Mapping[str, MixerKind] = {
     "Zamba2MambaMixer": MAMBA_2,
     "ZambaMambaMixer": MAMBA,
 }
-"""By the name of the layer's class, which is of transformers."""
+"""Kinds by the name of the layer's class in transformers."""
+
+
+def has_mixers(model: nn.Module) -> bool:
+    """Whether a model has layers that carry a state from token to token."""
+    return any(kind.__name__ in KINDS for module in model.modules() for kind in type(module).__mro__)

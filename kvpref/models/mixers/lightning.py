@@ -1,4 +1,4 @@
-"""MiniMax's lightning attention. Its forward holds the recurrence itself, so in a pass this one takes its place."""
+"""MiniMax's lightning attention. Its forward contains the recurrence itself, so a pass replaces all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mamba: `mamba_selective_scan`, whose kernels know no state to begin with."""
+"""Mamba: `mamba_selective_scan`, whose kernels take no initial state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvpref.ops.recurrent import selective_scan
 
 
 def selective(original: Function, call: MixerCall) -> Function:
-    """What takes its place, of (1, D, T) and (1, N, T)."""
+    """The function that replaces it in a pass, on (1, D, T) and (1, N, T)."""
 
     def stand_in(
         inputs: torch.Tensor,

@@ -11,7 +11,7 @@ from kvpref.models.mixers.call import Function, MixerCall, in_wide
 
 
 def state_space(original: Function, call: MixerCall) -> Function:
-    """What takes its place, of (1, T, ...) each. Rows of zeros leave the state as it is, because their steps are 0."""
+    """The function that replaces it in a pass, on (1, T, ...) each. Rows of zeros have step 0: no change of state."""
 
     def stand_in(
         inputs: torch.Tensor,
@@ -21,7 +21,7 @@ def state_space(original: Function, call: MixerCall) -> Function:
         from_state: torch.Tensor,
         **options: Any,
     ) -> torch.Tensor:
-        # Here and not in the function, where padding would get steps too.
+        # Done here, because the function would give padding steps too.
         steps = in_wide(steps)
         if options["dt_bias"] is not None:
             steps = steps + in_wide(options["dt_bias"])

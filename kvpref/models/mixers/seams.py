@@ -1,9 +1,8 @@
-"""The functions inside a mixer's forward that carry state from token to token, and what takes their place in a pass.
+"""The functions inside a mixer's forward that carry state from token to token, and their replacements in a pass.
 
 A mixer's projections, gates and norms work on single tokens, so in a pass they stay the model's own, on the packed row.
-Only these functions see neighbours. They have the same names in all releases that are supported. What takes their place
-runs the model's own function (which is flash-linear-attention's, mamba-ssm's or causal-conv1d's where installed) on
-rows of one segment each.
+Only these functions see neighbours. They have the same names in all supported releases. A replacement runs the model's
+own function (flash-linear-attention's, mamba-ssm's or causal-conv1d's if installed) on rows of one segment each.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from kvpref.models.mixers.mamba_2 import state_space
 
 
 def _absent(original: Function, call: MixerCall) -> Function:
-    """A kernel for the whole mixer, which says by None that it is not there."""
+    """None in place of a kernel for the whole mixer, which makes the forward take another path."""
     return lambda *_, **__: None
 
 
@@ -31,4 +30,4 @@ SEAMS: Mapping[str, Callable[[Function, MixerCall], Function]] = {
     "mamba_selective_scan": selective,
     "torch_chunk_gated_delta_rule": delta_rule,
 }
-"""By the name that the mixer's forward calls: from the model's own function and the call it is in to what runs."""
+"""Replacements by the name that the mixer's forward calls, made from the model's own function and the current call."""

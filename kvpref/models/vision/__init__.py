@@ -1,1 +1,1 @@
-"""Images: towers, where their features go, and positions of tokens behind them."""
+"""Images: towers, where their features go, and the positions of tokens after them."""

@@ -1,10 +1,10 @@
-"""Layers that attend to images beside the text (Mllama): each image's states once, and which of them a token sees.
+"""Layers that cross-attend to images (Mllama): each image's states once, and which of them a token sees.
 
 A placeholder's row of features holds its embedding and then all states of its image, one after another. Tokens see the
-images that stand last before them. Those before the first image see all of it, padding too, and skip the layer's MLP,
-as the model's own forward has it.
+last images before them. Those before the first image see all of it, padding too, and skip the layer's MLP, as in the
+model's own forward.
 
-Shape legend: B rows of T tokens, M images of S states each, one state of zeros behind them all, for who sees none.
+Shape legend: B rows of T tokens, M images of S states each, followed by one state of zeros for tokens that see none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvpref.models.running_pass import LayersPass, current_pass
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
 from kvpref.plan.batch import ImageInputs
 from kvpref.plan.passes import PassPlan, RowRun
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 from kvpref.prefix.rules import CAUSAL
 from kvpref.records.groups import Sequence as TokenSequence
 from kvpref.records.images import Image
@@ -34,7 +34,7 @@ _Kept = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]
 
 
 class _Run(NamedTuple):
-    """Tokens that see the same states: how many, which ranges of them, and whether they are of an image before."""
+    """Tokens that see the same states: how many, which ranges of states, and whether an image comes before."""
 
     num_tokens: int
     seen: tuple[Range, ...]
@@ -42,15 +42,15 @@ class _Run(NamedTuple):
 
 
 class CrossImages:
-    """What cross-attention layers are told of the images of a batch or step.
+    """The inputs of cross-attention layers for the images of a batch or step.
 
     Args:
-        model: Whose layers they are.
-        sequences: Those of the batch or step.
-        inputs: Of the tower by image key.
-        images: Those of the table of features, in order.
-        keeps: Whether later passes attend to the keys and values of the first, and drop the same ones made again. Not
-            where layers are recomputed, which have to find their own.
+        model: The model.
+        sequences: The sequences of the batch or step.
+        inputs: The tower's inputs by image key.
+        images: The images of the table of features, in order.
+        keeps: Whether later passes attend to the first one's keys and values instead of recomputing them. Not
+            possible if layers are recomputed, because they need their own.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CrossImages:
         self._rows = [[next(rows) for _ in sequence.images] for sequence in sequences]
 
     def layer_inputs(self, item: PassPlan, features: FeatureSource) -> dict[str, Any]:
-        """Keyword arguments of the stack of layers; none where the pass's sequences have no images."""
+        """Keyword arguments for the stack of layers; empty if the pass's sequences have no images."""
         runs = item.row_runs or [(number, 0, item.input_ids.shape[1]) for number in range(len(self._sequences))]
         used = sorted({row for number, _, _ in runs for row in self._rows[number]})
         if not used:
@@ -93,7 +93,7 @@ class CrossImages:
         return _of_padded_rows(rows, states)
 
     def _runs(self, run: RowRun, place: Mapping[int, int], size: int, nothing: int) -> Iterator[_Run]:
-        """The tokens of a run of a sequence, cut where they begin to see other states."""
+        """The tokens of a run, cut where they begin to see other states."""
         number, first, stop = run
         sequence = self._sequences[number]
         starts = [size * place[row] for row in self._rows[number]]
@@ -115,7 +115,7 @@ class CrossImages:
             yield _Run(end - begin, tuple(seen), True)
 
     def _num_real(self, image: Image, size: int) -> int:
-        """States of an image that are of no padding tile; they come first."""
+        """The number of an image's states that belong to no padding tile; they come first."""
         tiles: Any = self._inputs[image.key]["aspect_ratio_mask"]
         return size // tiles.shape[-1] * int(tiles.sum())
 
@@ -130,7 +130,7 @@ def _ends(places: Sequence[int]) -> list[int | None]:
 
 
 def own_mask(sequence: TokenSequence, inputs: Sequence[ImageInputs]) -> torch.Tensor:
-    """(1, T, images, tiles) int64, what the model's own forward is told of a sequence: 1 where a token sees a tile."""
+    """(1, T, images, tiles) int64, the mask for the model's own forward: 1 where a token sees a tile."""
     tiles: list[Any] = [image["aspect_ratio_mask"] for image in inputs]
     mask = torch.zeros(1, len(sequence), len(tiles), tiles[0].shape[-1], dtype=torch.int64)
     places = [placed.runs[0][0] for placed in sequence.images]
@@ -140,7 +140,7 @@ def own_mask(sequence: TokenSequence, inputs: Sequence[ImageInputs]) -> torch.Te
 
 
 class _CrossPass(LayersPass):
-    """What cross-attention layers get for a mask: the blocks of their queries over states of images."""
+    """What cross-attention layers get in place of a mask: the blocks of their queries over states of images."""
 
     def __init__(self, blocks: tuple[VarlenBlock, ...], kept: _Kept | None) -> None:
         running = current_pass()
@@ -157,7 +157,7 @@ class _CrossPass(LayersPass):
         params: AttentionParams,
         sink: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As in `LayersPass`; keys and values are those of the states."""
+        """Like `LayersPass.attend`, with the keys and values of the states."""
         plan = CascadePlan(blocks=self._blocks, params=params, backend=self.running.backend)
         states = key.contiguous(), value.contiguous()
         if self._kept is not None:
@@ -186,7 +186,7 @@ def _of_a_pass(runs: Sequence[_Run], states: torch.Tensor, kept: _Kept | None) -
 
 
 def _of_padded_rows(rows: Sequence[Sequence[_Run]], states: torch.Tensor) -> dict[str, Any]:
-    """Every row sees all states, under a mask; the states of a row are those of all rows, not copied."""
+    """Arguments in which every row sees all states, under a mask; the states are shared by all rows, not copied."""
     masks = []
     for runs in rows:
         pieces = []
@@ -204,6 +204,6 @@ def _of_padded_rows(rows: Sequence[Sequence[_Run]], states: torch.Tensor) -> dic
 
 
 def _follows_image(rows: Sequence[Sequence[_Run]], states: torch.Tensor) -> torch.Tensor:
-    """(B, 1, T, 1), 1 for tokens behind an image."""
+    """(B, 1, T, 1), 1 for tokens after an image."""
     flags = [[float(run.follows_image) for run in runs for _ in range(run.num_tokens)] for runs in rows]
     return torch.tensor(flags, dtype=states.dtype)[:, None, :, None].to(states.device)

@@ -1,4 +1,4 @@
-"""The model families that are exact with images, what each needs, and why others are given text only.
+"""The model families that are exact with images, what each needs, and why others take only text.
 
 `benchmarks/census.py --task image` finds them on tiny models, in every mode, against each sequence alone.
 """
@@ -12,22 +12,22 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class VisionFamily:
-    """What a family's models cannot tell themselves."""
+    """What cannot be read from a family's models."""
 
     join: int = 0
-    """The dimension along which its processor puts the pixels of several images one after another."""
+    """The dimension along which its processor concatenates the pixels of several images."""
 
     join_of_row: int | None = None
-    """The same for images of one row of text; None where it is `join`."""
+    """The same for images of one row of text; None if it is `join`."""
 
     projector: str = ""
     """The part of the model that its `get_image_features` leaves out."""
 
     cross_attention: bool = False
-    """Whether layers attend to images beside the text, which has one placeholder for each; see `cross_attention`."""
+    """Whether layers cross-attend to images, with one placeholder for each in the text; see `cross_attention`."""
 
     casts_pixels: bool = False
-    """Whether pixels have to be cast to the dtype of its weights, which its own code does not do."""
+    """Whether pixels must be cast to the dtype of its weights because its own code does not."""
 
 
 _PLAIN = VisionFamily()
@@ -103,7 +103,7 @@ WITHOUT_IMAGES: dict[str, str] = {
     "gemma3n": _TIMM,
     "ovis2": "its tower makes the embeddings of the tokens around an image too",
 }
-"""Why families that are exact given text are given no images: of the model, it ..."""
+"""Why families that are exact on text take no images here; completes "it ..."."""
 
 
 TEXT_PARTS = frozenset(
@@ -126,14 +126,14 @@ TEXT_PARTS = frozenset(
         "step3p5",
     }
 )
-"""Language models of these families that are no families by themselves."""
+"""Language models of these families that are not families of their own."""
 
 
 def is_known(name: str) -> bool:
-    """Whether a model type, or that of a language model inside, belongs to these families: all are exact given text."""
+    """Whether a model type, or that of its language model, belongs to these families, which are all exact on text."""
     return name in VISION or name in WITHOUT_IMAGES or name in TEXT_PARTS
 
 
 def family_of(model: PreTrainedModel) -> VisionFamily:
-    """What a model's family needs; one that nobody has checked needs nothing."""
+    """What a model's family needs; the defaults for a family that nobody has checked."""
     return VISION.get(model.config.model_type, _PLAIN)

@@ -1,7 +1,7 @@
-"""Which of several images have the same pixels, told where the pixels are: no copy of them to the host.
+"""Which of several images have the same pixels, found on the pixels' device without copying them to the host.
 
-A fingerprint of each is made on its device, and images with equal ones are compared bit by bit, so that equal keys are
-equal pixels. The host waits twice, for a few numbers per image.
+Each gets a fingerprint on its device, and images with equal fingerprints are compared bit by bit, so that equal keys
+mean equal pixels. The host waits twice, for a few numbers per image.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 Inputs = Mapping[str, torch.Tensor]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Values that are wide at once: enough to keep a device busy, few enough not to matter.
+# Values widened at once: enough to keep a device busy, few enough not to matter.
 _CHUNK = 1 << 21
 # Odd 64-bit numbers whose bits look random (of the golden ratio, and of the finaliser of SplitMix64).
 _GOLDEN, _MIXER = -7046029254386353131, -4658895280553007687
 
 
 def image_keys(images: Sequence[Inputs]) -> list[str]:
-    """One key per image: equal where all inputs have equal names, shapes, dtypes and bits, and only there."""
+    """One key per image, equal exactly if all inputs have equal names, shapes, dtypes and bits."""
     devices = dict.fromkeys(value.device for image in images for value in image.values())
     weights = _Weights()
     parts = [
@@ -33,7 +33,7 @@ def image_keys(images: Sequence[Inputs]) -> list[str]:
     pairs = [(images[index], images[first[keys[index]]]) for index in again]
     flags = [_on_host([_equal(_inputs_on(device, one), other) for one, other in pairs]) for device in devices]
     for index, *same in zip(again, *flags, strict=True):
-        if not all(same):  # nobody has seen two images with one fingerprint, but features would be wrong silently
+        if not all(same):  # a collision has never been seen, but would make features silently wrong
             keys[index] += f":{index}"
     return keys
 
@@ -56,7 +56,7 @@ def _form(image: Inputs) -> str:
 
 
 class _Weights:
-    """Numbers to multiply values with, by position: odd, and made once per device."""
+    """Odd factors for values, by position; made once per device."""
 
     def __init__(self) -> None:
         self._known: dict[torch.device, torch.Tensor] = {}
@@ -73,19 +73,19 @@ class _Weights:
 
 
 def _fingerprint(image: Inputs, device: torch.device, weights: _Weights) -> torch.Tensor:
-    """(2,) int64 of inputs on a device, there."""
+    """The fingerprint of inputs, (2,) int64, on their device."""
     total = torch.zeros(2, dtype=torch.int64, device=device)
     for number, (_, value) in enumerate(sorted(image.items())):
         for place, chunk in enumerate(_bits(value).split(_CHUNK)):
             sums = (chunk.to(torch.int64) * weights.of(len(chunk), device)).sum(dim=1)
-            # Another factor for each chunk and input, so that none of them can change places.
+            # A different factor for each chunk and input, so that swapping two changes the result.
             factor = (place * 2 + 1) * _GOLDEN + number * _MIXER * 2
             total += sums * ((factor | 1) % (1 << 63))
     return total
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
-    """An input as integers, eight bytes in each where that comes out even."""
+    """An input as integers, of eight bytes each if the size allows."""
     flat = value.detach().contiguous().flatten()
     size = flat.element_size()
     if flat.numel() * size % 8:
@@ -95,5 +95,5 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 
 
 def _equal(one: Inputs, other: Inputs) -> torch.Tensor:
-    """() bool: whether all that is in `one` has the bits that it has in `other`, of the same shapes."""
+    """() bool: whether two inputs of the same shapes have the same bits."""
     return torch.stack([(_bits(value) == _bits(other[name])).all() for name, value in sorted(one.items())]).all()

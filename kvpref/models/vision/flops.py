@@ -1,6 +1,6 @@
-"""What the vision tower and projector of a model compute for images, by PyTorch's counter on one run of each shape.
+"""FLOPs of a model's vision tower and projector, by PyTorch's counter on one run of each image shape.
 
-Towers differ too much for formulas: windows, tiles, poolings. So one image of every shape runs, forward and, where any
+Towers differ too much for formulas: windows, tiles, poolings. So one image of every shape runs forward and, if any
 weight of the tower or projector trains, backward.
 """
 
@@ -19,18 +19,18 @@ from kvpref.plan.batch import ImageInputs
 from kvpref.records.images import Image
 
 _MOST_VALUES = 64
-"""Integers of an input that may decide how much is computed (the sides of a grid); larger inputs count by shape."""
+"""Largest integer input whose values count as deciding the work (the sides of a grid); larger ones count by shape."""
 
 _ATEN = torch.ops.aten
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of shapes (B, H, M, D)."""
+    """FLOPs for tensors of shape (B, H, M, D)."""
     return int(flop_counter.sdpa_flop_count(query, key, value))
 
 
 def _attention_backward_flops(dout: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of shapes (B, H, M, D)."""
+    """FLOPs for tensors of shape (B, H, M, D)."""
     return int(flop_counter.sdpa_backward_flop_count(dout, query, key, value))
 
 
@@ -38,14 +38,14 @@ _ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""Kernels of the CPU that the counter does not know."""
+"""CPU kernels that the counter does not know."""
 
 
 class VisionFlops:
     """Counts FLOPs of images, each shape once.
 
     Args:
-        model: With a tower; it runs as it is, on its device, and is left as it is.
+        model: A model with a tower; it runs in its current state, on its device, and is not changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,11 +53,11 @@ class VisionFlops:
         self._known: dict[Any, int] = {}
 
     def of(self, images: Sequence[Image], inputs: Mapping[str, ImageInputs]) -> int:
-        """FLOPs of running the tower on each image, forward, and backward where it trains.
+        """FLOPs of running the tower on each image, forward, and backward if it trains.
 
         Args:
-            images: Those that run; one that runs twice counts twice.
-            inputs: Of the tower by image key.
+            images: The images that run; one that runs twice counts twice.
+            inputs: The tower's inputs by image key.
         """
         return sum(self._of_one(image, inputs[image.key]) for image in images)
 
@@ -76,13 +76,13 @@ class VisionFlops:
             made = image_features(self._model, [image], {image.key: inputs})
             ends = [tensor for tensor in (made.features, *made.deepstack) if tensor.requires_grad]
             if ends:
-                # Not `backward`: the gradients that the weights hold stay as they are.
+                # Not `backward`, which would change the weights' gradients.
                 torch.autograd.grad(ends, weights, [torch.ones_like(end) for end in ends], allow_unused=True)
         return counter.get_total_flops()
 
 
 def _signature(value: Any) -> str:
-    """What tells inputs apart that make a tower compute another amount."""
+    """What distinguishes inputs for which a tower computes different amounts."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
     decides = not value.is_floating_point() and value.numel() <= _MOST_VALUES

@@ -1,4 +1,4 @@
-"""What images give to passes: features in place of embeddings, and what layers are told besides."""
+"""What images add to passes: features in place of embeddings, and extra inputs of layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class PassImages:
     """The images of a batch, or of a step, as its passes need them.
 
     Args:
-        model: Whose passes they are.
+        model: The model.
         features: The table that the plan's `image_index` points into.
-        sequences: Those of the batch or step.
-        inputs: Of the tower by image key.
-        images: Those of the table, in order.
+        sequences: The sequences of the batch or step.
+        inputs: The tower's inputs by image key.
+        images: The images of the table, in order.
         keeps: Whether the graphs of all passes are kept together, so that keys and values of images can be shared.
     """
 
@@ -46,7 +46,7 @@ class PassImages:
         self._cross = CrossImages(model, sequences, inputs, images, keeps=keeps) if is_beside else None
 
     def merge(self, item: PassPlan, embeds: torch.Tensor) -> torch.Tensor:
-        """Embeddings of a pass with features in the place of placeholders.
+        """The embeddings of a pass, with features in place of placeholders.
 
         Args:
             item: The pass.
@@ -54,12 +54,12 @@ class PassImages:
         """
         if not item.image_rows.numel():
             return embeds
-        # Where layers attend to images, their states stand behind the embedding.
+        # If layers cross-attend to images, the states follow the embedding.
         rows = self.features.rows(0, item.image_index)[:, : embeds.shape[-1]].to(embeds.dtype)
         return embeds.flatten(0, 1).index_copy(0, item.image_rows, rows).view_as(embeds)
 
     def layer_inputs(self, item: PassPlan) -> dict[str, Any]:
-        """Keyword arguments of the stack of layers: positions where they are the model's own, deepstack features."""
+        """Keyword arguments for the stack of layers: positions if the model computes its own, deepstack features."""
         found: dict[str, Any] = {} if self._cross is None else self._cross.layer_inputs(item, self.features)
         positions = self._positions.of_pass(item)
         if positions is not None:

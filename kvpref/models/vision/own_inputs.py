@@ -17,11 +17,11 @@ from kvpref.records.host_copies import to_device
 
 
 def own_inputs(model: PreTrainedModel, sequence: Sequence) -> dict[str, Any]:
-    """Keyword arguments of the model's forward for a sequence alone, on its device and in its dtype.
+    """Keyword arguments of the model's forward for one sequence alone, on its device and in its dtype.
 
     Args:
         model: Attached or not.
-        sequence: With images of a family that can be given some, or without.
+        sequence: A sequence, with images only if the family takes them.
     """
     forward = type(model).forward
     names = inspect.signature(forward).parameters

@@ -1,4 +1,4 @@
-"""The arguments about images of a call on padded rows: which of them are understood, and whether they agree.
+"""Image arguments of a call on padded rows: which of them are understood, and whether they agree.
 
 Shape legend: B rows of L columns.
 """
@@ -20,7 +20,7 @@ _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 def image_arguments(model: PreTrainedModel) -> tuple[str, ...]:
-    """The arguments about images that can be understood: pixel inputs, token types; none of an unknown family."""
+    """The image arguments that are understood: pixel inputs and token types; none for an unknown family."""
     if model.config.model_type not in SPLIT_FAMILIES:
         return ()
     return (*splitter_of(model.config).names, *_token_types(model))
@@ -32,13 +32,13 @@ def pixel_inputs(
     """The pixel inputs of a call; empty if there are no images in it.
 
     Args:
-        model: What is called.
-        arguments: Those of `image_arguments` that were given, by name; None is as good as not given.
+        model: The model to call.
+        arguments: The given ones of `image_arguments`, by name; None means not given.
         input_ids: (B, L).
         attention_mask: (B, L), 1 for tokens; None where all are.
 
     Raises:
-        InputError: If token types say that other tokens are images than the placeholders, or are missing.
+        InputError: If token types do not mark exactly the placeholders as images, or are missing.
     """
     types = _token_types(model)
     found = {name: value for name, value in arguments.items() if name not in types and value is not None}
@@ -62,7 +62,7 @@ def _placeholders(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
 
 
 def _check_types(name: str, types: Any, images: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-    """Models read types as 1 for a token of an image; which tokens see which, and positions, depend on it."""
+    """Check the token types, 1 for a token of an image: they decide which tokens see which, and positions."""
     if types is None:
         if images is not None:
             raise InputError(f"images need {name}, which the model's processor makes")

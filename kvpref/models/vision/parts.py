@@ -16,7 +16,7 @@ from kvpref.models.value_head import VALUE_HEAD
 _PROJECTOR = re.compile(
     r"(^|\.)(\w*projector|\w*merger\w*|connector|embed_vision|embed_audio|aligner|image_newline)(\.|$)"
 )
-"""What families call the layers that bring a tower's output to the size of embeddings."""
+"""Names of the layers that map a tower's output to the size of embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +24,22 @@ class VisionParts:
     """Weights by their names in the model."""
 
     tower: dict[str, nn.Parameter]
-    """All that runs before the projector; towers of other inputs than images too."""
+    """Everything that runs before the projector, including towers for inputs other than images."""
 
     projector: dict[str, nn.Parameter]
-    """What comes between tower and language model."""
+    """The weights between tower and language model."""
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        """Both."""
+        """The weights of tower and projector."""
         return self.tower | self.projector
 
 
 def vision_parts(model: PreTrainedModel) -> VisionParts:
-    """The weights outside the language model and its heads; none for a text model.
+    """The weights outside the language model and its heads; empty for a text model.
 
     Args:
-        model: Not wrapped; the weights of adapters count where they are.
+        model: An unwrapped model; adapter weights count towards the part that holds them.
     """
     if not sees_images(model.config):
         return VisionParts(tower={}, projector={})

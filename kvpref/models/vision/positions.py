@@ -1,4 +1,4 @@
-"""Positions of tokens in models that give those of an image several axes (m-rope): the model's own, pass by pass.
+"""Positions in models that give image tokens several axes (m-rope): the model's own positions, pass by pass.
 
 Shape legend: A axes, B rows of T tokens in one pass.
 """
@@ -22,7 +22,7 @@ from kvpref.records.host_copies import to_device
 
 
 class _Beginning(NamedTuple):
-    """Positions up to the end of a sequence's last image, (A, L), and the one behind them, on every axis."""
+    """Positions up to the end of a sequence's last image, (A, L), and the next position after them, on every axis."""
 
     positions: torch.Tensor
     following: int
@@ -32,9 +32,9 @@ class ImagePositions:
     """The positions of sequences with images.
 
     Args:
-        model: Whose positions they are.
-        sequences: Those of the batch or step.
-        inputs: Of the tower by image key.
+        model: The model.
+        sequences: The sequences of the batch or step.
+        inputs: The tower's inputs by image key.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ImagePositions:
         self._of_sequence: dict[int, _Beginning] = {}
 
     def of_pass(self, item: PassPlan) -> torch.Tensor | None:
-        """(A, B, T) int64 on the pass's device; None where a token's position is its place in the sequence."""
+        """(A, B, T) int64 on the pass's device; None if a token's position is its place in the sequence."""
         if self._function is None or not any(sequence.images for sequence in self._sequences):
             return None
         with unset_fake_temporarily():  # the model's function reads tokens and sizes of images
@@ -59,7 +59,7 @@ class ImagePositions:
         return to_device(found, item.input_ids.device)
 
     def _of_run(self, run: RowRun) -> torch.Tensor:
-        """(A, stop - first) the positions of a run of a sequence's tokens, or behind its end."""
+        """(A, stop - first) the positions of a run of a sequence's tokens, which may lie past its end."""
         number, first, stop = run
         sequence = self._sequences[number]
         if not sequence.images:
@@ -82,7 +82,7 @@ class ImagePositions:
 
     def _beginning(self, sequence: TokenSequence) -> _Beginning:
         end = sequence.images[-1].runs[-1][1]
-        # One token more says where text goes on; any does where the image is the sequence's end.
+        # One extra token shows where text continues; any token does if the sequence ends in an image.
         ids = (*sequence.input_ids, 0)[: end + 1]
         key = (ids, tuple(placed.image.key for placed in sequence.images))
         if key not in self._known:

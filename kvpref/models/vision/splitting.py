@@ -1,8 +1,8 @@
-"""The pixel inputs of several prompts, as a processor joins them for one call of a model, taken apart into images.
+"""Splits the pixel inputs of several prompts, joined by a processor for one model call, into images.
 
-A model puts the features that its tower makes of a call's pixel inputs, in order, in the place of the call's
-placeholders, in order. So the inputs are cut into the smallest pieces that the tower treats alone, and each takes as
-many placeholders as it has rows of features.
+A model puts the features of a call's pixel inputs, in order, in place of the call's placeholders, in order. So the
+inputs are cut into the smallest pieces that the tower processes independently, and each takes as many placeholders as
+it has rows of features.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Inputs = Mapping[str, torch.Tensor]
 
 
 class Piece(NamedTuple):
-    """What the tower treats alone, and how many placeholders stand for it."""
+    """Inputs that the tower processes independently, and the number of their placeholders."""
 
     inputs: dict[str, torch.Tensor]
     num_tokens: int
@@ -33,17 +33,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Splitter:
-    """How the pixel inputs of some families are taken apart."""
+    """How to split the pixel inputs of some families."""
 
     split: Callable[[Any, Inputs, int], list[Piece]]
-    """From the model's backbone, the inputs and the number of all placeholders."""
+    """Splits inputs, given the model's backbone, the inputs and the number of all placeholders."""
 
     names: tuple[str, ...]
     """The inputs, `pixel_values` first; the others may be missing."""
 
 
 def splitter_of(config: Any) -> Splitter:
-    """How a model's pixel inputs are taken apart.
+    """How to split a model's pixel inputs.
 
     Raises:
         UnsupportedModelError: If nobody has checked it.
@@ -62,13 +62,13 @@ def split_images(
     """The images of each row; those with equal pixels have equal keys.
 
     Args:
-        model: Whose tower reads them.
+        model: The model whose tower reads them.
         rows: Token ids of each row, without padding.
         inputs: Pixel inputs of all rows; small integers of them are copied to the host, pixels stay where they are.
 
     Raises:
-        UnsupportedModelError: If nobody has checked how the model's inputs are taken apart.
-        InputError: If they do not belong to the placeholders of the rows.
+        UnsupportedModelError: If nobody has checked how to split the model's inputs.
+        InputError: If they do not match the placeholders of the rows.
     """
     config: Any = model.config
     splitter = splitter_of(config)
@@ -99,15 +99,15 @@ def _placed(images: list[Image], places: list[list[int]]) -> Iterator[tuple[Plac
 
 
 def _mismatch(found: str) -> InputError:
-    # TRL looks for these first words, and then says what to set.
+    # TRL looks for these first words and then says which setting to change.
     return InputError(
-        f"Image features and image tokens do not match: {found}; was a row cut short (max_length), or made by another "
+        f"Image features and image tokens do not match: {found}; was a row truncated (max_length), or made by another "
         "model's processor?"
     )
 
 
 def _by_entry(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
-    """One entry per image, or per tile of one; all have the same number of tokens."""
+    """One entry per image, or per tile of an image; all have the same number of tokens."""
     count = len(inputs["pixel_values"])
     each, rest = divmod(num_placeholders, count)
     if rest or not each:
@@ -116,7 +116,7 @@ def _by_entry(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
 
 
 def _by_grid(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
-    """Patches in one row, image after image, with the grid of each (Qwen-VL)."""
+    """Patches in one row, image after image, with a grid for each (Qwen-VL)."""
     pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"].cpu()
     sizes = grids.prod(dim=-1).tolist()
     if sum(sizes) != len(pixels):
@@ -129,7 +129,7 @@ def _by_grid(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
 
 
 def _by_size(base: Any, inputs: Inputs, num_placeholders: int) -> list[Piece]:
-    """One entry per image, padded, with its size where they differ (Pixtral)."""
+    """One padded entry per image, with sizes if they differ (Pixtral)."""
     if "image_sizes" not in inputs:
         return _by_entry(base, inputs, num_placeholders)
     pixels, sizes = inputs["pixel_values"], inputs["image_sizes"].cpu()
@@ -236,7 +236,7 @@ _KINDS: tuple[tuple[Splitter, str], ...] = (
 )
 
 SPLITTERS = {name: splitter for splitter, names in _KINDS for name in names.split()}
-"""By model type."""
+"""Splitters by model type."""
 
 SPLIT_FAMILIES = tuple(sorted(name for name in SPLITTERS if name in VISION))
-"""Model types that are exact with images, and whose pixel inputs can be taken apart."""
+"""Model types that are exact with images and whose pixel inputs can be split."""

@@ -1,4 +1,4 @@
-"""Which models can be given images."""
+"""Which models can take images."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def check_images(model: PreTrainedModel, images: Sequence[Image]) -> None:
     """Check that a model is known to be exact with images.
 
     Args:
-        model: Not wrapped.
-        images: At least one.
+        model: An unwrapped model.
+        images: The images, at least one.
 
     Raises:
         UnsupportedModelError: If it is not.
@@ -32,7 +32,7 @@ def check_images(model: PreTrainedModel, images: Sequence[Image]) -> None:
         )
     if name in WITHOUT_IMAGES:
         raise UnsupportedModelError(
-            f"model type {name!r} is exact given text, and not given images: {WITHOUT_IMAGES[name]}; {SAFE_FALLBACK}"
+            f"model type {name!r} is exact on text, but not with images: {WITHOUT_IMAGES[name]}; {SAFE_FALLBACK}"
         )
     if name not in VISION:
         raise UnsupportedModelError(

@@ -1,6 +1,6 @@
 """Features of images: a model's own vision tower and projector, run on several images at once.
 
-Shape legend: R feature rows of all images, hidden_size that of the text layers.
+Shape legend: R feature rows of all images; hidden_size is that of the text layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def has_tower(model: PreTrainedModel) -> bool:
 
 
 def _owner(model: PreTrainedModel) -> Any:
-    """Whose method makes features of images: the backbone, or the whole model (Llama 4)."""
+    """The module whose method makes image features: the backbone, or the whole model (Llama 4)."""
     base = backbone(model)
     return base if hasattr(base, "get_image_features") else model
 
@@ -38,15 +38,15 @@ def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapp
     """Features of images, image after image.
 
     Args:
-        model: Whose tower runs.
-        images: At least one.
-        inputs: Of the tower by image key, in host memory.
+        model: The model whose tower runs.
+        images: The images, at least one.
+        inputs: The tower's inputs by image key, in host memory.
 
     Returns:
-        One row per placeholder.
+        The features, one row per placeholder.
 
     Raises:
-        RunError: If the tower makes another number of rows than there are placeholders.
+        RunError: If the tower does not make one row per placeholder.
     """
     parts: dict[int, list[torch.Tensor]] = {}
     for numbers in _of_equal_shapes(images, inputs, family_of(model).join):
@@ -68,12 +68,12 @@ def image_features(model: PreTrainedModel, images: Sequence[Image], inputs: Mapp
 
 
 def inputs_named_by(function: Any, inputs: Sequence[ImageInputs], join: int = 0) -> dict[str, Any]:
-    """Those inputs of images that a function takes, of all images together.
+    """The inputs that a function takes, joined over all images.
 
     Args:
         function: Takes them by name.
-        inputs: Of each image.
-        join: The dimension along which images stand one after another; the first in tensors that have fewer.
+        inputs: The inputs of each image.
+        join: The dimension along which images are concatenated; the first in tensors with fewer dimensions.
     """
     parameters = inspect.signature(function).parameters
     takes_all = "args" in parameters  # hidden behind a decorator
@@ -99,7 +99,7 @@ def _run_tower(model: PreTrainedModel, inputs: Sequence[ImageInputs], token_id: 
         made = function(**given, return_dict=True)
     except TypeError as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} of this release of transformers makes features of images another way ({error}); "
+            f"{type(model).__name__} of this release of transformers makes image features in another way ({error}); "
             "update transformers"
         ) from error
     features = made.last_hidden_state if made.pooler_output is None else made.pooler_output
@@ -114,7 +114,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _rows(made: Any) -> torch.Tensor:
-    """Features of several images as rows: families give a tensor, or one per image."""
+    """Features of several images as rows; families return one tensor, or one per image."""
     several: Iterable[torch.Tensor] = (made,) if isinstance(made, torch.Tensor) else made
     rows = [tensor.flatten(0, -2) for tensor in several]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -127,7 +127,7 @@ def _joined(values: Sequence[Any], join: int) -> Any:
     if isinstance(first, list | tuple):
         return [item for value in values for item in value]
     if any(value != first for value in values):
-        raise UnsupportedModelError(f"images of one batch differ in an input that is no tensor: {first!r}")
+        raise UnsupportedModelError(f"images of one batch differ in an input that is not a tensor: {first!r}")
     return first
 
 
@@ -136,7 +136,7 @@ def _dimension(tensor: torch.Tensor, join: int) -> int:
 
 
 def _of_equal_shapes(images: Sequence[Image], inputs: Mapping[str, ImageInputs], join: int) -> list[list[int]]:
-    """Numbers of images whose inputs can be joined."""
+    """Indices of images whose inputs can be joined, as groups."""
     found: dict[Any, list[int]] = {}
     for number, image in enumerate(images):
         shapes = tuple(
@@ -148,6 +148,6 @@ def _of_equal_shapes(images: Sequence[Image], inputs: Mapping[str, ImageInputs],
 
 
 def _shape_beside(tensor: torch.Tensor, join: int) -> tuple[int, ...]:
-    """All dimensions but the one along which images are joined."""
+    """All dimensions except the one along which images are joined."""
     dimension = _dimension(tensor, join)
     return tuple(size for number, size in enumerate(tensor.shape) if number != dimension)

@@ -1,18 +1,19 @@
-"""What a backend is told about one varlen attention block."""
+"""One varlen attention block as a backend receives it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from operator import sub
 from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvpref.prefix.levels import Shape, VarlenLayout
+from kvpref.prefix.blocks import Shape, VarlenLayout
 from kvpref.records.host_copies import to_device
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
@@ -25,7 +26,7 @@ class AttentionParams:
 
     Attributes:
         scale: Factor on the dot products, before the softmax.
-        softcap: Scaled scores s become ``softcap * tanh(s / softcap)``; None for scores as they are.
+        softcap: Scaled scores s become ``softcap * tanh(s / softcap)``; None leaves scores unchanged.
     """
 
     scale: float
@@ -34,19 +35,19 @@ class AttentionParams:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockKind:
-    """What a block is apart from its offsets; see `VarlenBlock`."""
+    """A block's properties other than its offsets; see `VarlenBlock`."""
 
     shape: Shape
     source: int = 0
     window: int | None = None
 
     def flat(self) -> tuple[int, int, int]:
-        """As numbers, for operators."""
+        """The fields as integers, which operators take."""
         return _SHAPES.index(self.shape), self.source, self.window or 0
 
     @classmethod
     def from_flat(cls, shape: int, source: int, window: int) -> BlockKind:
-        """From what `flat` gave."""
+        """The inverse of `flat`."""
         return cls(shape=_SHAPES[shape], source=source, window=window or None)
 
 
@@ -62,18 +63,18 @@ class VarlenBlock:
         cu_seqlens_k: (num_pairs + 1,) int32 row offsets of the keys, on the device.
         max_seqlen_q: Longest query range, in tokens.
         max_seqlen_k: Longest key range, in tokens.
-        num_queries: Rows of the query, over all pairs.
-        num_keys: Rows of keys and values, over all pairs.
-        num_source_rows: Rows that the source has; with `starts_key`, at least.
+        num_queries: Query rows over all pairs.
+        num_keys: Key and value rows over all pairs.
+        num_source_rows: Rows of the source; with `starts_key`, a lower bound.
         shape: What a query sees of its pair's keys; see `VarlenLayout`, also for the next two.
         source: Where the keys are: 0 for the pass's own rows, i for those of prefix i - 1.
-        window: Of a causal block whose queries are its keys: query q sees key k only where q - k < window.
-        offsets_key: Both offsets on the host, as one key for what is computed from them once for all layers, without
-            waiting for the device; see `read_offsets`.
-        starts_key: First row of each pair's keys in the source, int32; None where that is their offset.
-        host_offsets: (2, num_pairs + 1) int32, the offsets as a tensor, which stays in host memory: what operators
-            take. One row more, ending in a 0, for the first rows of keys, where there are any. None for a block that no
-            operator is given.
+        window: In a causal block whose queries are its keys, query q sees key k only where q - k < window.
+        offsets_key: Both offsets on the host, as a cache key for whatever is computed from them once for all layers
+            without waiting for the device; see `read_offsets`.
+        starts_key: First row of each pair's keys in the source, int32; None if that is their offset.
+        host_offsets: (2, num_pairs + 1) int32, the offsets as a tensor in host memory, which operators take. With
+            `starts_key`, one more row holds the first rows of keys, followed by a 0. None for a block that is passed to
+            no operator.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -97,7 +98,7 @@ class VarlenBlock:
 
     @property
     def kind(self) -> BlockKind:
-        """What the block is apart from its offsets."""
+        """The block's properties other than its offsets."""
         return BlockKind(shape=self.shape, source=self.source, window=self.window)
 
     @property
@@ -122,15 +123,18 @@ class VarlenBlock:
         rows = [layout.cu_seqlens_q, layout.cu_seqlens_k]
         if layout.key_starts is not None:
             rows.append((*layout.key_starts, 0))
-        host_offsets = torch.tensor(rows, dtype=torch.int32)
-        # Not views: compiled code would be compiled anew where a row's place in the storage is another size by chance.
-        cu_seqlens = [to_device(row.clone(), torch.device(device)) for row in host_offsets[:2]]
+        offsets = np.array(rows, dtype=np.int32)
+        # Not views: code would be compiled again whenever a row's storage offset changes.
+        cu_seqlens = [to_device(torch.from_numpy(row.copy()), torch.device(device)) for row in offsets[:2]]
         kind = BlockKind(shape=layout.shape, source=layout.source, window=layout.window)
-        return replace(cls.from_host(host_offsets, cu_seqlens, kind), host_offsets=host_offsets)
+        host_offsets = torch.from_numpy(offsets)
+        block = cls.from_host(host_offsets, cu_seqlens, kind)
+        object.__setattr__(block, "host_offsets", host_offsets)  # before anyone else sees the block
+        return block
 
     @classmethod
     def from_host(cls, host_offsets: torch.Tensor, cu_seqlens: Iterable[torch.Tensor], kind: BlockKind) -> VarlenBlock:
-        """The block of `host_offsets`, and of the same offsets of queries and keys on the device."""
+        """The block with `host_offsets`, and the same query and key offsets on the device."""
         offsets = host_offsets.numpy()
         starts_key = offsets[2, :-1].tobytes() if len(offsets) == 3 else None
         return cls.from_offsets(offsets[:2].tobytes(), cu_seqlens, kind, starts_key)
@@ -139,7 +143,7 @@ class VarlenBlock:
     def from_offsets(
         cls, offsets_key: bytes, cu_seqlens: Iterable[torch.Tensor], kind: BlockKind, starts_key: bytes | None = None
     ) -> VarlenBlock:
-        """The block of some offsets: of queries and keys on the host, and both as tensors on the device."""
+        """The block with the given query and key offsets, on the host and as tensors on the device."""
         cu_seqlens_q, cu_seqlens_k = cu_seqlens
         (longest_q, num_queries), (longest_k, num_keys) = _longest_and_total(offsets_key)
         return cls(
@@ -163,15 +167,17 @@ def read_offsets(offsets_key: bytes) -> NDArray[np.int32]:
     return np.frombuffer(offsets_key, dtype=np.int32).reshape(2, -1)
 
 
-# Every layer of a pass asks for the same few blocks.
+# Every layer of a pass needs the same few blocks.
 @lru_cache(maxsize=256)
 def _longest_and_total(offsets_key: bytes) -> list[tuple[int, int]]:
-    """Of queries and keys: the longest range, and all rows."""
-    return [(int(np.diff(row).max()), int(row[-1])) for row in read_offsets(offsets_key)]
+    """For queries and for keys: the longest range, and the number of rows."""
+    # Mostly a few pairs, for which numpy takes longer.
+    rows = read_offsets(offsets_key).tolist()
+    return [(max(map(sub, own[1:], own)), own[-1]) for own in rows]
 
 
 def _last_row(offsets_key: bytes, starts_key: bytes) -> int:
-    """One after the last row of the source that a query sees."""
+    """One past the last row of the source that a query sees."""
     return max((pair[3] for pair in _non_empty_pairs(offsets_key, starts_key)), default=0)
 
 

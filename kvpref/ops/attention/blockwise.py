@@ -36,7 +36,7 @@ def forward_blocks(
 ) -> Partial:
     """Attention of every query (T, H, D) over the keys (P_i, G, D) of all blocks, each block's from its own source.
 
-    A sink (H,) is one more logit of every row, after all blocks.
+    A sink (H,) is one extra logit of every row, after all blocks.
 
     Returns:
         out (T, H, E), the dtype of `query`, and lse (H, T), natural log, fp32 or wider.
@@ -54,7 +54,7 @@ def forward_blocks(
             if merged is None:
                 merged = partial
                 continue
-            # Merged as they come: two results are held at a time, however deep the tree.
+            # Merged as they come: only two results are held at a time, however deep the tree.
             with _range("merge"):
                 is_last = index == len(blocks) and sink is None
                 merged = merge(merged, partial, query.dtype if is_last else wide)  # rounded once
@@ -75,7 +75,7 @@ def backward_blocks(
     values: Sequence[torch.Tensor],
     merged: Partial,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of `forward_blocks`: each block is handed the `merged` out and lse, as in ring attention.
+    """Gradients of `forward_blocks`: each block gets the `merged` out and lse, as in ring attention.
 
     Returns:
         dq (T, H, D), and per source dk (P_i, G, D) and dv (P_i, G, E), in the dtypes of query, keys and values.
@@ -104,7 +104,7 @@ def backward_blocks(
 
 
 class HeadDims(NamedTuple):
-    """The head dims of a call, and the one that kernels see which take a single one."""
+    """The head dims of a call, and the one passed to kernels that take a single one."""
 
     of_keys: int
     of_values: int
@@ -117,22 +117,22 @@ class HeadDims(NamedTuple):
         return cls(of_keys, of_values, max(of_keys, of_values) if is_padded else None)
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """With zeros, which change neither scores nor the columns that are kept."""
+        """Pad with zeros, which change neither scores nor the columns that are kept."""
         if self.padded is None or rows.shape[-1] == self.padded:
             return rows
         return torch.nn.functional.pad(rows, (0, self.padded - rows.shape[-1]))
 
     def key(self, rows: torch.Tensor) -> torch.Tensor:
-        """Gradients of queries and keys."""
+        """Drop the padding from gradients of queries and keys."""
         return rows[..., : self.of_keys].contiguous()
 
     def value(self, rows: torch.Tensor) -> torch.Tensor:
-        """Outputs and gradients of values."""
+        """Drop the padding from outputs and gradients of values."""
         return rows[..., : self.of_values].contiguous()
 
 
 class _Sum:
-    """The gradient of a tensor, as its terms come."""
+    """The gradient of a tensor, summed term by term."""
 
     def __init__(self, of: torch.Tensor, num_terms: int) -> None:
         self._of, self._left = of, num_terms
@@ -149,7 +149,7 @@ class _Sum:
             self._sum = self._rounded(self._sum)
 
     def total(self) -> torch.Tensor:
-        """In the tensor's dtype; zeros where nothing read it."""
+        """The sum in the tensor's dtype; zeros if nothing read the tensor."""
         if self._sum is None:
             return torch.zeros_like(self._of, memory_format=torch.contiguous_format)
         return self._sum
@@ -176,7 +176,7 @@ def _range_of(block: VarlenBlock) -> AbstractContextManager[object]:
 
 def _range(part: str) -> AbstractContextManager[object]:
     """A name for a part of attention in traces of `torch.profiler`, forward and backward."""
-    # Entering a range takes longer than starting a kernel, also while nothing is recorded.
+    # Entering a range takes longer than starting a kernel, even if nothing is recorded.
     if not profiler._is_profiler_enabled:
         return nullcontext()
     return profiler.record_function(f"{PREFIX}attention {part}")

@@ -1,4 +1,4 @@
-"""A block as kernel launches: one as a rule, several over consecutive pairs where `splitting` says so.
+"""A block as kernel launches: usually one, or several over consecutive pairs where `splitting` says so.
 
 Shape legend: T queries, P keys, H heads, G key/value heads, D head dim.
 """
@@ -29,7 +29,7 @@ class _Call(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether no query meets a key, and so there is nothing to launch."""
+        """Whether no query meets a key, so that there is nothing to launch."""
         return self.block.num_queries == 0 or self.block.num_keys == 0
 
 
@@ -41,7 +41,7 @@ def forward_block(
     block: VarlenBlock,
     params: AttentionParams,
 ) -> Partial:
-    """`Backend.forward` of a block in the backend's form, in as many launches as the backend's limits ask for."""
+    """`Backend.forward` of a block in the backend's form, in as many launches as the backend's limits require."""
     fitted = fit(block, backend.can)
     query, key, value = fitted.queries(query), fitted.keys(key), fitted.keys(value)
     out, lse = _forward_launches(backend, query, key, value, fitted.block, params)
@@ -78,7 +78,7 @@ def backward_block(
     block: VarlenBlock,
     params: AttentionParams,
 ) -> Gradients:
-    """`Backend.backward` likewise."""
+    """`Backend.backward` of a block, split in the same way."""
     fitted, (out, lse) = fit(block, backend.can), merged
     num_rows = key.shape[0]
     dq, dk, dv = _backward_launches(
@@ -114,7 +114,7 @@ def _backward_launches(
         if call.is_empty:
             parts.append((torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)))
         else:
-            # The kernels take the row stride of the output from its shape, and that of the log-sum-exp, too.
+            # The kernels derive the row strides of the output and of the log-sum-exp from the output's shape.
             part = (out[rows].contiguous(), lse[:, rows].contiguous())
             parts.append(spread_backward(backend, dout[rows], q, k, v, part, call.block, params))
     dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))
@@ -122,7 +122,7 @@ def _backward_launches(
 
 
 def _without_keys(query: torch.Tensor, value_head_dim: int) -> Partial:
-    """What queries get that see no key here."""
+    """The result for queries that see no key here."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_zeros((*query.shape[:2], value_head_dim))
     return out, query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=dtype)

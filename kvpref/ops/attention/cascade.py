@@ -22,7 +22,7 @@ class CascadePlan:
     """All blocks of one pass and how to run them.
 
     Attributes:
-        blocks: Which of its queries see which keys; each names the source that its keys are in.
+        blocks: Which of its queries see which keys; each names the source of its keys.
         params: Scale and softcap of the layer.
         backend: Name of the backend, or ``auto``.
     """
@@ -53,9 +53,9 @@ def cascade_attention(
         query: (T, H, D), any float dtype the backend takes.
         key: (T, G, D), same dtype.
         value: (T, G, E), same dtype.
-        prefixes: Keys (P_i, G, D) and values (P_i, G, E) of each source but the pass's own, same dtype.
+        prefixes: Keys (P_i, G, D) and values (P_i, G, E) of each source other than the pass itself, same dtype.
         plan: Blocks, scale, softcap and backend.
-        sink: (H,) one more logit of every row, whose value is zero (Xiao et al. 2023, arXiv 2309.17453; learned in
+        sink: (H,) an extra logit of every row, whose value is zero (Xiao et al. 2023, arXiv 2309.17453; learned in
             GPT-OSS); any float dtype. It gets a gradient.
 
     Returns:
@@ -118,5 +118,5 @@ def _check_rows(query: torch.Tensor, pair: KeyValue, block: VarlenBlock) -> None
 
 
 def _names(source: int) -> tuple[str, str]:
-    """Of a source's keys and values."""
+    """What messages call a source's keys and values."""
     return ("key", "value") if source == 0 else (f"prefix {source - 1}",) * 2

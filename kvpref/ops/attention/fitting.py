@@ -1,8 +1,8 @@
-"""Blocks in the form that a backend's kernels take.
+"""Blocks rewritten into the form that a backend's kernels take.
 
 Kernels without windows get squares and rectangles, those without anti-causal squares get causal ones with both orders
 reversed, and those that take keys from offsets alone get gathered keys and values: gathered again in the backward pass,
-never kept. All of it is decided on the host, once for all layers.
+never kept. All of this is decided on the host, once for all layers.
 
 Shape legend: T queries, P rows of the source, K keys of the block.
 """
@@ -24,7 +24,7 @@ from kvpref.records.host_copies import to_device
 
 
 def without_windows(blocks: Iterable[VarlenBlock], can: Abilities) -> Iterator[VarlenBlock]:
-    """The blocks; where kernels have no windows, those with one as several without."""
+    """The blocks, with each windowed one replaced by several without a window if kernels have none."""
     for block in blocks:
         if block.window is None or can.windows:
             yield block
@@ -35,20 +35,20 @@ def without_windows(blocks: Iterable[VarlenBlock], can: Abilities) -> Iterator[V
 @lru_cache(maxsize=32)  # every layer of a pass asks for the same few blocks, forward and backward
 def _squares(offsets_key: bytes, window: int, device: torch.device) -> tuple[VarlenBlock, ...]:
     layouts = window_blocks(read_offsets(offsets_key)[0].tolist(), window)
-    # Kept between calls, so real whoever asks first, and no tensors of inference mode, which no backward pass may read.
+    # Cached between calls, so never fake tensors, nor inference tensors, which no backward pass may read.
     with _disable_current_modes(), torch.inference_mode(False):
         return tuple(VarlenBlock.from_layout(layout, device) for layout in layouts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fitted:
-    """A block as kernels take it, and how its rows come from the whole ones and go back.
+    """A block as kernels take it, and the mapping of its rows from and to the full tensors.
 
     Attributes:
-        block: What the kernels are given.
+        block: The block passed to the kernels.
         key_rows: (K,) int64 on the device, or a range: the rows of the source that are its keys. None for all, in
             their order.
-        is_reversed: Whether its queries come in reversed order, and its keys where `key_rows` is no tensor.
+        is_reversed: Whether its queries come in reversed order, and its keys if `key_rows` is not a tensor.
     """
 
     block: VarlenBlock
@@ -56,7 +56,7 @@ class Fitted:
     is_reversed: bool = False
 
     def queries(self, rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """Rows of queries, outputs or their gradients, there and back."""
+        """Rows of queries, outputs or their gradients; the mapping is its own inverse."""
         return rows.flip(dim) if self.is_reversed else rows
 
     def keys(self, rows: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Fitted:
         return taken.flip(0) if self.is_reversed else taken
 
     def gradient_of_keys(self, grad: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """(K, ...) -> (P, ...), in fp32 or wider where several keys are one row of the source."""
+        """(K, ...) -> (P, ...), in fp32 or wider if several keys are the same row of the source."""
         if isinstance(self.key_rows, torch.Tensor):
             wide = grad if grad.dtype == torch.float64 else grad.float()
             return wide.new_zeros((num_rows, *grad.shape[1:])).index_add_(0, self.key_rows, wide)
@@ -80,12 +80,14 @@ class Fitted:
 
 
 def fit(block: VarlenBlock, can: Abilities) -> Fitted:
-    """The form of a block for kernels of these abilities."""
+    """The form of a block for kernels with these abilities."""
     gathers = block.starts_key is not None and not can.key_ranges
     reverses = block.shape == "anti_causal" and not can.anti_causal
     if not gathers and not reverses:
         return Fitted(block=block)
-    assert gathers or block.starts_key is None, "kernels that take key ranges in place take anti-causal squares, too"
+    assert gathers or block.starts_key is None, (
+        "kernels that take key ranges in place must take anti-causal squares too"
+    )
     return _fitted(block.offsets_key, block.starts_key, block.kind, reverses, block.cu_seqlens_q.device)
 
 
@@ -105,7 +107,7 @@ def _fitted(
 
 
 def _key_rows(offsets: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """(K,) the row of the source that each key is."""
+    """(K,) the source row of each key."""
     shifts = np.repeat(starts.astype(np.int64) - offsets[:-1], np.diff(offsets))
     return shifts + np.arange(offsets[-1])
 

@@ -1,4 +1,4 @@
-"""Put the results of a layer's blocks together: outputs merge by log-sum-exp, query gradients add up."""
+"""Combine the results of a layer's blocks: outputs merge by log-sum-exp, query gradients add up."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def merge_partials(first: Partial, second: Partial, dtype: torch.dtype) -> Parti
         first: out (T, H, D) and lse (H, T), natural log, fp32 or fp64; a row that saw no key has lse = -inf, or +inf as
             FlashAttention-2 reports it.
         second: The same over other keys.
-        dtype: Of the result; the merge itself computes in the dtype of lse.
+        dtype: The dtype of the result; the merge itself computes in the dtype of lse.
 
     Returns:
-        The merged out (T, H, D) in `dtype`, and lse (H, T). They may be in the memory of `first`.
+        The merged out (T, H, D) in `dtype`, and lse (H, T). They may reuse the memory of `first`.
     """
     if first[0].is_cuda and first[1].dtype == torch.float32 and _has_triton():
-        from kvpref.ops.attention.merge_triton import merge_two  # Triton is not there on every machine
+        from kvpref.ops.attention.merge_triton import merge_two  # Triton is not installed everywhere
 
         return merge_two(first, second, dtype)
     first_lse, second_lse = (lse.masked_fill(lse == float("inf"), float("-inf")) for _, lse in (first, second))
@@ -37,19 +37,19 @@ def merge_partials(first: Partial, second: Partial, dtype: torch.dtype) -> Parti
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """With 0 for -inf: a row that saw no key has weights of zero, not inf - inf."""
+    """lse with 0 in place of -inf: a row that saw no key gets weights of zero, not inf - inf."""
     return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def merge_sink(partial: Partial, sink: torch.Tensor, dtype: torch.dtype) -> Partial:
-    """Let every row share its attention with a sink, one more logit whose value is zero.
+    """Let every row share its attention with a sink, an extra logit whose value is zero.
 
     ``lse' = log(exp(lse) + exp(sink))``, ``out' = exp(lse - lse') * out``.
 
     Args:
         partial: out (T, H, D) and lse (H, T) over all keys.
         sink: (H,) a logit per head, any float dtype.
-        dtype: Of the result; the arithmetic is in the dtype of lse.
+        dtype: The dtype of the result; the arithmetic is in the dtype of lse.
     """
     out, lse = partial
     lse = lse.masked_fill(lse == float("inf"), float("-inf"))
@@ -70,10 +70,10 @@ def _has_triton() -> bool:
 
 
 def add_gradient(total: torch.Tensor, grad: torch.Tensor, *, is_last: bool) -> torch.Tensor:
-    """One more term of a sum of gradients of one shape, kept in fp32 (fp64 for fp64) between the first and the last.
+    """Add one term to a sum of gradients, kept in fp32 (fp64 for fp64) between the first and the last.
 
     Returns:
-        The sum, in the memory of `total` where it can be.
+        The sum, in the memory of `total` if possible.
     """
     if is_last:
         # One addition rounds its exact result once, so two 16-bit terms need no wider copy.

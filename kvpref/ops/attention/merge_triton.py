@@ -28,8 +28,8 @@ def _merge_kernel(  # noqa: PLR0913 - a kernel takes pointers and sizes one by o
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
-    # Sizes of heads are constants: loads are wide only where the compiler sees that rows are aligned, and of a number
-    # that it does not know it sees no more than whether 16 divides it.
+    # Head sizes are constants: loads are wide only if the compiler sees that rows are aligned, and about an unknown
+    # number it knows no more than whether 16 divides it.
     head = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
@@ -58,12 +58,12 @@ def _merge_kernel(  # noqa: PLR0913 - a kernel takes pointers and sizes one by o
 
 
 def merge_two(first: Partial, second: Partial, dtype: torch.dtype) -> Partial:
-    """Two partial results as one; arithmetic in fp32.
+    """Merge two partial results; arithmetic in fp32.
 
     Args:
         first: out (T, H, D), float, and lse (H, T), float32; a row that saw no key has lse = -inf or +inf.
         second: The same over other keys.
-        dtype: Of the merged out.
+        dtype: The dtype of the merged out.
 
     Returns:
         out (T, H, D) in `dtype` and lse (H, T) float32. The storage of `first` is reused where the dtype allows.

@@ -44,11 +44,11 @@ def cascade_forward(  # noqa: PLR0913 - an operator takes a block's parts one by
     Args:
         query: (T, H, D).
         keys: Per source (P_i, G, D). values: (P_i, G, E).
-        sink: (H,) one more logit of every row, whose value is zero.
-        cu_seqlens: Per block its query offsets and its key offsets, int32.
+        sink: (H,) an extra logit of every row, whose value is zero.
+        cu_seqlens: The query offsets and the key offsets of each block, int32.
         host_offsets: Per block `VarlenBlock.host_offsets`.
         kinds: Per block three numbers, `BlockKind.flat`.
-        scale, softcap: Of `AttentionParams`; a softcap of 0 is none.
+        scale, softcap: As in `AttentionParams`; a softcap of 0 means none.
         backend: Name of the backend, or ``auto``.
 
     Returns:
@@ -61,7 +61,7 @@ def cascade_forward(  # noqa: PLR0913 - an operator takes a block's parts one by
 
 
 def needs_of(values: Sequence[torch.Tensor], softcap: float) -> Needs:
-    """What a call needs of a backend."""
+    """What a call needs from a backend."""
     return Needs(value_head_dim=values[0].shape[2], softcap=softcap > 0)
 
 
@@ -87,7 +87,7 @@ def cascade_backward(  # noqa: PLR0913 - an operator takes a block's parts one b
     softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of `cascade_forward`: each block is handed the merged out and lse, as in ring attention.
+    """Gradients of `cascade_forward`: each block gets the merged out and lse, as in ring attention.
 
     Returns:
         dq (T, H, D), and per source dk (P_i, G, D) and dv (P_i, G, E), in the dtypes of query, keys and values.
@@ -145,14 +145,14 @@ cascade_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _count_pairs(query: torch.Tensor, host_offsets: Sequence[torch.Tensor], kinds: Sequence[int]) -> int:
-    """Query-key pairs that attend over all blocks and heads."""
+    """Attended query-key pairs over all blocks and heads."""
     blocks = unflatten_blocks([offsets for rows in host_offsets for offsets in rows[:2]], host_offsets, kinds)
     return sum(block.num_attended_pairs for block in blocks) * query.shape[1]
 
 
 @register_flop_formula(torch.ops.kvpref.cascade_forward, get_raw=True)
 def _(query: torch.Tensor, keys: Any, values: Sequence[torch.Tensor], *blocks: Any, **kwargs: Any) -> int:
-    """Two products per attended pair: scores and output. What a block's shape hides is not counted."""
+    """Two products per attended pair: scores and output. Masked pairs are not counted."""
     _, _, host_offsets, kinds, *_ = blocks
     return 2 * (query.shape[2] + values[0].shape[2]) * _count_pairs(query, host_offsets, kinds)
 

@@ -1,7 +1,7 @@
 """Which pairs of a block go into one kernel launch: planned on the host, from lengths alone.
 
-A launch over many pairs starts as many thread blocks for each pair as for the longest, and its workspace is padded pair
-by pair. Where much of that is wasted, a block runs as several launches over consecutive pairs.
+A launch over many pairs starts as many thread blocks for each pair as for the longest, and pads its workspace pair by
+pair. Where much of that is wasted, a block runs as several launches over consecutive pairs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from kvpref.ops.attention.block import read_offsets
 
 Ints = NDArray[np.int64]
 PairRange = tuple[int, int]
-"""First pair, and the one after the last."""
+"""The pairs [first, stop)."""
 
 MIN_EMPTY_BLOCKS = 2**15
-"""Empty thread blocks that a further launch must save. Not measured: a GPU starts a few hundred in a microsecond, and a
-launch with its copies takes tens of them."""
+"""Empty thread blocks that a further launch must save. Not measured: a GPU starts a few hundred per microsecond, and a
+launch with its copies takes tens of microseconds."""
 MAX_WASTED_BYTES = 256 * 2**20
 """Workspace that one launch may waste on padding, unless the useful part is larger."""
 _TILE_ROWS = 128
@@ -29,7 +29,7 @@ _TILE_ROWS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class CallLimits:
-    """What a backend's kernels make of many pairs in one launch, for one shape of heads."""
+    """How the cost of a launch grows with its pairs, for a backend's kernels and one shape of heads."""
 
     num_heads: int
     """Thread blocks per tile of rows."""
@@ -38,7 +38,7 @@ class CallLimits:
     """Workspace of the backward pass per query row, in bytes."""
 
     pair_rows: int | None = None
-    """Rows by which the workspace grows for each pair; None: it has as many for each pair as for the longest."""
+    """Rows by which the workspace grows for each pair; None if each pair takes as many rows as the longest."""
 
     max_start_row: int | None = None
     """A pair must start before this row of its launch's workspace; None for any."""
@@ -46,11 +46,11 @@ class CallLimits:
 
 @lru_cache(maxsize=256)  # every layer of a pass asks for the same few blocks, forward and backward
 def split_pairs(offsets_key: bytes, limits: CallLimits) -> tuple[PairRange, ...]:
-    """Consecutive ranges of pairs, one launch each; a single one where nothing is gained.
+    """Consecutive ranges of pairs, one launch each; a single range if splitting gains nothing.
 
     Args:
-        offsets_key: Of a block.
-        limits: Of the backend that runs it.
+        offsets_key: The block's `VarlenBlock.offsets_key`.
+        limits: The limits of the backend that runs it.
     """
     offsets = read_offsets(offsets_key).astype(np.int64)
     lengths = np.diff(offsets)
@@ -60,7 +60,7 @@ def split_pairs(offsets_key: bytes, limits: CallLimits) -> tuple[PairRange, ...]
 
 
 def _by_thread_blocks(tiles: Ints, pairs: PairRange, limits: CallLimits) -> list[PairRange]:
-    """Cut where it saves most thread blocks, again and again, as long as it saves enough; tiles are (2, num_pairs)."""
+    """Cut repeatedly where it saves the most thread blocks, as long as it saves enough; tiles are (2, num_pairs)."""
     start, stop = pairs
     if stop - start < 2:
         return [pairs]
@@ -78,7 +78,7 @@ def _by_thread_blocks(tiles: Ints, pairs: PairRange, limits: CallLimits) -> list
 
 
 def _by_workspace(lengths: Ints, pairs: PairRange, limits: CallLimits) -> list[PairRange]:
-    """Cut into parts that waste alike until none wastes too much; lengths are those of the queries."""
+    """Cut into parts that waste equally until none wastes too much; lengths are those of the queries."""
     start, stop = pairs
     own = lengths[start:stop]
     wasted = _wasted_rows(own, limits)[-1] * limits.row_bytes
@@ -90,7 +90,7 @@ def _by_workspace(lengths: Ints, pairs: PairRange, limits: CallLimits) -> list[P
 
 
 def _wasted_rows(lengths: Ints, limits: CallLimits) -> Ints:
-    """Rows of workspace that are padding, for the first pair alone, the first two, and so on."""
+    """Padding rows of the workspace for the first pair, the first two, and so on."""
     counts = np.arange(1, len(lengths) + 1)
     if limits.pair_rows is not None:
         return counts * limits.pair_rows
@@ -103,7 +103,7 @@ def _by_start_row(offsets: Ints, pairs: PairRange, limits: CallLimits) -> list[P
     start, stop = pairs
     if limits.max_start_row is None:
         return [pairs]
-    # Releases differ in whether they count the padding of the pairs before it in 32 bits, too.
+    # Releases differ in whether they also count the padding of earlier pairs in 32 bits.
     starts = offsets[:stop] + np.arange(stop) * (limits.pair_rows or 0)
     ranges: list[PairRange] = []
     while starts[stop - 1] - starts[start] >= limits.max_start_row:

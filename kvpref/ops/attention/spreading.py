@@ -3,7 +3,7 @@
 The kernels give the gradient of a tile of keys to one thread block per head. One prompt of 200 tokens makes 2 tiles,
 and with 32 heads 64 thread blocks, on a GPU with 132 multiprocessors. Offsets cannot say that several pairs have the
 same keys, so the keys of each prefix are copied, each copy is read by a part of the queries, and the copies' gradients
-are added up in fp32. Off until `benchmarks/` has measured from which length on it pays; see `spread_keys_below`.
+are added up in fp32. Off until `benchmarks/` has measured at which lengths it pays; see `spread_keys_below`.
 
 Shape legend: T queries, P keys, C copied keys, H heads, G key/value heads, D head dim.
 """
@@ -26,7 +26,7 @@ from kvpref.records.host_copies import to_device
 DEFAULT_KEYS_BELOW = 0
 """Blocks whose longest key range is shorter are spread; 0 spreads none. To be set from measurements on a GPU."""
 _MIN_QUERIES = 256
-"""Of each copy, at least: two tiles of queries."""
+"""Fewest queries per copy: two tiles."""
 _TILE_KEYS = 128
 _BLOCKS_PER_PROCESSOR = 2
 
@@ -37,7 +37,7 @@ _keys_below = DEFAULT_KEYS_BELOW
 def spread_keys_below(num_keys: int) -> Iterator[None]:
     """Spread the cross blocks whose longest key range is shorter than `num_keys` tokens; 0 spreads none.
 
-    For the whole process: autograd runs the backward pass of a CUDA device in a thread of its own.
+    This holds for the whole process: autograd runs the backward pass of a CUDA device in a separate thread.
     """
     global _keys_below
     before, _keys_below = _keys_below, num_keys
@@ -52,9 +52,9 @@ class Spread:
     """A block over copied keys.
 
     Attributes:
-        block: Its pairs; each copy of a key range is a pair's own.
+        block: Its pairs; each reads a copy of its own.
         sources: (C,) int64, the key row that each copied row is a copy of.
-        copies: (P, most copies) int64, where the copies of each key row are; C where there are no more.
+        copies: (P, most copies) int64, where the copies of each key row are; filled up with C.
     """
 
     block: VarlenBlock
@@ -72,7 +72,7 @@ def spread_backward(
     block: VarlenBlock,
     params: AttentionParams,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`Backend.backward`, on copied keys where there are too few of them to keep the device busy."""
+    """`Backend.backward`, on copied keys if there are too few keys to keep the device busy."""
     out, lse = merged
     spread = _spread(block, query)
     if spread is None:
@@ -98,24 +98,24 @@ def _spread(block: VarlenBlock, query: torch.Tensor) -> Spread | None:
 
 @lru_cache(maxsize=1)
 def _num_processors(device: torch.device) -> int:
-    """None that could be idle on other devices."""
+    """Multiprocessors of a CUDA device; 0 elsewhere, where none could be idle."""
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=32)  # the layers of a backward pass ask for the same blocks
+@lru_cache(maxsize=32)  # the layers of a backward pass need the same blocks
 def plan_spread(offsets_key: bytes, num_heads: int, wanted_blocks: int, device: torch.device) -> Spread | None:
     """Copy each key range until there are as many thread blocks as wanted, or its queries are too few to share.
 
     Args:
-        offsets_key: Of the block.
+        offsets_key: The block's `VarlenBlock.offsets_key`.
         num_heads: Thread blocks per tile of keys.
         wanted_blocks: Thread blocks that keep the device busy.
         device: Where the spread block's tensors go.
 
     Returns:
-        None where no key range is copied.
+        The plan; None if no key range is copied.
     """
     offsets_q, offsets_k = read_offsets(offsets_key).tolist()
     pairs = list(zip(pairwise(offsets_q), pairwise(offsets_k), strict=True))

@@ -17,11 +17,11 @@ __all__ = ["HeadParams", "TokenStatistics", "naive_token_logprobs", "token_logpr
 
 
 class TokenStatistics(NamedTuple):
-    """What one pass over the vocabulary gives for S tokens; float32, or float64 for float64 inputs.
+    """The results of one pass over the vocabulary for S tokens; float32, or float64 for float64 inputs.
 
     Attributes:
         logps: (S,) log-prob of each target, natural log.
-        entropy: (S,) of each distribution, in nats; None if not asked for.
+        entropy: (S,) entropy of each distribution, in nats; None if not asked for.
         collision: (S,) log of the sum of squared probabilities, without gradient; None if not asked for.
         mean_logits: (S,) mean of the logits, without gradient; None if not asked for.
     """
@@ -52,7 +52,7 @@ def token_statistics(
         weight: (V, K), float.
         targets: (S,), int64, in [0, V).
         bias: (V,), float.
-        params: Scale, softcap, temperature, what is computed, and tile size.
+        params: Scale, softcap, temperature, which statistics to compute, and tile size.
         weight_grad: (V, K), the dtype of `weight`. If given, the backward pass adds the weight's gradient to it, tile
             by tile, and autograd gets none for the weight.
 
@@ -91,7 +91,7 @@ def naive_token_logprobs(
     bias: torch.Tensor | None = None,
     params: HeadParams | None = None,
 ) -> torch.Tensor:
-    """The definition of `token_logprobs` in few lines; builds the full logits. Its oracle."""
+    """The definition and test oracle of `token_logprobs`; builds the full logits."""
     params = params or HeadParams()
     logits = torch.nn.functional.linear(hidden, weight, bias) * params.logit_scale
     if params.softcap is not None:
@@ -114,7 +114,7 @@ class _Moments:
         """Take in one tile, (rows, columns), which is overwritten."""
         if self.sum_of_logits is not None:
             self.sum_of_logits += logits.sum(dim=1)
-        # Finite where all columns are masked out, or differences would be NaN.
+        # Kept finite if all columns are masked out; differences would be NaN.
         lowest = torch.finfo(logits.dtype).min
         largest = logits.amax(dim=1).clamp_(min=lowest)
         exps = logits.sub_(largest.unsqueeze(1)).exp_()
@@ -167,7 +167,7 @@ class _TokenStatistics(torch.autograd.Function):
                     found = logits.gather(1, index.unsqueeze(1)).squeeze(1)
                     target_logits[rows] = torch.where(inside, found, target_logits[rows])
                     parts[-1].add(logits)
-                    del logits  # or the next tile would stand beside this one
+                    del logits  # or this tile would stay in memory beside the next
         lse = _joined([part.lse for part in parts], target_logits)
         entropy = _joined([part.entropy() for part in parts], target_logits) if tiles.params.entropy else None
         collision = _joined([part.collision() for part in parts], target_logits) if tiles.params.collision else None
@@ -192,7 +192,7 @@ class _TokenStatistics(torch.autograd.Function):
         # Several row tiles add up in the weight's gradient, so it is then kept in the wider dtype.
         weight_dtype = weight.dtype if tiles.num_tokens <= tiles.tokens_per_tile else tiles.sum_dtype
         grad_hidden = torch.empty_like(hidden, dtype=tiles.sum_dtype) if need_hidden else None
-        # Without a token no tile would overwrite it.
+        # Without tokens no tile would overwrite it.
         make_weight = torch.empty_like if tiles.num_tokens else torch.zeros_like
         grad_weight = given
         if given is None and need_weight:
@@ -240,14 +240,14 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def _joined(parts: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-    """Values of all tokens from those of each row of tiles."""
+    """The values of all tokens, joined from each row of tiles."""
     return torch.cat(parts) if parts else torch.empty_like(like)  # type: ignore[arg-type]
 
 
 def _entropy_dlogits(
     probs: torch.Tensor, row_grad: torch.Tensor, entropy_grad: torch.Tensor, entropy: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient with respect to a tile of logits, where the entropy takes part; overwrites the probabilities.
+    """Gradient with respect to a tile of logits if the entropy has a gradient; overwrites the probabilities.
 
     ``d entropy / d logits = -p (log p + entropy)``, and ``d logp / d logits`` without its onehot is ``-p``.
     """

@@ -14,7 +14,7 @@ import torch
 
 _MAX_TOKENS_PER_TILE = 8192
 _MIN_VOCAB_PER_TILE = 256
-_TILE_BYTES = {"cpu": 16 * 2**20}  # tiles that stay in the CPU's last-level cache
+_TILE_BYTES = {"cpu": 16 * 2**20}  # fits the CPU's last-level cache
 _DEFAULT_TILE_BYTES = 256 * 2**20
 
 _tiled_for: ContextVar[str | None] = ContextVar("kvpref_tiled_for", default=None)
@@ -22,7 +22,7 @@ _tiled_for: ContextVar[str | None] = ContextVar("kvpref_tiled_for", default=None
 
 @contextmanager
 def tiles_for(device_type: str) -> Iterator[None]:
-    """Lay out tiles as on another type of device: for fake tensors on the CPU that stand in for it."""
+    """Lay out tiles as on another type of device, for fake CPU tensors that stand in for it."""
     token = _tiled_for.set(device_type)
     try:
         yield
@@ -32,16 +32,16 @@ def tiles_for(device_type: str) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadParams:
-    """How a model turns hidden states into logits beyond the linear layer, and what is computed.
+    """How a model turns hidden states into logits beyond the linear layer, and which statistics are computed.
 
     ``logits = cap(logit_scale * linear) / temperature`` with ``cap(x) = softcap * tanh(x / softcap)``.
 
     Attributes:
         logit_scale: Factor on the linear layer's output.
-        softcap: Bound that `cap` keeps logits within; None leaves them.
+        softcap: Bound of the logits' magnitude; None for none.
         temperature: Divides the logits at the end.
         max_tile_bytes: Bound on one tile of logits, in bytes (a tile has at least one token and 256 columns); None
-            takes what was fastest for the device.
+            takes the fastest size measured for the device.
         entropy: Whether the entropy is computed.
         collision: Whether the sum of squared probabilities is computed.
         mean_logits: Whether the mean of the logits is computed.
@@ -90,17 +90,17 @@ class Tiles:
             yield slice(start, min(start + self.vocab_per_tile, self.vocab_size))
 
     def operand(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor as the products take it; cast once, however many products read it."""
+        """A tensor in the products' dtype; cast once, however many products read it."""
         return tensor.to(self.gemm_dtype)
 
     def product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """``left @ right`` of two operands in the wider dtype; in `out` where they have that dtype too."""
+        """``left @ right`` of two operands, in the wider dtype; written to `out` if the operands have that dtype."""
         if self.gemm_dtype == self.sum_dtype:
             return torch.mm(left, right, out=out)
         return torch.mm(left, right, out_dtype=self.sum_dtype)
 
     def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, first: bool) -> None:
-        """``total += left @ right`` of two operands, in place; with `first`, what `total` held is overwritten."""
+        """``total += left @ right`` of two operands, in place; with `first`, `total` is overwritten."""
         if total.dtype == self.gemm_dtype:
             torch.addmm(total, left, right, beta=0 if first else 1, out=total)
         elif first:
@@ -111,13 +111,13 @@ class Tiles:
     def logits(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor | None
     ) -> torch.Tensor:
-        """One tile, in `buffer` if it can be: memory that is used again stays in the cache and costs no page faults.
+        """One tile, in `buffer` if possible: reused memory stays in the cache and costs no page faults.
 
         Args:
             hidden: (rows, K), an operand.
             weight: (columns, K), an operand.
-            bias: (columns,), of the same columns.
-            buffer: From `buffer`.
+            bias: (columns,), the bias of the same columns.
+            buffer: Memory from the method `buffer`.
         """
         shape = (hidden.shape[0], weight.shape[0])
         tile = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
@@ -137,7 +137,7 @@ class Tiles:
         return logits.square().mul_(-(tanh_per_logit**2)).add_(1.0)
 
     def buffer(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Memory for one tile of logits; None where products come in memory of their own."""
+        """Memory for one tile of logits; None if products allocate their own."""
         if self.gemm_dtype != self.sum_dtype:
             return None
         return hidden.new_empty(self.tokens_per_tile * self.vocab_per_tile, dtype=self.sum_dtype)

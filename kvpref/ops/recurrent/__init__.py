@@ -1,4 +1,4 @@
-"""Layers with a state that is carried from token to token, over segments of a prefix tree."""
+"""Layers that carry a state from token to token, over segments of a prefix tree."""
 
 from kvpref.ops.recurrent.convolution import segment_convolution
 from kvpref.ops.recurrent.lightning import decayed_attention

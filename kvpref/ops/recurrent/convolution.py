@@ -1,4 +1,4 @@
-"""Short causal convolutions whose rows begin with what their parents left.
+"""Short causal convolutions over segments that start from their parents' last columns.
 
 Shape legend: T rows of a level, S segments, K of them kept, C channels, W taps of the convolution.
 """
@@ -12,7 +12,7 @@ import torch
 from kvpref.ops.recurrent.rows import SegmentRows
 
 Convolve = Callable[[torch.Tensor], torch.Tensor]
-"""A causal convolution of (1, C, any) channels; what is before the first column counts as zeros."""
+"""A causal convolution over (1, C, any length), with zeros before the first column."""
 
 
 def segment_convolution(
@@ -23,10 +23,10 @@ def segment_convolution(
     Before each segment stand the W - 1 columns that its parent left, or zeros; so one call convolves the whole row.
 
     Args:
-        segments: Of the level.
+        segments: The segments of the level.
         rows: (C, T), the input.
-        windows: (P, C, W - 1), the last columns that were left before.
-        num_taps: W.
+        windows: (P, C, W - 1), the last columns that earlier segments left.
+        num_taps: W, the width of the convolution.
         convolve: The convolution.
 
     Returns:

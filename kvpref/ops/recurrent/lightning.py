@@ -25,12 +25,12 @@ def decayed_attention(
         query: (R, L, H, D).
         key: (R, L, H, D).
         value: (R, L, H, D).
-        slopes: (H,), none below 0.
+        slopes: (H,), at least 0.
         is_token: (R, L), 1 for tokens and 0 for the padding after them, which leaves the state as it is.
         initial: (R, H, D, D), the states to begin with; None for zeros.
 
     Returns:
-        (R, L, H, D), and the states (R, H, D, D) after the last token.
+        The output (R, L, H, D), and the states (R, H, D, D) after the last token.
     """
     length = query.shape[1]
     padding = -length % _BLOCK

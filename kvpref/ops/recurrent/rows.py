@@ -15,8 +15,8 @@ from kvpref.prefix.segments import BEGINNING, SegmentLayout
 from kvpref.records.host_copies import to_device
 
 Scan = Callable[[tuple[torch.Tensor, ...], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
-"""One recurrence over rows that end in zeros, which must not change the state: from tensors (R, L, ...) and the states
-(R, ...) that the rows begin with (None for zeros) to the output (R, L, ...) and the states (R, ...) after the last."""
+"""One recurrence over rows padded with zeros, which must not change the state: from tensors (R, L, ...) and the states
+(R, ...) that the rows start from (None for zeros) to the output (R, L, ...) and the states (R, ...) after the last."""
 
 _SPARE_ROWS = 63
 """Rows of padding that cost nothing: recurrences run in blocks of 64."""
@@ -24,14 +24,14 @@ _SPARE_ROWS = 63
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Bucket:
-    """Segments of like length.
+    """Segments of similar length.
 
     Attributes:
-        segments: (R,) which; None if all.
-        rows: (n,) which rows of the level are theirs; None if all.
-        slots: (n,) where these go among the R * L; None if they fill them.
-        num_segments: R.
-        width: L.
+        segments: (R,) indices of the segments; None for all.
+        rows: (n,) their rows in the level; None for all.
+        slots: (n,) where these rows go among the R * L; None if they fill them.
+        num_segments: R, the number of segments.
+        width: L, the padded length.
     """
 
     segments: torch.Tensor | None
@@ -58,7 +58,7 @@ class SegmentRows:
     """A level's segments on a device.
 
     Args:
-        layout: Their lengths, what they begin with and which are kept.
+        layout: Their lengths, the states they start from and which are kept.
         device: Where tensors go.
     """
 
@@ -80,7 +80,7 @@ class SegmentRows:
 
     @property
     def num_kept(self) -> int:
-        """K."""
+        """K, the number of kept segments."""
         return len(self.layout.kept)
 
     @property
@@ -89,13 +89,13 @@ class SegmentRows:
         return all(parent == BEGINNING for parent, _ in self._runs)
 
     def begin(self, states: torch.Tensor | None) -> torch.Tensor | None:
-        """The states that the segments begin with.
+        """The states that the segments start from.
 
         Args:
-            states: (P, ...), those that were left before.
+            states: (P, ...), the states that earlier segments left.
 
         Returns:
-            (S, ...); None where all are zeros.
+            The states (S, ...); None if all are zeros.
         """
         if self.begins_with_zeros:
             return None
@@ -106,7 +106,7 @@ class SegmentRows:
             return states[parent : parent + 1].expand(count, *states.shape[1:])
         if len(counts) == 1 and [parent for parent, _ in self._runs] == list(range(len(states))):
             return states.unsqueeze(1).expand(-1, counts.pop(), *states.shape[1:]).flatten(0, 1)
-        # Selected by parts: the gradient of an index is summed in no fixed order on CUDA.
+        # Selected in parts: on CUDA the gradient of indexing is summed in no fixed order.
         parts = {BEGINNING: torch.zeros_like(states[:1]), **dict(enumerate(states.split(1)))}
         return torch.cat([parts[parent].expand(count, *states.shape[1:]) for parent, count in self._runs])
 
@@ -117,8 +117,8 @@ class SegmentRows:
 
         Args:
             step: The recurrence.
-            tensors: (T, ...) each.
-            states: (P, ...), those that were left before.
+            tensors: Inputs of the recurrence, (T, ...) each.
+            states: (P, ...), the states that earlier segments left.
 
         Returns:
             The output (T, ...), and the states (K, ...) after the last rows of kept segments; None if there are none.
@@ -140,7 +140,7 @@ class SegmentRows:
         return to_device(tensor, self._device)
 
     def _fill_buckets(self) -> tuple[list[_Bucket], torch.Tensor, torch.Tensor | None]:
-        """The buckets; where each row, and each kept segment, stands in what they give one after another."""
+        """The buckets, and the place of each row and of each kept segment in their concatenated results."""
         lengths = torch.tensor(self.layout.lengths, dtype=torch.int64)
         rows = torch.arange(self.layout.num_rows).split(list(self.layout.lengths))
         members = list(_like_lengths(self.layout.lengths))
@@ -168,7 +168,7 @@ class SegmentRows:
 
 
 def _like_lengths(lengths: tuple[int, ...]) -> Iterator[list[int]]:
-    """Segments in buckets where padding is at most a quarter, in their order where one bucket takes them all."""
+    """Segments in buckets with at most a quarter of padding; in their own order if one bucket takes them all."""
     bucket: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
         width = lengths[bucket[0]] if bucket else lengths[index]

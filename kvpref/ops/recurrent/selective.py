@@ -21,19 +21,19 @@ def selective_scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h_t = exp(steps_t decay) h_(t-1) + steps_t to_state_t inputs_t, and from_state_t h_t.
 
-    Blocks of about sqrt(L) tokens run side by side from zeros, one token after another; then what each block begins
-    with, which decays through it, is added. All exponents are of numbers below zero.
+    Blocks of about sqrt(L) tokens run side by side from zeros, token by token; then each block's initial state, which
+    decays through the block, is added. All exponents are below zero.
 
     Args:
         inputs: (R, L, D).
-        steps: (R, L, D), none below 0; a token with step 0 leaves the state as it is.
-        decay: (D, N), none above 0.
+        steps: (R, L, D), at least 0; a token with step 0 leaves the state unchanged.
+        decay: (D, N), at most 0.
         to_state: (R, L, N).
         from_state: (R, L, N).
         initial: (R, D, N), the states to begin with; None for zeros.
 
     Returns:
-        (R, L, D), and the states (R, D, N) after the last token; in fp32, or wider where the inputs are.
+        The output (R, L, D), and the states (R, D, N) after the last token; in fp32, or wider if the inputs are.
     """
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     inputs, steps, decay, to_state, from_state = (
@@ -50,7 +50,7 @@ def selective_scan(
     added = (steps * inputs).unsqueeze(-1) * to_state.unsqueeze(-2)
     kept = exponents.exp()
     states: list[torch.Tensor] = []
-    # Unbound at once: the gradient of each selection of its own would be as large as the whole.
+    # Unbound in one call: the gradient of each separate selection would be as large as the whole.
     for factor, item in zip(kept.unbind(2), added.unbind(2), strict=True):
         states.append(factor * states[-1] + item if states else item)
     inside = torch.stack(states, dim=2)

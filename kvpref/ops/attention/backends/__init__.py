@@ -25,7 +25,7 @@ _BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         *(CpuFlash(), CudaFlash(), Efficient(), Tiled(), Reference()),
-        # Their packages are imported when somebody names one, or where `auto` prefers it.
+        # Their packages are imported when a user names one or `auto` prefers it.
         *(FlashAttn(), FlashAttn3(), FlashAttn4(), Xformers()),
     )
 }
@@ -42,10 +42,10 @@ class AutomaticChoice:
     """What `auto` takes for a query."""
 
     backend: Backend
-    """The first that serves."""
+    """The first backend that can serve."""
 
     refusals: dict[str, str]
-    """Backends that `auto` prefers on this device, best first, and why each does not serve."""
+    """The backends that `auto` prefers on this device, best first, each with the reason it cannot serve."""
 
     def __str__(self) -> str:
         said = f"{self.backend.name} ({self.backend.provider()})"
@@ -56,12 +56,12 @@ class AutomaticChoice:
 
 
 def backend_names() -> tuple[str, ...]:
-    """All names, those first that need no package."""
+    """The names of all backends, those that need no package first."""
     return tuple(_BACKENDS)
 
 
 def available_backends(query: torch.Tensor, needs: Needs = PLAIN) -> list[str]:
-    """Names of the backends that can run attention for a query like this (device, dtype, head dim) and its needs.
+    """Names of the backends that can serve a query like this (device, dtype, head dim) and its needs.
 
     Imports the optional packages that are installed, and runs a tiny call of each.
     """
@@ -72,7 +72,7 @@ def get_backend(name: str) -> Backend:
     """The backend called `name`.
 
     Raises:
-        InputError: If there is none; the message lists the names.
+        InputError: If there is no such backend; the message lists the names.
     """
     if name not in _BACKENDS:
         raise InputError(f"unknown attention backend {name!r}; choose from: auto, {', '.join(_BACKENDS)}")
@@ -80,7 +80,7 @@ def get_backend(name: str) -> Backend:
 
 
 def choose_automatically(query: torch.Tensor, needs: Needs = PLAIN) -> AutomaticChoice:
-    """What `auto` takes for a query like this (device, dtype, head dim) and its needs, and why not what it prefers.
+    """What `auto` takes for a query like this (device, dtype, head dim) and its needs, and why not something better.
 
     Raises:
         InputError: If no backend can serve.
@@ -95,15 +95,15 @@ def choose_automatically(query: torch.Tensor, needs: Needs = PLAIN) -> Automatic
 
 
 def select_backend(name: str, query: torch.Tensor, needs: Needs = PLAIN) -> Backend:
-    """Resolve a backend name, where ``auto`` takes the best that serves the query's device, dtype, head dim and needs.
+    """Resolve a backend name; ``auto`` takes the best that serves the query's device, dtype, head dim and needs.
 
     Raises:
-        InputError: If a backend that was named cannot serve; the message gives the reason and the ones that can.
+        InputError: If the named backend cannot serve; the message gives the reason and the ones that can.
             For ``auto``, if none can.
     """
     if query.device.type != "cuda":
         return _select(name, query, needs)
-    # Every layer of every pass asks; on CUDA finding the answer takes longer than starting a kernel.
+    # Every layer of every pass asks, and on CUDA finding the answer takes longer than starting a kernel.
     rules = (determinism.is_required(), torch_flash.activated())
     kind = (name, query.device, query.dtype, query.shape[-1], needs, *rules)
     found = _selected.get(kind)
@@ -113,7 +113,7 @@ def select_backend(name: str, query: torch.Tensor, needs: Needs = PLAIN) -> Back
 
 
 _selected: dict[tuple[object, ...], Backend] = {}
-"""What was selected on CUDA, by all that the selection depends on."""
+"""Earlier selections on CUDA, keyed by everything that the selection depends on."""
 
 
 def _select(name: str, query: torch.Tensor, needs: Needs) -> Backend:
@@ -133,10 +133,10 @@ def _select(name: str, query: torch.Tensor, needs: Needs) -> Backend:
 def _candidates(device: torch.device, needs: Needs) -> Iterator[str]:
     """What `auto` tries on a device, in order.
 
-    What a user has activated in PyTorch's own operator comes first, as kvpref's backend for the same kernels. On Hopper
-    FlashAttention-3 comes next, which was written for it. FlashAttention-4 is not taken unasked: it is in beta, and
-    compiles its kernels for each kind of call while a run goes on. PyTorch's own kernels have no softcap, so where it
-    is needed flash-attn is asked before `tiled`.
+    Kernels that a user has activated in PyTorch's own operator come first, through kvpref's backend for them. On Hopper
+    FlashAttention-3, which was written for it, comes next. FlashAttention-4 is never taken unasked: it is in beta and
+    compiles its kernels for each kind of call during the run. PyTorch's own kernels have no softcap, so flash-attn is
+    tried before `tiled` where a softcap is needed.
     """
     preferred = []
     if device.type == "cuda":

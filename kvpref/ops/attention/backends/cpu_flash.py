@@ -10,12 +10,12 @@ import torch
 
 from kvpref.ops.attention.backends.interface import Abilities, Backend, Needs
 from kvpref.ops.attention.block import AttentionParams, Pair, VarlenBlock
-from kvpref.prefix.levels import Shape
+from kvpref.prefix.blocks import Shape
 
-# Up to here calls cost more than arithmetic; beyond, the kernel is busy and padding and copies cost more than calls.
+# Up to this length calls cost more than arithmetic; beyond it, padding and copies cost more than calls.
 _MAX_BUCKETED_TOKENS = 20
 _MIN_BUCKET_SEGMENTS = 8
-# The longest segment of a bucket over its shortest; the shortest ones all go together.
+# Longest over shortest segment of a bucket; the shortest segments all share one.
 _MAX_STRETCH = 1.5
 _ALWAYS_TOGETHER_TOKENS = 8
 
@@ -78,7 +78,7 @@ class CpuFlash(Backend):
                 is_causal,
                 scale=params.scale,
             )
-            # Queries are in one pair at most, and keys too unless they come as ranges: written, not added.
+            # Queries are in at most one pair, and so are keys unless they come as ranges: write, do not add.
             queries.put(dq, grads[0])
             for whole, part in ((dk, grads[1]), (dv, grads[2])):
                 if overlap:
@@ -96,11 +96,10 @@ class _Run(NamedTuple):
     is_reversed: bool = False
 
     def length(self) -> int:
-        """Rows."""
         return self.end - self.start
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """These rows as the kernel wants them; a view, unless they are reversed."""
+        """These rows in the kernel's layout; a view unless they are reversed."""
         own = rows[self.start : self.end]
         return (own.flip(0) if self.is_reversed else own).transpose(0, 1).unsqueeze(0)
 
@@ -113,7 +112,7 @@ class _Run(NamedTuple):
         rows[self.start : self.end] = self._in_order(part)
 
     def add(self, rows: torch.Tensor, part: torch.Tensor) -> None:
-        """Add it instead."""
+        """Like `put`, but add."""
         rows[self.start : self.end] += self._in_order(part)
 
     def _in_order(self, part: torch.Tensor) -> torch.Tensor:
@@ -122,10 +121,10 @@ class _Run(NamedTuple):
 
 
 class _Bucket(NamedTuple):
-    """Segments of like length, padded at their ends to L rows. Shapes: all rows (T, H, ...), call (B, H, L, ...).
+    """Segments of similar length, padded at their ends to L rows. Shapes: all rows (T, H, ...), call (B, H, L, ...).
 
-    Under a causal mask only padding sees padding, so no mask is needed: what the kernel computes there is dropped, and
-    a gradient of zero goes in. Padding repeats the segment's last row, which keeps every number finite.
+    Under a causal mask only padding sees padding, so no mask is needed: the kernel's output there is dropped, and the
+    gradient there is zero. Padding repeats the segment's last row, which keeps every number finite.
     """
 
     places: torch.Tensor  # (B, L) int64
@@ -144,11 +143,11 @@ class _Bucket(NamedTuple):
         return cls(places, is_padding, (~is_padding).flatten().nonzero().squeeze(1))
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """These rows as the kernel wants them; a copy."""
+        """These rows in the kernel's layout; a copy."""
         return rows[self.places].transpose(1, 2)
 
     def take_gradient(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same for the output's gradient, which padding has none of."""
+        """The same for the output's gradient, which is zero at padding."""
         taken = rows[self.places]
         taken[self.is_padding] = 0
         return taken.transpose(1, 2)
@@ -158,7 +157,7 @@ class _Bucket(NamedTuple):
         rows[self.places.flatten()[self.own]] = part.transpose(1, 2).flatten(0, 1)[self.own]
 
     def add(self, rows: torch.Tensor, part: torch.Tensor) -> None:
-        """Add it instead; rows may be in several segments."""
+        """Like `put`, but add; rows may be in several segments."""
         rows.index_add_(0, self.places.flatten()[self.own], part.transpose(1, 2).flatten(0, 1)[self.own])
 
 
@@ -172,13 +171,12 @@ class _Square(NamedTuple):
     keys: _Run
 
     def length(self) -> int:
-        """Queries."""
         return self.queries.length()
 
 
-@lru_cache(maxsize=64)  # every layer of a pass asks for the same few blocks
+@lru_cache(maxsize=64)  # every layer of a pass needs the same few blocks
 def _calls(pairs: tuple[Pair, ...], shape: Shape) -> tuple[tuple[_Rows, _Rows], ...]:
-    """The rows of queries and of keys of each kernel call."""
+    """The query rows and key rows of each kernel call."""
     if shape == "rectangle":  # padded keys would be seen
         return tuple((_Run(q0, q1), _Run(k0, k1)) for q0, q1, k0, k1 in pairs)
     backwards = shape == "anti_causal"
@@ -187,7 +185,7 @@ def _calls(pairs: tuple[Pair, ...], shape: Shape) -> tuple[tuple[_Rows, _Rows], 
 
 
 def _in_buckets(squares: list[_Square]) -> Iterator[tuple[_Rows, _Rows]]:
-    """Short squares of like length together where there are enough of them, others alone."""
+    """Short squares of similar length together if there are enough of them, others alone."""
     bucket: list[_Square] = []
     for square in sorted(squares, key=_Square.length):
         if bucket and square.length() > max(_ALWAYS_TOGETHER_TOKENS, _MAX_STRETCH * bucket[0].length()):

@@ -13,8 +13,8 @@ from kvpref.ops.attention.splitting import CallLimits
 class CudaFlash(Backend):
     """fp16 and bf16 on compute capability 8.0 and later, native GQA, no extra package.
 
-    The kernel's masks are aligned to the bottom right, which equals the usual place here because they are on squares
-    only. Determinism is the kernel's own rule, which all backends follow. Refused while
+    The kernel's masks are aligned to the bottom right, which here equals the usual alignment because they are on
+    squares only. Determinism is the kernel's own rule, which all backends follow. Refused while
     other kernels stand in for the operator, because results would be those of another package under this name.
     """
 

@@ -19,9 +19,9 @@ def is_required() -> bool:
 
 
 def chosen_for(backend: str) -> bool:
-    """Whether a backend that has both kinds of kernels is to run its deterministic ones.
+    """Whether a backend with both kinds of kernels should run its deterministic ones.
 
-    In warn-only mode the first call says which backend runs the others.
+    In warn-only mode the first call warns that this backend runs the others.
     """
     if not is_required() and torch.are_deterministic_algorithms_enabled():
         _warn(backend)

@@ -106,14 +106,14 @@ class Efficient(Backend):
         dk, dv = (grad[0].unflatten(1, (num_kv_heads, -1)).sum(dim=2) for grad in (dk, dv))
         if block.every_pair_meets:
             return dq[0], dk, dv
-        # The kernel starts no work for an empty range, so the rows of the other side stay as the allocator left them.
+        # The kernel starts no work for an empty range, so the rows of the other side stay uninitialized.
         keyless = _rows_without_partner(block.cu_seqlens_q, block.cu_seqlens_k, q.shape[0])
         unread = _rows_without_partner(block.cu_seqlens_k, block.cu_seqlens_q, k.shape[0])
         return _zero_rows(dq[0], keyless), _zero_rows(dk, unread), _zero_rows(dv, unread)
 
 
 def workspace_bytes(num_pairs: int, num_heads: int, longest_query: int, head_dim: int) -> int:
-    """What the backward kernel takes for itself to add up dq in: fp32 tiles, as many for each pair as for the longest.
+    """Workspace in which the backward kernel adds up dq: fp32 tiles, as many for each pair as for the longest.
 
     Read from PyTorch's sources (``mem_eff_attention/kernel_backward.h``).
     """
@@ -153,7 +153,7 @@ def _pack_lse(padded: torch.Tensor, cu_seqlens: torch.Tensor, num_rows: int) -> 
 
 
 def _pad_lse(lse: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
-    """(H, T) -> (pairs, H, longest rounded up), +inf behind a pair's end: the probabilities there become zero."""
+    """(H, T) -> (pairs, H, longest rounded up), +inf past a pair's end, where probabilities become zero."""
     width = -(-longest // _LSE_ALIGNMENT) * _LSE_ALIGNMENT
     rows = cu_seqlens[:-1, None] + torch.arange(width, dtype=cu_seqlens.dtype, device=lse.device)
     behind = rows >= cu_seqlens[1:, None]

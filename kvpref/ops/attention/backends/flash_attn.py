@@ -45,7 +45,7 @@ class _FlashAttention(PackagedBackend):
         return missing or self.probe_failure(query, needs)
 
     def _nondeterministic_reason(self, query: torch.Tensor, needs: Needs) -> str | None:
-        """Why its sources have no deterministic backward for this query, or None when they have."""
+        """Why the package has no deterministic backward for this query; None if it has."""
         return None
 
     def call_limits(self, query: torch.Tensor) -> CallLimits:
@@ -128,8 +128,8 @@ class FlashAttn(_FlashAttention):
 class FlashAttn3(_FlashAttention):
     """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), as built from ``hopper/`` since April 2025.
 
-    Arguments go by position up to `causal`, as in the package's own calls: between releases names changed
-    (``out`` to ``out_``, ``causal`` to ``is_causal``) and defaults came and went, positions did not. Keys are not split
+    Arguments go by position up to `causal`, as in the package's own calls: between releases names
+    (``out`` to ``out_``, ``causal`` to ``is_causal``) and defaults changed, positions did not. Keys are not split
     in the forward pass (``num_splits`` is 1 by default), so it is deterministic.
     """
 
@@ -283,7 +283,7 @@ class FlashAttn4(_FlashAttention):
 def _window_arguments(kernel: Any, block: VarlenBlock) -> dict[str, Any]:
     """FlashAttention-3's arguments for the block's window: one pair, or two numbers since November 2025."""
     left, right = flash_kernels.window_of(block)
-    # Since then the functions are operators, whose own signature is of any arguments.
+    # Since then the functions are operators, whose signature is (*args, **kwargs).
     names = inspect.signature(getattr(kernel, "_init_fn", kernel)).parameters
     if "window_size" in names:
         return {"window_size": (left, right)}

@@ -14,7 +14,7 @@ AMPERE = (8, 0)
 def refusal(
     query: torch.Tensor, needs: Needs, max_head_dim: int = 256, min_capability: tuple[int, int] = AMPERE
 ) -> str | None:
-    """Why the kernels cannot serve a query (T, H, D) like this, or None when they can."""
+    """Why the kernels cannot serve a query (T, H, D) like this; None if they can."""
     if query.device.type != "cuda":
         return f"it runs on CUDA tensors only, got device {query.device.type!r}"
     if query.dtype not in (torch.float16, torch.bfloat16):
@@ -34,7 +34,7 @@ def dotted(capability: tuple[int, int]) -> str:
 
 
 def window_of(block: VarlenBlock) -> tuple[int, int]:
-    """Keys that a query sees to the left of its own and to the right, -1 for all.
+    """How many keys a query sees to the left and to the right of its own; -1 for all.
 
     A window of W tokens counts the query's own. With a causal mask the kernels set the right side to 0; without one,
     (0, -1) is the anti-causal square (`set_params_fprop` in PyTorch 2.13 and flash-attn 2.8.3).
@@ -45,19 +45,19 @@ def window_of(block: VarlenBlock) -> tuple[int, int]:
 
 
 def longest_query(block: VarlenBlock) -> int:
-    """The longest query range that FlashAttention-2's forward is told of, in tokens: at least 2.
+    """The longest query range passed to FlashAttention-2's forward, in tokens: at least 2.
 
-    At 1 the kernel folds the heads of a group into query rows by a reshape that needs as many queries as pairs, which a
-    pair without queries breaks. The number is an upper bound, so a larger one gives the same results.
+    At 1 the kernel folds the heads of a group into query rows by a reshape that needs as many queries as pairs, and
+    fails if a pair has no queries. The number is an upper bound, so a larger one gives the same results.
     """
     return max(block.max_seqlen_q, 2)
 
 
 def call_limits(query: torch.Tensor) -> CallLimits:
-    """Of FlashAttention-2's backward: an fp32 accumulator of dq and a row sum, each pair padded by a tile of 128 rows.
+    """Limits of FlashAttention-2's backward: an fp32 accumulator of dq and a row sum, each pair padded by 128 rows.
 
-    Where a pair starts in the accumulator is computed in 32 bits (PyTorch 2.11, flash-attn 2.8.3; later ones in some of
-    the kernels), so a pair that starts further back would be written outside.
+    Where a pair starts in the accumulator is computed in 32 bits (PyTorch 2.11, flash-attn 2.8.3; in later versions by
+    some of the kernels), so a pair that starts beyond that would be written out of bounds.
     """
     num_heads, columns = query.shape[1], rounded_head_dim(query.shape[2])
     return CallLimits(
@@ -69,6 +69,6 @@ def call_limits(query: torch.Tensor) -> CallLimits:
 
 
 def rounded_head_dim(head_dim: int) -> int:
-    """The head dim as FlashAttention-2's buffers have it."""
+    """The head dim to which FlashAttention-2's buffers are padded."""
     multiple = 32 if head_dim <= 128 else 64
     return -(-head_dim // multiple) * multiple

@@ -17,10 +17,10 @@ from kvpref.ops.attention.splitting import CallLimits
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
-    """What kernels do themselves. `kvpref.ops.attention.fitting` brings calls into the form of those that do not."""
+    """What kernels do themselves; `kvpref.ops.attention.fitting` rewrites calls for kernels that lack an ability."""
 
     windows: bool = False
-    """Of a causal block; without, it runs as squares and rectangles."""
+    """Windows of a causal block; without, it runs as squares and rectangles."""
 
     anti_causal: bool = False
     """Anti-causal squares; without, both orders are reversed."""
@@ -29,7 +29,7 @@ class Abilities:
     """Key ranges that overlap or leave rows out; without, keys and values are gathered."""
 
     value_head_dims: bool = False
-    """Values of another head dim than keys; without, the smaller of the two is padded with zeros."""
+    """Values whose head dim differs from the keys'; without, the smaller of the two is padded with zeros."""
 
     softcap: bool = False
     """Scores go through ``cap * tanh(score / cap)``; without, a call that needs it is refused."""
@@ -37,16 +37,16 @@ class Abilities:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a call asks of a backend besides the query's device, dtype and head dim."""
+    """What a call needs from a backend besides the query's device, dtype and head dim."""
 
     value_head_dim: int = 0
-    """Elements per head of the values; 0 where it is that of the query."""
+    """Head dim of the values; 0 if it is the query's."""
 
     softcap: bool = False
     """Whether scores are capped."""
 
     def head_dim(self, query: torch.Tensor) -> int:
-        """The larger of both head dims, which kernels see that take only one."""
+        """The larger of both head dims: what kernels see that take only one."""
         return max(query.shape[-1], self.value_head_dim)
 
 
@@ -59,24 +59,24 @@ class Backend(ABC):
     name: ClassVar[str]
     can: ClassVar[Abilities] = Abilities()
     cost: ClassVar[str | None] = None
-    """What a user pays for in this backend and not in others, if anything; `kvpref doctor` says it."""
+    """What this backend costs that others do not, if anything; shown by `kvpref doctor`."""
 
     def provider(self) -> str:
-        """Whose kernels these are, with the version."""
+        """The package that ships these kernels, with its version."""
         return f"torch {torch.__version__}"
 
     def unsupported_reason(self, query: torch.Tensor, needs: Needs = PLAIN) -> str | None:
-        """Why a query like this (device, dtype, head dim) cannot be served, or None when it can."""
+        """Why a query like this (device, dtype, head dim) cannot be served; None if it can."""
         if needs.softcap and not self.can.softcap:
             return "it has no softcap"
         return self.refusal(query, needs)
 
     @abstractmethod
     def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
-        """The same, of a call whose needs are among the backend's abilities."""
+        """Like `unsupported_reason`, for a call whose needs the backend's abilities cover."""
 
     def call_limits(self, query: torch.Tensor) -> CallLimits | None:
-        """What one launch over many pairs costs for a query (T, H, D); None where it is never worth splitting."""
+        """What one launch over many pairs costs for a query (T, H, D); None if splitting never pays."""
         return None
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Backend(ABC):
             q: (T, H, D).
             k: (P, G, D). With the ability `key_ranges`, all rows of the source.
             v: (P, G, E), where E is D without the ability `value_head_dims`.
-            block: The pairs, in a form that is among the abilities.
+            block: The pairs, in a form that the abilities cover.
             params: Scale and softcap.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Packages that a user may leave out: imported when a backend first needs them, with a reason where that fails."""
+"""Optional packages: imported when a backend first needs them, with a reason if that fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OptionalPackage:
         module: Module that holds the kernels' Python functions.
         distribution: Name of the installed package, whose version is compared.
         minimum_version: Oldest version whose functions have the signatures that the backend calls; None for any.
-        install: What a user does to get it.
+        install: How to install it.
     """
 
     module: str
@@ -27,7 +27,7 @@ class OptionalPackage:
     install: str
 
     def missing_reason(self) -> str | None:
-        """Why the package cannot be used and what to install, or None when it can. The first call imports it."""
+        """Why the package cannot be used and what to install; None if it can. The first call imports it."""
         found = _installed_version(self.distribution)
         if found is not None and self.minimum_version and _release(found) < _release(self.minimum_version):
             return f"it needs {self.distribution} {self.minimum_version} or later, got {found}; {self.install}"
@@ -40,7 +40,7 @@ class OptionalPackage:
         return f"importing {self.module} failed ({type(loaded).__name__}: {message}); reinstall it: {self.install}"
 
     def name_and_version(self) -> str:
-        """Such as ``flash-attn 2.8.3``; the name alone where the package carries no version."""
+        """For example ``flash-attn 2.8.3``; only the name if the package has no version."""
         return " ".join(filter(None, (self.distribution, _installed_version(self.distribution))))
 
     def load(self) -> ModuleType:

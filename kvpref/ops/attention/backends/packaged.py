@@ -1,8 +1,8 @@
-"""What the backends share whose kernels come with a package of their own: its version, and a tiny call that tells
-whether those kernels run here at all.
+"""Backends whose kernels come from an optional package: its version, and a tiny call that tells whether those kernels
+run here at all.
 
-A package may import well and say that it is available, and still refuse every input: built for another CUDA than
-PyTorch's, without a backward pass, for another architecture, or without the head dim.
+A package may import cleanly and claim to be available, and still refuse every input: built for a different CUDA
+version than PyTorch, without a backward pass, for another architecture, or without the head dim.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvpref.ops.attention.backends import determinism
 from kvpref.ops.attention.backends.interface import Backend, Needs
 from kvpref.ops.attention.backends.optional_package import OptionalPackage
 from kvpref.ops.attention.block import AttentionParams, VarlenBlock
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 _LAYOUTS = (
     VarlenLayout(cu_seqlens_q=(0, 3, 5), cu_seqlens_k=(0, 3, 5), shape="causal"),
@@ -36,13 +36,13 @@ class PackagedBackend(Backend):
         return self.package.name_and_version()
 
     def probe_failure(self, query: torch.Tensor, needs: Needs) -> str | None:
-        """What a tiny forward and backward on the query's device raised and what to do; None when they ran.
+        """What a tiny forward and backward on the query's device raised, and what to do; None if they ran.
 
-        Runs once per device, dtype, head dim, softcap or none, and rule of determinism, on tensors of its own. For CUDA
-        queries only.
+        Runs once per device, dtype, head dim, presence of a softcap and rule of determinism, on its own tensors; for
+        CUDA queries only.
 
         Raises:
-            torch.OutOfMemoryError: If there is no memory left for it, which tells nothing about the kernels.
+            torch.OutOfMemoryError: If there is no memory left for it, which says nothing about the kernels.
         """
         head_dim, softcap = needs.head_dim(query), 30.0 if needs.softcap else None
         params = AttentionParams(scale=head_dim**-0.5, softcap=softcap)
@@ -61,8 +61,8 @@ def _probe_failure(backend: PackagedBackend, probe: _Probe, deterministic: bool)
     try:
         _run(backend, probe)
     except torch.OutOfMemoryError:
-        raise  # not kept: there may be memory the next time, and until then no other kernels should run unasked
-    except Exception as error:  # a package fails in its own way; whatever it raises is the user's answer
+        raise  # not cached: there may be memory next time, and until then no other kernels should run unasked
+    except Exception as error:  # packages fail in different ways; whatever this one raises is shown to the user
         what = "a tiny deterministic call" if deterministic else "a tiny call"
         return (
             f"{what} on {probe.device} failed ({type(error).__name__}: {_shortened(str(error))}) with "
@@ -93,6 +93,6 @@ def _run(backend: PackagedBackend, probe: _Probe) -> None:
 
 
 def _shortened(message: str) -> str:
-    """On one line; xFormers puts its reason at the end, CUDA at the beginning."""
+    """The message on one line, cut in the middle: xFormers puts its reason at the end, CUDA at the beginning."""
     text, half = " ".join(message.split()), _LONGEST_MESSAGE // 2
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"

@@ -1,4 +1,4 @@
-"""What the backends in plain torch share: scores of some queries over their keys, softmax, and the gradients.
+"""Shared by the backends in plain torch: scores of some queries over their keys, softmax, and the gradients.
 
 Shape legend: T queries and P keys of a call, I queries and J keys of a tile, H heads, G key/value heads, D head dim of
 queries and keys, E that of values.
@@ -17,7 +17,7 @@ from kvpref.ops.attention.block import AttentionParams, VarlenBlock
 
 
 class Tile(NamedTuple):
-    """Queries [q0, q1) of a pair with keys [k0, k1), among them all that the queries see."""
+    """Queries [q0, q1) of a pair and keys [k0, k1), which include all keys that the queries see."""
 
     q0: int
     q1: int
@@ -38,7 +38,7 @@ class PlainTorch(Backend):
 
     @abstractmethod
     def tiles(self, block: VarlenBlock, num_heads: int) -> Iterable[Tile]:
-        """The pairs of a block, cut into what is computed at a time: (H, I, J) scores."""
+        """The pairs of a block, cut into tiles of (H, I, J) scores that are computed one at a time."""
 
     def refusal(self, query: torch.Tensor, needs: Needs) -> str | None:
         return None if query.is_floating_point() else f"it needs a float dtype, got {query.dtype}"

@@ -1,4 +1,4 @@
-"""`tiled`: attention in plain torch, some queries at a time: memory is bounded, and what a shape hides is left out."""
+"""`tiled`: attention in plain torch, some queries at a time: memory is bounded, and masked tiles are skipped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from kvpref.ops.attention.backends.plain_torch import PlainTorch, Tile
 from kvpref.ops.attention.block import Pair, VarlenBlock
 
 MAX_SCORES = 2**24
-"""Scores of a tile over all heads, unless one query has more: 64 MiB in fp32, of which a few copies exist."""
+"""Most scores of a tile over all heads, unless one query has more: 64 MiB in fp32, of which a few copies exist."""
 
 
 class Tiled(PlainTorch):
-    """Where no kernel serves: softcap without a package, fp64 on a GPU, odd head dims."""
+    """The fallback where no kernel serves: softcap without a package, fp64 on a GPU, odd head dims."""
 
     name = "tiled"
     cost = "no fused kernel: scores of some queries at a time are written to memory, and arithmetic is in fp32"

@@ -1,9 +1,9 @@
-"""Which kernels PyTorch's flash attention operator runs: its own FlashAttention-2, or what a user has activated.
+"""Which kernels PyTorch's flash attention operator runs: its own FlashAttention-2, or kernels that a user activated.
 
 `torch.nn.attention.activate_flash_attention_impl` replaces `aten::_flash_attention_forward` and `_backward`, and with
 them PyTorch's own attention, for a whole process. kvpref neither activates nor calls the replacements: they decide
-determinism by another rule (warn-only counts as on; where it is off, FA3's splits the keys of the forward pass), and
-FA4's takes two values from a function that returns four (PyTorch 2.13 and earlier). kvpref's backends call the same
+determinism by another rule (warn-only counts as on; if it is off, FA3's splits the keys of the forward pass), and
+FA4's unpacks two values from a function that returns four (PyTorch 2.13 and earlier). kvpref's backends call the same
 packages directly.
 """
 
@@ -16,18 +16,18 @@ _BACKEND_OF = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}
 
 
 def activated() -> str | None:
-    """The name of what was activated, such as ``FA3``; None for PyTorch's own FlashAttention-2."""
+    """The name of the activated implementation, such as ``FA3``; None for PyTorch's own FlashAttention-2."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # since PyTorch 2.10
     return None if current is None else current()
 
 
 def backend_of_activated() -> str | None:
-    """kvpref's backend for the kernels that were activated, if any were and it has one."""
+    """kvpref's backend for the activated kernels; None if there are none, or no backend for them."""
     return _BACKEND_OF.get(activated() or "")
 
 
 def replaced_reason() -> str | None:
-    """Why the operator is not FlashAttention-2 here and what to do; None when it is."""
+    """Why the operator is not FlashAttention-2 here, and what to do; None if it is."""
     found = activated()
     if found is None:
         return None

@@ -17,8 +17,8 @@ from kvpref.ops.attention.splitting import CallLimits
 class Xformers(PackagedBackend):
     """fp16 and bf16 on compute capability 8.0 and later, package xformers 0.0.33 and later.
 
-    The operators are named, not left to xFormers' own choice: others cannot run partial attention or keep the
-    log-sum-exp in another layout. The forward pass has native GQA; the backward operator has not (``SUPPORTS_BMGHK`` is
+    The operators are named, not left to xFormers to choose: others cannot run partial attention or keep the
+    log-sum-exp in another layout. The forward pass has native GQA, the backward one does not (``SUPPORTS_BMGHK`` is
     False in 0.0.33 to 0.0.35 and in MSLK, to which its operators move), so keys and values are copied per query head.
 
     The operators run PyTorch's own kernels (their names end in ``-pt``), by PyTorch's rule of determinism, unless
@@ -85,7 +85,7 @@ class Xformers(PackagedBackend):
         params: AttentionParams,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not self._runs_torch_kernels():
-            determinism.chosen_for(self.name)  # for its warning: there is no other kernel
+            determinism.chosen_for(self.name)  # for its warning only: there is no other kernel
         fmha, num_kv_heads = self.package.load(), k.shape[1]
         group_size = q.shape[1] // num_kv_heads
         key, value = (rows.repeat_interleave(group_size, dim=1) if group_size > 1 else rows for rows in (k, v))
@@ -105,13 +105,13 @@ class Xformers(PackagedBackend):
 
 
 def _bias(attn_bias: Any, block: VarlenBlock) -> Any:
-    """xFormers' description of the block, on the offsets that are on the device already.
+    """xFormers' description of the block, built on the offsets already on the device.
 
     Its public constructors take lengths on the host and copy them to the device, once per layer.
     """
     ends = (block.num_queries, block.num_keys)
     if block.causal:
-        # Its check of squares compares the lists on the host, and would not see those that lack queries or keys.
+        # Its check for squares compares the lists on the host, and would miss pairs that lack queries or keys.
         ends = (block.num_queries, block.num_queries)
     queries = _lengths(attn_bias, block.cu_seqlens_q, flash_kernels.longest_query(block), ends[0])
     keys = _lengths(attn_bias, block.cu_seqlens_k, block.max_seqlen_k, ends[1])
