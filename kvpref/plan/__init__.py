@@ -1,1 +1,1 @@
-"""Tensors that say what runs: passes, chunks, batches, steps, and the FLOPs of it all."""
+"""Tensors that describe what runs: passes, chunks, batches and steps, and their FLOPs."""

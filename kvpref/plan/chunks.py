@@ -11,16 +11,25 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 
 from kvpref.plan.images import shared_table
-from kvpref.plan.passes import PassPlan, Reads, int64, level_blocks, pass_input_ids, row_runs
+from kvpref.plan.passes import (
+    PassPlan,
+    Reads,
+    int64,
+    level_blocks,
+    pass_input_ids,
+    row_runs,
+)
 from kvpref.prefix.chunks import Chunk, build_chunks
 from kvpref.prefix.levels import build_layout, cut_prompts
 from kvpref.prefix.occurrences import Occurrences
+from kvpref.prefix.segments import NO_STATES
 from kvpref.prefix.slab_reads import SHARED, SlabKey
 from kvpref.prefix.tree import PrefixTree
-from kvpref.records.groups import Sequence
+from kvpref.records.groups import IntArray, Sequence
 from kvpref.records.images import Image
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
@@ -41,16 +50,16 @@ class ChunkPlan:
     Attributes:
         item: The pass; its only level reads each slice in `reads` as a prefix.
         reads: The keys and values that it reads.
-        writes: Where its own T keys and values go; None where nothing reads them later.
-        state_reads: In layers that carry a state from token to token, the states that its segments begin with.
-        state_writes: Where the states that its segments leave go; None where nothing reads them later.
+        writes: Where its own T keys and values go; None if they are not read later.
+        state_reads: In layers that carry a state from token to token, the states that its segments start from.
+        state_writes: Where the final states of its segments go; None if they are not read later.
         unique_ids: (V,) int64, the distinct token ids.
-        inverse: (T,) int64, where each token's id stands among them.
-        depth: Of its segments.
-        is_prompt: Whether its segments are prompts that get no gradient.
-        targets: (P,) int64, the tokens that its predictor rows predict.
-        logp_index: (P,) int64, where their log-probs go among the U.
-        occurrences: How often its rows occur in the sequences of each micro-batch.
+        inverse: (T,) int64, each token's index into `unique_ids`.
+        depth: The depth of its segments.
+        is_prompt: Whether its segments are prompts without a gradient.
+        targets: (P,) int64, the tokens predicted by its predictor rows.
+        logp_index: (P,) int64, the place of their log-probs among the U.
+        known_occurrences: As `occurrences`; None where they are not counted.
     """
 
     item: PassPlan
@@ -64,7 +73,18 @@ class ChunkPlan:
     is_prompt: bool
     targets: torch.Tensor
     logp_index: torch.Tensor
-    occurrences: Occurrences = field(metadata=STAYS_ON_THE_HOST, repr=False)
+    known_occurrences: Occurrences | None = field(metadata=STAYS_ON_THE_HOST, repr=False)
+
+    @property
+    def occurrences(self) -> Occurrences:
+        """How often its rows occur in the sequences of each micro-batch.
+
+        Raises:
+            ValueError: If the step was joined without.
+        """
+        if self.known_occurrences is None:
+            raise ValueError("the step was joined with counts_occurrences=False; join it again without")
+        return self.known_occurrences
 
     @property
     def num_tokens(self) -> int:
@@ -73,10 +93,10 @@ class ChunkPlan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatchChunks:
-    """The chunks that one micro-batch alone needs, and the way to its log-probs.
+    """The chunks needed by one micro-batch alone, and the indices that gather its log-probs.
 
     Attributes:
-        chunks: In the order in which they run.
+        chunks: The chunks in the order in which they run.
         token_index: (S,) int64, index into the U unique scored tokens, sequence after sequence.
         cu_seqlens: (num_sequences + 1,) int64, offsets of each sequence in `token_index`.
     """
@@ -92,13 +112,13 @@ class StepChunks:
 
     Attributes:
         shared: Chunks of segments that several micro-batches share; they run before all others.
-        micro_batches: What each micro-batch needs besides.
-        slab_rows: Rows of each slab.
-        slab_states: States of each slab.
-        num_logps: U.
+        micro_batches: What else each micro-batch needs.
+        slab_rows: Number of rows of each slab.
+        slab_states: Number of states of each slab.
+        num_logps: U, the number of unique scored tokens.
         max_sequence_tokens: Length of the longest sequence.
-        longest_span: Tokens of the longest run that is not cut, because its tokens see later ones; 0 if there is none.
-        images: Whose features are the rows of the table that its passes read, in order; each image once.
+        longest_span: Tokens of the longest run that is not cut because its tokens see later ones; 0 if there is none.
+        images: The images whose features are the rows of the table that the passes read, in order; each image once.
     """
 
     shared: tuple[ChunkPlan, ...]
@@ -112,17 +132,16 @@ class StepChunks:
 
     @property
     def all(self) -> tuple[ChunkPlan, ...]:
-        """The chunks of all micro-batches, and those that they share."""
+        """All chunks: the shared ones, then those of each micro-batch."""
         own = (chunk for micro_batch in self.micro_batches for chunk in micro_batch.chunks)
         return (*self.shared, *own)
 
     @property
     def max_chunk_tokens(self) -> int:
-        """Tokens of the largest chunk."""
         return max(chunk.num_tokens for chunk in self.all)
 
     def num_tokens_by_micro_batch(self) -> list[int]:
-        """Tokens of each micro-batch's chunks; what they share is the first one's."""
+        """Tokens of each micro-batch's chunks; shared ones count for the first."""
         counts = [sum(chunk.num_tokens for chunk in micro_batch.chunks) for micro_batch in self.micro_batches]
         counts[0] += sum(chunk.num_tokens for chunk in self.shared)
         return counts
@@ -135,21 +154,23 @@ def build_step_chunks(
     max_tokens: int | None,
     prefix_grad: bool = True,
     reads: Reads | None = None,
+    counts_occurrences: bool = True,
 ) -> StepChunks:
     """Plan the chunks of an optimizer step; tensors on the CPU.
 
     Args:
-        micro_batches: The sequences of each.
-        tree: Over all of them, micro-batch after micro-batch.
+        micro_batches: The sequences of each micro-batch.
+        tree: The prefix tree over all of them, in order.
         max_tokens: Most tokens of a chunk; None for one chunk per depth. A run of tokens that see one another in both
             directions is never cut, however long it is.
-        prefix_grad: False gives prompts, the tokens before the first scored one, chunks of their own, because they
+        prefix_grad: False puts prompts, the tokens before the first scored one, into chunks of their own, because they
             get no gradient. They are cut from responses even where nothing is shared: what gets a gradient must not
             depend on whether responses happen to begin alike.
         reads: As in `kvpref.plan.modes.build_plan`.
+        counts_occurrences: As in `kvpref.plan.step.join_batches`.
     """
     sequences = [sequence for several in micro_batches for sequence in several]
-    scored = [sequence.scored for sequence in sequences]
+    scored = [sequence.flags for sequence in sequences]
     owners = [index for index, several in enumerate(micro_batches) for _ in several]
     if not prefix_grad:
         tree = cut_prompts(tree, scored)
@@ -165,23 +186,25 @@ def build_step_chunks(
         scored=None if prefix_grad else scored,
         spans=spans,
         images=table.runs,
+        counts_occurrences=counts_occurrences,
     )
-    plan = partial(_chunk_plan, has_images=bool(table.images))
-    parts = []
+    distinct = _DistinctIds(max(int(level.input_ids.max()) for level in layout.levels))
+    plan = partial(_chunk_plan, has_images=bool(table.images), distinct=distinct)
+    own = []
     first = 0
     for owner, several in enumerate(micro_batches):
         offsets = layout.cu_seqlens[first : first + len(several) + 1]
-        parts.append(
+        own.append(
             MicroBatchChunks(
                 chunks=tuple(map(plan, cut.chunks.get(owner, ()))),
                 token_index=int64(layout.token_index[offsets[0] : offsets[-1]]),
-                cu_seqlens=int64([offset - offsets[0] for offset in offsets]),
+                cu_seqlens=int64(offsets - offsets[0]),
             )
         )
         first += len(several)
     return StepChunks(
         shared=tuple(map(plan, cut.chunks.get(SHARED, ()))),
-        micro_batches=tuple(parts),
+        micro_batches=tuple(own),
         slab_rows=dict(cut.slab_rows),
         slab_states=dict(cut.slab_states),
         num_logps=sum(len(level.targets) for level in layout.levels),
@@ -191,7 +214,27 @@ def build_step_chunks(
     )
 
 
-def _chunk_plan(chunk: Chunk, *, has_images: bool) -> ChunkPlan:
+class _DistinctIds:
+    """Finds the distinct token ids of each chunk without sorting them.
+
+    Args:
+        largest: The largest of all ids.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._is_there = np.zeros(largest + 1, dtype=bool)
+        self._numbers = np.empty(largest + 1, dtype=np.int64)
+
+    def find(self, ids: IntArray) -> tuple[IntArray, IntArray]:
+        """The distinct ids in order (V,), and for each id its place among them (T,)."""
+        self._is_there[ids] = True
+        unique = np.flatnonzero(self._is_there)
+        self._is_there[unique] = False
+        self._numbers[unique] = np.arange(len(unique))
+        return unique, self._numbers[ids]
+
+
+def _chunk_plan(chunk: Chunk, *, has_images: bool, distinct: _DistinctIds) -> ChunkPlan:
     placed = chunk.placed
     image_rows = int64(chunk.image_rows)
     input_ids = pass_input_ids(chunk.input_ids, image_rows)
@@ -202,12 +245,12 @@ def _chunk_plan(chunk: Chunk, *, has_images: bool) -> ChunkPlan:
         levels=(level_blocks(placed),),
         predictor_rows=int64(chunk.predictor_rows),
         layouts=(placed,),
-        segments=(chunk.states.layout,),
+        segments=() if chunk.states is NO_STATES else (chunk.states.layout,),
         image_rows=image_rows,
         image_index=int64(chunk.image_index),
         row_runs=tuple(row_runs(placed, chunk.holders)) if has_images else (),
     )
-    unique_ids, inverse = input_ids.unique(return_inverse=True)
+    unique_ids, inverse = map(int64, distinct.find(input_ids.numpy()))
     writes = None
     if chunk.slab_start is not None:
         writes = SlabSlice(slab=chunk.slab, start=chunk.slab_start, stop=chunk.slab_start + len(chunk))
@@ -225,5 +268,5 @@ def _chunk_plan(chunk: Chunk, *, has_images: bool) -> ChunkPlan:
         is_prompt=chunk.slab.is_prompt,
         targets=int64(chunk.targets),
         logp_index=int64(chunk.logp_index),
-        occurrences=chunk.occurrences,
+        known_occurrences=chunk.occurrences,
     )

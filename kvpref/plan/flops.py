@@ -29,18 +29,18 @@ class Work(NamedTuple):
     """Rows that the LM head turns into a log-prob."""
 
     ruled_pairs: tuple[tuple[Rule, int], ...] = ()
-    """The same under each other rule that was asked for, in layers of that rule."""
+    """The same count for layers under each of the other requested rules."""
 
     def pairs_under(self, rule: Rule) -> int:
         """Query-key pairs of layers of a rule.
 
         Raises:
-            KeyError: If these were not counted.
+            KeyError: If the pairs of this rule were not counted.
         """
         return self.num_pairs if rule == CAUSAL else dict(self.ruled_pairs)[rule]
 
     def plus(self, other: Work) -> Work:
-        """The counts of both together."""
+        """The sum of both counts."""
         ruled = Counter(dict(self.ruled_pairs))
         ruled.update(dict(other.ruled_pairs))
         return Work(
@@ -55,23 +55,23 @@ class Flops(NamedTuple):
     """FLOPs of one forward and backward."""
 
     linear: int
-    """Linear layers of the blocks."""
+    """FLOPs of the linear layers inside the blocks."""
 
     attention: int
-    """Query-key and probability-value products."""
+    """FLOPs of the query-key and probability-value products."""
 
     head: int
-    """The LM head."""
+    """FLOPs of the LM head."""
 
     recurrent: int = 0
-    """Recurrences and convolutions along the sequence."""
+    """FLOPs of recurrences and convolutions along the sequence."""
 
     vision: int = 0
-    """The vision tower and projector, counted by running them (`kvpref.models.vision.flops`)."""
+    """FLOPs of the vision tower and projector, counted by running them (`kvpref.models.vision.flops`)."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """FLOPs of all parts."""
         return sum(self)
 
 
@@ -80,7 +80,7 @@ class AttentionShape:
     """The sizes of attention layers of one kind."""
 
     num_layers: int = 1
-    """How many there are."""
+    """Number of such layers."""
 
     num_heads: int
     """Query heads per layer."""
@@ -89,26 +89,26 @@ class AttentionShape:
     """Key/value heads per layer."""
 
     head_dim: int
-    """Elements of a query or key, per head."""
+    """Size of a query or key per head."""
 
     value_dim: int
-    """Elements of a value, per head."""
+    """Size of a value per head."""
 
     rule: Rule = CAUSAL
-    """What a token sees in them."""
+    """Which tokens a token sees in them."""
 
     @property
     def pair_flops(self) -> int:
         """FLOPs of one query-key pair, forward and backward, over all heads and layers.
 
         Two products forward and five backward: scores again, dV, dP, dQ, dK (Dao 2023, arXiv 2307.08691). Four of them
-        are as long as a key, three as a value.
+        have the size of a key, three that of a value.
         """
         return 2 * (4 * self.head_dim + 3 * self.value_dim) * self.num_heads * self.num_layers
 
     @property
     def kv_elements(self) -> int:
-        """Numbers that the keys and values of one token hold, over all layers."""
+        """Numbers in the keys and values of one token, over these layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim)
 
 
@@ -117,13 +117,12 @@ class ModelShape:
     """The sizes that decide a model's FLOPs."""
 
     linear_weights: int
-    """Weights of the linear layers that a token runs through, over all layers; of experts, as many as it is sent to."""
+    """Weights of the linear layers that a token runs through, in all layers; of experts, only those it is routed to."""
 
     attention: tuple[AttentionShape, ...]
     """Attention layers, by kind."""
 
     hidden_size: int
-    """Elements of a hidden state."""
 
     vocab_size: int
     """Rows of the LM head."""
@@ -133,16 +132,16 @@ class ModelShape:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """Of the attention layers."""
+        """The distinct rules of the attention layers."""
         return tuple({kind.rule: None for kind in self.attention})
 
     @property
     def kv_elements(self) -> int:
-        """Numbers that the keys and values of one token hold."""
+        """Numbers in the keys and values of one token, over all layers."""
         return sum(kind.kv_elements for kind in self.attention)
 
     def mean_pairs(self, work: Work) -> float:
-        """Query-key pairs per head and layer, over all layers; those of larger heads count for more."""
+        """Query-key pairs per head and layer, averaged over all layers and weighted by the size of the heads."""
         weights = [kind.pair_flops for kind in self.attention]
         pairs = [work.pairs_under(kind.rule) for kind in self.attention]
         return sum(map(mul, weights, pairs)) / max(1, sum(weights))
@@ -150,11 +149,11 @@ class ModelShape:
     def flops(self, work: Work) -> Flops:
         """FLOPs of a forward and backward that trains every weight.
 
-        A linear layer costs one product forward and two backward, and recurrences are taken alike. The head costs one
+        A linear layer costs one product forward and two backward; recurrences are counted the same. The head costs one
         forward and three backward, because its logits are computed again (Wijmans et al. 2024, arXiv 2411.09009).
 
         Args:
-            work: Counted with the rules of this shape.
+            work: Counts that include the rules of this shape.
         """
         return Flops(
             linear=3 * 2 * self.linear_weights * work.num_tokens,
@@ -165,11 +164,11 @@ class ModelShape:
 
 
 def count_work(plan: ModePlan, rules: Iterable[Rule] = ()) -> Work:
-    """Count what running `plan` computes. In mode ``padded`` attention computes what it masks and the padding too.
+    """Count the work of running `plan`. In mode ``padded`` this includes masked pairs and padding.
 
     Args:
-        plan: What is run.
-        rules: Of the model's layers, besides causal.
+        plan: The passes to run.
+        rules: Rules of the model's layers other than causal.
     """
     return Work(
         num_tokens=plan.num_forward_tokens,
@@ -180,7 +179,7 @@ def count_work(plan: ModePlan, rules: Iterable[Rule] = ()) -> Work:
 
 
 def total_work(works: Iterable[Work]) -> Work:
-    """The counts of several micro-batches together."""
+    """The sum of the counts of several micro-batches."""
     total = Work(0, 0, 0)
     for work in works:
         total = total.plus(work)

@@ -13,11 +13,11 @@ from kvpref.records.images import Image, unique_images
 
 
 class ImageTable(NamedTuple):
-    """All features that the passes over some sequences read, (R, hidden_size), image after image.
+    """The features read by the passes over some sequences, (R, hidden_size), image after image.
 
     Attributes:
-        images: Those whose features are its rows, in order.
-        runs: Per sequence, where which rows stand.
+        images: The images whose features are its rows, in order.
+        runs: Per sequence, which rows stand at which positions.
     """
 
     images: tuple[Image, ...]
@@ -25,7 +25,9 @@ class ImageTable(NamedTuple):
 
 
 def shared_table(sequences: AbstractSequence[Sequence]) -> ImageTable:
-    """Every image once."""
+    """The table with every image once."""
+    if not any(sequence.images for sequence in sequences):
+        return ImageTable((), ((),) * len(sequences))
     images = unique_images(placed.image for sequence in sequences for placed in sequence.images)
     rows = dict(zip((image.key for image in images), _first_rows(images), strict=True))
     runs = tuple(
@@ -35,7 +37,7 @@ def shared_table(sequences: AbstractSequence[Sequence]) -> ImageTable:
 
 
 def repeated_table(sequences: AbstractSequence[Sequence]) -> ImageTable:
-    """Every image once per sequence that holds it, as ordinary training has it."""
+    """The table with every image once per sequence that holds it, as in ordinary training."""
     images = tuple(placed.image for sequence in sequences for placed in sequence.images)
     rows = iter(_first_rows(images))
     runs = tuple(tuple(_runs(sequence, [next(rows) for _ in sequence.images])) for sequence in sequences)

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 
+import numpy as np
 import torch
 
 from kvpref.plan.images import ImageTable, repeated_table, shared_table
-from kvpref.plan.passes import ModePlan, PassPlan, Reads, int64, level_blocks, pass_input_ids, row_runs
+from kvpref.plan.passes import (
+    ModePlan,
+    PassPlan,
+    Reads,
+    int64,
+    level_blocks,
+    pass_input_ids,
+    row_runs,
+)
+from kvpref.prefix.blocks import offsets
+from kvpref.prefix.building import build_unshared_tree
 from kvpref.prefix.levels import Level, LevelLayout, build_layout
 from kvpref.prefix.segments import SegmentLayout, level_segments
-from kvpref.prefix.tree import PrefixTree, build_unshared_tree
-from kvpref.records.groups import Sequence
+from kvpref.prefix.tree import PrefixTree
+from kvpref.records.groups import BoolArray, IntArray, Sequence
 from kvpref.records.images import Image
 
 
@@ -23,9 +34,9 @@ def build_plan(
 
     Args:
         mode: One of `MODES`.
-        sequences: What is run.
-        tree: Over them.
-        reads: Which hidden states are read, those for log-probs if None; and what tokens see.
+        sequences: The sequences to run.
+        tree: Their prefix tree.
+        reads: Which hidden states are read and what tokens see; None for log-probs under causal attention.
 
     Raises:
         ValueError: If there is no such mode.
@@ -39,20 +50,15 @@ def _pass_of_levels(
     levels: AbstractSequence[Level], segments: tuple[SegmentLayout, ...], *, has_images: bool
 ) -> PassPlan:
     """Pack whole levels, one after another, in one row."""
-    predictor_rows: list[int] = []
-    image_rows: list[int] = []
-    num_rows = 0
-    for level in levels:
-        predictor_rows.extend(num_rows + row for row in level.predictor_rows)
-        image_rows.extend(num_rows + row for row in level.image_rows)
-        num_rows += level.num_rows
-    rows = int64(image_rows)
+    firsts = offsets(level.num_rows for level in levels)
+    rows = int64([first + row for first, level in zip(firsts, levels, strict=False) for row in level.image_rows])
+    predictors = [first + level.predictor_rows for first, level in zip(firsts, levels, strict=False)]
     return PassPlan(
-        input_ids=pass_input_ids([token for level in levels for token in level.input_ids], rows).unsqueeze(0),
-        position_ids=int64([position for level in levels for position in level.position_ids]).unsqueeze(0),
+        input_ids=pass_input_ids(np.concatenate([level.input_ids for level in levels]), rows).unsqueeze(0),
+        position_ids=int64(np.concatenate([level.position_ids for level in levels])).unsqueeze(0),
         attention_mask=None,
         levels=tuple(level_blocks(level) for level in levels),
-        predictor_rows=int64(predictor_rows),
+        predictor_rows=int64(np.concatenate(predictors)),
         layouts=tuple(level.placed for level in levels),
         segments=segments,
         image_rows=rows,
@@ -62,12 +68,15 @@ def _pass_of_levels(
 
 
 def _plan_of_layout(
-    mode: str, layout: LevelLayout, passes: tuple[PassPlan, ...], images: tuple[Image, ...]
+    mode: str,
+    layout: LevelLayout,
+    passes: tuple[PassPlan, ...],
+    images: tuple[Image, ...],
 ) -> ModePlan:
     return ModePlan(
         mode=mode,
         passes=passes,
-        targets=int64([target for level in layout.levels for target in level.targets]),
+        targets=int64(np.concatenate([level.targets for level in layout.levels])),
         token_index=int64(layout.token_index),
         cu_seqlens=int64(layout.cu_seqlens),
         max_sequence_tokens=layout.max_position + 1,
@@ -86,8 +95,8 @@ def _level_passes(
     layout = build_layout(tree, reads.flags(sequences), reads.runs(sequences), table.runs)
     segments = level_segments(tree, layout.levels)
     passes = (
-        _pass_of_levels([level], (own,), has_images=bool(table.images))
-        for level, own in zip(layout.levels, segments, strict=True)
+        _pass_of_levels([level], segments[depth : depth + 1], has_images=bool(table.images))
+        for depth, level in enumerate(layout.levels)
     )
     return _plan_of_layout(mode, layout, tuple(passes), table.images)
 
@@ -101,34 +110,29 @@ def _one_pass(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree
 
 
 def _packed(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads) -> ModePlan:
-    unshared = build_unshared_tree([sequence.input_ids for sequence in sequences])
+    unshared = build_unshared_tree([sequence.ids for sequence in sequences])
     return _level_passes(mode, sequences, unshared, reads, repeated_table(sequences))
 
 
 def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, reads: Reads) -> ModePlan:
-    width = max(len(sequence) for sequence in sequences)
-    flags = reads.flags(sequences)
+    lengths = np.array(list(map(len, sequences)))
+    width = int(lengths.max())
+    is_token = np.arange(width) < lengths[:, None]
+    input_ids = np.zeros((len(sequences), width), dtype=np.int64)
+    input_ids[is_token] = np.concatenate([sequence.ids for sequence in sequences])
+    rows, places = _flagged(reads.flags(sequences))
+    is_inside = places < lengths[rows]
+    targets = np.where(is_inside, input_ids[rows, np.where(is_inside, places, 0)], 0)
     table = repeated_table(sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    rows: list[int] = []
-    targets: list[int] = []
-    cu_seqlens = [0]
-    for index, sequence in enumerate(sequences):
-        input_ids[index, : len(sequence)] = int64(sequence.input_ids)
-        attention_mask[index, : len(sequence)] = 1
-        read = [position for position, flag in enumerate(flags[index]) if flag]
-        rows.extend(index * width + position - 1 for position in read)
-        targets.extend(sequence.input_ids[position] if position < len(sequence) else 0 for position in read)
-        cu_seqlens.append(len(rows))
     image_rows, image_index = _padded_images(table, width)
-    input_ids.view(-1)[image_rows] = 0
+    ids = int64(input_ids)
+    ids.view(-1)[image_rows] = 0
     only_pass = PassPlan(
-        input_ids=input_ids,
+        input_ids=ids,
         position_ids=torch.arange(width).expand(len(sequences), -1),
-        attention_mask=attention_mask,
+        attention_mask=int64(is_token),
         levels=(),
-        predictor_rows=int64(rows),
+        predictor_rows=int64(rows * width + places - 1),
         layouts=(),
         image_rows=image_rows,
         image_index=image_index,
@@ -139,11 +143,17 @@ def _padded(mode: str, sequences: AbstractSequence[Sequence], tree: PrefixTree, 
         passes=(only_pass,),
         targets=int64(targets),
         token_index=torch.arange(len(targets)),
-        cu_seqlens=int64(cu_seqlens),
+        cu_seqlens=int64(np.searchsorted(rows, np.arange(len(sequences) + 1))),
         max_sequence_tokens=width,
-        num_forward_tokens=input_ids.numel(),
+        num_forward_tokens=input_ids.size,
         images=table.images,
     )
+
+
+def _flagged(flags: AbstractSequence[BoolArray]) -> tuple[IntArray, IntArray]:
+    """The sequence and the position of each flagged token."""
+    found = [np.flatnonzero(own) for own in flags]
+    return np.repeat(np.arange(len(found)), list(map(len, found))), np.concatenate(found)
 
 
 def _padded_images(table: ImageTable, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""How often each row of a pass occurs in the sequences, as tensors. Built only where asked for.
+"""How often each row of a pass occurs in the sequences, as tensors, built only on request.
 
 Shape legend: M micro-batches, T rows of a pass.
 """

@@ -1,4 +1,4 @@
-"""`Step`: the micro-batches of one optimizer step, joined so that what they share is encoded once."""
+"""`Step`: the micro-batches of one optimizer step, joined so that shared tokens are encoded once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvpref.records.tensor_fields import map_tensors, tensors_to
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """What the bounded schedule runs between two changes of the weights.
+    """What the bounded schedule runs between two updates of the weights.
 
     Attributes:
         batches: The micro-batches.
@@ -28,7 +28,7 @@ class Step:
     prefix_grad: bool = True
 
     def image_inputs(self) -> Mapping[str, ImageInputs]:
-        """By image key, its tower's inputs, which stay in host memory; read when first asked for."""
+        """The tower's inputs by image key. They stay in host memory and are read when first asked for."""
         known: dict[str, ImageInputs] = {}
         for batch in self.batches:
             known.update(batch.image_inputs(known))
@@ -47,14 +47,19 @@ class Step:
 
 
 def join_batches(
-    batches: AbstractSequence[Batch], *, max_tokens_per_chunk: int | None, prefix_grad: bool = True
+    batches: AbstractSequence[Batch],
+    *,
+    max_tokens_per_chunk: int | None,
+    prefix_grad: bool = True,
+    counts_occurrences: bool = True,
 ) -> Step:
     """Join the micro-batches of one optimizer step.
 
     Args:
-        batches: At least one, from `kvpref.collate` with one setting of sharing, on one device.
+        batches: At least one, from `kvpref.collate` with the same sharing settings, on one device.
         max_tokens_per_chunk: Most tokens of a forward pass; None for no bound.
         prefix_grad: Whether prompts get a gradient.
+        counts_occurrences: Whether to count how many sequences hold each token, which router_aux_loss_coef needs.
 
     Raises:
         ValueError: If there are no batches, they differ in sharing or device, or the bound is below 1.
@@ -67,11 +72,18 @@ def join_batches(
     shared = (first.sharing, first.device, first.reads)
     if any((batch.sharing, batch.device, batch.reads) != shared for batch in batches):
         raise ValueError("the micro-batches of a step must be collated with the same limits, and on one device")
-    sequences = [batch.sequences for batch in batches]
+    sequences = [batch.parts for batch in batches]
     tree = first.tree
     if len(batches) > 1:
-        tree = first.sharing.tree([sequence for several in sequences for sequence in several])
+        tree = first.sharing.tree([part for batch in batches for part in batch.parts])
     chunks = build_step_chunks(
-        sequences, tree, max_tokens=max_tokens_per_chunk, prefix_grad=prefix_grad, reads=first.reads
+        sequences,
+        tree,
+        max_tokens=max_tokens_per_chunk,
+        prefix_grad=prefix_grad,
+        reads=first.reads,
+        counts_occurrences=counts_occurrences,
     )
-    return Step(batches=tuple(batches), chunks=tensors_to(chunks, first.device), prefix_grad=prefix_grad)
+    if first.device.type != "cpu":
+        chunks = tensors_to(chunks, first.device)
+    return Step(batches=tuple(batches), chunks=chunks, prefix_grad=prefix_grad)

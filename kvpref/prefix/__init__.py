@@ -1,1 +1,1 @@
-"""Integers: prefix trees, their levels, and how long prompts are cut into chunks. Nothing here imports torch."""
+"""Prefix trees, their levels, and the cutting of long prompts into chunks, as integers. Nothing here imports torch."""

@@ -9,20 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as AbstractSequence
 
+from kvpref.prefix.runs import Runs
 from kvpref.prefix.tree import PrefixTree, Span
-
-Runs = tuple[tuple[int, int], ...]
-"""Ranges [first, stop), in order."""
-
-
-def joined(runs: Iterable[tuple[int, int]]) -> Runs:
-    """The same tokens, with neighbours as one run: models find runs by looking for tokens that are no text."""
-    found: list[tuple[int, int]] = []
-    for first, stop in runs:
-        if found and found[-1][1] == first:
-            first = found.pop()[0]
-        found.append((first, stop))
-    return tuple(found)
 
 
 def segment_runs(tree: PrefixTree, spans: AbstractSequence[Runs] | None) -> list[Runs]:
@@ -30,32 +18,41 @@ def segment_runs(tree: PrefixTree, spans: AbstractSequence[Runs] | None) -> list
 
     Args:
         tree: The prefix tree.
-        spans: Per sequence its runs, as positions inside it; None for none.
+        spans: Per sequence its runs, as positions inside it; None if there are none.
 
     Raises:
         ValueError: If a run does not stand inside one segment, or sequences that share a segment differ in its runs.
     """
-    found: list[Runs | None] = [None] * len(tree.segments)
-    for path, runs in zip(tree.paths, spans or [()] * len(tree.paths), strict=True):
+    if not spans or not any(spans):
+        return [()] * tree.num_segments
+    found = [
+        _runs_inside(spans[source], start, end)
+        for source, start, end in zip(tree.sources.tolist(), tree.starts.tolist(), tree.ends.tolist(), strict=True)
+    ]
+    for number, runs in enumerate(spans):
         num_placed = 0
-        for index in path:
-            start, length = tree.segments[index].start, len(tree.segments[index])
-            own = tuple((a - start, b - start) for a, b in runs if start <= a and b <= start + length)
+        for index, start, stop in tree.steps(number):
+            own = _runs_inside(runs, start, stop)
             num_placed += len(own)
-            if found[index] not in (None, own):
-                raise ValueError(f"segment {index} has the runs {found[index]} in one sequence and {own} in another")
-            found[index] = own
+            known = tuple(run for run in found[index] if run[1] <= stop - start)
+            if known != own:
+                raise ValueError(f"segment {index} has the runs {known} in one sequence and {own} in another")
         if num_placed != len(runs):
             raise ValueError(f"tokens that see one another in both directions must stand in one segment; got {runs}")
-    return [own or () for own in found]
+    return found
+
+
+def _runs_inside(runs: Runs, start: int, stop: int) -> Runs:
+    """The runs inside [start, stop), counted from `start`."""
+    return tuple((first - start, end - start) for first, end in runs if start <= first and end <= stop)
 
 
 def runs_in_rows(pieces: Iterable[Span], runs: AbstractSequence[Runs]) -> Runs:
-    """The row runs of pieces of segments that stand in rows one after another.
+    """The runs, as rows, in pieces of segments that stand one after another.
 
     Args:
-        pieces: None of them cuts a run.
-        runs: Of each segment, from `segment_runs`.
+        pieces: Pieces of segments; none of them cuts a run.
+        runs: The runs of each segment, from `segment_runs`.
     """
     found: list[tuple[int, int]] = []
     row = 0
@@ -68,12 +65,12 @@ def runs_in_rows(pieces: Iterable[Span], runs: AbstractSequence[Runs]) -> Runs:
 
 
 def cut(length: int, limit: int, runs: Runs) -> Iterator[tuple[int, int]]:
-    """Cut a segment into pieces of at most `limit` tokens, longer only where one run is.
+    """Cut a segment into pieces of at most `limit` tokens; a piece is longer only where a single run is.
 
     Args:
         length: Tokens of the segment.
-        limit: At least 1.
-        runs: Of the segment; none is cut.
+        limit: Most tokens of a piece, at least 1.
+        runs: The segment's runs, none of which is cut.
     """
     start = 0
     while start < length:

@@ -21,24 +21,22 @@ class FeatureRun(NamedTuple):
 
 
 SegmentRows = tuple[tuple[int, int], ...]
-"""Of one segment: (offset of a token, row of the table that stands there), in order."""
+"""The image tokens of one segment, in order: (offset of the token, row of the table that stands there)."""
 
 
-def feature_rows(
-    tree: PrefixTree, holders: AbstractSequence[int], images: AbstractSequence[AbstractSequence[FeatureRun]]
-) -> Mapping[int, SegmentRows]:
-    """Per segment that holds tokens of images, their rows in the table.
+def feature_rows(tree: PrefixTree, images: AbstractSequence[AbstractSequence[FeatureRun]]) -> Mapping[int, SegmentRows]:
+    """For each segment that holds tokens of images, their rows in the table.
 
     Args:
         tree: The prefix tree, which shares no token of an image with another image's.
-        holders: Per segment, a sequence that holds it.
         images: Per sequence, its runs in order; empty where no sequence has any.
     """
     if not any(images):
         return {}
     found = {}
-    for index, segment in enumerate(tree.segments):
-        rows = tuple(_rows_inside(images[holders[index]], segment.start, segment.start + len(segment)))
+    places = zip(tree.sources.tolist(), tree.starts.tolist(), tree.ends.tolist(), strict=True)
+    for index, (source, start, end) in enumerate(places):
+        rows = tuple(_rows_inside(images[source], start, end))
         if rows:
             found[index] = rows
     return found

@@ -1,92 +1,41 @@
 """Level layout: where every token of a prefix tree stands when segments of one depth run packed in one row.
 
-Pure Python integers; `kvpref.plan.batch` turns them into tensors. Shape legend: T_d tokens at depth d, S_d segments at
-depth d, P_d predictor rows at depth d, M_d rows that stand for images.
+Integers in numpy arrays; `kvpref.plan.batch` turns them into tensors. Shape legend: T_d tokens at depth d, S_d segments
+at depth d, P_d predictor rows at depth d, M_d rows that stand for images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal
 
-from kvpref.prefix.both_ways import Runs, runs_in_rows, segment_runs
+import numpy as np
+
+from kvpref.prefix.blocks import Pair, PlacedBlocks, VarlenLayout, block_pairs, nested_blocks, offsets
+from kvpref.prefix.both_ways import runs_in_rows, segment_runs
+from kvpref.prefix.building import cut_segments
 from kvpref.prefix.images import FeatureRun, SegmentRows, feature_rows
-from kvpref.prefix.predictors import find_predictors, scored_offsets, sequence_index
-from kvpref.prefix.tree import PrefixTree, Span, cut_segments
-
-Shape = Literal["rectangle", "causal", "anti_causal"]
-"""What query i of a pair sees of its keys: all; those up to and including key i; those from key i on. The last two are
-squares: a pair has as many queries as keys."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VarlenLayout:
-    """One varlen attention block: pairs of a query range and a key range, all of one shape.
-
-    Every query row is in at most one pair.
-
-    Attributes:
-        cu_seqlens_q: Row offsets of the queries, one more entry than pairs: pair i has [q[i], q[i+1]). Pairs may have
-            no queries.
-        cu_seqlens_k: Row offsets of the keys, likewise.
-        shape: What a query sees of its pair's keys.
-        source: Where the keys are: 0 for the pass's own rows, i for those of prefix i - 1.
-        key_starts: Per pair, the first row of its keys in the source, where ranges overlap or leave rows out; its
-            length is that of `cu_seqlens_k`, which then counts rows that were gathered one range after another. None
-            where pair i's keys are the rows [k[i], k[i+1]) of the source.
-        window: Of a causal block whose queries are its keys: query q sees key k only where q - k < window.
-    """
-
-    cu_seqlens_q: tuple[int, ...]
-    cu_seqlens_k: tuple[int, ...]
-    shape: Shape
-    source: int = 0
-    key_starts: tuple[int, ...] | None = None
-    window: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacedBlocks:
-    """The attention blocks of one row of segments under the causal rule, and where their tokens stand in the sequences.
-
-    Attributes:
-        self_block: Each segment over itself, causal; its offsets say where each segment's rows are.
-        cross_blocks: Per prefix, the segments that continue a run of its rows over that run. A segment's queries are
-            in one pair.
-        query_positions: Per segment, the position of its first token inside the sequences.
-        key_positions: Per prefix and pair of its block, the position of the pair's first key.
-        spans: Runs of rows [first, stop), each inside one segment, that see one another in both directions where a rule
-            says so.
-    """
-
-    self_block: VarlenLayout
-    cross_blocks: tuple[VarlenLayout, ...]
-    query_positions: tuple[int, ...]
-    key_positions: tuple[tuple[int, ...], ...]
-    spans: Runs = ()
-
-    @property
-    def num_rows(self) -> int:
-        """T_d."""
-        return self.self_block.cu_seqlens_q[-1]
+from kvpref.prefix.predictors import Flags, find_predictors
+from kvpref.prefix.radix import IntArray
+from kvpref.prefix.runs import Runs
+from kvpref.prefix.tree import PrefixTree, Span
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelSegments(PlacedBlocks):
-    """All segments of one depth, packed in one row in depth-first order; one prefix per ancestor depth 0..d-1.
+    """All segments of one depth, packed in one row in depth-first order; prefix i - 1 is the level of depth i - 1.
 
     Attributes:
-        segments: (S_d,) their places in the tree.
+        segments: (S_d,) int64, their indices in the tree.
     """
 
     segments: tuple[int, ...]
 
     @property
     def placed(self) -> PlacedBlocks:
-        """The blocks alone."""
+        """Only the blocks."""
         return PlacedBlocks(
             self_block=self.self_block,
             cross_blocks=self.cross_blocks,
@@ -96,87 +45,113 @@ class LevelSegments(PlacedBlocks):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Level(LevelSegments):
-    """With the tokens, and the rows that are read.
+    """A level with its tokens and the rows that are read.
 
     Attributes:
-        input_ids: (T_d,) token ids.
-        position_ids: (T_d,) positions inside the sequences, continuing from the parent's end.
-        predictor_rows: (P_d,) rows whose hidden state predicts a scored token; a row that predicts the first
-            tokens of several children stands there once per distinct token.
-        targets: (P_d,) the token ids they predict.
+        input_ids: (T_d,) int64, token ids.
+        position_ids: (T_d,) int64, positions inside the sequences, continuing from where they branch off the parent.
+        predictor_rows: (P_d,) int64 in order, rows whose hidden state predicts a scored token; a row that predicts
+            several tokens, where sequences part, occurs once per distinct token.
+        targets: (P_d,) int64, the token ids they predict.
         image_rows: (M_d,) rows that stand for images.
         image_index: (M_d,) the rows of the table of features that stand there.
         holders: (S_d,) per segment, a sequence that holds it.
     """
 
-    input_ids: tuple[int, ...]
-    position_ids: tuple[int, ...]
-    predictor_rows: tuple[int, ...]
-    targets: tuple[int, ...]
+    input_ids: IntArray
+    position_ids: IntArray
+    predictor_rows: IntArray
+    targets: IntArray
     image_rows: tuple[int, ...]
     image_index: tuple[int, ...]
     holders: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LevelLayout:
     """The levels of a tree, and the way back from unique scored tokens to the caller's sequences.
 
     Attributes:
         levels: Depth 0 first.
-        token_index: (num_scored_tokens,) index into the concatenation of all levels' `targets`, sequence after
+        token_index: (num_scored_tokens,) int64, index into the concatenation of all levels' `targets`, sequence after
             sequence in the caller's order.
-        cu_seqlens: (num_sequences + 1,) offsets of each sequence's scored tokens in `token_index`.
+        cu_seqlens: (num_sequences + 1,) int64, offsets of each sequence's scored tokens in `token_index`.
         max_position: The largest position of any token.
     """
 
     levels: tuple[Level, ...]
-    token_index: tuple[int, ...]
-    cu_seqlens: tuple[int, ...]
+    token_index: IntArray
+    cu_seqlens: IntArray
     max_position: int
 
 
 def build_levels(tree: PrefixTree, spans: AbstractSequence[Runs] | None = None) -> tuple[LevelSegments, ...]:
-    """The levels of a tree, from the lengths of segments alone; `spans` as in `build_layout`."""
+    """The levels of a tree, from the lengths of segments alone; `spans` as for `build_layout`."""
     runs = segment_runs(tree, spans)
-    members: list[list[int]] = [[] for _ in range(tree.num_levels)]
-    lines: list[tuple[int, ...]] = []  # per segment, its ancestors by depth and itself
-    for index, segment in enumerate(tree.segments):
-        lines.append((index,) if segment.parent is None else (*lines[segment.parent], index))
-        members[segment.depth].append(index)
-    lengths = list(map(len, tree.segments))
-    starts = [tuple(tree.segments[index].start for index in level) for level in members]
-
-    def cross_block(depth: int, ancestor: int) -> VarlenLayout:
-        """Depth-first order makes the descendants of each segment one contiguous range of the deeper level."""
-        num_queries = dict.fromkeys(members[ancestor], 0)
-        for index in members[depth]:
-            num_queries[lines[index][ancestor]] += lengths[index]
-        keys = _offsets([lengths[index] for index in members[ancestor]])
-        queries = _offsets(list(num_queries.values()))
-        return VarlenLayout(cu_seqlens_q=queries, cu_seqlens_k=keys, shape="rectangle", source=ancestor + 1)
-
-    levels = []
-    for depth, segments in enumerate(members):
-        own = _offsets([lengths[index] for index in segments])
+    members = [np.flatnonzero(tree.depths == depth) for depth in range(tree.num_levels)]
+    rows = first_rows(tree)
+    levels: list[LevelSegments] = []
+    for segments in members:
+        own = offsets(tree.lengths[segments].tolist())
+        cross = list(_cross_blocks(tree, segments, rows, levels))
         levels.append(
             LevelSegments(
-                segments=tuple(segments),
+                segments=tuple(segments.tolist()),
                 self_block=VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, shape="causal"),
-                cross_blocks=tuple(cross_block(depth, ancestor) for ancestor in range(depth)),
-                query_positions=starts[depth],
-                key_positions=tuple(starts[:depth]),  # one pair per ancestor
-                spans=runs_in_rows([Span(index, 0, lengths[index]) for index in segments], runs),
+                cross_blocks=tuple(cross),
+                query_positions=tuple(tree.starts[segments].tolist()),
+                key_positions=tuple(_key_positions(tree, levels[block.source - 1], block) for block in cross),
+                spans=_runs_of_level(segments.tolist(), tree, runs) if spans else (),
             )
         )
     return tuple(levels)
 
 
+def _runs_of_level(segments: list[int], tree: PrefixTree, runs: list[Runs]) -> Runs:
+    return runs_in_rows([Span(index, 0, int(tree.lengths[index])) for index in segments], runs)
+
+
+def _cross_blocks(
+    tree: PrefixTree, segments: IntArray, rows: IntArray, levels: AbstractSequence[LevelSegments]
+) -> Iterator[VarlenLayout]:
+    """What a level's segments see of each level above; in depth-first order, those that see the same are neighbours."""
+    ends = np.cumsum(tree.lengths[segments])
+    for depth, reached in enumerate(_ancestors(tree, segments)):
+        above, num_seen = reached
+        is_last = np.append((above[1:] != above[:-1]) | (num_seen[1:] != num_seen[:-1]), True)
+        stops = ends[is_last]
+        columns = (np.append(0, stops[:-1]), np.diff(stops, prepend=0), rows[above[is_last]], num_seen[is_last])
+        pairs = itertools.starmap(Pair, zip(*(column.tolist() for column in columns), strict=True))
+        yield from nested_blocks(pairs, (int(ends[-1]), levels[depth].num_rows), source=depth + 1)
+
+
+def _ancestors(tree: PrefixTree, segments: IntArray) -> list[tuple[IntArray, IntArray]]:
+    """Per level above, the segments' ancestors there, and how many of their tokens they see."""
+    found = []
+    below = segments
+    for _ in range(int(tree.depths[segments[0]])):
+        above = tree.parents[below]
+        found.append((above, tree.starts[below] - tree.starts[above]))
+        below = above
+    return found[::-1]
+
+
+def _key_positions(tree: PrefixTree, level: LevelSegments, block: VarlenLayout) -> tuple[int, ...]:
+    firsts = np.array(level.self_block.cu_seqlens_q)
+    keys = [(num_keys, first) for _, num_keys, first in block_pairs(block)]
+    is_seen = np.array([num_keys > 0 for num_keys, _ in keys])
+    starts = np.array([first for _, first in keys])
+    places = np.searchsorted(firsts, starts, side="right") - 1
+    places = np.minimum(places, len(level.segments) - 1)
+    positions = np.array(level.query_positions)[places] + starts - firsts[places]
+    return tuple(np.where(is_seen, positions, 0).tolist())
+
+
 def build_layout(
     tree: PrefixTree,
-    scored: AbstractSequence[AbstractSequence[bool]],
+    scored: AbstractSequence[AbstractSequence[bool] | Flags],
     spans: AbstractSequence[Runs] | None = None,
     images: AbstractSequence[AbstractSequence[FeatureRun]] = (),
 ) -> LevelLayout:
@@ -184,88 +159,118 @@ def build_layout(
 
     Args:
         tree: The prefix tree of the micro-batch.
-        scored: Per sequence, one flag per token. A token that several sequences share is computed once when any of
-            them scores it, and counts only in those that do. One flag more asks for the row of the last token, which
-            predicts nothing (its target is 0).
+        scored: Per sequence, one flag per token. A token shared by several sequences is computed once if any of
+            them scores it, and counts only in those that do. One extra flag asks for the row of the last token, which
+            predicts nothing.
         spans: Per sequence the runs of its tokens that may see one another in both directions, as positions
-            [first, stop); None for none.
+            [first, stop); None if there are none.
         images: Per sequence, where features of images stand; empty where there are none.
 
     Raises:
         ValueError: If a run does not stand inside one segment.
     """
     bare = build_levels(tree, spans)
-    holders = tree.holders()
-    rows_of = feature_rows(tree, holders, images)
-    predictors, slots = find_predictors(tree, first_rows(bare), scored_offsets(tree, scored), num_levels=len(bare))
-    token_index, cu_seqlens = sequence_index(tree, scored, slots)
+    rows_of = feature_rows(tree, images)
+    order = np.concatenate([level.segments for level in bare]).astype(np.int64)
+    tokens = tree.tokens_of(order)
+    predictors = find_predictors(tree, order, tokens, [np.asarray(flags, dtype=bool) for flags in scored])
+    own_tokens = np.split(tokens, np.cumsum([level.num_rows for level in bare])[:-1])
+    images_of = [_image_rows(level, rows_of) for level in bare]
+    parts = zip(bare, own_tokens, predictors.rows, predictors.targets, images_of, strict=True)
     return LevelLayout(
         levels=tuple(
-            _with_tokens(tree, level, pairs, holders, rows_of) for level, pairs in zip(bare, predictors, strict=True)
+            Level(
+                **vars(level),
+                input_ids=input_ids,
+                position_ids=tree.positions_of(np.array(level.segments)),
+                predictor_rows=rows,
+                targets=targets,
+                holders=tuple(tree.sources[list(level.segments)].tolist()),
+                image_rows=tuple(row for row, _ in images),
+                image_index=tuple(index for _, index in images),
+            )
+            for level, input_ids, rows, targets, images in parts
         ),
-        token_index=token_index,
-        cu_seqlens=cu_seqlens,
-        max_position=max(tree.end(path[-1]) for path in tree.paths) - 1,
+        token_index=predictors.token_index,
+        cu_seqlens=predictors.cu_seqlens,
+        max_position=max(map(len, tree.sequences)) - 1,
     )
 
 
-def _with_tokens(
-    tree: PrefixTree,
-    level: LevelSegments,
-    predictors: list[tuple[int, int]],
-    holders: tuple[int, ...],
-    rows_of: Mapping[int, SegmentRows],
-) -> Level:
-    segments = [tree.segments[index] for index in level.segments]
+def _image_rows(level: LevelSegments, rows_of: Mapping[int, SegmentRows]) -> list[tuple[int, int]]:
+    """Rows of the level that stand for images, each with its row of the table."""
     starts = level.self_block.cu_seqlens_q
-    images = [
+    return [
         (start + offset, row)
         for index, start in zip(level.segments, starts, strict=False)  # and the end
         for offset, row in rows_of.get(index, ())
     ]
-    return Level(
-        **vars(level),
-        input_ids=tuple(token for segment in segments for token in segment.input_ids),
-        position_ids=tuple(
-            position for segment in segments for position in range(segment.start, segment.start + len(segment))
-        ),
-        predictor_rows=tuple(row for row, _ in predictors),
-        targets=tuple(target for _, target in predictors),
-        image_rows=tuple(row for row, _ in images),
-        image_index=tuple(index for _, index in images),
-        holders=tuple(holders[index] for index in level.segments),
-    )
 
 
-def first_rows(levels: AbstractSequence[LevelSegments]) -> dict[int, int]:
-    """Per segment, the row of its first token inside its own level."""
-    return {
-        index: row
-        for level in levels
-        for index, row in zip(level.segments, level.self_block.cu_seqlens_q, strict=False)  # and the end
-    }
+def first_rows(tree: PrefixTree) -> IntArray:
+    """(S,) int64, per segment the row of its first token inside its own level."""
+    order = np.argsort(tree.depths, kind="stable")
+    rows = np.cumsum(tree.lengths[order]) - tree.lengths[order]
+    level_rows = np.bincount(tree.depths, weights=tree.lengths).astype(np.int64)
+    found = np.empty_like(rows)
+    found[order] = rows
+    return found - (np.cumsum(level_rows) - level_rows)[tree.depths]
 
 
-def prompt_segments(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> set[int]:
-    """Segments up to whose end none of the sequences that hold them scores a token."""
-    return {index for index, first in _first_scored(tree, scored).items() if first >= tree.end(index)}
+def prompt_segments(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool] | Flags]) -> set[int]:
+    """Segments with no scored token up to their end, in any sequence that holds them."""
+    return set(np.flatnonzero(_first_scored(tree, scored) >= tree.ends).tolist())
 
 
-def cut_prompts(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> PrefixTree:
-    """The same sequences, where no segment holds the end of a prompt and the beginning of a response."""
-    ends = {index: first - tree.segments[index].start for index, first in _first_scored(tree, scored).items()}
-    return cut_segments(tree, {index: end for index, end in ends.items() if 0 < end < len(tree.segments[index])})
+def cut_prompts(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool] | Flags]) -> PrefixTree:
+    """The same sequences, cut so that no segment mixes tokens of prompts with others.
+
+    A token belongs to a prompt if no sequence that holds it scores it or an earlier token.
+    """
+    firsts = _firsts(scored)[tree.path_sequences]
+    of_segment: list[list[tuple[int, int]]] = [[] for _ in range(tree.num_segments)]
+    for segment, stop, first in zip(
+        tree.path_segments.tolist(), tree.path_stops.tolist(), firsts.tolist(), strict=True
+    ):
+        of_segment[segment].append((stop, first))
+    cuts = {}
+    for index, (start, own) in enumerate(zip(tree.starts.tolist(), of_segment, strict=True)):
+        if places := [place - start for place in _prompt_ends(start, own)]:
+            cuts[index] = places
+    return cut_segments(tree, cuts)
 
 
-def _first_scored(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool]]) -> dict[int, int]:
-    """Per segment, the position of the first token that one of its sequences scores, there or elsewhere."""
-    found: dict[int, int] = {}
-    for path, flags in zip(tree.paths, scored, strict=True):
-        first = flags.index(True) if True in flags else len(flags)
-        for index in path:
-            found[index] = min(first, found.get(index, first))
+def _prompt_ends(start: int, steps: list[tuple[int, int]]) -> list[int]:
+    """Where a segment changes from prompts to other tokens or back.
+
+    Args:
+        start: Its first position.
+        steps: For each sequence that holds it: where the sequence leaves it, and the first token that it scores.
+    """
+    ordered = sorted(steps)
+    firsts = [first for _, first in reversed(ordered)]
+    found, place, was_prompt = [], start, None
+    # For each, the first token scored by sequences that go as far or further.
+    for (stop, _), first in zip(ordered, reversed(list(itertools.accumulate(firsts, min))), strict=True):
+        for position in sorted({place, min(max(first, place), stop)} - {stop}):
+            is_prompt = position < first
+            if was_prompt not in (None, is_prompt):
+                found.append(position)
+            was_prompt = is_prompt
+        place = stop
     return found
 
 
-def _offsets(lengths: AbstractSequence[int]) -> tuple[int, ...]:
-    return tuple(accumulate(lengths, initial=0))
+def _first_scored(tree: PrefixTree, scored: AbstractSequence[AbstractSequence[bool] | Flags]) -> IntArray:
+    """(S,) int64, per segment the position of the first token scored by any of its sequences, there or before."""
+    firsts = _firsts(scored)[tree.path_sequences]
+    never = np.iinfo(np.int64).max
+    found = np.full(tree.num_segments, never)
+    np.minimum.at(found, tree.path_segments, np.where(firsts < tree.path_stops, firsts, never))
+    return found
+
+
+def _firsts(scored: AbstractSequence[AbstractSequence[bool] | Flags]) -> IntArray:
+    """(N,) int64, the first token that each sequence scores; its length where it scores none."""
+    arrays = [np.asarray(flags, dtype=bool) for flags in scored]
+    return np.array([flags.argmax() if flags.any() else len(flags) for flags in arrays])

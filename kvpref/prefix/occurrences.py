@@ -1,13 +1,16 @@
-"""How often tokens that run once occur in the sequences: what a mean over the sequences' tokens weights them by."""
+"""How often tokens that run once occur in the sequences; a mean over the sequences' tokens weights them by this."""
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from kvpref.prefix.tree import PrefixTree
+import numpy as np
+
+from kvpref.prefix.tree import PrefixTree, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class Occurrences:
 
     Attributes:
         owners: (M,) the micro-batches that hold some of the rows.
-        lengths: (R,) rows of each run.
+        lengths: (R,) number of rows of each run.
         counts: Per owner, (R,) how many of its sequences hold each run.
     """
 
@@ -25,33 +28,49 @@ class Occurrences:
     counts: tuple[tuple[int, ...], ...]
 
 
-def count_holders(tree: PrefixTree, owners: AbstractSequence[int]) -> list[Counter[int]]:
-    """Per segment, how many sequences of each owner hold it.
+Holders = dict[int, list[int]]
+"""For a segment: owner -> the offset up to which each of its sequences holds it, shortest first."""
+
+
+def count_holders(tree: PrefixTree, owners: AbstractSequence[int]) -> list[Holders]:
+    """Per segment, the sequences of each owner that hold it.
 
     Args:
         tree: The prefix tree.
         owners: Per sequence, the micro-batch that it belongs to.
     """
-    found: list[Counter[int]] = [Counter() for _ in tree.segments]
-    for path, owner in zip(tree.paths, owners, strict=True):
-        for index in path:
-            found[index][owner] += 1
+    found: list[Holders] = [{} for _ in range(tree.num_segments)]
+    held = tree.path_stops - tree.starts[tree.path_segments]
+    columns = (tree.path_segments.tolist(), tree.path_sequences.tolist(), held.tolist())
+    for segment, sequence, stop in zip(*columns, strict=True):
+        found[segment].setdefault(owners[sequence], []).append(stop)
+    for holders in found:
+        for stops in holders.values():
+            stops.sort()
     return found
 
 
-def occurrences_of(holders: AbstractSequence[Counter[int]], runs: Iterable[tuple[int, int]]) -> Occurrences:
-    """Those of (segment, length) runs that stand one after another."""
-    runs = list(runs)
-    owners = sorted({owner for segment, _ in runs for owner in holders[segment]})
-    return Occurrences(
-        owners=tuple(owners),
-        lengths=tuple(length for _, length in runs),
-        counts=tuple(tuple(holders[segment][owner] for segment, _ in runs) for owner in owners),
-    )
+def occurrences_of(holders: AbstractSequence[Holders], spans: Iterable[Span]) -> Occurrences:
+    """The occurrences of pieces of segments that stand one after another."""
+    spans = list(spans)
+    owners = sorted({owner for span in spans for owner in holders[span.segment]})
+    lengths: list[int] = []
+    counts: list[list[int]] = [[] for _ in owners]
+    for span in spans:
+        own = holders[span.segment]
+        inside: set[int] = set()
+        for stops in own.values():
+            inside.update(stops[bisect_right(stops, span.start) : bisect_left(stops, span.stop)])
+        for start, stop in pairwise([span.start, *sorted(inside), span.stop]):
+            lengths.append(stop - start)
+            for owner, column in zip(owners, counts, strict=True):
+                stops = own.get(owner, [])
+                column.append(len(stops) - bisect_right(stops, start))
+    return Occurrences(owners=tuple(owners), lengths=tuple(lengths), counts=tuple(map(tuple, counts)))
 
 
 def tree_occurrences(tree: PrefixTree) -> Occurrences:
-    """Those of a whole tree of one micro-batch, its levels one after another."""
-    order = sorted(range(len(tree.segments)), key=lambda index: tree.segments[index].depth)
-    holders = count_holders(tree, [0] * len(tree.paths))
-    return occurrences_of(holders, ((index, len(tree.segments[index])) for index in order))
+    """The occurrences of a whole tree of one micro-batch, level after level."""
+    order = np.argsort(tree.depths, kind="stable").tolist()
+    holders = count_holders(tree, [0] * len(tree.sequences))
+    return occurrences_of(holders, (Span(index, 0, int(tree.lengths[index])) for index in order))

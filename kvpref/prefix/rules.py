@@ -11,32 +11,32 @@ KINDS = ("causal", "window", "chunk", "dense")
 class Rule:
     """Which keys at positions k a query at position q sees, both positions inside the sequence.
 
-    All are of earlier tokens and its own, but for `bidirectional`.
+    Without `bidirectional`, a query sees only itself and earlier tokens.
     """
 
     kind: str
-    """``causal``: k <= q. ``window``: and q - k < size. ``chunk``: and k // size == q // size. ``dense``: some of
-    the keys k <= q that follow no such form; `ranges` says which."""
+    """``causal``: k <= q. ``window``: and q - k < size. ``chunk``: and k // size == q // size. ``dense``: an
+    arbitrary subset of the keys k <= q, given by `ranges`."""
 
     size: int = 0
     """Tokens of a window or a chunk; 0 for the others."""
 
     ranges: tuple[tuple[tuple[int, int], ...], ...] = field(default=(), repr=False)
-    """``dense``: per query position the ranges [first, stop) of key positions that it sees, in order."""
+    """``dense``: per query position the ranges [first, stop) of key positions it sees, in order."""
 
     bidirectional: bool = False
-    """``causal``, ``window``: a token also sees the later ones of the span that it stands in (an image, say)."""
+    """``causal``, ``window``: a token also sees the later ones of its span, such as an image."""
 
     whole_spans: bool = False
-    """``window``, `bidirectional`: and the earlier ones of its span that are outside the window."""
+    """``window`` with `bidirectional`: also the earlier tokens of its span that are outside the window."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown rule {self.kind!r}; choose from: {', '.join(KINDS)}")
         if self.bidirectional and self.kind not in ("causal", "window"):
-            raise ValueError(f"tokens under a {self.kind} rule cannot see later ones, too")
+            raise ValueError(f"tokens under a {self.kind} rule cannot see later ones")
         if self.whole_spans and not (self.bidirectional and self.kind == "window"):
-            raise ValueError("only under a bidirectional window rule can spans be seen whole")
+            raise ValueError("spans can be seen whole only under a bidirectional window rule")
         sized = self.kind in ("window", "chunk")
         if sized != (self.size > 0) or self.size < 0:
             expected = "a size of at least 1" if sized else "no size"

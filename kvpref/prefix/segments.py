@@ -1,6 +1,6 @@
-"""Where segments begin and what they leave: what layers with a recurrent state need to know of a pass.
+"""Where segments begin and which states they leave, for layers with a recurrent state.
 
-Pure Python integers.
+Integers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvpref.prefix.levels import LevelSegments
 from kvpref.prefix.slab_reads import SlabKey
-from kvpref.prefix.tree import PrefixTree, Span
+from kvpref.prefix.tree import NO_PARENT, PrefixTree, Span
 
 BEGINNING = -1
 """Parent of a segment that begins a sequence."""
@@ -21,9 +21,9 @@ class SegmentLayout:
     """Segments that stand in the rows of a level, one after another.
 
     Attributes:
-        lengths: Rows of each.
-        parents: For each, which of the states that were left before is its beginning, or `BEGINNING`.
-        kept: Those whose own last state others begin with, in the order in which their states are left.
+        lengths: Rows of each segment.
+        parents: For each segment, the index of the earlier state it starts from, or `BEGINNING`.
+        kept: The segments whose final state others start from, in the order in which these states are left.
     """
 
     lengths: tuple[int, ...]
@@ -32,36 +32,40 @@ class SegmentLayout:
 
     @property
     def num_rows(self) -> int:
-        """T."""
+        """T, the rows of all segments."""
         return sum(self.lengths)
 
 
 def level_segments(tree: PrefixTree, levels: AbstractSequence[LevelSegments]) -> tuple[SegmentLayout, ...]:
-    """The segments of each level, of which each begins with states that the level before left."""
-    has_children = {segment.parent for segment in tree.segments}
+    """The segments of each level; each level starts from states that the level before left.
+
+    None where sequences branch off inside segments: no state is left there.
+    """
+    if tree.branches_inside:
+        return ()
+    has_children, all_parents, lengths = tree.has_children.tolist(), tree.parents.tolist(), tree.lengths.tolist()
     found = []
-    places: dict[int, int] = {}
+    places: dict[int, int] = {NO_PARENT: BEGINNING}
     for level in levels:
-        parents = (tree.segments[index].parent for index in level.segments)
-        kept = [place for place, index in enumerate(level.segments) if index in has_children]
+        kept = [place for place, index in enumerate(level.segments) if has_children[index]]
         found.append(
             SegmentLayout(
-                lengths=tuple(len(tree.segments[index]) for index in level.segments),
-                parents=tuple(BEGINNING if parent is None else places[parent] for parent in parents),
+                lengths=tuple(lengths[index] for index in level.segments),
+                parents=tuple(places[all_parents[index]] for index in level.segments),
                 kept=tuple(kept),
             )
         )
-        places = {level.segments[place]: number for number, place in enumerate(kept)}
+        places = {NO_PARENT: BEGINNING} | {level.segments[place]: number for number, place in enumerate(kept)}
     return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkStates:
-    """The states that a chunk of the bounded schedule begins with and leaves, in slabs.
+    """The states that a chunk of the bounded schedule starts from and leaves, in slabs.
 
     Attributes:
-        layout: Of its spans; their parents are numbers into the states of all `reads`, one after another.
-        reads: The slabs that hold them, and which states [start, stop) of each.
+        layout: The layout of its spans; their parents index the states of all `reads`, one after another.
+        reads: The slabs that hold these states, and which states [start, stop) of each.
         first: Where its own states begin in the slab of its keys and values.
     """
 
@@ -70,11 +74,15 @@ class ChunkStates:
     first: int
 
 
+NO_STATES = ChunkStates(layout=SegmentLayout(lengths=(), parents=(), kept=()), reads=(), first=0)
+"""The states of a chunk whose segments others branch off from inside."""
+
+
 class StatePlaces:
     """Gives every state that is read later a place in its segment's slab, in the order in which chunks run.
 
     Attributes:
-        num_states: Of each slab, so far.
+        num_states: States of each slab so far.
 
     Args:
         tree: The prefix tree.
@@ -83,12 +91,14 @@ class StatePlaces:
 
     def __init__(self, tree: PrefixTree, slab_of: AbstractSequence[SlabKey]) -> None:
         self.num_states: dict[SlabKey, int] = {}
-        self._tree, self._slab_of = tree, slab_of
-        self._has_children = {segment.parent for segment in tree.segments}
-        self._places: dict[tuple[int, int], int] = {}  # by segment and how many of its tokens have run
+        self._slab_of = slab_of
+        self._has_children, self._parents, self._lengths = (
+            values.tolist() for values in (tree.has_children, tree.parents, tree.lengths)
+        )
+        self._places: dict[tuple[int, int], int] = {}  # (segment, how many of its tokens have run) -> place
 
     def chunk(self, spans: AbstractSequence[Span]) -> ChunkStates:
-        """The states of a chunk; those of the chunks that it reads from must have been asked for."""
+        """The states of a chunk; call it for the chunks that it reads from first."""
         begins = [self._begin(span) for span in spans]
         reads = []
         offsets: dict[SlabKey, int] = {}
@@ -113,14 +123,13 @@ class StatePlaces:
         return ChunkStates(layout=layout, reads=tuple(reads), first=first)
 
     def _begin(self, span: Span) -> tuple[SlabKey, int] | None:
-        """The slab and the number of the state that a span begins with."""
+        """The slab and the number of the state that a span starts from."""
         if span.start:  # where the piece before it ended
             return self._slab_of[span.segment], self._places[span.segment, span.start]
-        parent = self._tree.segments[span.segment].parent
-        if parent is None:
+        parent = self._parents[span.segment]
+        if parent == NO_PARENT:
             return None
-        return self._slab_of[parent], self._places[parent, len(self._tree.segments[parent])]
+        return self._slab_of[parent], self._places[parent, self._lengths[parent]]
 
     def _is_read(self, span: Span) -> bool:
-        is_end = span.stop == len(self._tree.segments[span.segment])
-        return not is_end or span.segment in self._has_children
+        return span.stop < self._lengths[span.segment] or self._has_children[span.segment]

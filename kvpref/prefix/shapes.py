@@ -1,30 +1,21 @@
 """Masks as shapes: what a rule leaves of a level's blocks, as rectangles and causal or anti-causal squares.
 
 A query that sees the last W tokens sees a band of keys, and a band between two runs of tokens is a rectangle and a
-triangle. So attention kernels need not know of windows, and compute no more pairs than the mask has.
+triangle. So attention kernels need no notion of windows, and compute no more pairs than the mask has.
 Shape legend: a run is the rows of one segment, or of a piece of one, in a level.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
-from kvpref.prefix.levels import PlacedBlocks, Shape, VarlenLayout
+from kvpref.prefix.blocks import Pair, PlacedBlocks, VarlenLayout, cover_rows, offsets
 from kvpref.prefix.rules import Rule
-
-
-class Pair(NamedTuple):
-    """Query rows [query, query + num_queries) that see key rows [key, key + num_keys)."""
-
-    query: int
-    num_queries: int
-    key: int
-    num_keys: int
 
 
 class _Meeting(NamedTuple):
@@ -69,7 +60,7 @@ def blocks_under(level: PlacedBlocks, rule: Rule) -> tuple[VarlenLayout, ...]:
     for block, key_positions in zip(level.cross_blocks, level.key_positions, strict=True):
         meetings = list(_meetings(level, block, key_positions))
         if all(rule.first_key(run.query_position + run.num_queries - 1) <= run.key_position for run in meetings):
-            blocks.append(block)  # as it is: the rule takes nothing away
+            blocks.append(block)  # unchanged: the rule takes nothing away
         else:
             blocks.extend(_CROSS_BLOCKS[rule.kind](meetings, block, rule.size))
     return tuple(blocks)
@@ -94,64 +85,12 @@ def window_blocks(cu_seqlens: AbstractSequence[int], window: int) -> tuple[Varle
             keys = first - window + 1
             anti.append(Pair(first, rows, keys, rows))
             rectangles.append(Pair(first, rows, keys + rows, window - 1 - rows))
-    own = _offsets(strips)
+    own = offsets(strips)
     total = (cu_seqlens[-1], cu_seqlens[-1])
     blocks = [VarlenLayout(cu_seqlens_q=own, cu_seqlens_k=own, shape="causal")]
     blocks.extend(cover_rows(anti, total, "anti_causal", source=0))
     blocks.extend(cover_rows(rectangles, total, "rectangle", source=0))
     return tuple(blocks)
-
-
-def cover_rows(pairs: Iterable[Pair], num_rows: tuple[int, int], shape: Shape, source: int) -> Iterator[VarlenLayout]:
-    """One block of some pairs, or none if nothing is seen.
-
-    Args:
-        pairs: In the order of their queries, each query at most once.
-        num_rows: Of queries, and of the source.
-        shape: Of all of them.
-        source: Where the keys are.
-    """
-    kept = list(_merged((pair for pair in pairs if pair.num_queries and pair.num_keys), shape))
-    if not kept:
-        return
-    in_order = all(before.key + before.num_keys <= after.key for before, after in pairwise(kept))
-    queries, keys, starts = [], [], []
-    row = key = 0
-    for pair in (*kept, Pair(num_rows[0], 0, num_rows[1], 0)):
-        if pair.query > row:  # rows that see nothing here
-            queries.append(pair.query - row)
-            keys.append(0)
-            starts.append(pair.key)
-        if in_order and pair.key > key:  # rows of the source that nothing sees
-            queries.append(0)
-            keys.append(pair.key - key)
-            starts.append(key)
-        if pair.num_queries:
-            queries.append(pair.num_queries)
-            keys.append(pair.num_keys)
-            starts.append(pair.key)
-        row, key = pair.query + pair.num_queries, pair.key + pair.num_keys
-    yield VarlenLayout(
-        cu_seqlens_q=_offsets(queries),
-        cu_seqlens_k=_offsets(keys),
-        shape=shape,
-        source=source,
-        key_starts=None if in_order else tuple(starts),
-    )
-
-
-def _merged(pairs: Iterable[Pair], shape: Shape) -> Iterator[Pair]:
-    """With neighbours that see the same keys as one pair."""
-    last: Pair | None = None
-    for pair in pairs:
-        if last and shape == "rectangle" and pair == (last.query + last.num_queries, pair.num_queries, *last[2:]):
-            last = Pair(last.query, last.num_queries + pair.num_queries, *last[2:])
-            continue
-        if last:
-            yield last
-        last = pair
-    if last:
-        yield last
 
 
 def _meetings(level: PlacedBlocks, block: VarlenLayout, key_positions: AbstractSequence[int]) -> Iterator[_Meeting]:
@@ -168,7 +107,7 @@ def _window_self_block(level: PlacedBlocks, size: int) -> VarlenLayout:
 
 
 def _span_blocks(level: PlacedBlocks, rule: Rule) -> Iterator[VarlenLayout]:
-    """What spans see besides: the later tokens, and those before the window where they are seen whole."""
+    """What spans see in addition: later tokens, and those before the window where spans are seen whole."""
     total = (level.num_rows, level.num_rows)
     later = (Pair(first, stop - first - 1, first + 1, stop - first - 1) for first, stop in level.spans)
     yield from cover_rows(later, total, "anti_causal", source=0)
@@ -186,7 +125,7 @@ def _chunk_self_block(level: PlacedBlocks, size: int) -> VarlenLayout:
         end = position + stop - start
         cuts = [position, *range((position // size + 1) * size, end, size), end]
         rows.extend(after - before for before, after in pairwise(cuts))
-    own = _offsets(rows)
+    own = offsets(rows)
     return replace(level.self_block, cu_seqlens_q=own, cu_seqlens_k=own)
 
 
@@ -195,7 +134,7 @@ def _window_cross_blocks(meetings: list[_Meeting], block: VarlenLayout, size: in
     anti: list[Pair] = []
     for run in meetings:
         first_seen = run.query_position - size + 1  # by the first query
-        last_seen = first_seen + run.num_queries - 1  # first key of the last query: what comes after it, all see
+        last_seen = first_seen + run.num_queries - 1  # first key of the last query: all queries see what comes after it
         start, stop = max(run.key_position, first_seen), min(run.key_end, last_seen)
         if start >= stop:
             keys = (min(max(run.key_position, last_seen), run.key_end), run.key_end)
@@ -245,10 +184,6 @@ def _dense_blocks(level: PlacedBlocks, rule: Rule) -> Iterator[VarlenLayout]:
 
 def _length(span: tuple[int, int]) -> int:
     return span[1] - span[0]
-
-
-def _offsets(lengths: Iterable[int]) -> tuple[int, ...]:
-    return tuple(accumulate(lengths, initial=0))
 
 
 _SELF_BLOCKS = {"window": _window_self_block, "chunk": _chunk_self_block}

@@ -1,14 +1,15 @@
-"""Slabs: where keys and values that are read later stand, and what a chunk reads of them. Pure Python integers."""
+"""Slabs: where keys and values that are read later stand, and what a chunk reads of them. All integers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from sys import maxsize
 from typing import NamedTuple
 
-from kvpref.prefix.levels import VarlenLayout
-from kvpref.prefix.tree import PrefixTree, Span
+from kvpref.prefix.blocks import Pair, VarlenLayout, block_pairs, nested_blocks
+from kvpref.prefix.tree import NO_PARENT, PrefixTree, Span
 
 SHARED = -1
 """Owner of segments that sequences of several owners share."""
@@ -19,13 +20,13 @@ class SlabKey:
     """Which slab a segment's keys and values stand in."""
 
     owner: int
-    """The micro-batch that alone reads it, or `SHARED`."""
+    """The only micro-batch that reads it, or `SHARED`."""
 
     depth: int
-    """Of the segments in it."""
+    """Depth of the segments in it."""
 
     is_prompt: bool
-    """Whether no token up to its end is scored. Told apart only where prompts get no gradient."""
+    """Whether no token up to its end is scored; tracked only where prompts get no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,79 +36,77 @@ class SlabRead:
     slab: SlabKey
     start: int
     stop: int
-    block: VarlenLayout
-    key_positions: tuple[int, ...]
-    """Per pair of the block, the position of its first key inside the sequences; 0 where no query sees it."""
+    blocks: tuple[VarlenLayout, ...]
+    key_positions: tuple[tuple[int, ...], ...]
+    """Per block and pair, the position of the pair's first key inside the sequences; 0 where no query sees it."""
 
 
-class _Pair(NamedTuple):
-    """Queries of one or more spans that see the slab rows [start, stop)."""
+class _Seen(NamedTuple):
+    """The slab rows [start, stop) that queries see, the first of which stands at `position`."""
 
-    num_queries: int
     start: int
     stop: int
     position: int
-    """Of the first of these rows."""
 
 
-def slab_reads(
-    tree: PrefixTree, spans: list[Span], slab_of: list[SlabKey], rows: dict[int, int]
-) -> tuple[SlabRead, ...]:
-    """What the spans of a chunk read.
+class SlabReader:
+    """Finds what chunks read.
 
     Args:
         tree: The prefix tree.
-        spans: In depth-first order.
         slab_of: Per segment, its slab.
-        rows: First row there of each segment that is kept.
+        rows: First row in the slab of each segment that is kept.
     """
-    seen = [dict(_ancestor_ranges(tree, span, slab_of, rows)) for span in spans]
-    reads: list[SlabRead] = []
-    for key in sorted({key for ranges in seen for key in ranges}):
-        pairs: list[_Pair] = []
-        for span, ranges in zip(spans, seen, strict=True):
-            keys = ranges.get(key, (0, 0, 0))
-            num_queries = span.stop - span.start
-            if pairs and keys == pairs[-1][1:]:  # one pair for all that see the same keys
-                num_queries += pairs.pop().num_queries
-            pairs.append(_Pair(num_queries, *keys))
-        reads.append(_read(key, pairs, source=len(reads) + 1))
-    return tuple(reads)
+
+    def __init__(self, tree: PrefixTree, slab_of: list[SlabKey], rows: Mapping[int, int]) -> None:
+        self._slab_of, self._rows = slab_of, rows
+        self._parents, self._starts = tree.parents.tolist(), tree.starts.tolist()
+
+    def reads(self, spans: list[Span]) -> tuple[SlabRead, ...]:
+        """What the spans of a chunk, in depth-first order, read."""
+        seen = [dict(self._seen_by(span)) for span in spans]
+        num_rows = sum(span.stop - span.start for span in spans)
+        reads: list[SlabRead] = []
+        for key in sorted({key for ranges in seen for key in ranges}):
+            pairs: dict[_Seen, tuple[int, int]] = {}  # queries that see the same are neighbours
+            row = 0
+            for span, ranges in zip(spans, seen, strict=True):
+                num_queries = span.stop - span.start
+                if key in ranges:
+                    first, before = pairs.get(ranges[key], (row, 0))
+                    pairs[ranges[key]] = (first, before + num_queries)
+                row += num_queries
+            reads.append(_read(key, pairs, num_rows, source=len(reads) + 1))
+        return tuple(reads)
+
+    def _seen_by(self, span: Span) -> Iterator[tuple[SlabKey, _Seen]]:
+        """What a span sees in the slabs: its ancestors, and its own segment's pieces before it."""
+        index, stop = span.segment, self._starts[span.segment] + span.start
+        if not span.start:
+            index = self._parents[index]
+        while index != NO_PARENT:
+            first, position = self._rows[index], self._starts[index]
+            yield self._slab_of[index], _Seen(first, first + stop - position, position)
+            index, stop = self._parents[index], position
 
 
-def _ancestor_ranges(
-    tree: PrefixTree, span: Span, slab_of: list[SlabKey], rows: dict[int, int]
-) -> Iterator[tuple[SlabKey, tuple[int, int, int]]]:
-    """What a span sees in the slabs, rows and first position: its ancestors, and its own segment's pieces before it."""
-    if span.start:
-        first = rows[span.segment]
-        yield slab_of[span.segment], (first, first + span.start, tree.segments[span.segment].start)
-    parent = tree.segments[span.segment].parent
-    while parent is not None:
-        segment = tree.segments[parent]
-        yield slab_of[parent], (rows[parent], rows[parent] + len(segment), segment.start)
-        parent = segment.parent
-
-
-def _read(key: SlabKey, pairs: list[_Pair], source: int) -> SlabRead:
-    """One block over the rows between the first and the last that are seen; depth-first order keeps them sorted."""
-    seen = [pair for pair in pairs if pair.stop > pair.start]
-    position = first = seen[0].start
-    queries, keys, key_positions = [], [], []
-    for pair in pairs:
-        if pair.stop > pair.start:
-            if pair.start > position:  # rows that no query of this chunk sees
-                queries.append(0)
-                keys.append(pair.start - position)
-                key_positions.append(0)
-            position = pair.stop
-        queries.append(pair.num_queries)
-        keys.append(pair.stop - pair.start)
-        key_positions.append(pair.position)
-    block = VarlenLayout(
-        cu_seqlens_q=tuple(accumulate(queries, initial=0)),
-        cu_seqlens_k=tuple(accumulate(keys, initial=0)),
-        shape="rectangle",
-        source=source,
+def _read(key: SlabKey, seen: Mapping[_Seen, tuple[int, int]], num_queries: int, source: int) -> SlabRead:
+    """Blocks over the rows between the first and the last that are seen; depth-first order keeps them sorted."""
+    first, stop = min(own.start for own in seen), max(own.stop for own in seen)
+    pairs = [Pair(*queries, own.start - first, own.stop - own.start) for own, queries in seen.items()]
+    positions = sorted({(own.start - first, own.position) for own in seen})
+    blocks = tuple(nested_blocks(pairs, (num_queries, stop - first), source))
+    return SlabRead(
+        slab=key,
+        start=first,
+        stop=stop,
+        blocks=blocks,
+        key_positions=tuple(tuple(_positions(block, positions)) for block in blocks),
     )
-    return SlabRead(slab=key, start=first, stop=position, block=block, key_positions=tuple(key_positions))
+
+
+def _positions(block: VarlenLayout, positions: list[tuple[int, int]]) -> Iterator[int]:
+    for _, num_keys, row in block_pairs(block):
+        place = bisect_right(positions, (row, maxsize)) - 1
+        first, position = positions[max(place, 0)]
+        yield position + row - first if num_keys else 0
