@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 DIGEST_BYTES = 8
-"""Of one group: enough that two versions of a group do not agree by chance."""
+"""Bytes of one group's digest: enough that two versions of a group do not agree by chance."""
 
 
 def describe_difference(before: bytes, after: bytes, ids: Sequence[str | None]) -> str | None:
     """Name the first group that differs.
 
     Args:
-        before: `PreferenceDataset.digests` of the dataset as it was.
-        after: Of the dataset as it is.
+        before: `PreferenceDataset.digests` of the old dataset.
+        after: The same for the new dataset.
         ids: The ids of its groups.
 
     Returns:
-        None where they are equal.
+        A description; None if they are equal.
     """
     old, new = _split(before), _split(after)
     if old == new:

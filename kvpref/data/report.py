@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,8 @@ class DataReport:
     """Rows read, good and bad. Blank lines of a JSON lines file are not rows."""
 
     num_groups: int
-    """Rows that became groups."""
+    """Rows that became groups; if a row is a model call, the rows of one task are one group, and if a row is one
+    response, so are the rated rows of one prompt."""
 
     bad_rows: tuple[BadRow, ...] = ()
     """The rows that were skipped, in the order of the file."""
@@ -46,7 +48,7 @@ class DataReport:
     """Groups whose prompt was cut."""
 
     num_truncated_responses: int = 0
-    """Responses that were cut. One that lost only its EOS token counts too."""
+    """Responses that were cut, including those that lost only their EOS token."""
 
     prompt_tokens_cut: int = 0
     """Prompt tokens that were cut, a shared prompt counted once per group."""
@@ -54,11 +56,38 @@ class DataReport:
     response_tokens_cut: int = 0
     """Response tokens that were cut, EOS included."""
 
+    num_trajectories: int = 0
+    """Attempts at tasks, or responses in rows of model calls."""
+
+    num_turns: int = 0
+    """Scored assistant turns of trajectories."""
+
+    num_rewritten: int = 0
+    """Trajectories that take several token rows, because the chat template or the agent rewrites the history."""
+
+    num_earlier_parts: int = 0
+    """Token rows that these take beyond one each."""
+
+    rewritten_tokens: int = 0
+    """Tokens of those rows that their next row does not begin with: the cost beyond their last rows alone."""
+
+    num_branches: int = 0
+    """Histories that attempts answer in different ways, if turns form groups."""
+
+    num_single: int = 0
+    """Histories with only one answer, which are then left out."""
+
+    num_pairs: int = 0
+    """Groups of trajectories reduced to the best and the worst response, if a loss reads pairs."""
+
+    num_equal: int = 0
+    """Groups without two different scores, which are then left out."""
+
     num_scaled_images: int = 0
     """Images that had more pixels than `max_image_pixels`, each counted once."""
 
     notices: tuple[str, ...] = ()
-    """What was done that the data does not say itself, and what of it is not read: one line each."""
+    """One line for each choice that the data does not state, and for anything not read."""
 
     def lines(self) -> tuple[str, ...]:
         """The report in words: the counts, then the notices."""
@@ -82,34 +111,101 @@ class DataReport:
         write_text(Path(path), "".join(f"{line}\n" for line in lines), errors="backslashreplace")
 
 
+COUNTED = (
+    "num_truncated_prompts",
+    "num_truncated_responses",
+    "prompt_tokens_cut",
+    "response_tokens_cut",
+    "num_trajectories",
+    "num_turns",
+    "num_rewritten",
+    "num_earlier_parts",
+    "rewritten_tokens",
+    "num_branches",
+    "num_single",
+    "num_pairs",
+    "num_equal",
+)
+"""The fields of a report that are counted while groups are made."""
+
+
+def trajectory_notices(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """What the chat template and the choice of groups did to trajectories.
+
+    Args:
+        counts: Counts by the names of the report's fields, and `num_same_id`, rows of trajectories with an earlier id.
+    """
+    lines = []
+    if counts["num_rewritten"]:
+        lines.append(
+            f"{counts['num_rewritten']} of {counts['num_trajectories']} trajectories are written in several token rows "
+            f"({counts['num_earlier_parts']} more), since the history of a later turn is not what the model saw and "
+            f"wrote at an earlier one; that takes {counts['rewritten_tokens']} tokens more than their last rows alone"
+        )
+    if counts["num_same_id"]:
+        lines.append(
+            f"{counts['num_same_id']} rows of trajectories have the id of an earlier row and are groups of their own; "
+            "attempts that are to be compared belong into one row"
+        )
+    if counts["num_branches"] or counts["num_single"]:
+        lines.append(
+            f"turns make groups: {counts['num_branches']} histories have different answers; "
+            f"{counts['num_single']} have one answer only and are left out"
+        )
+    if counts["num_pairs"] or counts["num_equal"]:
+        lines.append(
+            f"the loss compares two responses: of {counts['num_pairs']} groups of trajectories the best and the worst "
+            f"one are taken; {counts['num_equal']} have no two different scores and are left out"
+        )
+    return tuple(lines)
+
+
+def gathering_notices(counts: Mapping[str, int], group_by: str | None) -> tuple[str, ...]:
+    """How rows of one response became groups.
+
+    Args:
+        counts: `num_single_rows`, and `num_gathered`, the groups that they became.
+        group_by: The column that they were gathered by, or None for the prompt.
+    """
+    num_rows, num_groups = counts["num_single_rows"], counts["num_gathered"]
+    if not num_rows:
+        return ()
+    by = "their prompt" if group_by is None else f"`{group_by}`"
+    return (f"rows of one response were gathered by {by}: {_count(num_rows, 'row')}, {_count(num_groups, 'group')}",)
+
+
 class Notes:
-    """Counts what notices are made of, row by row.
+    """Counts, row by row, what notices are made from.
 
     Attributes:
-        unread: Names of columns that nothing reads.
+        unread: Names of unread columns.
     """
 
     def __init__(self) -> None:
         self.unread: set[str] = set()
         self._prompt_columns: Counter[str] = Counter()
+        self._conversions: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
 
     def add(self, row: PreferenceRow) -> None:
-        """Count a row that became a group."""
+        """Count a row that became a group, or the rows that became one."""
         self.unread.update(row.unread)
         if row.prompt_column is not None:
-            self._prompt_columns[row.prompt_column] += 1
-        self._kinds["conversation" if isinstance(row.prompt, tuple) else "text"] += 1
+            self._prompt_columns[row.prompt_column] += row.num_rows
+        for notice in row.notices:
+            self._conversions[notice] += row.num_rows
+        self._kinds["conversation" if isinstance(row.prompt, tuple) else "text"] += row.num_rows
         self._kinds["implicit"] += row.prompt is None
         self._kinds["asked"] += row.is_asked_by_user
         self._kinds["repeated"] += _repeats_prompt(row)
 
     def lines(self) -> tuple[str, ...]:
-        """The notices; the same for the same rows, whatever they were read from."""
+        """The notices; the same for the same rows, whatever the source."""
         lines = []
         for name, count in sorted(self._prompt_columns.items()):
             beside = " (with `input` on a line of its own, where there is one)" if name == "instruction" else ""
             lines.append(f"`{name}`{beside} is taken as the prompt, since there is no `prompt` ({_rows(count)})")
+        lines += [f"{notice} ({_rows(count)})" for notice, count in sorted(self._conversions.items())]
         if self._kinds["implicit"]:
             lines.append(
                 "the beginning that `chosen` and `rejected` have in common is taken as the prompt, since there is no "
@@ -144,4 +240,8 @@ def _repeats_prompt(row: PreferenceRow) -> bool:
 
 
 def _rows(count: int) -> str:
-    return f"{count} row{'' if count == 1 else 's'}"
+    return _count(count, "row")
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

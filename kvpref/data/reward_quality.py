@@ -11,29 +11,29 @@ from kvpref.records.groups import Group
 
 @dataclass(frozen=True, kw_only=True)
 class RewardQuality:
-    """What rewards say about scores, over groups with at least two scored responses."""
+    """How rewards relate to scores, over groups with at least two scored responses."""
 
     num_pairs: int
     """Pairs of responses to one prompt whose scores differ."""
 
     pair_accuracy: float | None
-    """Share in which the better response has the higher reward, equal rewards counting half; None without pairs."""
+    """Share of pairs whose better response has the higher reward, equal rewards counting half; None without pairs."""
 
     num_groups: int
     """Groups with at least two scored responses."""
 
     best_of_n_score: float | None
-    """Mean over these groups of the score of the response with the highest reward (of several, their mean)."""
+    """Mean over these groups of the score of the response with the highest reward (the mean if there are several)."""
 
     mean_score: float | None
-    """Mean over these groups of their mean score: what a response drawn at random scores."""
+    """Mean over these groups of their mean score: the expected score of a random response."""
 
     oracle_score: float | None
-    """Mean over these groups of their highest score: the most that choosing can reach."""
+    """Mean over these groups of their highest score: the most that choosing can achieve."""
 
 
 def known_scores(group: Group) -> tuple[float | None, ...]:
-    """The scores of a group's responses; labels count 1 and 0, and None is unknown."""
+    """The scores of a group's responses; labels count as 1 and 0, None is unknown."""
     if group.scores is not None:
         return group.scores
     if group.labels is not None:

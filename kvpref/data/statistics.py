@@ -1,58 +1,42 @@
-"""What a dataset and a token budget look like in figures."""
+"""Statistics of a dataset and of the micro-batches under a token budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from statistics import fmean
 
 from kvpref.data.batching.costs import CostModel, Mode
-from kvpref.data.batching.cutting import GroupCosts
+from kvpref.data.batching.group_costs import GroupCosts
 from kvpref.data.batching.lengths import common_beginning
 from kvpref.data.batching.steps import MicroBatch, StepBatcher
 from kvpref.data.dataset import PreferenceDataset
+from kvpref.data.summaries import LengthSummary, summarize
+from kvpref.data.trajectory_statistics import TrajectoryStatistics, summarize_trajectories
 from kvpref.records.groups import Group
 
-DATA_SAVING = "tokens of all sequences per unique token: what the sequences of a group begin with counts once"
-"""What is meant by the saving of some data, whatever the steps."""
+DATA_SAVING = "tokens of all sequences per unique token: what sequences of a group begin with alike counts once"
+"""Definition of a dataset's saving, independent of steps."""
 
 TOKEN_SAVING = (
     "tokens of all sequences per token that runs in the steps: what groups of one step begin with counts once too, "
     "padding counts"
 )
-"""What is meant by the saving of steps; the trainer's `token_saving`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LengthSummary:
-    """A distribution of token counts (or of sequence counts)."""
-
-    mean: float
-    """Arithmetic mean."""
-
-    p50: int
-    """Median: the smallest value that at least half of all do not exceed."""
-
-    p90: int
-    """The smallest value that at least 90% do not exceed."""
-
-    max: int
-    """The largest value."""
+"""Definition of the saving of steps, the trainer's `token_saving`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStatistics:
-    """The images of a dataset, and what sharing them saves, apart from the text."""
+    """The images of a dataset, and what sharing them saves, separately from text."""
 
     num_images: int
-    """Images of all groups, each once per group and place."""
+    """Images of all groups, counted once per group and place."""
 
     num_unique_images: int
-    """Images that differ: as often a vision tower runs, were all groups in one step."""
+    """Distinct images: how often a vision tower would run if all groups were in one step."""
 
     num_groups_with_images: int
-    """Groups whose prompt has any."""
+    """Groups whose prompt has images."""
 
     image_tokens: LengthSummary
     """Placeholders per group that has images."""
@@ -67,7 +51,7 @@ class ImageStatistics:
     """total_image_tokens / unique_image_tokens."""
 
     text_saving: float
-    """The same of all other tokens."""
+    """The same for all other tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,24 +80,27 @@ class DataStatistics:
     """Tokens of all sequences, prompts repeated."""
 
     unique_tokens: int
-    """Tokens when the beginning that all sequences of a group share is encoded once."""
+    """Tokens when the beginnings that sequences of a group share are encoded once."""
 
     prompt_saving: float
-    """sum N(P+R) / sum(P + sum R): the saving of the data, were only prompts counted once."""
+    """sum N(P+R) / sum(P + sum R): the saving of the data if only prompts counted once."""
 
     prefix_saving: float
-    """total_tokens / unique_tokens, see `DATA_SAVING`: response starts that all sequences share count once too."""
+    """total_tokens / unique_tokens, see `DATA_SAVING`: shared beginnings of responses also count once."""
 
     images: ImageStatistics | None = None
-    """None where no group has images; placeholders count among the prompt tokens above."""
+    """None if no group has images; placeholders count among the prompt tokens above."""
+
+    trajectories: TrajectoryStatistics | None = None
+    """None if no row holds trajectories."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStatistics:
-    """The micro-batches that a budget gives, in the first epoch."""
+    """The micro-batches under a budget, in the first epoch."""
 
     mode: Mode
-    """Whose tokens were counted."""
+    """The mode whose tokens were counted."""
 
     world_size: int
     """Ranks that the steps were planned for."""
@@ -128,19 +115,22 @@ class BatchStatistics:
     """Micro-batches that only keep the ranks in step."""
 
     micro_batches_per_step: float
-    """Mean, over all ranks, fillers left out."""
+    """Mean over all ranks, fillers left out."""
 
     num_sharing_groups: int
-    """Groups that begin like others and are planned into one step with them; 0 where the batcher knows of none."""
+    """Groups that begin like others and are planned into one step with them; 0 if the batcher knows of none."""
 
     largest_cluster: int
-    """The most groups that begin alike; 1 where all are alone."""
+    """The most groups that begin alike; 1 if all are alone."""
 
     tokens_per_micro_batch: LengthSummary
-    """Tokens that the model processes, padding included where the mode pads."""
+    """Tokens that the model processes, padding included if the mode pads."""
+
+    num_larger_groups: int
+    """Groups that alone exceed the budget, if the options allow them."""
 
     budget_fill: float | None
-    """Mean tokens / budget, from 0 to 1; None without a budget."""
+    """Mean tokens / budget, above 1 only with larger groups; None without a budget."""
 
     padding_share: float
     """Padding tokens / processed tokens, from 0 to 1; 0 in the modes that do not pad."""
@@ -149,16 +139,16 @@ class BatchStatistics:
     """See `TOKEN_SAVING`; fillers left out."""
 
     cost_unit: str
-    """What the costs below are counted in: tokens, FLOPs or seconds."""
+    """The unit of the costs below: tokens, FLOPs or seconds."""
 
     imbalance: float
     """Mean over the steps of (cost of the costliest rank / mean cost of the ranks) - 1; fillers cost too."""
 
     costliest_rank_per_step: float
-    """Mean over the steps of the costliest rank's cost: what a step takes where ranks wait at its end (DDP)."""
+    """Mean over the steps of the costliest rank's cost: what a step takes if ranks wait at its end (DDP)."""
 
     costliest_micro_batches_per_step: float
-    """Mean over the steps of the sum of each round's costliest micro-batch: the same where ranks wait for one another
+    """Mean over the steps of the sum of each round's costliest micro-batch: the same if ranks wait for one another
     at each micro-batch (FSDP)."""
 
 
@@ -168,16 +158,19 @@ def summarize_dataset(dataset: PreferenceDataset) -> DataStatistics:
     Raises:
         ValueError: If it has no groups.
     """
-    prompts, responses, sequences, repeated_prompt_tokens = [], [], [], 0
-    for group in dataset:
+    prompts, responses, sequences = [], [], []
+    repeated_prompt_tokens = shared = 0
+    for group, lengths in zip(dataset, dataset.lengths, strict=True):
         starts = _response_starts(group)
         prompts.append(min(starts))
         responses += [len(sequence) - start for sequence, start in zip(group.sequences, starts, strict=True)]
         sequences.append(len(group))
-        repeated_prompt_tokens += sum(starts)
+        rows = [len(sequence.parts) for sequence in group.sequences]
+        repeated_prompt_tokens += sum(start * count for start, count in zip(starts, rows, strict=True))
+        # Attempts at a task may have different questions after one system prompt.
+        shared += (sum(rows) - 1) * min(*starts, lengths.beginning_tokens)
     total = sum(lengths.total_tokens for lengths in dataset.lengths)
     unique = sum(lengths.unique_tokens for lengths in dataset.lengths)
-    shared = sum((count - 1) * prompt for count, prompt in zip(sequences, prompts, strict=True))
     return DataStatistics(
         num_groups=len(dataset),
         num_sequences=sum(sequences),
@@ -190,6 +183,7 @@ def summarize_dataset(dataset: PreferenceDataset) -> DataStatistics:
         prompt_saving=total / (total - shared),
         prefix_saving=total / unique,
         images=_summarize_images(dataset, total, unique),
+        trajectories=summarize_trajectories(dataset),
     )
 
 
@@ -221,15 +215,18 @@ def _summarize_images(dataset: PreferenceDataset, total_tokens: int, unique_toke
 
 
 def _response_starts(group: Group) -> list[int]:
-    return [sequence.scored.index(True) if True in sequence.scored else len(sequence) for sequence in group.sequences]
+    """Number of tokens before the first scored one, for each response."""
+    # In a response of several rows, the first row holds its first turn.
+    firsts = [sequence.parts[0] for sequence in group.sequences]
+    return [int(first.flags.argmax()) if first.num_scored else len(first) for first in firsts]
 
 
 def summarize_batches(batcher: StepBatcher, cost_model: CostModel | None = None) -> BatchStatistics:
     """Measure the micro-batches of the first epoch.
 
     Args:
-        batcher: Of the steps.
-        cost_model: What the batched micro-batches cost, where that is known better than by the batcher's own model.
+        batcher: Plans the steps.
+        cost_model: A better estimate of what micro-batches cost than the batcher's own model, if there is one.
     """
     steps = batcher.steps(0)
     planned = [micro_batch for step in steps for rank in step for micro_batch in rank]
@@ -253,6 +250,7 @@ def summarize_batches(batcher: StepBatcher, cost_model: CostModel | None = None)
         num_sharing_groups=0 if batcher.clusters is None else batcher.clusters.num_sharing_groups,
         largest_cluster=1 if batcher.clusters is None else batcher.clusters.largest,
         tokens_per_micro_batch=summarize(tokens),
+        num_larger_groups=len(batcher.larger_groups),
         budget_fill=None if budget is None else sum(tokens) / len(tokens) / budget,
         padding_share=padding / sum(tokens),
         token_saving=_total_tokens(batcher, real) / sum(tokens),
@@ -265,20 +263,3 @@ def summarize_batches(batcher: StepBatcher, cost_model: CostModel | None = None)
 
 def _total_tokens(batcher: StepBatcher, micro_batches: Sequence[MicroBatch]) -> int:
     return sum(batcher.lengths[index].total_tokens for item in micro_batches for index in item.group_indices)
-
-
-def summarize(values: Sequence[int]) -> LengthSummary:
-    """Mean, median, 90th percentile and maximum of at least one value.
-
-    Raises:
-        ValueError: If there are no values.
-    """
-    if not values:
-        raise ValueError("there are no values to summarize")
-    ordered = sorted(values)
-    return LengthSummary(
-        mean=sum(ordered) / len(ordered),
-        p50=ordered[ceil(0.5 * len(ordered)) - 1],
-        p90=ordered[ceil(0.9 * len(ordered)) - 1],
-        max=ordered[-1],
-    )

@@ -1,6 +1,6 @@
-"""Groups in flat arrays: five bytes per token instead of some fifty for tuples of Python integers.
+"""Groups in flat arrays: five bytes per token instead of about fifty for tuples of Python integers.
 
-That keeps a data set of a hundred million tokens in half a gigabyte, and cheap to hand to DataLoader workers.
+That keeps a dataset of a hundred million tokens in half a gigabyte, and cheap to send to DataLoader workers.
 """
 
 from __future__ import annotations
@@ -13,53 +13,69 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from kvpref.data.batching.lengths import common_length
 from kvpref.data.digests import DIGEST_BYTES
-from kvpref.prefix.tree import shared_prefix_length
 from kvpref.records.groups import Group, Sequence
 from kvpref.records.images import Image, PlacedImage
 
 
 class PackedGroups:
-    """An append-only list of groups. Token ids must fit in 32 bits."""
+    """An append-only list of groups. Token ids must fit in 32 bits.
+
+    Its flat arrays hold the parts of all sequences (`Sequence.parts`), one after another. Growing arrays cannot be
+    shared with numpy, so groups are built from copies; token ids are widened to 64 bits anyway.
+    """
 
     def __init__(self, groups: Iterable[Group] = ()) -> None:
         self._input_ids = array("i")
         self._scored = bytearray()
-        self._sequence_ends = array("q", [0])
-        self._group_ends = array("q", [0])
+        self._part_ends = array("q", [0])
+        self._group_ends = array("q", [0])  # among the parts
+        self._num_parts: dict[int, array[int]] = {}  # per sequence, only for groups with earlier sequences
+        self._weights: dict[int, tuple[array[float] | None, ...]] = {}  # per part, only for groups that have any
         self._scores: list[tuple[float | None, ...] | None] = []
         self._ranks: dict[int, tuple[float | None, ...]] = {}  # only of groups that have any
         self._labels: list[tuple[bool, ...] | None] = []
         self._ids: list[str | None] = []
         self._columns: dict[int, dict[str, Any]] = {}  # only of groups that have any
-        # Only of groups that have any: per sequence its images; one tuple where all have the same, as they mostly do.
+        # Only for groups that have any: the images of each part; one tuple if all have the same, as is usual.
         self._placed: dict[int, tuple[tuple[PlacedImage, ...], ...]] = {}
         self._images: dict[str, Image] = {}
-        self._first_rows: dict[str, int] = {}  # of each image, were the rows of all images in one table
+        self._first_rows: dict[str, int] = {}  # of each image, as if the rows of all images were in one table
         self._num_rows = 0
         for group in groups:
             self.append(group)
 
     def append(self, group: Group) -> None:
         """Add one group at the end."""
-        for sequence in group.sequences:
-            self._input_ids.extend(sequence.input_ids)
-            self._scored.extend(sequence.scored)
-            self._sequence_ends.append(len(self._input_ids))
-        self._group_ends.append(len(self._sequence_ends) - 1)
+        parts = group.parts
+        for part in parts:
+            self._input_ids.frombytes(_narrowed(part.ids).tobytes())
+            self._scored += part.flags.tobytes()
+            self._part_ends.append(len(self._input_ids))
+        self._group_ends.append(len(self._part_ends) - 1)
+        if len(parts) > len(group):
+            self._num_parts[len(self._ids)] = array("i", [len(sequence.parts) for sequence in group.sequences])
+        if any(part.weights is not None for part in parts):
+            self._weights[len(self._ids)] = tuple(
+                None if part.weights is None else array("d", part.weights) for part in parts
+            )
         self._scores.append(group.scores)
         if group.ranks is not None:
             self._ranks[len(self._ids)] = group.ranks
         self._labels.append(group.labels)
         if group.columns:
             self._columns[len(self._ids)] = {name: _packed(value) for name, value in group.columns.items()}
-        if any(sequence.images for sequence in group.sequences):
-            placed = tuple(map(self._keep_images, group.sequences))
+        if any(part.images for part in parts):
+            placed = tuple(map(self._keep_images, parts))
             self._placed[len(self._ids)] = placed[:1] if len(set(placed)) == 1 else placed
         self._ids.append(group.id)
 
     def _keep_images(self, sequence: Sequence) -> tuple[PlacedImage, ...]:
-        """A sequence's images, those with equal keys as one object."""
+        """A sequence's images, with one object per key."""
         for image, _ in sequence.images:
             if image.key not in self._images:
                 self._images[image.key] = image
@@ -71,11 +87,10 @@ class PackedGroups:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Group:
-        spans = list(self._spans(index))
-        sequences = [
-            Sequence(self._input_ids[start:end], [flag == 1 for flag in self._scored[start:end]], images)
-            for (start, end), images in zip(spans, self._images_of(index, len(spans)), strict=True)
-        ]
+        sequences = self._parts_of(index)
+        if index in self._num_parts:
+            parts = iter(sequences)
+            sequences = [_joined([next(parts) for _ in range(number)]) for number in self._num_parts[index]]
         ranks = self._ranks.get(index)
         return Group(
             sequences,
@@ -89,9 +104,22 @@ class PackedGroups:
     def __iter__(self) -> Iterator[Group]:
         return (self[index] for index in range(len(self)))
 
-    def _images_of(self, index: int, num_sequences: int) -> tuple[tuple[PlacedImage, ...], ...]:
+    def _parts_of(self, index: int) -> list[Sequence]:
+        spans = list(self._spans(index))
+        first, stop = spans[0][0], spans[-1][1]
+        ids = np.frombuffer(self._input_ids, dtype=np.int32, count=stop - first, offset=4 * first).astype(np.int64)
+        flags = np.frombuffer(self._scored, dtype=np.bool_, count=stop - first, offset=first).copy()
+        # Sequences can then take slices directly.
+        ids.flags.writeable = flags.flags.writeable = False
+        weights = self._weights.get(index, (None,) * len(spans))
+        return [
+            Sequence(ids[start - first : end - first], flags[start - first : end - first], images, own)
+            for (start, end), images, own in zip(spans, self._images_of(index, len(spans)), weights, strict=True)
+        ]
+
+    def _images_of(self, index: int, num_parts: int) -> tuple[tuple[PlacedImage, ...], ...]:
         placed = self._placed.get(index, ((),))
-        return placed * num_sequences if len(placed) == 1 else placed
+        return placed * num_parts if len(placed) == 1 else placed
 
     def images(self) -> tuple[Image, ...]:
         """Every image of a group, once."""
@@ -99,25 +127,24 @@ class PackedGroups:
 
     def token_ids(self) -> set[int]:
         """Every token id that occurs."""
-        return set(self._input_ids)
+        return set(np.unique(np.frombuffer(self._input_ids, dtype=np.int32)).tolist())
 
     def id_of(self, index: int) -> str | None:
         """The id of one group, without building it."""
         return self._ids[index]
 
     def beginning_of(self, index: int) -> array[int]:
-        """The tokens that all sequences of a group begin with, up to the first that is scored in the first sequence.
+        """The tokens that all parts of a group begin with, up to the first part's first scored token.
 
-        Placeholders of images are negative, and equal just where the images are; every process numbers them alike.
+        Placeholders of images are negative, and equal exactly if the images are; every process numbers them alike.
         """
         spans = list(self._spans(index))
-        sequences = [self._input_ids[start:end] for start, end in spans]
+        parts = [self._input_ids[start:end] for start, end in spans]
         if index in self._placed:
-            sequences = list(map(self._tell_images_apart, sequences, self._images_of(index, len(spans))))
-        # Arrays slice and compare as tuples do; what the smallest and the largest share, all of them share.
-        shared = shared_prefix_length(min(sequences), max(sequences))  # type: ignore[arg-type]
+            parts = list(map(self._tell_images_apart, parts, self._images_of(index, len(spans))))
+        shared = common_length([np.frombuffer(part, dtype=f"i{part.itemsize}") for part in parts])
         scored = self._scored.find(1, *spans[0])
-        return sequences[0][: shared if scored < 0 else min(shared, scored - spans[0][0])]
+        return parts[0][: shared if scored < 0 else min(shared, scored - spans[0][0])]
 
     def _tell_images_apart(self, tokens: array[int], placed: tuple[PlacedImage, ...]) -> array[int]:
         ids = array("q", tokens)
@@ -129,21 +156,24 @@ class PackedGroups:
         return ids
 
     def _spans(self, index: int) -> Iterator[tuple[int, int]]:
-        for sequence in range(self._group_ends[index], self._group_ends[index + 1]):
-            yield self._sequence_ends[sequence], self._sequence_ends[sequence + 1]
+        for part in range(self._group_ends[index], self._group_ends[index + 1]):
+            yield self._part_ends[part], self._part_ends[part + 1]
 
     def _columns_of(self, index: int) -> dict[str, Any]:
         return {name: _unpacked(value) for name, value in self._columns.get(index, {}).items()}
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over token ids, scored flags, images, labels, scores, ranks and columns; ids hold paths."""
+        """Hex SHA-256 over the content of all groups except their ids, which contain paths.
+
+        Absent content (weights, earlier sequences) adds nothing, so that fingerprints stay valid as kinds are added.
+        """
         digest = hashlib.sha256()
         for index in range(len(self)):
             self._add_to(digest, index)
         return digest.hexdigest()
 
     def digests(self) -> bytes:
-        """`DIGEST_BYTES` per group, over what `fingerprint` is over."""
+        """`DIGEST_BYTES` per group, over the same content as `fingerprint`."""
         found = bytearray()
         for index in range(len(self)):
             digest = hashlib.sha256()
@@ -164,6 +194,11 @@ class PackedGroups:
         for number, placed in enumerate(self._placed.get(index, ())):
             for image, runs in placed:
                 digest.update(f"i{number}:{image.key}:{image.num_tokens}:{runs}".encode())
+        if index in self._num_parts:
+            digest.update(f"p{self._num_parts[index].tolist()}".encode())
+        for number, weights in enumerate(self._weights.get(index, ())):
+            if weights is not None:
+                digest.update(f"w{number}:".encode() + struct.pack(f"<{len(weights)}d", *weights))
         labels, scores = self._labels[index], self._scores[index]
         digest.update(b"-" if labels is None else b"l" + bytes(labels))
         kind = b"r" if index in self._ranks else b"s"
@@ -174,12 +209,25 @@ class PackedGroups:
             digest.update(b"c" + json.dumps(columns, sort_keys=True, default=repr).encode())
 
 
+def _narrowed(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    narrow = ids.astype(np.int32)
+    if not np.array_equal(narrow, ids):
+        raise OverflowError(f"token id {ids[narrow != ids][0]} does not fit in 32 bits")
+    return narrow
+
+
+def _joined(parts: list[Sequence]) -> Sequence:
+    """The last part, with the others as earlier sequences."""
+    *earlier, last = parts
+    return Sequence(last.ids, last.flags, last.images, last.weights, earlier) if earlier else last
+
+
 def _score_bytes(score: float | None) -> bytes:
     return b"-" if score is None else b"=" + struct.pack("<d", score)
 
 
 def _whole_numbers(value: Any) -> Any:
-    """Floats that are whole as integers: a column of a table has one type for all rows, a line of JSON its own."""
+    """Whole floats as integers: a table's column has one type for all rows, while each JSON line has its own."""
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
     if isinstance(value, dict):
@@ -188,7 +236,7 @@ def _whole_numbers(value: Any) -> Any:
 
 
 def _packed(value: Any) -> Any:
-    """A column's value with its lists of floats as arrays: a number per token is then eight bytes, not thirty."""
+    """A column's value with lists of floats as arrays, so that a number per token takes eight bytes, not thirty."""
     if not isinstance(value, list):
         return value
     if value and all(type(item) is float for item in value):

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from kvpref.plan.flops import ModelShape, Work
 
 _REACH = {"window": 1.0, "chunk": 0.5}
-"""What a token sees of a window or a chunk, on average at most."""
+"""Largest average share of a window or chunk that a token sees."""
 
 Mode = Literal["two_pass", "one_pass", "packed", "padded"]
+"""How a micro-batch runs; see `kvpref.response_logps`."""
 
 Counts = tuple[int, int, int]
 """Tokens that run through the layers, attention pairs, and scored rows: the fields of `kvpref.plan.flops.Work`."""
@@ -45,15 +46,15 @@ COUNTS: dict[str, Callable[[GroupLengths], Counts]] = {
     "packed": _unshared,
     "padded": _padded,
 }
-"""What the model computes for a micro-batch, per mode, given the micro-batch's lengths taken together."""
+"""What the model computes for a micro-batch in each mode, given its combined lengths."""
 
 
 SHARING_MODES = frozenset(mode for mode, counts in COUNTS.items() if counts is _shared)
-"""The modes that encode a shared beginning once, also one that several groups of a micro-batch share."""
+"""The modes that encode a shared beginning once, even if several groups of a micro-batch share it."""
 
 
 class PairWeights(TypedDict):
-    """The weights of a cost model that are of query-key pairs."""
+    """The weights of a cost model for query-key pairs."""
 
     per_pair: float
     reaching: tuple[ReachCost, ...]
@@ -68,7 +69,7 @@ def work_of(lengths: GroupLengths, mode: Mode) -> Work:
 
 @dataclass(frozen=True, kw_only=True)
 class ReachCost:
-    """The cost of attention layers in which a token sees so many others at most."""
+    """The cost of attention layers in which a token sees a limited number of others."""
 
     reach: float
     """Query-key pairs per token: all of a window, half of a chunk."""
@@ -81,14 +82,14 @@ class ReachCost:
 class CostModel:
     """The cost of a micro-batch's forward and backward: a weighted sum of its counts.
 
-    The default counts tokens, which is what is known without a model.
+    The default counts tokens, all that is known without a model.
 
     Raises:
         InputError: If a weight is negative or not finite, or all are zero.
     """
 
     per_token: float = 1.0
-    """Cost of one token that runs through the layers, a padding token included."""
+    """Cost of one token that runs through the layers, including padding."""
 
     per_pair: float = 0.0
     """Cost of one query-key pair of causal attention, over all heads and the layers that see all earlier tokens."""
@@ -97,14 +98,14 @@ class CostModel:
     """Cost of one row that the LM head turns into a log-prob."""
 
     per_micro_batch: float = 0.0
-    """Cost that every micro-batch has, whatever is in it."""
+    """Fixed cost of every micro-batch."""
 
     reaching: tuple[ReachCost, ...] = ()
-    """Of the attention layers that see less. Their pairs are bounded, not counted: at most those of causal attention,
-    and at most `reach` per token."""
+    """Costs of the attention layers that see less. Their pairs are bounded, not counted: at most those of causal
+    attention, and at most `reach` per token."""
 
     unit: str = "tokens"
-    """What costs are counted in: ``tokens``, ``FLOPs`` or ``seconds``."""
+    """The unit of costs: ``tokens``, ``FLOPs`` or ``seconds``."""
 
     def __post_init__(self) -> None:
         reaching = (number for kind in self.reaching for number in (kind.reach, kind.per_pair))
@@ -114,8 +115,8 @@ class CostModel:
 
     @classmethod
     def from_shape(cls, shape: ModelShape, mode: str = "two_pass") -> CostModel:
-        """Costs in FLOPs; see `ModelShape.flops`. They compare micro-batches, but do not say how long one takes."""
-        from kvpref.plan.flops import Work  # loaded already: `shape` comes from there
+        """Costs in FLOPs; see `ModelShape.flops`. They compare micro-batches but do not say how long one takes."""
+        from kvpref.plan.flops import Work  # loaded already, since `shape` comes from there
 
         nothing = tuple((rule, 0) for rule in shape.rules)
         per_token, per_scored = (float(shape.flops(Work(*counts, nothing)).total) for counts in ((1, 0, 0), (0, 0, 1)))
@@ -138,9 +139,9 @@ def pair_weights(shape: ModelShape, per_pair: float, mode: str) -> PairWeights:
     """Spread the cost of a query-key pair in all attention layers over those that see all and those that see less.
 
     Args:
-        shape: Of the model.
-        per_pair: Of a pair that all layers compute.
-        mode: In ``padded``, layers compute what they mask.
+        shape: The model's shape.
+        per_pair: Cost of a pair that all layers compute.
+        mode: In ``padded``, layers also compute what they mask.
     """
     total = sum(kind.pair_flops for kind in shape.attention)
     costs: dict[float, float] = {}

@@ -1,141 +1,97 @@
 """How the groups of one optimizer step are cut into micro-batches that keep the token budget and cost about the same.
 
-Two rules, because padding couples groups. Where nothing is padded, tokens and cost of a micro-batch are sums over its
-groups, so any groups may go together and `cut_by_cost` evens the costs out. In mode ``padded`` a group is padded to the
-longest of its micro-batch, so `cut_by_length` keeps groups of like length together. Where prompts are encoded once,
-`cut_together` also keeps groups together that begin alike.
+Two rules, because padding couples groups. Without padding, tokens and cost of a micro-batch are sums over its groups,
+so any groups may go together and `cut_by_cost` evens the costs out. In mode ``padded`` a group is padded to the longest
+of its micro-batch, so `cut_by_length` keeps groups of similar length together. If prompts are encoded once,
+`cut_together` also keeps groups with common beginnings together.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import accumulate
 from math import inf
+from operator import add
 
-from kvpref.data.batching.costs import COUNTS, SHARING_MODES, CostModel, Mode
-from kvpref.data.batching.lengths import GroupLengths, combine, combine_sharing
-from kvpref.data.batching.sharing import Clusters
+from kvpref.data.batching.dealing import cost_of_runs
+from kvpref.data.batching.group_costs import GroupCosts, Runs, Waits
+from kvpref.data.batching.lengths import GroupLengths, combine
 
-Runs = list[list[int]]
-"""Micro-batches of one step: indices of groups."""
+_PART_SHARES = (1.0, 0.75, 0.5, 0.33, 0.25)
+"""What parts of clusters may cost, as shares of a rank's work."""
+
+_CHEAPEST_SEEN = 8
+"""Among this many of the cheapest micro-batches, the one whose phases stay most even is taken."""
 
 _BISECTIONS = 12
-"""Halvings of the interval in which the smallest possible cost of the costliest run lies."""
+"""Halvings of the interval that contains the smallest possible cost of the costliest run."""
 
 
-class GroupCosts:
-    """Tokens and cost of any set of groups.
-
-    Args:
-        lengths: Counts per group.
-        mode: What the model computes for them.
-        cost_model: What that costs.
-        budget: Most tokens of a micro-batch; None for no bound.
-        clusters: Which groups begin alike, which counts in modes that encode prompts once; None for no groups.
-
-    Attributes:
-        lengths: Counts per group.
-        mode: What the model computes for them.
-        cost_model: What counts cost.
-        budget: Most tokens of a micro-batch, infinite without a bound.
-        tokens: Tokens of each group alone.
-        costs: Cost of each group alone, without what every micro-batch costs.
-        clusters: Which groups begin alike; None where that does not matter.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[GroupLengths],
-        mode: Mode,
-        cost_model: CostModel,
-        budget: float | None = None,
-        clusters: Clusters | None = None,
-    ) -> None:
-        self.lengths = lengths
-        self.mode = mode
-        self.cost_model = cost_model
-        self.budget = inf if budget is None else budget
-        self.clusters = clusters if mode in SHARING_MODES else None
-        self._counts = COUNTS[mode]
-        counts = [self._counts(group) for group in lengths]
-        self.tokens = [group[0] for group in counts]
-        self.costs = [cost_model.cost(group) - cost_model.per_micro_batch for group in counts]
-
-    def run_tokens(self, run: Sequence[int]) -> int:
-        """Tokens that the model processes for a micro-batch of these groups, padding included."""
-        return self._counts(self.run_lengths(run))[0]
-
-    def run_cost(self, run: Sequence[int]) -> float:
-        """Cost of a micro-batch of these groups, in the cost model's unit."""
-        return self.cost(self.run_lengths(run))
-
-    def cost(self, lengths: GroupLengths) -> float:
-        """Cost of a micro-batch of these counts, in the cost model's unit."""
-        return self.cost_model.cost(self._counts(lengths))
-
-    def run_lengths(self, run: Sequence[int]) -> GroupLengths:
-        """Counts of these groups together: what groups of a cluster begin with is encoded once."""
-        if self.clusters is None:
-            return combine([self.lengths[group] for group in run])
-        members: dict[int, list[GroupLengths]] = {}
-        for group in run:
-            members.setdefault(self.clusters.of_group[group], []).append(self.lengths[group])
-        shared, shortest = self.clusters.shared_tokens, self.clusters.min_shared_tokens
-        return combine([combine_sharing(own, shared[cluster], shortest) for cluster, own in members.items()])
-
-
-def cut_by_cost(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Runs:
+def cut_by_cost(groups: Sequence[int], costs: GroupCosts, world_size: int, waits: Waits = "micro_batch") -> Runs:
     """Cut groups so that micro-batches cost about the same; for modes whose counts add up over groups.
 
-    As few micro-batches as two heuristics find room for: the costliest group first, each to the cheapest micro-batch
-    with room (Graham 1969, "Bounds on multiprocessing timing anomalies"), which evens costs out; where that finds no
-    room in so few, best fit decreasing (Johnson 1974, "Fast algorithms for bin packing"), which packs more tightly.
+    Uses as few micro-batches as two heuristics allow: costliest group first, each to the cheapest micro-batch with room
+    (Graham 1969, "Bounds on multiprocessing timing anomalies"), which evens costs out; if that finds no room, best fit
+    decreasing (Johnson 1974, "Fast algorithms for bin packing"), which packs more tightly.
+    If ranks wait at each micro-batch, all micro-batches in the round of the costliest group may cost as much as it
+    does, so that the other rounds cost less: see `_round_by_round`.
 
     Args:
         groups: Indices of a step's groups, each within the budget.
-        costs: Of all groups.
+        costs: The costs of all groups.
         world_size: The number of micro-batches is a multiple of it, unless every group is alone.
+        waits: Where ranks wait for one another.
     """
     packed = _best_fit(groups, costs)
     fewest = max(1, int(-(-sum(costs.tokens[group] for group in groups) // costs.budget)))
     most = min(_round_up(len(packed), world_size), len(groups))
     for num_runs in range(_round_up(fewest, world_size), most + 1, world_size):
-        runs = _costliest_first(groups, costs, num_runs)
+        runs = _costliest_first(groups, costs, num_runs, waits)
+        if num_runs > world_size > 1 and waits != "step":
+            by_round = _round_by_round(groups, costs, num_runs, world_size, waits)
+            found = [runs for runs in (runs, by_round) if runs is not None]
+            runs = min(found, key=lambda runs: cost_of_runs(runs, costs, world_size, waits), default=None)
         if runs is not None:
             return runs
     return halve_to_multiple(packed, costs, world_size)
 
 
-def waiting_cost(runs: Runs, costs: GroupCosts, world_size: int) -> float:
-    """What a step costs where ranks wait for one another at every micro-batch: of each round the costliest.
+def cut_together(groups: Sequence[int], costs: GroupCosts, world_size: int, waits: Waits = "micro_batch") -> Runs:
+    """Cut groups by cost, keeping clusters together as long as that saves more than ranks wait.
 
-    Runs of about equal cost make up a round; see `StepBatcher`.
-    """
-    return sum(sorted(map(costs.run_cost, runs), reverse=True)[::world_size])
-
-
-def cut_together(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Runs:
-    """Cut groups by cost, those of a cluster together where that costs no more; for modes that encode prompts once.
-
-    Each cluster of the step, in parts as large as the budget allows, is first cut as if it were one group. Where ranks
-    would wait longer for one another than it saves, every group is on its own.
+    For modes that encode prompts once. Each cluster of the step, in parts as large as the budget allows, is treated
+    like one group. The same is tried with ever cheaper parts, down to every group on its own.
 
     Args:
         groups: Indices of a step's groups, each within the budget, those of a cluster next to one another.
-        costs: Of all groups.
+        costs: The costs of all groups.
         world_size: The number of micro-batches is a multiple of it, unless every group is alone.
+        waits: Where ranks wait for one another.
     """
-    apart = cut_by_cost(groups, costs, world_size)
-    parts = _cluster_parts(groups, costs)
+    best = cut_by_cost(groups, costs, world_size, waits)
+    parts = _cluster_parts(groups, costs, inf)
     if len(parts) == len(groups):
-        return apart
-    lengths = [costs.run_lengths(part) for part in parts]
-    cut = cut_by_cost(range(len(parts)), GroupCosts(lengths, costs.mode, costs.cost_model, costs.budget), world_size)
-    together = [[group for part in run for group in parts[part]] for run in cut]
-    together = halve_to_multiple(together, costs, world_size)
-    return min((together, apart), key=lambda runs: waiting_cost(runs, costs, world_size))
+        return best
+    least = cost_of_runs(best, costs, world_size, waits)
+    mean = sum(map(costs.run_cost, parts)) / world_size
+    tried = len(groups)
+    for share in _PART_SHARES:
+        if len(parts) == tried:
+            continue
+        tried = len(parts)
+        lengths = [costs.run_lengths(part) for part in parts]
+        whole = GroupCosts(lengths, costs.mode, costs.cost_model, costs.budget)
+        whole.prompts = list(map(costs.run_prompts, parts))
+        cut = cut_by_cost(range(len(parts)), whole, world_size, waits)
+        runs = [[group for part in run for group in parts[part]] for run in cut]
+        runs = halve_to_multiple(runs, costs, world_size)
+        cost = cost_of_runs(runs, costs, world_size, waits)
+        if cost <= least:
+            best, least = runs, cost
+        parts = _cluster_parts(groups, costs, share * mean)
+    return best
 
 
 def cut_by_length(groups: Sequence[int], costs: GroupCosts, world_size: int) -> Runs:
@@ -145,7 +101,7 @@ def cut_by_length(groups: Sequence[int], costs: GroupCosts, world_size: int) -> 
 
     Args:
         groups: Indices of a step's groups, each within the budget.
-        costs: Of all groups.
+        costs: The costs of all groups.
         world_size: The number of micro-batches is a multiple of it, unless every group is alone.
     """
     ordered = sorted(groups, key=lambda group: costs.lengths[group].max_sequence_tokens)
@@ -169,17 +125,20 @@ def cut_by_length(groups: Sequence[int], costs: GroupCosts, world_size: int) -> 
 def halve_to_multiple(runs: Runs, costs: GroupCosts, world_size: int) -> Runs:
     """Halve the costliest runs until their number is a multiple of the world size, or none can be halved."""
     runs = list(runs)
-    while len(runs) % world_size:
-        divisible = [index for index, run in enumerate(runs) if len(run) > 1]
-        if not divisible:
-            break
-        index = max(divisible, key=lambda index: costs.run_cost(runs[index]))
-        runs[index : index + 1] = _halve(runs[index], costs)
+    costliest_first = [(-costs.run_cost(run), index) for index, run in enumerate(runs) if len(run) > 1]
+    heapify(costliest_first)
+    while len(runs) % world_size and costliest_first:
+        _, index = heappop(costliest_first)
+        runs[index], rest = _halve(runs[index], costs)
+        runs.append(rest)
+        for at in (index, len(runs) - 1):
+            if len(runs[at]) > 1:
+                heappush(costliest_first, (-costs.run_cost(runs[at]), at))
     return runs
 
 
 def _halve(run: list[int], costs: GroupCosts) -> Runs:
-    """Cut a run where the costlier part costs least."""
+    """Cut a run so that the costlier part costs least."""
     lengths = [costs.lengths[group] for group in run]
     before = [costs.cost(part) for part in accumulate(lengths, _add)]
     after = [costs.cost(part) for part in accumulate(reversed(lengths), _add)][::-1]
@@ -187,45 +146,106 @@ def _halve(run: list[int], costs: GroupCosts) -> Runs:
     return [run[:at], run[at:]]
 
 
-def _cluster_parts(groups: Sequence[int], costs: GroupCosts) -> Runs:
-    """Neighbours of one cluster that fit the budget together."""
+def _cluster_parts(groups: Sequence[int], costs: GroupCosts, most: float) -> Runs:
+    """Neighbours of one cluster that fit the budget together and cost at most `most`."""
     parts: Runs = []
     for group in groups:
         assert costs.clusters is not None
         cluster = costs.clusters.of_group[group]
         joins = bool(parts) and costs.clusters.of_group[parts[-1][0]] == cluster
-        if joins and costs.run_tokens([*parts[-1], group]) <= costs.budget:
+        if joins and _may_join(parts[-1], group, costs, most):
             parts[-1].append(group)
         else:
             parts.append([group])
     return parts
 
 
-def _costliest_first(groups: Sequence[int], costs: GroupCosts, num_runs: int) -> Runs | None:
-    """Each group, the costliest first, to the cheapest run with room; None where one finds no room."""
+def _may_join(part: list[int], group: int, costs: GroupCosts, most: float) -> bool:
+    together = [*part, group]
+    return costs.run_tokens(together) <= costs.budget and (most == inf or costs.run_cost(together) <= most)
+
+
+def _costliest_first(groups: Sequence[int], costs: GroupCosts, num_runs: int, waits: Waits) -> Runs | None:
+    """Assign groups, costliest first, each to a cheap run with room; None if one finds no room.
+
+    That is the cheapest run or, if micro-batches have several phases, the one of a few whose phases stay most even.
+    """
+    phases = {group: costs.run_phases([group], waits) for group in groups}
+    means = [sum(column) / num_runs or 1.0 for column in zip(*phases.values(), strict=True)]
     runs: Runs = [[] for _ in range(num_runs)]
     room = [costs.budget] * num_runs
-    # The number of groups breaks ties, so that none stays empty where groups cost nothing.
+    loads = [[0.0] * len(means) for _ in range(num_runs)]
+    # If ranks wait in every pass, what two groups share takes a separate pass on every rank.
+    apart = waits == "pass" and costs.clusters is not None
+    begun: list[set[int]] = [set() for _ in runs]
+    # The number of groups breaks ties, so that no run stays empty if groups cost nothing.
     cheapest_first = [(0.0, 0, index) for index in range(num_runs)]
-    heapify(cheapest_first)
     for group in sorted(groups, key=costs.costs.__getitem__, reverse=True):
-        full = []
-        while cheapest_first and room[cheapest_first[0][2]] < costs.tokens[group]:
-            full.append(heappop(cheapest_first))
-        if not cheapest_first:
+        least, chosen = inf, None
+        seen = 0
+        for place, (_, _, index) in enumerate(cheapest_first):
+            if room[index] < costs.tokens[group] or (apart and costs.cluster_of(group) in begun[index]):
+                continue
+            most = max(map(_share, loads[index], phases[group], means))
+            if most < least:
+                least, chosen = most, place
+            seen += 1
+            if seen == (_CHEAPEST_SEEN if len(means) > 1 else 1):
+                break
+        if chosen is None:
             return None
-        load, count, index = heappop(cheapest_first)
+        load, count, index = cheapest_first.pop(chosen)
         runs[index].append(group)
         room[index] -= costs.tokens[group]
-        for entry in (*full, (load + costs.costs[group], count + 1, index)):
-            heappush(cheapest_first, entry)
+        if apart:
+            begun[index].add(costs.cluster_of(group))
+        loads[index] = list(map(add, loads[index], phases[group]))
+        insort(cheapest_first, (load + costs.costs[group], count + 1, index))
     return runs
 
 
-def _best_fit(groups: Sequence[int], costs: GroupCosts) -> Runs:
-    """Each group, the longest first, to the fullest run with room, or to a new one."""
+def _share(load: float, more: float, mean: float) -> float:
+    return (load + more) / mean
+
+
+def _round_by_round(
+    groups: Sequence[int], costs: GroupCosts, num_runs: int, world_size: int, waits: Waits
+) -> Runs | None:
+    """Fill rounds one after another up to the cost of the costliest remaining group; None if that finds no room.
+
+    A round costs what its costliest micro-batch does, so all of its micro-batches may cost that.
+    """
+    left = sorted(groups, key=costs.costs.__getitem__, reverse=True)
     runs: Runs = []
-    rooms: list[tuple[float, int]] = []  # sorted; what is left of the budget, and whose it is
+    while len(runs) < num_runs - world_size and left:
+        level = max(costs.costs[left[0]], sum(costs.costs[group] for group in left) / (num_runs - len(runs)))
+        filled, left = _fill_round(left, costs, world_size, level)
+        runs += filled
+    last = _costliest_first(left, costs, world_size, waits) if len(left) >= world_size else None
+    return None if last is None or not all(runs) else [*runs, *last]
+
+
+def _fill_round(ordered: list[int], costs: GroupCosts, world_size: int, level: float) -> tuple[Runs, list[int]]:
+    """Assign groups, costliest first, each to the cheapest run that stays below the level; returns runs and rest."""
+    runs: Runs = [[] for _ in range(world_size)]
+    room = [costs.budget] * world_size
+    cheapest_first = [(0.0, index) for index in range(world_size)]
+    rest = []
+    for group in ordered:
+        load, index = cheapest_first[0]
+        if load + costs.costs[group] <= level and room[index] >= costs.tokens[group]:
+            runs[index].append(group)
+            room[index] -= costs.tokens[group]
+            heapreplace(cheapest_first, (load + costs.costs[group], index))
+        else:
+            rest.append(group)
+    return runs, rest
+
+
+def _best_fit(groups: Sequence[int], costs: GroupCosts) -> Runs:
+    """Assign groups, longest first, each to the fullest run with room, or to a new one."""
+    runs: Runs = []
+    rooms: list[tuple[float, int]] = []  # sorted (remaining budget, run)
     for group in sorted(groups, key=costs.tokens.__getitem__, reverse=True):
         fullest = bisect_left(rooms, (costs.tokens[group], -1))
         if fullest < len(rooms):

@@ -1,23 +1,29 @@
-"""Token counts and common beginnings, which tokenization, planning and statistics need."""
+"""Token counts and common beginnings, used by tokenization, planning and statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from kvpref.records.groups import Group
+import numpy as np
+import numpy.typing as npt
+
+from kvpref.prefix import radix
+from kvpref.prefix.building import build_tree
+from kvpref.prefix.choice import states_pass_tokens
+from kvpref.records.groups import Group, IntArray
+from kvpref.records.groups import Sequence as TokenSequence
 
 
 class GroupLengths(NamedTuple):
-    """Counts of one group (or of several together, see `combine`).
+    """Counts of one group, or of several combined (see `combine`), by the prefix tree of its sequences.
 
-    `shared` means that the tokens that all sequences of a group begin with are there once. What only some sequences
-    share, or several groups, is counted apart (but see `combine_sharing`): a prefix tree may find less work than these
-    counts, never more, as long as its `min_shared_tokens` and `max_depth` let it share what a group begins with.
+    A sequence here is a row that the model runs, one of `Group.parts`. Tokens shared by several groups are counted in
+    each (but see `combine_sharing`): the prefix tree of a micro-batch may find less work than these counts, never more.
     """
 
     unique_tokens: int
-    """The tokens that all sequences begin with once, and the rest of each sequence."""
+    """Tokens of the prefix tree, in which shared tokens occur once."""
 
     total_tokens: int
     """The sum over the sequences."""
@@ -29,92 +35,167 @@ class GroupLengths(NamedTuple):
     """How many sequences there are."""
 
     unique_pairs: int
-    """Query-key pairs of causal attention with the beginning shared: P(P+1)/2 + sum of R*P + R(R+1)/2."""
+    """Query-key pairs of causal attention in the tree: each token with those before it on its path."""
 
     total_pairs: int
     """Query-key pairs of causal attention with each sequence alone: sum of L(L+1)/2."""
 
     unique_scored: int
-    """Scored tokens, those in the shared beginning once (where any sequence scores them)."""
+    """Scored tokens of the tree: those that any sequence scores."""
 
     total_scored: int
     """Scored tokens of all sequences."""
 
+    beginning_tokens: int = 0
+    """Tokens that all sequences of a group begin with; 0 if not shared, and for one sequence or several groups."""
 
-def measure_group(group: Group) -> GroupLengths:
-    """Count the tokens, attention pairs and scored tokens of one group."""
-    lengths = list(map(len, group.sequences))
-    repeats = len(lengths) - 1
-    shared = common_beginning(group)
-    scored = [sequence.scored.count(True) for sequence in group.sequences]
-    starts = [sequence.scored[:shared] for sequence in group.sequences]
-    scored_in_starts = sum(start.count(True) for start in starts)
-    unique_in_starts = sum(map(any, zip(*starts, strict=True))) if scored_in_starts else 0
+
+class SharingLimits(NamedTuple):
+    """What prefix trees may share, as in `kvpref.plan.sharing.Sharing`."""
+
+    min_shared_tokens: int = 1
+    """Shared runs with fewer tokens are repeated."""
+
+    max_depth: int | None = None
+    """Deepest segment; 0 shares nothing, None allows any depth."""
+
+    whole_segments: bool = False
+    """Whether sequences branch off only at the ends of segments."""
+
+
+def measure_group(group: Group, limits: SharingLimits | None = None) -> GroupLengths:
+    """Count the tokens, attention pairs and scored tokens of one group; by default everything shared counts once."""
+    limits = SharingLimits() if limits is None else limits
+    parts = group.parts
+    lengths = list(map(len, parts))
     total_pairs = sum(map(_causal_pairs, lengths))
-    return GroupLengths(
-        unique_tokens=sum(lengths) - shared * repeats,
+    total_scored = sum(part.num_scored for part in parts)
+    counts = GroupLengths(
+        unique_tokens=sum(lengths),
         total_tokens=sum(lengths),
         max_sequence_tokens=max(lengths),
         num_sequences=len(lengths),
-        unique_pairs=total_pairs - _causal_pairs(shared) * repeats,
+        unique_pairs=total_pairs,
         total_pairs=total_pairs,
-        unique_scored=sum(scored) - scored_in_starts + unique_in_starts,
-        total_scored=sum(scored),
+        unique_scored=total_scored,
+        total_scored=total_scored,
+    )
+    if len(parts) == 1:
+        return counts
+    ids = [part.tree_ids for part in parts]
+    beginning = common_length(ids)
+    is_shared = beginning >= limits.min_shared_tokens and limits.max_depth != 0
+    if not _parts_once(ids, beginning):
+        return _count_tree(counts, parts, ids, limits)._replace(beginning_tokens=beginning if is_shared else 0)
+    if not is_shared:
+        return counts
+    starts = np.array([part.flags[:beginning] for part in parts])
+    return counts._replace(
+        unique_tokens=counts.total_tokens - beginning * (len(parts) - 1),
+        unique_pairs=total_pairs - _causal_pairs(beginning) * (len(parts) - 1),
+        unique_scored=total_scored - int(starts.sum()) + int(starts.any(axis=0).sum()),
+        beginning_tokens=beginning,
+    )
+
+
+def _parts_once(ids: Sequence[IntArray], beginning: int) -> bool:
+    """Whether no two sequences share more than the common beginning of all, as with a prompt and its responses."""
+    if min(map(len, ids)) == beginning:
+        return False
+    return len({int(own[beginning]) for own in ids}) == len(ids)
+
+
+def _count_tree(
+    counts: GroupLengths, parts: Sequence[TokenSequence], ids: Sequence[IntArray], limits: SharingLimits
+) -> GroupLengths:
+    """The counts, with those of the prefix tree filled in."""
+    tree = build_tree(
+        ids,
+        min_shared_tokens=limits.min_shared_tokens,
+        max_depth=limits.max_depth,
+        pass_tokens=states_pass_tokens(limits.min_shared_tokens) if limits.whole_segments else 0,
+        branches_inside=not limits.whole_segments,
+    )
+    offsets = np.cumsum(tree.lengths) - tree.lengths
+    scored = np.zeros(tree.num_unique_tokens, dtype=np.bool_)
+    # A token at position p of a sequence is token p + shift of the tree.
+    shifts = (offsets - tree.starts).tolist()
+    for index, part in enumerate(parts):
+        for segment, start, stop in tree.steps(index):
+            scored[start + shifts[segment] : stop + shifts[segment]] |= part.flags[start:stop]
+    ends = tree.starts + tree.lengths
+    return counts._replace(
+        unique_tokens=tree.num_unique_tokens,
+        unique_pairs=int((ends * (ends + 1) // 2 - tree.starts * (tree.starts + 1) // 2).sum()),
+        unique_scored=int(scored.sum()),
     )
 
 
 def common_beginning(group: Group) -> int:
-    """How many tokens all sequences begin with; placeholders of different images differ."""
-    sequences = [sequence.tree_ids for sequence in group.sequences]
-    # What the smallest and the largest of sorted lists have in common, all of them have.
-    return num_shared(min(sequences), max(sequences))
+    """Number of tokens that all sequences begin with; placeholders of different images differ."""
+    return common_length([part.tree_ids for part in group.parts])
 
 
-def repeat_short_beginning(lengths: GroupLengths, min_shared_tokens: int) -> GroupLengths:
-    """The counts of a group whose beginning is repeated in each sequence where it is shorter than may be shared."""
-    repeats = lengths.num_sequences - 1
-    if not repeats or (lengths.total_tokens - lengths.unique_tokens) // repeats >= min_shared_tokens:
-        return lengths
-    return lengths._replace(
-        unique_tokens=lengths.total_tokens, unique_pairs=lengths.total_pairs, unique_scored=lengths.total_scored
-    )
+def common_length(rows: Sequence[npt.NDArray[np.signedinteger[Any]]]) -> int:
+    """The length of the longest common prefix of integer arrays (T,), at least one."""
+    first, *others = rows
+    shared = len(first)
+    for other in others:
+        shared = radix.num_shared(first[:shared], other)
+    return shared
 
 
 def combine(lengths: Iterable[GroupLengths]) -> GroupLengths:
-    """The counts of several groups (at least one) together."""
-    columns = GroupLengths(*zip(*lengths, strict=True))  # type: ignore[arg-type]
-    sums = GroupLengths(*map(sum, columns))  # type: ignore[arg-type]
-    return sums._replace(max_sequence_tokens=max(columns.max_sequence_tokens))  # type: ignore[call-overload]
+    """The combined counts of several groups (at least one)."""
+    first, *others = lengths
+    if not others:
+        return first
+    columns = tuple(zip(first, *others, strict=True))
+    longest = GroupLengths._fields.index("max_sequence_tokens")
+    summed = (max(own) if index == longest else sum(own) for index, own in enumerate(columns))
+    return GroupLengths(*summed)._replace(beginning_tokens=0)
 
 
 def combine_sharing(groups: Sequence[GroupLengths], num_tokens: int, min_shared_tokens: int) -> GroupLengths:
-    """The counts of groups together when the first `num_tokens`, which they have in common, are there once.
+    """The combined counts of groups if the first `num_tokens`, common to all sequences, occur once.
 
-    An upper bound for the prefix tree. Its groups may share more than `num_tokens`, so that what remains of a group's
-    beginning is too short for a segment, and repeated in each sequence; the worst case is counted.
+    An upper bound for the prefix tree, which may keep the segments of each group's own tree below these tokens. A
+    group's common beginning then starts after them, so that the rest may be too short to be shared and is repeated in
+    each sequence; the worst case is counted.
     """
     saved_tokens = num_tokens * (len(groups) - 1)
     saved_pairs = _causal_pairs(num_tokens) * (len(groups) - 1)
+    repeated_scored = 0
     for group in groups:
         repeats = group.num_sequences - 1
-        if repeats:
-            beginning = (group.total_tokens - group.unique_tokens) // repeats
-            rest = min(beginning - num_tokens, min_shared_tokens - 1)
-            saved_tokens -= rest * repeats
-            saved_pairs -= (_causal_pairs(beginning) - _causal_pairs(beginning - rest)) * repeats
+        rest = _repeated_rest(group, num_tokens, min_shared_tokens)
+        saved_tokens -= rest * repeats
+        saved_pairs -= (_causal_pairs(num_tokens + rest) - _causal_pairs(num_tokens)) * repeats
+        repeated_scored += min(rest * repeats, group.total_scored - group.unique_scored)
     together = combine(groups)
     if saved_tokens <= 0:
         return together
     return together._replace(
-        unique_tokens=together.unique_tokens - saved_tokens, unique_pairs=together.unique_pairs - saved_pairs
+        unique_tokens=together.unique_tokens - saved_tokens,
+        unique_pairs=together.unique_pairs - saved_pairs,
+        unique_scored=together.unique_scored + repeated_scored,
     )
+
+
+def _repeated_rest(group: GroupLengths, num_tokens: int, min_shared_tokens: int) -> int:
+    """How many tokens after the first `num_tokens` each sequence of a group may have to repeat."""
+    rest = group.beginning_tokens - num_tokens
+    if group.unique_tokens == group.total_tokens or rest >= min_shared_tokens:
+        return 0
+    parts_once = group.total_tokens - group.unique_tokens == group.beginning_tokens * (group.num_sequences - 1)
+    return max(rest, 0) if parts_once else min_shared_tokens - 1
 
 
 def num_shared(first: Sequence[object], second: Sequence[object]) -> int:
     """The length of the longest common prefix of two token lists or texts."""
     shortest = min(len(first), len(second))
     start = 0
-    # Slices compare at the speed of C; what differs lies in the first one that does.
+    # Slices compare at the speed of C; the difference lies in the first slice that differs.
     while start < shortest and first[start : start + 256] == second[start : start + 256]:
         start += 256
     return next((index for index in range(start, shortest) if first[index] != second[index]), shortest)

@@ -8,15 +8,15 @@ from kvpref.data.batching.steps import MicroBatch, StepBatcher
 from kvpref.errors import InputError
 
 STEPS_AHEAD = 2
-"""How many steps beyond the current one a sampler names, for whoever prepares them ahead of use."""
+"""How many steps beyond the current one a sampler announces, for preparation ahead of use."""
 
 
 class RankStep(tuple[MicroBatch, ...]):
-    """One rank's micro-batches of an optimizer step, which know what comes next.
+    """One rank's micro-batches of an optimizer step, along with the steps that follow.
 
     Attributes:
         following: The micro-batches of the next `STEPS_AHEAD` steps of the epoch, fewer at its end. They travel with
-            the step, so they stay right when steps are skipped or an iteration is dropped.
+            the step, so they stay correct if steps are skipped or an iteration is dropped.
     """
 
     following: tuple[tuple[MicroBatch, ...], ...] = ()
@@ -26,7 +26,7 @@ class StepSampler:
     """Yields this rank's micro-batches of each optimizer step; pass it as a DataLoader's ``batch_sampler``.
 
     Args:
-        batcher: Of the steps.
+        batcher: Plans the steps.
         rank: This process's rank, below the batcher's world size.
 
     Raises:

@@ -4,14 +4,14 @@ Pure Python on token lists, sorted once: neighbours in sorted order have the lon
 neighbours with a common beginning nest, which gives the tree of Abouelhoda et al. 2004, "Replacing suffix trees with
 enhanced suffix arrays" (their LCP intervals), in linear time.
 
-What counts is what a random step would not hold anyway. A few-shot prompt in every row is in every step, whatever the
+What counts is what a random step would not share anyway. A few-shot prompt in every row is in every step, whatever the
 order, and so is a system prompt of a tenth of the rows, as soon as a step has more than ten groups. Such beginnings are
-*common*: they make no cluster, and only tokens beyond them count below them. Of the others, which nest (a story, its
-questions), those become clusters that together spare the most tokens. One that exceeds a step (a story with more
-questions than a step has groups) will be cut into parts that fill steps.
+*common*: they form no cluster, and below them only tokens beyond them count. Among the others, which nest (a story, its
+questions), those that together save the most tokens become clusters. One that exceeds a step (a story with more
+questions than a step has groups) is cut into parts that fill steps.
 
 The price: the groups of a step are less independent than in random order. Beginnings that many groups share, such as
-system prompts of a mixture of tasks, are common as a rule, so that steps keep the mixture.
+system prompts of a mixture of tasks, are usually common, so that steps keep the mixture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvpref.errors import InputError
-from kvpref.prefix.tree import shared_prefix_length
+from kvpref.prefix.radix import shared_prefix_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,12 @@ class Clusters:
 
     @property
     def num_sharing_groups(self) -> int:
-        """Groups that are not alone."""
+        """Number of groups that are not alone."""
         return sum(tokens > 0 for tokens in self.shared_tokens)
 
     @property
     def largest(self) -> int:
-        """Groups of the largest cluster, 1 where all are alone."""
+        """Number of groups in the largest cluster; 1 if all are alone."""
         sizes = dict.fromkeys(self.of_group, 0)
         for cluster in self.of_group:
             sizes[cluster] += 1
@@ -62,7 +62,7 @@ class _Run:
     """Place of the first in sorted order."""
 
     inside: list[_Run] = field(default_factory=list)
-    """Runs that share more, in order, apart from one another."""
+    """Disjoint runs inside it that share more, in order."""
 
     end: int = 0
     """Place after the last."""
@@ -78,13 +78,13 @@ class _Run:
 def find_clusters(beginnings: Sequence[Sequence[int]], *, groups_per_step: int, min_shared_tokens: int) -> Clusters:
     """Cluster groups that begin alike.
 
-    Deterministic: it depends on the tokens and the two numbers alone. Takes time in proportion to sorting.
+    Deterministic: depends only on the tokens and the two numbers. Takes about as long as sorting.
 
     Args:
-        beginnings: Per group its tokens up to the first that is scored (all sequences of the group begin with them);
-            lists, tuples or arrays that compare with one another.
+        beginnings: Per group, its tokens up to the first scored one, which all its sequences begin with; lists, tuples
+            or arrays that can be compared with one another.
         groups_per_step: Groups of an optimizer step over all ranks.
-        min_shared_tokens: Shorter beginnings make no cluster.
+        min_shared_tokens: Shorter beginnings form no cluster.
 
     Raises:
         InputError: If a number is below 1.
@@ -92,7 +92,7 @@ def find_clusters(beginnings: Sequence[Sequence[int]], *, groups_per_step: int, 
     for name, value in (("groups_per_step", groups_per_step), ("min_shared_tokens", min_shared_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1; got {value}")
-    # A Sequence need not compare; lists, tuples and arrays do.
+    # Sequences in general need not be comparable; lists, tuples and arrays are.
     order: list[int] = sorted(range(len(beginnings)), key=beginnings.__getitem__)  # type: ignore[arg-type]
     runs = _nested_runs([beginnings[group] for group in order])
     _find_common(runs, groups_per_step)
@@ -105,7 +105,7 @@ def find_clusters(beginnings: Sequence[Sequence[int]], *, groups_per_step: int, 
 
 
 def as_wholes(beginnings: Sequence[array[int]]) -> list[array[int]]:
-    """Tokens that have the beginnings' lengths, and begin alike just where these are the same to their end."""
+    """Stand-in tokens of the same lengths that begin alike only if whole beginnings are equal."""
     numbers: dict[bytes, int] = {}
     return [
         array("q", [numbers.setdefault(array("q", beginning).tobytes(), len(numbers))]) * len(beginning)
@@ -114,13 +114,13 @@ def as_wholes(beginnings: Sequence[array[int]]) -> list[array[int]]:
 
 
 def _nested_runs(ordered: list[Sequence[int]]) -> list[_Run]:
-    """All runs of sorted lists, those inside before those around them; the last holds everything."""
+    """All runs of sorted lists, inner runs before outer ones; the last holds everything."""
     finished: list[_Run] = []
     open_runs = [_Run(shared=0, start=0)]
     for place in range(1, len(ordered) + 1):
         shared, start = 0, place - 1
         if place < len(ordered):
-            # Arrays slice and compare as the tuples do that it is written for.
+            # Arrays slice and compare like the tuples it is annotated for.
             shared = shared_prefix_length(ordered[place - 1], ordered[place])  # type: ignore[arg-type]
         inside: list[_Run] = []
         while open_runs[-1].shared > shared:
@@ -138,7 +138,7 @@ def _nested_runs(ordered: list[Sequence[int]]) -> list[_Run]:
 
 
 def _find_common(runs: list[_Run], groups_per_step: int) -> None:
-    """Tell every run what is common around it; a common run counts itself."""
+    """Set on every run what is common around it; a common run counts itself."""
     num_groups = runs[-1].num_groups
     for run in reversed(runs):
         # More of its groups than steps: a random step holds one on average. One that fits into a step can be gathered.
@@ -150,7 +150,7 @@ def _find_common(runs: list[_Run], groups_per_step: int) -> None:
 
 
 def _choose(runs: list[_Run], groups_per_step: int, min_shared_tokens: int) -> list[_Run]:
-    """The runs that are clusters: none inside another."""
+    """The runs chosen as clusters, none inside another."""
     saved: dict[_Run, int] = {}
     gathered: set[_Run] = set()
     for run in runs:
@@ -158,7 +158,7 @@ def _choose(runs: list[_Run], groups_per_step: int, min_shared_tokens: int) -> l
         inside = sum(saved[inner] for inner in run.inside)
         saved[run] = inside
         if own_tokens >= min_shared_tokens:
-            # Encoded once per step that the cluster is in, instead of once per group.
+            # Encoded once per step that contains the cluster, instead of once per group.
             own = own_tokens * (run.num_groups - -(-run.num_groups // groups_per_step))
             if own > inside:
                 gathered.add(run)

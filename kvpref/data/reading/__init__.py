@@ -1,1 +1,1 @@
-"""From files and chat messages to groups of tokens."""
+"""Reading files and chat messages into groups of tokens."""

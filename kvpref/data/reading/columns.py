@@ -1,4 +1,4 @@
-"""The columns of a row that are read, and what the ones beside prompt and responses mean."""
+"""The columns of a row that are read, and the meaning of those other than prompt and responses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from kvpref.data.reading.messages import RowError, type_name
 
 PROMPT_COLUMNS = ("question", "query", "instruction", "prompts")
-"""What is taken as the prompt where there is no `prompt`; an `input` beside `instruction` is a part of it."""
+"""Columns taken as the prompt if there is no `prompt`; an `input` beside `instruction` is a part of it, and an `input`
+without any of these is the prompt."""
 
 IMAGE_COLUMNS = ("image", "images")
-"""What a model sees with the prompt."""
+"""Columns of images in the prompt."""
 
 _LIKE_IMAGES = frozenset(
     f"{kind}{part}{number}"
@@ -20,16 +21,34 @@ _LIKE_IMAGES = frozenset(
     for part in ("", "_path", "_file", "_url", "_bytes")
     for number in ("", "s")
 ) - set(IMAGE_COLUMNS)
-"""Names that images go by elsewhere."""
+"""Names of image columns in other tools."""
 
 MEDIA_COLUMNS = ("video", "videos", "audio", "audios")
-"""What a model would have to see or hear, which is refused until it can."""
+"""Columns of video and audio, which are refused until they are supported."""
 
 SHAPE_COLUMNS = ("prompt", "chosen", "rejected", "responses", "scores", "ranks")
-"""What the shapes of rows are made of."""
+"""The columns of kvpref's own rows."""
+
+TRAJECTORY_COLUMNS = ("trajectories", "messages", "response", "id", "attempt", "score")
+"""The columns of rows of trajectories and of model calls."""
+
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+"""A conversation: OpenAI's name, ShareGPT's, and that of ms-swift's rows of rounds."""
+
+OTHER_SHAPE_COLUMNS = (
+    *CONVERSATION_COLUMNS[1:],
+    *("completion", "output", "text", "label", "kto_tag", "reward", "rating"),
+    *("completions", "generations", "answers", "rewards", "ratings"),
+    *("chosen_response", "rejected_response", "rejected_messages", "history"),
+    *("score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen_rating", "rejected_rating"),
+    *("chosen-rating", "rejected-rating", "chosen_reward", "rejected_reward"),
+)
+"""The columns of other tools' rows, which `kvpref.data.reading.shapes` reads."""
 
 ROW_FIELDS = (
     *SHAPE_COLUMNS,
+    *TRAJECTORY_COLUMNS,
+    *OTHER_SHAPE_COLUMNS,
     *PROMPT_COLUMNS,
     "input",
     "system",
@@ -37,8 +56,9 @@ ROW_FIELDS = (
     "chat_template_kwargs",
     *IMAGE_COLUMNS,
     *MEDIA_COLUMNS,
+    "token_weights",
 )
-"""The columns that are read, besides extra ones that are asked for by name."""
+"""All columns that are read, apart from extra ones requested by name."""
 
 _SET_BY_US = (
     "add_generation_prompt",
@@ -53,16 +73,16 @@ _SET_BY_US = (
     "tokenizer_kwargs",
     "truncation",
 )
-"""Arguments of `apply_chat_template` that are no business of the data; so is all that begins with ``return_``."""
+"""Arguments of `apply_chat_template` that data may not set, like everything that begins with ``return_``."""
 
 
 class PromptColumn(NamedTuple):
-    """The prompt of a row as it stands.
+    """The prompt of a row, unchanged.
 
     Attributes:
-        value: A text or messages, not yet checked; None where the row has none.
+        value: A text or messages, not yet checked; None if the row has none.
         name: The column that it comes from.
-        read: All columns that it is made of.
+        read: All columns that it is made from.
     """
 
     value: Any = None
@@ -71,10 +91,10 @@ class PromptColumn(NamedTuple):
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys of objects that hold null, at any depth; items of lists stay.
+    """The value without object keys that hold null, at any depth; items of lists stay.
 
-    Tables give every object the keys that any other row has, with null for those that a row lacks, and chat templates
-    take a key for a statement. JSON is brought to the same form, so that both mean the same. Tuples become lists.
+    In tables every object has the keys of all rows, with null for missing ones, and chat templates react to the mere
+    presence of a key. JSON is brought to the same form, so that both mean the same. Tuples become lists.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
@@ -82,16 +102,18 @@ def without_nulls(value: Any) -> Any:
 
 
 def find_prompt(row: Mapping[str, Any]) -> PromptColumn:
-    """The prompt, from its own column or one of those that stand for it.
+    """The prompt, from its own column or one that stands in for it.
 
     Raises:
-        RowError: If several columns might be the prompt, or `instruction` and `input` cannot be put together.
+        RowError: If several columns might be the prompt, or `instruction` and `input` cannot be joined.
     """
     if "prompt" in row:
         return PromptColumn(row["prompt"], "prompt", ("prompt",))
     found = [name for name in PROMPT_COLUMNS if name in row]
     if not found:
-        return PromptColumn()
+        # As in axolotl's `icr` rows; conversations already begin with their prompt.
+        is_prompt = row.get("input") and not isinstance(row.get("chosen"), list)
+        return PromptColumn(row["input"], "input", ("input",)) if is_prompt else PromptColumn()
     if len(found) > 1:
         names = " and ".join(f"`{name}`" for name in found)
         raise RowError(f"found {names} and no `prompt`; rename the one that is the prompt to `prompt`")
@@ -108,10 +130,10 @@ def find_prompt(row: Mapping[str, Any]) -> PromptColumn:
 
 
 def find_system(row: Mapping[str, Any]) -> str | None:
-    """The text of the system message, which may be empty; None where the row says nothing of one.
+    """The text of the system message, which may be empty; None if the row has none.
 
     Raises:
-        RowError: If it is no text.
+        RowError: If it is not a text.
     """
     system = row.get("system")
     if system is not None and not isinstance(system, str):
@@ -120,10 +142,10 @@ def find_system(row: Mapping[str, Any]) -> str | None:
 
 
 def template_settings(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is given besides the messages. Empty `tools` or settings count as none.
+    """Arguments of the chat template other than messages. Empty `tools` or settings count as none.
 
     Raises:
-        RowError: If they have another form, or settings name what is not theirs.
+        RowError: If they have a wrong form, or settings name an argument that data may not set.
     """
     settings = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs", "an object") or {}
     if not isinstance(settings, dict):
@@ -132,7 +154,7 @@ def template_settings(row: Mapping[str, Any]) -> dict[str, Any]:
         if name == "tools":
             raise RowError("`chat_template_kwargs` holds `tools`; give them as the column `tools`")
         if name in _SET_BY_US or name.startswith("return_"):
-            raise RowError(f"`chat_template_kwargs` holds `{name}`, which is not up to the data; leave it out")
+            raise RowError(f"`chat_template_kwargs` holds `{name}`, which data may not set; leave it out")
     tools = _decoded(row.get("tools"), "tools", "a list of objects") or []
     if not isinstance(tools, list):
         raise RowError(f"`tools` must be a list of objects, found {type_name(tools)}")
@@ -156,7 +178,7 @@ def refuse_media(row: Mapping[str, Any]) -> None:
 
 
 def refuse_misnamed_images(unread: Iterable[str]) -> None:
-    """Raise RowError if one of the columns that nothing reads seems to hold the images of a row that has none."""
+    """Raise RowError if an unread column seems to hold the images of a row that has none."""
     for name in unread:
         if name.lower() in _LIKE_IMAGES or (name.lower() in IMAGE_COLUMNS and name not in IMAGE_COLUMNS):
             raise RowError(
@@ -165,7 +187,7 @@ def refuse_misnamed_images(unread: Iterable[str]) -> None:
 
 
 def _decoded(value: Any, name: str, expected: str) -> Any:
-    """The value; a string is taken as its JSON, since tables have a hard time with objects of many forms."""
+    """The value; a string is decoded as JSON, since tables handle objects of many forms badly."""
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -1,4 +1,4 @@
-"""Whether a chat template wrote all that a row says."""
+"""Checks that a chat template wrote everything that a row contains."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def check_nothing_lost(
 ) -> None:
     """Refuse a template that leaves out a part of a response.
 
-    White space is not compared, since templates strip it; a part may stand there as in JSON.
+    White space is ignored, since templates strip it; a part may also be written as JSON.
 
     Args:
-        response: Its turns.
-        text: What the template wrote for prompt and response.
-        spans: Where in it the assistant's turns stand, in their order.
-        name: What errors call the response.
+        response: The turns of the response.
+        text: The template's output for prompt and response.
+        spans: The assistant's turns in the text, in order.
+        name: The response's name in errors.
 
     Raises:
         RowError: Naming the part.
     """
     remaining = iter(spans)
     for number, turn in enumerate(response, start=1):
-        # What tools and users say stands somewhere behind the first turn.
+        # Messages of tools and users come somewhere after the first turn.
         start, end = next(remaining) if turn["role"] == "assistant" else (spans[0][0], len(text))
         for part, value in parts_of(turn):
             if value not in text[start:end] and not _is_written(value, text[:start], text[start:end]):
@@ -36,21 +36,22 @@ def check_nothing_lost(
 
 
 def check_prompt_written(
-    prompt: AbstractSequence[Message], tools: AbstractSequence[Mapping[str, Any]], text: str
+    prompt: AbstractSequence[Message], tools: AbstractSequence[Mapping[str, Any]], text: str, *, first: int = 0
 ) -> None:
-    """Refuse a template that leaves out what the prompt says, or tools.
+    """Refuse a template that leaves out a part of the prompt, or tools.
 
-    Of earlier assistant turns only tool calls are looked for; what they say may be shortened.
+    In earlier assistant turns only tool calls are checked; their texts may be shortened.
 
     Args:
-        prompt: Its turns.
-        tools: What may be called.
-        text: What the template wrote.
+        prompt: The turns of the prompt.
+        tools: The tools that may be called.
+        text: The template's output.
+        first: Turns before this one are not checked.
 
     Raises:
         RowError: Naming what is left out.
     """
-    for number, turn in enumerate(prompt, start=1):
+    for number, turn in enumerate(prompt[first:], start=first + 1):
         for content in texts_of(turn) if turn["role"] != "assistant" else ():
             if content not in text and not _is_written(content, "", text):
                 raise lost_turn(number, turn)
@@ -81,7 +82,7 @@ def lost_part(part: str, number: int, name: str, value: str) -> RowError:
 
 
 def lost_tool(tool: str) -> RowError:
-    """The error for something of `tools`."""
+    """The error for an entry of `tools`."""
     return RowError(
         f"the chat template does not write the tool {tool} of `tools`; remove the column from the data, or "
         "use a template that writes tools"
@@ -91,7 +92,7 @@ def lost_tool(tool: str) -> RowError:
 def _is_written(value: str, before: str, written: str) -> bool:
     squeezed = _without_spaces(written)
     for form in {_without_spaces(value), _without_spaces(json.dumps(value, ensure_ascii=False)[1:-1])}:
-        # A generation prompt that begins the answer (`<think>`) may have taken the beginning of the content.
+        # A generation prompt that begins the answer (`<think>`) may already contain the beginning of the content.
         begun = _without_spaces(before[-2 * len(form) :])[-len(form) + 1 :] if len(form) > 1 else ""
         if form in begun + squeezed:
             return True
@@ -99,7 +100,7 @@ def _is_written(value: str, before: str, written: str) -> bool:
 
 
 def parts_of(turn: Message) -> Iterator[tuple[str, str]]:
-    """What an assistant's turn says that a template must write, each with its name."""
+    """The parts of an assistant's turn that a template must write, each with its name."""
     for key in ("content", *REASONING_FIELDS):
         if isinstance(turn.get(key), str):
             yield f"`{key}`", turn[key]
@@ -116,7 +117,7 @@ def _parts_of_calls(turn: Message) -> Iterator[tuple[str, str]]:
 
 
 def calls_of(turn: Message) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
-    """The functions that a turn calls, each with where it stands in the turn."""
+    """The functions that a turn calls, each with its path in the turn."""
     calls = turn.get("tool_calls")
     for index, call in enumerate(calls if isinstance(calls, list) else ()):
         function = function_of(call)
@@ -125,7 +126,7 @@ def calls_of(turn: Message) -> Iterator[tuple[tuple[str | int, ...], Mapping[str
 
 
 def function_of(value: object) -> Mapping[str, Any] | None:
-    """The function of a tool or a call, which may stand in it or be it; None if it is neither."""
+    """The function of a tool or call, nested or the object itself; None if there is none."""
     function = value.get("function", value) if isinstance(value, Mapping) else None
     return function if isinstance(function, Mapping) else None
 

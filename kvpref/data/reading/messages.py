@@ -1,22 +1,23 @@
-"""Chat messages as rows hold them, checked and brought to one form."""
+"""Checks chat messages of rows and brings them to one form."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from kvpref.data.reading.row_errors import RowError as RowError
+from kvpref.data.reading.row_errors import TemplateRefusalError as TemplateRefusalError
+from kvpref.data.reading.row_errors import type_name as type_name
+from kvpref.data.reading.sharegpt import has_sender, with_role
+
 Message = dict[str, Any]
 """One chat message: ``role``, ``content`` (strings) and whatever else the chat template reads."""
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Where messages keep what the model thought before it answered; each family of templates reads one of them."""
-
-
-class RowError(ValueError):
-    """One row is bad; the message is the reason, without the place."""
+"""Fields with the model's thinking before its answer; each family of templates reads one of them."""
 
 
 def parse_turns(value: object, name: str) -> str | tuple[Message, ...]:
-    """A response as it stands: a text, or one or more messages.
+    """A response: a text, or one or more messages.
 
     Raises:
         RowError: If it is neither, or empty.
@@ -32,7 +33,7 @@ def parse_turns(value: object, name: str) -> str | tuple[Message, ...]:
 
 
 def parse_text(value: str, name: str, may_be_empty: bool = False) -> str:
-    """A text that can be encoded.
+    """The text, if it can be encoded.
 
     Raises:
         RowError: If it cannot, or is empty and may not be.
@@ -59,24 +60,21 @@ def parse_messages(value: dict[str, Any] | list[Any], name: str) -> tuple[Messag
     return tuple(_parse_message(message, f"{name}[{index}]") for index, message in enumerate(messages))
 
 
-def type_name(value: object) -> str:
-    """The type of a decoded value, in JSON's words where it has one."""
-    return {"dict": "object", "str": "string", "NoneType": "null", "bool": "boolean"}.get(
-        type(value).__name__, type(value).__name__
-    )
-
-
 def _parse_message(message: object, name: str) -> Message:
     if not isinstance(message, dict):
         raise RowError(f"`{name}` must be a message with `role` and `content`, found {type_name(message)}")
-    # Arrow tables fill the keys that only other rows have with nulls; templates take a key for a statement.
+    # Arrow tables fill keys that only other rows have with nulls; templates react to a key's presence.
     kept = {key: item for key, item in message.items() if item is not None}
+    if has_sender(kept):
+        kept = with_role(kept, name)
     parts: Any = kept.get("content")
     if isinstance(parts, list):
         parts = _parse_parts(parts, f"{name}.content")
         kept["content"] = "".join(part.get("text", "") for part in parts)
-    # A message that calls tools needs no content, and says so by null, "" or nothing at all: one form for all.
-    if "content" not in kept and kept.get("role") == "assistant" and _says_more(kept):
+    # A message that calls tools needs no content: null, "" and a missing key become one form.
+    # The same holds for a tool that returned nothing.
+    may_be_silent = kept.get("role") == "tool" or (kept.get("role") == "assistant" and _says_more(kept))
+    if "content" not in kept and may_be_silent:
         kept["content"] = ""
     for key in ("role", "content"):
         if key not in kept:
@@ -113,7 +111,7 @@ def text_of(message: Message) -> str:
 
 
 def _parse_parts(parts: list[Any], name: str) -> list[dict[str, Any]]:
-    """Content that is a list of parts, as multimodal templates take it; images stay as the row has them."""
+    """Content as a list of parts, as for multimodal templates; images stay as in the row."""
     parsed = []
     for index, part in enumerate(parts):
         if not isinstance(part, dict):
@@ -132,7 +130,7 @@ def _parse_parts(parts: list[Any], name: str) -> list[dict[str, Any]]:
 
 
 _IMAGE_KEYS = {"image": ("image", "url", "path", "base64", "bytes"), "image_url": ("image_url",)}
-"""Types of parts that are images, and what may hold the image itself."""
+"""Types of image parts, and the keys that may hold the image itself."""
 
 
 def _parse_image(part: dict[str, Any], kind: str, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Processors of models that see images; a tokenizer where there is no more than that."""
+"""Processors of models that see images; a tokenizer if there is nothing more."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
-"""What says of which class a processor is, in the order in which transformers looks."""
+"""Files that name the class of a processor, in the order in which transformers looks."""
 
 _VIDEO = "video_processor"
 _VIDEO_FILE = "video_preprocessor_config.json"
 
 
 def load_processor(name: str) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """Load the processor of a folder or hub name, or its tokenizer where it has no processor for images.
+    """Load the processor of a folder or hub name, or its tokenizer if it has no processor for images.
 
-    Processors that also read videos are loaded without that part where torchvision, which it needs, is missing.
+    Processors that also read videos are loaded without that part if torchvision, which it needs, is missing.
 
     Raises:
         InputError: If there is neither, or the processor cannot be loaded.
@@ -37,7 +37,7 @@ def load_processor(name: str) -> PreTrainedTokenizerBase | ProcessorMixin:
     try:
         kind = None if is_torchvision_available() else _without_videos(class_name)
         processor = AutoProcessor.from_pretrained(name) if kind is None else kind.from_pretrained(name)
-    except Exception as error:  # transformers raises errors of many classes for a name it cannot serve
+    except Exception as error:  # transformers raises errors of many classes for a name it cannot load
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{name}: its processor cannot be loaded ({reason})") from error
     if getattr(processor, "image_processor", None) is None:
@@ -48,7 +48,7 @@ def load_processor(name: str) -> PreTrainedTokenizerBase | ProcessorMixin:
 
 
 def _read_file(name: str, file: str) -> dict[str, Any]:
-    """A JSON file of a folder or a hub's repository; empty if there is none."""
+    """A JSON file of a folder or hub repository; empty if there is none."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -66,7 +66,7 @@ def _read_file(name: str, file: str) -> dict[str, Any]:
 
 
 def _without_videos(class_name: str | None) -> Any:
-    """The class of this name without its part for videos; None for classes that have none, or are unknown."""
+    """The class of this name without its video part; None for classes that have none or are unknown."""
     from transformers.models.auto.processing_auto import processor_class_from_name
 
     kind: Any = None if class_name is None else processor_class_from_name(class_name)
@@ -79,7 +79,7 @@ def _make(kind: Any) -> Any:
     parts = [part for part in kind.get_attributes() if part != _VIDEO]
 
     def to_dict(self: Any) -> dict[str, Any]:
-        """With the settings of the part that is not read, so that transformers finds them where torchvision is."""
+        """Include the settings of the unread part, so that transformers finds them if torchvision is installed."""
         values: dict[str, Any] = kind.to_dict(self)
         kept = getattr(self, "unread_videos", None)
         return values if kept is None else values | {_VIDEO: kept}
@@ -99,7 +99,7 @@ def _make(kind: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Classes without videos by name, for pickles that another process made."""
+    """Classes without videos by name, for pickles made by another process."""
     made = _without_videos(name) if name.endswith("Processor") else None
     if made is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

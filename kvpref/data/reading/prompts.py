@@ -1,4 +1,4 @@
-"""What of a row is the prompt: its column, or what the responses have in common; and the form of both."""
+"""The prompt of a row, from its column or the common beginning of its responses, in the same form as the responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kvpref.data.reading.messages import Message, RowError, parse_messages, pars
 
 Messages = tuple[Message, ...]
 Turns = str | Messages
-"""A text, or messages."""
+"""A text, or a list of messages."""
 
 
 def join_prompt(
@@ -16,12 +16,12 @@ def join_prompt(
     """Bring prompt and responses to one form: all text, or all messages.
 
     Args:
-        prompt: As it stands.
+        prompt: The unchecked prompt.
         system: The text of a system message, or None. With one, even an empty one, texts are a conversation.
-        responses: By the names that messages call them.
+        responses: The responses, by their names in messages.
 
     Returns:
-        The prompt, None where it is what the texts have in common, and the responses.
+        The prompt, None if it is the common beginning of the texts, and the responses.
 
     Raises:
         RowError: If they do not fit together.
@@ -39,7 +39,7 @@ def join_prompt(
     text = parse_text(prompt.value, prompt.name, may_be_empty=True)
     if conversations:
         shared, turns = _join_text_prompt(text, prompt.name, conversations)
-        return _with_system(shared, system), turns
+        return with_system(shared, system), turns
     if system is None:
         return text, texts
     if not text:
@@ -50,12 +50,12 @@ def join_prompt(
 def _join_messages(
     prompt: Messages, system: str | None, responses: dict[str, Turns]
 ) -> tuple[Messages, tuple[Messages, ...]]:
-    whole = _with_system(prompt, system)
+    whole = with_system(prompt, system)
     turns = []
     for response in responses.values():
         if isinstance(response, str):
             response = ({"role": "assistant", "content": response},)
-        # Some published sets repeat the prompt inside each response.
+        # Some published datasets repeat the prompt inside each response.
         for repeated in (whole, prompt):
             if len(response) > len(repeated) and response[: len(repeated)] == repeated:
                 response = response[len(repeated) :]
@@ -69,13 +69,18 @@ def _join_nothing(
 ) -> tuple[Messages | None, tuple[Turns, ...]]:
     if conversations:
         shared, turns = _split_conversations(conversations)
-        return _with_system(shared, system), turns
+        return with_system(shared, system), turns
     if system is not None:
         raise RowError("with `system` the row is a conversation, and it has no prompt; add a `prompt` field")
     return None, texts
 
 
-def _with_system(prompt: Messages, system: str | None) -> Messages:
+def with_system(prompt: Messages, system: str | None) -> Messages:
+    """The messages, preceded by the system message if there is one.
+
+    Raises:
+        RowError: If they begin with a different one.
+    """
     if not system:
         return prompt
     message = {"role": "system", "content": parse_text(system, "system")}

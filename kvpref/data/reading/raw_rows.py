@@ -1,4 +1,4 @@
-"""A decoded row and where it stands."""
+"""A decoded row and its location."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RawRow:
         location: ``file:line``, ``file:row N``, or ``row N`` in memory, counted from 1.
         value: The decoded value, of any type.
         error: Why there is no value, or None.
-        left_out: Columns of its table that were not decoded, since nothing reads them.
+        left_out: Columns of its table that were not decoded because they are not read.
     """
 
     location: str

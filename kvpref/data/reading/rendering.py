@@ -11,6 +11,7 @@ from kvpref.data.reading.images.store import StoredImage
 from kvpref.data.reading.lost_parts import check_nothing_lost, check_prompt_written
 from kvpref.data.reading.messages import Message, RowError
 from kvpref.data.reading.response_spans import ChatTemplate, Messages, Span, chat_template_of, find_spans
+from kvpref.data.reading.roles import check_roles
 from kvpref.data.reading.rows import PreferenceRow
 from kvpref.data.reading.template_probes import TemplateProbes
 from kvpref.errors import InputError
@@ -95,6 +96,9 @@ def _render_chat(row: PreferenceRow, prompt: Messages, template: ChatTemplate, p
         template, settings=dict(row.template_settings), reads_parts_only=probes.reads_parts_only(template)
     )
     probes.check_settings(template)
+    check_roles(template, prompt, "the prompt")
+    for response, name in zip(responses, names, strict=True):
+        check_roles(template, response, name)
     first_error: RowError | None = None
     for form in _forms((prompt, *responses)):
         try:
@@ -127,6 +131,4 @@ def _has_only_calls(message: Message) -> bool:
 
 
 def _names(row: PreferenceRow) -> tuple[str, ...]:
-    if row.labels == (True, False):
-        return "`chosen`", "`rejected`"
-    return tuple(f"`responses[{index}]`" for index in range(len(row.responses)))
+    return row.names or tuple(f"`responses[{index}]`" for index in range(len(row.responses)))

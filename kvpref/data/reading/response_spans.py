@@ -1,7 +1,7 @@
-"""Where the assistant's turns of a response stand in what a chat template wrote.
+"""Locates the assistant's turns of a response in a chat template's output.
 
-The template is the only one who knows, so it is asked: by the generation prompt, by the beginning of a conversation
-without the turn, and by marker texts in the place of the turn's content.
+Only the template knows, so it is tested: with the generation prompt, with the beginning of a conversation without the
+turn, and with marker texts in place of the turn's content.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from kvpref.data.batching.lengths import num_shared
 from kvpref.data.reading.lost_parts import parts_of
-from kvpref.data.reading.messages import REASONING_FIELDS, Message, RowError
+from kvpref.data.reading.messages import REASONING_FIELDS, Message, RowError, TemplateRefusalError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-"""First character, and the one after the last."""
+"""Characters [first, stop)."""
 
 Messages = tuple[Message, ...]
 
-# What two texts have in common before and after them ends exactly where the content begins and begins where it ends.
+# The common beginning and end of two texts with different markers lie exactly around the content.
 MARKERS = ("alpha", "omega!")
 NUM_QUOTED_CHARS = 24
 
@@ -33,10 +33,10 @@ class ChatTemplate:
     """A tokenizer's or processor's chat template.
 
     Args:
-        tokenizer: Whose special tokens it writes.
+        tokenizer: The tokenizer, whose special tokens it writes.
         settings: Further keyword arguments of every call, such as ``tools``.
-        processor: Whose template it is, if not the tokenizer's.
-        reads_parts_only: Content that is a text is given to it as a list of one part.
+        processor: The processor that owns the template, if not the tokenizer.
+        reads_parts_only: Whether text content is passed to it as a list of one part.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,47 +52,48 @@ class ChatTemplate:
         """The text of some messages.
 
         Raises:
-            RowError: If the template refuses them.
+            TemplateRefusalError: If the template refuses them.
         """
-        turns = list(map(_in_parts, messages)) if self.reads_parts_only else list(messages)
+        turns = list(map(in_parts, messages)) if self.reads_parts_only else list(messages)
         try:
             text = self._owner.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self.settings
             )
-        except Exception as error:  # a template is a program: besides jinja's own errors it can raise anything
-            raise RowError(f"the chat template refuses the messages ({error})") from error
+        except Exception as error:  # a template is a program: it can raise anything, not only jinja's errors
+            raise TemplateRefusalError(f"the chat template refuses the messages ({error})") from error
         return str(text)
 
     @property
     def program(self) -> Any:
-        """The template itself; a dict where there are several, None where there is none."""
+        """The template itself; a dict if there are several, None if there is none."""
         return self._owner.chat_template
 
     def sources(self) -> tuple[str, ...]:
-        """The program as text; several where the tokenizer has several templates."""
+        """The program as text; several if the tokenizer has several templates."""
         template = self.program
         return tuple(map(str, template.values() if isinstance(template, dict) else (template,)))
 
     def special_tokens(self) -> set[str]:
-        """The tokens that end turns, among others."""
+        """Special tokens, such as those that end turns."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return added | set(self.tokenizer.all_special_tokens)
 
 
 def tokenizer_of(given: Any) -> Any:
-    """A tokenizer itself, or that of a processor."""
-    # Some tokenizers keep another one as `tokenizer`.
+    """The tokenizer itself, or a processor's tokenizer."""
+    # Some tokenizers have another one as `tokenizer`.
     return given if hasattr(given, "convert_tokens_to_ids") else getattr(given, "tokenizer", given)
 
 
 def chat_template_of(given: Any) -> ChatTemplate:
-    """The template of a tokenizer, or of a processor, which may leave it to its tokenizer."""
+    """The template of a tokenizer or processor; a processor may leave it to its tokenizer."""
     tokenizer = tokenizer_of(given)
     has_own = tokenizer is not given and getattr(given, "chat_template", None)
     return ChatTemplate(tokenizer, processor=given if has_own else None)
 
 
-def _in_parts(message: Message) -> Message:
+def in_parts(message: Message) -> Message:
+    """A message with text content as a list of one part."""
     content = message.get("content")
     return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
@@ -104,9 +105,9 @@ def find_spans(
 
     Args:
         template: Writes the messages.
-        prompt: What the responses have in common, not empty.
+        prompt: The common messages before the responses, not empty.
         responses: The turns of each response; the first is the assistant's.
-        names: What errors call the responses.
+        names: The responses' names in errors.
 
     Returns:
         One text per response, and its spans: one per assistant turn, each from the first character after what the
@@ -142,7 +143,7 @@ def _find_start(
     texts: AbstractSequence[str],
     place: str,
 ) -> int:
-    """Where the turn after some messages begins, in all texts alike."""
+    """Where the turn after some messages begins, the same in all texts."""
     asked = template.write(before, add_generation_prompt=True)
     if all(text.startswith(asked) for text in texts):
         return len(asked)
@@ -173,7 +174,7 @@ def _without_reasoning(turn: Message) -> Message:
 
 
 def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Messages, text: str, place: str) -> int:
-    """Where an assistant turn ends that other turns follow."""
+    """Where an assistant turn that is followed by others ends."""
     try:
         alone = template.write((*before, turn))
     except RowError:
@@ -183,7 +184,7 @@ def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Me
     inserted = None if alone is None else _end_without_insertion(turn, alone, text)
     if inserted is not None:
         return inserted
-    # The last turn ends in another way than earlier ones. What stands after its content is compared.
+    # The last turn ends differently from earlier ones. What follows its content is compared.
     rest = _around_content(template, before, turn, after, _common_ending)
     last_rest = _around_content(template, before, turn, (), _common_ending)
     num_own = None if rest is None or last_rest is None else _length_of_ending(template, rest, last_rest)
@@ -208,10 +209,10 @@ def _end_without_insertion(turn: Message, alone: str, text: str) -> int | None:
 
 
 def _length_of_ending(template: ChatTemplate, rest: str, last_rest: str) -> int | None:
-    """How much of what follows a turn's content is the turn's own, seen from how it ends as the last one."""
+    """How much of the text after a turn's content belongs to the turn, judging by its end as the last turn."""
     if rest.startswith(last_rest):
         return len(last_rest)
-    # Some families end the last turn with another token than earlier ones, some write one more behind it.
+    # Some families end the last turn with a different token, some write one more after it.
     tokens = tuple(template.special_tokens())
     for start in range(num_shared(rest, last_rest) + 1):
         own = max((token for token in tokens if rest.startswith(token, start)), key=len, default="")
@@ -246,7 +247,7 @@ def _common_ending(first: str, second: str) -> str:
 
 
 def _quote_difference(asked: str, text: str) -> str:
-    """The first place where two texts differ, short."""
+    """A short quote of the first place where two texts differ."""
     start = max(0, num_shared(asked, text) - 8)
     first, second = (repr(part[start : start + NUM_QUOTED_CHARS]) for part in (asked, text))
     return f"at character {num_shared(asked, text) + 1}, {first} became {second}"

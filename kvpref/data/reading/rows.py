@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +20,11 @@ from kvpref.data.reading.columns import (
 from kvpref.data.reading.images.parts import find_images, place_images
 from kvpref.data.reading.images.values import ImageValue
 from kvpref.data.reading.messages import RowError, parse_turns, type_name
+from kvpref.data.reading.numbers import check_finite
 from kvpref.data.reading.prompts import Turns, join_prompt
-
-EXPECTED_SHAPES = "{prompt, chosen, rejected}, {chosen, rejected} or {prompt, responses, scores or ranks}"
+from kvpref.data.reading.shapes.found import FoundResponses
+from kvpref.data.reading.shapes.history import HISTORY_NOTICE, with_history
+from kvpref.data.reading.shapes.registry import EXPECTED_SHAPES, find_responses
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class PreferenceRow:
         prompt_column: Where the prompt comes from, if from another column than `prompt`.
         unread: The names of the row's other fields, which nothing reads.
         is_asked_by_user: Whether the prompt was a text, and became a message since the row has images.
+        names: What errors call the responses; their columns' names, in backticks.
+        is_single: Whether the row holds one response, and other rows may hold others to the same prompt.
+        rated_by: Of such a row, the column of its score, or None.
+        notices: What was done that may surprise, for the report.
+        num_rows: How many rows of the data it was made of.
     """
 
     prompt: Turns | None
@@ -55,14 +61,20 @@ class PreferenceRow:
     prompt_column: str | None = field(default=None, compare=False)
     unread: tuple[str, ...] = field(default=(), compare=False)
     is_asked_by_user: bool = field(default=False, compare=False)
+    names: tuple[str, ...] = field(default=(), compare=False)
+    is_single: bool = field(default=False, compare=False)
+    rated_by: str | None = field(default=None, compare=False)
+    notices: tuple[str, ...] = field(default=(), compare=False)
+    num_rows: int = field(default=1, compare=False)
 
 
-def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceRow:
+def parse_row(value: object, columns: AbstractSequence[str] = (), group_by: str | None = None) -> PreferenceRow:
     """Check one decoded row. A field that is null counts as missing; what is not read is listed in the result.
 
     Args:
         value: What was decoded.
         columns: Extra fields to keep, of any type.
+        group_by: The field that rows of one response are gathered by, which is read elsewhere.
 
     Raises:
         RowError: If the row has none of the known shapes, lacks one of the columns, or holds what would be lost.
@@ -73,9 +85,13 @@ def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceR
     for name in columns:
         if name not in row:
             raise RowError(f"missing column `{name}`, which the loss reads; found {', '.join(map(str, row)) or 'none'}")
+        check_finite(row[name], name)
     refuse_media(row)
-    prompt = find_prompt(row)
-    parsed = _parse_shape(row, prompt)
+    find_prompt(row)  # refuses columns that might both be it, whatever the shape
+    found = find_responses(row)
+    own = found.prompt or find_prompt(row)
+    prompt = with_history(own, row)
+    parsed = _build(row, found, prompt)
     settings = template_settings(row)
     if settings and not isinstance(parsed.prompt, tuple):
         name = "tools" if "tools" in settings else "chat_template_kwargs"
@@ -88,76 +104,47 @@ def parse_row(value: object, columns: AbstractSequence[str] = ()) -> PreferenceR
         columns={name: row[name] for name in columns},
         template_settings=settings,
         prompt_column=None if prompt.name == "prompt" else prompt.name,
-        unread=_unread(value, row, {*columns, *prompt.read, *_ALWAYS_READ, *_shape_columns(parsed)}),
+        unread=(
+            *_unread(value, row, {*columns, *prompt.read, *_ALWAYS_READ, *found.read, group_by}),
+            *found.unread,
+        ),
+        notices=(*parsed.notices, *([] if prompt is own else [HISTORY_NOTICE])),
     )
 
 
 _ALWAYS_READ = ("system", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
 
 
-def _shape_columns(row: PreferenceRow) -> tuple[str, ...]:
-    return ("responses", "scores", "ranks") if row.labels is None else ("chosen", "rejected")
-
-
-def _unread(value: dict[str, Any], row: dict[str, Any], read: set[str]) -> tuple[str, ...]:
+def _unread(value: dict[str, Any], row: dict[str, Any], read: set[str | None]) -> tuple[str, ...]:
     # A table has each column in every row: one that we know and that is null or empty here is not lost here.
-    return tuple(str(name) for name in value if name not in read and (row.get(name) or name not in ROW_FIELDS))
-
-
-def _parse_shape(row: dict[str, Any], prompt: PromptColumn) -> PreferenceRow:
-    is_pair = "chosen" in row or "rejected" in row
-    if is_pair and "responses" in row:
-        raise RowError("found both `responses` and `chosen`/`rejected`; keep one of the two")
-    if not is_pair:
-        return _parse_group(row, prompt)
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise RowError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
-    responses = {name: parse_turns(row[name], name) for name in ("chosen", "rejected")}
-    if responses["chosen"] == responses["rejected"]:
-        raise RowError("`chosen` and `rejected` are the same, so the pair holds no preference")
-    joined, turns = join_prompt(prompt, find_system(row), responses)
-    return PreferenceRow(joined, turns, labels=(True, False))
-
-
-def _parse_group(row: dict[str, Any], prompt: PromptColumn) -> PreferenceRow:
-    for name, is_there in (("responses", "responses" in row), ("prompt", prompt.value is not None)):
-        if not is_there:
-            raise RowError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
-    responses = row["responses"]
-    if not isinstance(responses, list):
-        raise RowError(f"`responses` must be a list, found {type_name(responses)}")
-    if not responses:
-        raise RowError("`responses` is empty; expected at least one response")
-    if "scores" in row and "ranks" in row:
-        raise RowError("found both `scores` and `ranks`; keep one of the two")
-    scores, ranks = (_parse_numbers(row[name], name, len(responses)) if name in row else None for name in _RATINGS)
-    named = {f"responses[{index}]": response for index, response in enumerate(responses)}
-    turns = {name: parse_turns(response, name) for name, response in named.items()}
-    joined, parsed = join_prompt(prompt, find_system(row), turns)
-    return PreferenceRow(joined, parsed, scores=scores, ranks=ranks)
-
-
-_RATINGS = ("scores", "ranks")
-
-
-def _parse_numbers(values: object, name: str, num_responses: int) -> tuple[float | None, ...]:
-    if not isinstance(values, list):
-        raise RowError(f"`{name}` must be a list of numbers or nulls, found {type_name(values)}")
-    if len(values) != num_responses:
-        raise RowError(f"`{name}` has {len(values)} entries for {num_responses} responses; expected one per response")
+    empty: tuple[Any, ...] = (None, "", [], {})
     return tuple(
-        None if value is None else _parse_number(value, f"{name}[{index}]") for index, value in enumerate(values)
+        str(name) for name in value if name not in read and (row.get(name) not in empty or name not in ROW_FIELDS)
     )
 
 
-def _parse_number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError(f"`{name}` must be a number or null, found {type_name(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RowError(f"`{name}` is {number}; expected a finite number, or null for unrated")
-    return number
+def _build(row: dict[str, Any], found: FoundResponses, prompt: PromptColumn) -> PreferenceRow:
+    """Prompt and responses, checked and in one form."""
+    if prompt.value is None and found.labels is None:
+        raise RowError(f"missing field `prompt`; expected {EXPECTED_SHAPES}")
+    responses = {name: parse_turns(value, name) for name, value in found.responses.items()}
+    _refuse_equal(found, tuple(responses.values()))
+    joined, turns = join_prompt(prompt, find_system(row), responses)
+    _refuse_equal(found, turns)  # a text and a message may say the same
+    return PreferenceRow(
+        joined,
+        turns,
+        scores=found.scores,
+        labels=found.labels,
+        ranks=found.ranks,
+        names=tuple(f"`{name}`" for name in responses),
+        is_single=found.is_single,
+        rated_by=found.rated_by,
+        notices=() if found.notice is None else (found.notice,),
+    )
+
+
+def _refuse_equal(found: FoundResponses, responses: tuple[Turns, ...]) -> None:
+    if found.labels is not None and responses[0] == responses[1]:
+        better, worse = found.responses
+        raise RowError(f"`{better}` and `{worse}` are the same, so the pair holds no preference")

@@ -2,38 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvpref.data.reading.columns import IMAGE_COLUMNS, ROW_FIELDS
 from kvpref.data.reading.raw_rows import RawRow
+from kvpref.data.reading.sources.column_names import ColumnNames
 from kvpref.errors import InputError
+
+_MAX_NAMES_SHOWN = 12
 
 
 class _Columns(NamedTuple):
-    """The columns of a table that are decoded, and the others."""
+    """The columns of a table that are decoded, and the others, by the table's names."""
 
     read: list[str]
     left_out: tuple[str, ...]
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
+def read_parquet(path: Path, names: ColumnNames) -> Iterator[RawRow]:
     """The rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            known = _known_columns(str(path), file.schema_arrow.names, columns)
-            batches = file.iter_batches(batch_size=_rows_per_batch(known.read), columns=known.read)
+            known = _known_columns(str(path), file.schema_arrow.names, names)
+            batches = file.iter_batches(batch_size=_rows_per_batch(known, names), columns=known.read)
             yield from _batch_rows(batches, known, path)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file ({error}); write it again") from error
 
 
-def read_arrow(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
+def count_parquet(path: Path) -> int:
+    """How many rows there are."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+
+
+def read_arrow(path: Path, names: ColumnNames) -> Iterator[RawRow]:
     """The rows of an Arrow file: in the format of files (Feather, too), or of streams, which `datasets` writes."""
+    known: _Columns | None = None
+    number = 0
+    for batch in _arrow_batches(path):
+        known = known or _known_columns(str(path), batch.schema.names, names)
+        yield from _batch_rows(iter([batch.select(known.read)]), known, path, number)
+        number += batch.num_rows
+
+
+def count_arrow(path: Path) -> int:
+    """How many rows there are."""
+    return sum(batch.num_rows for batch in _arrow_batches(path))
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.ipc
 
@@ -42,34 +70,49 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             with (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source) as reader:
-                known = _known_columns(str(path), reader.schema.names, columns)
-                batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-                yield from _batch_rows((batch.select(known.read) for batch in batches), known, path)
+                yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Arrow file ({error}); write it again") from error
 
 
-def read_dataset(data: str, columns: Sequence[str], file_types: Sequence[str]) -> Iterator[RawRow]:
-    """The rows of a dataset folder or hub name, optionally with ``:split``; `file_types` is for its message."""
-    name, split = (data, "") if Path(data).is_dir() or ":" not in data else data.rsplit(":", maxsplit=1)
-    dataset = _open_dataset(name, split, file_types)
-    return _dataset_rows(dataset, columns, data, f"{name}:{split or 'train'}:row")
+def read_dataset(
+    dataset: Any, names: ColumnNames, source: str, place: str, start: int = 0, stop: int | None = None
+) -> Iterator[RawRow]:
+    """The rows of a `datasets.Dataset`, from one place up to another.
 
-
-def read_loaded_dataset(dataset: Any, columns: Sequence[str]) -> Iterator[RawRow]:
-    """The rows of a `datasets.Dataset` in memory."""
+    Args:
+        dataset: In memory or mapped into it.
+        names: Which columns are read.
+        source: What messages call it.
+        place: What stands in front of the number of a row.
+        start: The first row, from 0.
+        stop: The one behind the last; None for all.
+    """
+    chosen = range(*slice(start, stop).indices(len(dataset)))
+    if not chosen:  # which `select` refuses behind the end
+        return
+    if len(chosen) < len(dataset):
+        dataset = dataset.select(chosen)
     if dataset.format["type"] == "custom":  # a user's transform makes the rows, of whatever columns it likes
-        return (RawRow(f"row {number}", row) for number, row in enumerate(dataset, start=1))
-    return _dataset_rows(dataset, columns, "the dataset", "row")
+        for number, row in zip(chosen, dataset, strict=True):
+            yield RawRow(f"{place} {number + 1}", row)
+        return
+    known = _known_columns(source, dataset.column_names, names)
+    stored = [name for name in known.read if names.final(name) in IMAGE_COLUMNS]
+    # Formats give arrays and tensors in place of lists; features of images would decode them for every row.
+    rows = dataset.select_columns([name for name in known.read if name not in stored]).with_format(None)
+    images = dataset.select_columns(stored).with_format("arrow")
+    for index, row in enumerate(rows if rows.column_names else ({} for _ in range(len(dataset)))):
+        undecoded = images[index].to_pylist()[0] if stored else {}
+        yield RawRow(f"{place} {chosen[index] + 1}", {**row, **undecoded}, left_out=known.left_out)
 
 
-def _rows_per_batch(columns: Sequence[str]) -> int:
+def _rows_per_batch(known: _Columns, names: ColumnNames) -> int:
     """Rows to decode at once: few where they may hold the bytes of images."""
-    return 50 if set(columns) & set(IMAGE_COLUMNS) else 1000
+    return 50 if any(names.final(name) in IMAGE_COLUMNS for name in known.read) else 1000
 
 
-def _batch_rows(batches: Iterator[Any], known: _Columns, path: Path) -> Iterator[RawRow]:
-    number = 0
+def _batch_rows(batches: Iterator[Any], known: _Columns, path: Path, number: int = 0) -> Iterator[RawRow]:
     for batch in batches:
         try:
             values = batch.to_pylist()
@@ -86,47 +129,12 @@ def _batch_rows(batches: Iterator[Any], known: _Columns, path: Path) -> Iterator
                 yield RawRow(location, error="invalid UTF-8 in a string column", left_out=known.left_out)
 
 
-def _known_columns(source: str, names: list[str], extra: Sequence[str]) -> _Columns:
-    if not any(name in ROW_FIELDS for name in names):
+def _known_columns(source: str, found: list[str], names: ColumnNames) -> _Columns:
+    if not any(map(names.is_field, found)):
         raise InputError(
-            f"{source}: no column is named {', '.join(ROW_FIELDS)}; found {', '.join(names) or 'none'}; rename them"
+            f"{source}: no column is named {', '.join(ROW_FIELDS[:_MAX_NAMES_SHOWN])}, or as another one that is read "
+            f"(see docs/data.md); found {', '.join(found) or 'none'}; rename them, as with --column prompt=NAME"
         )
     # An extra column that is missing is missing in every row, and named there.
-    read = [name for name in names if name in ROW_FIELDS or name in extra]
-    return _Columns(read, tuple(name for name in names if name not in read))
-
-
-def _dataset_rows(dataset: Any, columns: Sequence[str], source: str, place: str) -> Iterator[RawRow]:
-    known = _known_columns(source, dataset.column_names, columns)
-    stored = [name for name in known.read if name in IMAGE_COLUMNS]
-    # Formats give arrays and tensors in place of lists; features of images would decode them for every row.
-    rows = dataset.select_columns([name for name in known.read if name not in stored]).with_format(None)
-    images = dataset.select_columns(stored).with_format("arrow")
-    for index, row in enumerate(rows if rows.column_names else ({} for _ in range(len(dataset)))):
-        undecoded = images[index].to_pylist()[0] if stored else {}
-        yield RawRow(f"{place} {index + 1}", {**row, **undecoded}, left_out=known.left_out)
-
-
-def _open_dataset(name: str, split: str, file_types: Sequence[str]) -> Any:
-    import datasets
-
-    folder = Path(name)
-    try:
-        if (folder / "dataset_dict.json").exists():
-            return datasets.load_from_disk(name)[split or "train"]
-        if (folder / "state.json").exists():
-            saved = datasets.load_from_disk(name)
-            if split and str(saved.split) != split:
-                raise InputError(
-                    f"{name}: holds one dataset of split {saved.split}, not {split!r}; leave ':{split}' out"
-                )
-            return saved
-        return datasets.load_dataset(name, split=split or "train")
-    except InputError:
-        raise
-    except Exception as error:  # datasets raises errors of many unrelated classes for a name it cannot serve
-        raise InputError(
-            f"{name}: neither a file ({', '.join(file_types)}) nor a dataset with split {split or 'train'!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
-            "check the path, or the name and its ':split'"
-        ) from error
+    read = [name for name in found if names.reads(name)]
+    return _Columns(read, tuple(name for name in found if name not in read))

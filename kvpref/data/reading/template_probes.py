@@ -1,8 +1,8 @@
-"""Whether a chat template reads what a row gives it, asked with marker words.
+"""Tests, with marker words, whether a chat template reads what a row gives it.
 
-That a text occurs in what the template wrote proves little where it is short: the "4" of a tool may be the answer's. So
-the conversation is written again with words that occur nowhere else in the place of what must not be lost. Once per
-form of conversation is enough, since templates look at roles and keys.
+That a short text occurs in the template's output proves little: the "4" of a tool may be the answer's. So the
+conversation is written again with words that occur nowhere else in place of what must not be lost. Once per form of
+conversation is enough, since templates look at roles and keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Path = tuple[str | int, ...]
 
 
 class _Part(NamedTuple):
-    """Something that must be written: where it stands in messages and tools, and the error if it is not."""
+    """Something that must be written: its place in messages and tools, and the error if it is missing."""
 
     path: _Path
     value: str | dict[str, Any]
@@ -32,7 +32,7 @@ class _Part(NamedTuple):
 
 
 class TemplateProbes:
-    """Asks one tokenizer's template, and remembers what it answered."""
+    """Probes one tokenizer's template, and caches the answers."""
 
     def __init__(self) -> None:
         self._suspects: dict[Hashable, frozenset[_Path]] = {}
@@ -40,7 +40,7 @@ class TemplateProbes:
         self._reads_parts_only: bool | None = None
 
     def reads_parts_only(self, template: ChatTemplate) -> bool:
-        """Whether the template of a processor writes content only where it is a list of parts."""
+        """Whether a processor's template writes content only if it is a list of parts."""
         if self._reads_parts_only is None:
             marker, turn = "kvprefmark", {"role": "user", "content": "kvprefmark"}
             self._reads_parts_only = (
@@ -66,35 +66,38 @@ class TemplateProbes:
                 )
             self._read_names.add(name)
 
-    def check_written(self, template: ChatTemplate, prompt: Messages, response: Messages, name: str) -> None:
-        """Refuse a template that leaves out what others than the assistant say, a tool call, or a tool.
+    def check_written(
+        self, template: ChatTemplate, prompt: Messages, response: Messages, name: str, *, first: int = 0
+    ) -> None:
+        """Refuse a template that leaves out a message not from the assistant, a tool call, or a tool.
 
-        What the template refuses to write in a marker's place is not judged.
+        If the template refuses the markers, nothing is judged.
 
         Args:
             template: Writes the messages.
-            prompt: Its turns.
-            response: Its turns.
-            name: What errors call the response.
+            prompt: The turns of the prompt.
+            response: The turns of the response.
+            name: The response's name in errors.
+            first: Turns before this one are not judged.
 
         Raises:
             RowError: Naming what is left out.
         """
         messages = (*prompt, *response)
         tools = template.settings.get("tools", ())
-        form = _form(messages, template.settings)
+        form = first, _form(messages, template.settings)
         suspects = self._suspects.get(form)
         if suspects is None:
-            parts = [*_parts_of_messages(messages, len(prompt), name), *_parts_of_tools(tools)]
+            parts = [*_parts_of_messages(messages, len(prompt), name, first), *_parts_of_tools(tools)]
             if len(self._suspects) >= MAX_KNOWN_FORMS:
                 self._suspects.clear()
             suspects = self._suspects[form] = frozenset(part.path for part in _suspects(template, messages, parts))
         if suspects:
-            for part in (*_parts_of_messages(messages, len(prompt), name), *_parts_of_tools(tools)):
-                # What it does with this very row decides.
+            for part in (*_parts_of_messages(messages, len(prompt), name, first), *_parts_of_tools(tools)):
+                # Its output for this row decides.
                 if part.path in suspects and _not_written(template, messages, [part]):
                     raise part.error
-        # Tools of another form than the usual have no name to mark.
+        # Tools of an unusual form have no name to mark.
         if tools and not any(_parts_of_tools(tools)) and template.write(messages) == _without_tools(template, messages):
             raise lost_tool("without a name")
 
@@ -116,8 +119,8 @@ def _suspects(template: ChatTemplate, messages: Messages, parts: AbstractSequenc
 def _not_written(
     template: ChatTemplate, messages: Messages, parts: AbstractSequence[_Part]
 ) -> AbstractSequence[_Part] | None:
-    """The parts whose markers are not written when all are marked at once; None if the template refuses that."""
-    # None is a part of another, and no template has a reason to change such words.
+    """The parts whose markers are not written if all are marked at once; None if the template refuses that."""
+    # No marker is part of another, and no template has a reason to change such words.
     markers = [f"kvprefmark{index}end" for index in range(len(parts))]
     whole: Any = {"messages": messages, "tools": template.settings.get("tools")}
     for part, marker in zip(parts, markers, strict=True):
@@ -138,7 +141,7 @@ def _marked(part: _Part, marker: str) -> str | dict[str, Any]:
 
 
 def _replaced(value: Any, path: _Path, new: object) -> Any:
-    """A copy of nested objects and lists with another value at a place."""
+    """A copy of nested objects and lists with a new value at a path."""
     if not path:
         return new
     key, *rest = path
@@ -147,8 +150,8 @@ def _replaced(value: Any, path: _Path, new: object) -> Any:
     return [_replaced(item, tuple(rest), new) if index == key else item for index, item in enumerate(value)]
 
 
-def _parts_of_messages(messages: Messages, num_prompt: int, name: str) -> Iterator[_Part]:
-    for index, turn in enumerate(messages):
+def _parts_of_messages(messages: Messages, num_prompt: int, name: str, first: int) -> Iterator[_Part]:
+    for index, turn in enumerate(messages[first:], start=first):
         in_prompt = index < num_prompt
         number, owner = (index + 1, "the prompt") if in_prompt else (index - num_prompt + 1, name)
         for path, content in _texts_of_content(turn["content"]) if turn["role"] != "assistant" else ():
@@ -167,7 +170,7 @@ def _parts_of_messages(messages: Messages, num_prompt: int, name: str) -> Iterat
 
 
 def _texts_of_content(content: object) -> Iterator[tuple[_Path, str]]:
-    """The texts of a turn that say something, each with where it stands in the content."""
+    """The nonempty texts of a turn, each with its path in the content."""
     if isinstance(content, list):
         for index, part in enumerate(content):
             if part["type"] == "text" and _is_said(part["text"]):
@@ -205,7 +208,7 @@ def _form_of_turn(turn: Message) -> Hashable:
 
 
 def _is_said(value: object) -> TypeGuard[str | dict[str, Any]]:
-    """Whether a text or arguments (an object, or one as JSON) are there to be lost."""
+    """Whether there is a nonempty text or arguments (an object, or one as JSON) that could be lost."""
     if isinstance(value, str):
         return bool(value) and not value.isspace() and value != "{}"
     return isinstance(value, dict) and bool(value)

@@ -1,4 +1,4 @@
-"""Spans of characters to spans of tokens: a token is in a span if it holds any of its characters."""
+"""Converts spans of characters to spans of tokens: a token is in a span if it holds any of its characters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kvpref.data.batching.lengths import num_shared
 from kvpref.data.reading.response_spans import Span
 
 Offsets = list[tuple[int, int]]
-"""Per token its first character, and the one after its last."""
+"""Characters [first, stop) of each token."""
 
 TokenSpan = tuple[int, int | None]
-"""First token, and the one after the last; None where it cannot be told."""
+"""Tokens [first, stop); stop is None if it cannot be told."""
 
 BYTE_LEVEL_SPACE = "\u0120"
 """How byte-level tokenizers write a space inside a token."""
@@ -25,11 +25,11 @@ def spans_by_offsets(
     """Find spans by the offsets of a fast tokenizer.
 
     Args:
-        token_of: The token of an id, as the vocabulary has it.
+        token_of: Gives the vocabulary's token of an id.
         num_chars: Length of the text.
-        ids: Its tokens.
-        offsets: Theirs.
-        spans: In characters.
+        ids: Token ids of the text.
+        offsets: The tokens' characters.
+        spans: Spans of characters.
     """
 
     def spaces(index: int, strip: Callable[[str, str], str]) -> tuple[int, bool]:
@@ -42,8 +42,8 @@ def spans_by_offsets(
             return 0
         first = bisect_right(offsets, place, key=lambda span: span[1])
         if 0 < first < len(offsets) and offsets[first][0] > place:
-            # Byte-level tokenizers with trim_offsets leave a token's outer spaces out of its span, so the token
-            # before may hold the space that the response begins with. A token of spaces alone keeps its true end.
+            # Byte-level tokenizers with trim_offsets exclude a token's outer spaces from its offsets, so the token
+            # before may hold the space that the response begins with. A token of only spaces keeps its true end.
             num_hidden, has_letters = spaces(first - 1, str.rstrip)
             if has_letters and offsets[first - 1][1] + num_hidden > place:
                 return first - 1
@@ -54,7 +54,7 @@ def spans_by_offsets(
             return len(ids)
         first = bisect_left(offsets, place, key=lambda span: span[0])
         if first < len(offsets):
-            # The same at a token's other side; the gap to the token before says whether spaces were left out.
+            # The same at a token's other side; the gap to the token before shows whether spaces were excluded.
             gap = offsets[first][0] - (offsets[first - 1][1] if first else 0)
             if offsets[first][0] - min(spaces(first, str.lstrip)[0], max(0, gap)) < place:
                 return first + 1
@@ -69,7 +69,7 @@ def spans_by_beginnings(
     ids_of_texts: AbstractSequence[list[int]],
     spans_of_texts: AbstractSequence[AbstractSequence[Span]],
 ) -> list[list[TokenSpan]]:
-    """Find spans without offsets: by the tokens of what stands before each place, in one more call."""
+    """Find spans without offsets, from the tokens of the text before each place, in one more call."""
     places = [
         sorted({place for span in spans for place in span} - {len(text)})
         for text, spans in zip(texts, spans_of_texts, strict=True)
@@ -78,7 +78,7 @@ def spans_by_beginnings(
     found = []
     for text, ids, spans, own in zip(texts, ids_of_texts, spans_of_texts, places, strict=True):
         encoded = {place: next(beginnings) for place in own} | {len(text): ids}
-        # Where the tokens of a beginning differ from those of the whole, one token holds both sides.
+        # If the tokens of a beginning differ from those of the whole, one token holds both sides.
         shared = {place: num_shared(ids, beginning) for place, beginning in encoded.items()}
         found.append(
             [(shared[start], shared[end] if shared[end] == len(encoded[end]) else None) for start, end in spans]

@@ -1,8 +1,8 @@
-"""Texts to tokens: every whole text is tokenized at once, and the response is found in the result.
+"""Tokenizes texts: every text is tokenized as a whole, and the response is located in the result.
 
-tokens(prompt) + tokens(response) can differ from tokens(prompt + response), so neither is ever tokenized alone and
-joined: a token that holds any character of the response is the response's. The same holds at both ends of each of the
-assistant's turns in a response of several.
+tokens(prompt) + tokens(response) can differ from tokens(prompt + response), so they are never tokenized separately and
+joined: a token that holds any character of the response belongs to the response. The same holds at both ends of each
+assistant turn in a response of several.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvpref.data.batching.lengths import num_shared
+from kvpref.data.reading.images.store import StoredImage
 from kvpref.data.reading.messages import RowError
-from kvpref.data.reading.rendering import RenderedRow
 from kvpref.data.reading.response_spans import Span
 from kvpref.data.reading.token_spans import Offsets, TokenSpan, spans_by_beginnings, spans_by_offsets
 from kvpref.errors import InputError
@@ -23,15 +23,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class RenderedTexts(Protocol):
+    """The texts of one row; see `RenderedRow` and `RenderedTask`."""
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+
+    @property
+    def spans(self) -> tuple[tuple[Span, ...], ...] | None: ...
+
+    @property
+    def is_chat(self) -> bool: ...
+
+    @property
+    def images(self) -> tuple[StoredImage, ...]: ...
+
+
 @dataclass(frozen=True)
 class TokenizedSequence:
     """Token ids of a prompt and its response.
 
     Args:
-        input_ids: Of both; the first `num_prompt_tokens` are the prompt's.
-        num_prompt_tokens: How many there are before the first scored one.
-        unscored: Spans of the response, counted from its first token, that are not scored: what tools and users say
-            inside it, with all that the template writes around it.
+        input_ids: Token ids of both; the first `num_prompt_tokens` are the prompt's.
+        num_prompt_tokens: Number of tokens before the first scored one.
+        unscored: Spans of the response, counted from its first token, that are not scored: messages of tools and
+            users inside it, with everything that the template writes around them.
     """
 
     input_ids: list[int]
@@ -52,13 +68,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or by its hub name.
 
     Raises:
-        InputError: If there is none.
+        InputError: If it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises errors of many classes for a name it cannot serve
+    except Exception as error:  # transformers raises errors of many classes for a name it cannot load
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{name}: no tokenizer can be loaded ({reason}); check the folder or the name") from error
 
@@ -80,8 +96,8 @@ class SequenceTokenizer:
             | set(tokenizer.all_special_tokens)
         )
 
-    def tokenize(self, rows: AbstractSequence[RenderedRow]) -> list[list[TokenizedSequence] | RowError]:
-        """Tokenize all texts of the rows in one call; a row that cannot be used comes back as its error."""
+    def tokenize(self, rows: AbstractSequence[RenderedTexts]) -> list[list[TokenizedSequence] | RowError]:
+        """Tokenize all texts of the rows in one call; for a row that cannot be used, its error is returned."""
         texts = [text for row in rows for text in row.texts]
         ids_of_texts, offsets_of_texts = self._encode(texts)
         spans = self._token_spans(rows, ids_of_texts, offsets_of_texts)
@@ -97,6 +113,8 @@ class SequenceTokenizer:
         return results
 
     def _encode(self, texts: list[str]) -> tuple[list[list[int]], list[Offsets] | None]:
+        if not texts:
+            return [], [] if self.tokenizer.is_fast else None
         encoding = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -109,11 +127,11 @@ class SequenceTokenizer:
 
     def _token_spans(
         self,
-        rows: AbstractSequence[RenderedRow],
+        rows: AbstractSequence[RenderedTexts],
         ids_of_texts: list[list[int]],
         offsets_of_texts: list[Offsets] | None,
     ) -> list[list[TokenSpan]]:
-        """The scored spans of each text in tokens; all of it where the row's texts must be compared to find them."""
+        """The scored spans of each text in tokens; the whole text if the row's texts must be compared to find them."""
         texts = [text for row in rows for text in row.texts]
         spans = [own for row in rows for own in row.spans or [((0, len(text)),) for text in row.texts]]
         if offsets_of_texts is None:
@@ -124,11 +142,11 @@ class SequenceTokenizer:
         ]
 
     def _finish(
-        self, row: RenderedRow, ids_of_texts: list[list[int]], spans_of_texts: list[list[TokenSpan]]
+        self, row: RenderedTexts, ids_of_texts: list[list[int]], spans_of_texts: list[list[TokenSpan]]
     ) -> list[TokenizedSequence]:
         """Add BOS and EOS where they belong, and check that every response has a token and a predictor."""
         if any(spans[0][0] >= len(ids) for ids, spans in zip(ids_of_texts, spans_of_texts, strict=True)):
-            raise RowError("a response is empty: the tokenizer makes no token of it")
+            raise RowError("a response is empty: the tokenizer makes no tokens from it")
         if any(end is None for spans in spans_of_texts for _, end in spans):
             raise RowError(
                 "the tokenizer joins the end of a turn inside a response with what follows it, and has no offsets to "
@@ -164,7 +182,7 @@ class SequenceTokenizer:
         ]
 
     def _find_leading_ids(self) -> list[int]:
-        """What the tokenizer puts before a text by default (BOS, mostly). What it puts after one is left to us."""
+        """The ids that the tokenizer puts before a text by default (mostly BOS). Ids after a text are handled here."""
         plain = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
         default = list(self.tokenizer("a")["input_ids"])
         for index in range(len(default) - len(plain) + 1):
@@ -172,14 +190,14 @@ class SequenceTokenizer:
                 return default[:index]
         return []
 
-    def _leading_ids_for(self, row: RenderedRow, ids: list[int]) -> list[int]:
-        # Chat templates write their own, but processors leave it to the tokenizer where a template does not. A plain
-        # text may have been written with BOS in it.
+    def _leading_ids_for(self, row: RenderedTexts, ids: list[int]) -> list[int]:
+        # Chat templates write their own; if a template does not, processors leave it to the tokenizer. A plain text may
+        # already contain BOS.
         if (row.is_chat and not row.images) or ids[: len(self.leading_ids)] == self.leading_ids:
             return []
         return self.leading_ids
 
-    def _ending(self, row: RenderedRow, text: str, ids: list[int]) -> list[int]:
+    def _ending(self, row: RenderedTexts, text: str, ids: list[int]) -> list[int]:
         if self.eos_token_id is None or ids[-1] == self.eos_token_id:
             return []
         # A template ends the turn in its own way, often with a newline after the token that does it.
@@ -189,7 +207,7 @@ class SequenceTokenizer:
 
 
 def _share_prompt(sequences: list[TokenizedSequence], leading: set[int | None]) -> list[TokenizedSequence]:
-    """Take the common tokens as the prompt; `leading` ones, which begin every text, are none."""
+    """Take the common tokens as the prompt, not counting the `leading` ones that begin every text."""
     num_prompt_tokens = num_shared(sequences[0].input_ids, sequences[1].input_ids)
     if leading.issuperset(sequences[0].input_ids[:num_prompt_tokens]):
         raise RowError(
@@ -202,7 +220,7 @@ def _share_prompt(sequences: list[TokenizedSequence], leading: set[int | None]) 
 
 
 def _gaps(spans: list[TokenSpan], *, num_tokens: int) -> Iterator[Span]:
-    """What lies between spans and after the last, counted from where the first begins."""
+    """The gaps between spans and after the last, counted from the start of the first span."""
     begin = spans[0][0]
     afters = [start for start, _ in spans[1:]]
     for (_, end), after in zip(spans, [*afters, num_tokens], strict=True):

@@ -13,10 +13,10 @@ class TruncatedRow:
     """The sequences of one row after truncation, and what was cut.
 
     Args:
-        sequences: In the order of the responses.
-        prompt_tokens_cut: Tokens cut from the prompt, which the sequences share.
+        sequences: The sequences in the order of the responses.
+        prompt_tokens_cut: Tokens cut from the prompt that the sequences share.
         num_truncated_responses: How many responses lost tokens.
-        response_tokens_cut: How many tokens they lost together, EOS included.
+        response_tokens_cut: How many tokens they lost in total, EOS included.
     """
 
     sequences: list[TokenizedSequence]
@@ -35,15 +35,9 @@ def truncate_row(
     """Keep the end of the prompt (after BOS, if it starts with one) and the start of each response.
 
     Every sequence keeps at most `max_prompt_tokens` prompt tokens, BOS included, and all lose the same tokens, so
-    that they still share what is left.
+    that they still share the rest.
     """
-    prompt_lengths = [sequence.num_prompt_tokens for sequence in sequences]
-    cuts = [0] * len(sequences)
-    if max_prompt_tokens is not None and max(prompt_lengths) > max_prompt_tokens:
-        cuts = [max(prompt_lengths) - max_prompt_tokens] * len(sequences)
-        if cuts[0] >= min(prompt_lengths):
-            # The prompts differ in length by as much as may be kept: they cannot be cut alike and keep a token each.
-            cuts = [max(0, length - max_prompt_tokens) for length in prompt_lengths]
+    cuts = prompt_cuts([sequence.num_prompt_tokens for sequence in sequences], max_prompt_tokens)
     kept, response_cuts = [], []
     for sequence, cut in zip(sequences, cuts, strict=True):
         front = int(bos_token_id is not None and sequence.input_ids[0] == bos_token_id)
@@ -56,11 +50,27 @@ def truncate_row(
     return TruncatedRow(kept, max(cuts), sum(cut > 0 for cut in response_cuts), sum(response_cuts))
 
 
+def prompt_cuts(lengths: list[int], max_prompt_tokens: int | None) -> list[int]:
+    """How many tokens each prompt of a row loses: the same number for all, if that leaves each at least one token.
+
+    Args:
+        lengths: Lengths of the prompts.
+        max_prompt_tokens: Most tokens to keep; None for any number.
+    """
+    if max_prompt_tokens is None or max(lengths) <= max_prompt_tokens:
+        return [0] * len(lengths)
+    cut = max(lengths) - max_prompt_tokens
+    if cut < min(lengths):
+        return [cut] * len(lengths)
+    # The prompts differ in length by more than may be kept: cut equally, one would lose all its tokens.
+    return [max(0, length - max_prompt_tokens) for length in lengths]
+
+
 def check_prompt_fits(sequences: list[TokenizedSequence], max_prompt_tokens: int | None) -> None:
     """Refuse to cut a prompt with images.
 
-    Prompts lose their beginning, which is where images mostly stand, and the tokens around an image are a part of it
-    that only its processor knows.
+    Prompts lose their beginning, which is where images usually are, and only the processor knows which tokens around an
+    image belong to it.
 
     Raises:
         RowError: If the prompt is too long.

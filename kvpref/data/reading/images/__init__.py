@@ -1,1 +1,1 @@
-"""Images of prompts: from what rows hold to records that read their pixels when a batch is collated."""
+"""Images of prompts: from the values in rows to records that read their pixels when a batch is collated."""

@@ -16,7 +16,7 @@ class BadImageError(ValueError):
     """An image that cannot be used; the message says why, without its name."""
 
 
-# Turning these into RGB cuts every value off at 255: a 16-bit picture becomes all white.
+# Converting these to RGB clips every value at 255: a 16-bit picture becomes all white.
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -24,20 +24,20 @@ def decode(content: bytes) -> Picture:
     """Decode a whole file.
 
     Raises:
-        BadImageError: If it is none, is truncated, or holds several frames.
+        BadImageError: If it is not an image, is truncated, or holds several frames.
     """
     pil = import_pil()
     if not content:
         raise BadImageError("is empty")
     try:
         picture = pil.open(io.BytesIO(content))
-    except Exception as error:  # readers of formats raise what they like at broken files
+    except Exception as error:  # format readers raise all kinds of errors for broken files
         raise BadImageError(f"is not an image that can be read ({_first_line(error)})") from error
     return upright(picture)
 
 
 def upright(picture: Picture) -> Picture:
-    """A picture in RGB, turned as its camera says.
+    """A picture in RGB, rotated according to its camera's metadata.
 
     Raises:
         BadImageError: If it is truncated, has no pixels, holds several frames, or has more than 8 bits per channel.
@@ -45,7 +45,7 @@ def upright(picture: Picture) -> Picture:
     import_pil()
     from PIL import ImageOps
 
-    # Cameras write JPEG files with a second picture inside (MPO), of which the first is the photograph.
+    # Cameras write JPEG files with a second picture inside (MPO); the first is the photograph.
     num_frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
     if num_frames > 1:
         raise BadImageError(
@@ -63,17 +63,17 @@ def upright(picture: Picture) -> Picture:
 
 
 def scaled_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
-    """The (width, height) of an image that has to have at most so many pixels, in its aspect ratio."""
+    """The (width, height) of an image limited to `max_pixels` pixels, keeping its aspect ratio."""
     width, height = size
     if max_pixels is None or width * height <= max_pixels:
         return size
     factor = (max_pixels / (width * height)) ** 0.5
-    # Rounding down keeps the limit, unless one side is already a pixel.
+    # Rounding down keeps the limit, unless one side is already one pixel.
     return max(1, min(int(width * factor), max_pixels)), max(1, min(int(height * factor), max_pixels))
 
 
 def scale(picture: Picture, max_pixels: int | None) -> Picture:
-    """The picture, smaller if it has more pixels than that."""
+    """The picture, scaled down if it has more than `max_pixels` pixels."""
     size = scaled_size(picture.size, max_pixels)
     return picture if size == picture.size else picture.resize(size, import_pil().Resampling.BICUBIC)
 
@@ -86,7 +86,7 @@ def content_digest(picture: Picture) -> str:
 
 
 def to_png(picture: Picture) -> bytes:
-    """A picture as a file that holds every pixel."""
+    """A picture as a lossless file."""
     file = io.BytesIO()
     picture.save(file, format="PNG", compress_level=1)
     return file.getvalue()
@@ -106,6 +106,6 @@ def import_pil():  # type: ignore[no-untyped-def]
 
 
 def _first_line(error: Exception) -> str:
-    # PIL names the buffer it read from, by its address.
+    # PIL's message contains the address of the buffer it read from.
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text.split(" <_io.")[0]

@@ -1,8 +1,8 @@
 """Texts with the placeholders that a model's processor writes for images of given sizes.
 
-The processor is asked, with its own code: a copy of it is called for every text, with blank images of the right sizes,
-which its image processor prepares once per size. What it hands to its tokenizer is the text that is looked for.
-Placeholders depend on sizes alone; the pixels are made when a batch is collated, by `kvpref.data.reading.images.tower`.
+The processor's own code does it: a copy of it is called for every text, with blank images of the right sizes, which its
+image processor prepares once per size. What it passes to its tokenizer is the text we want.
+Placeholders depend only on sizes; pixels are prepared when a batch is collated, by `kvpref.data.reading.images.tower`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def reads_images(given: Any) -> bool:
 
 
 class PlaceholderWriter:
-    """Asks one processor.
+    """Writes placeholders by calling one processor.
 
     Args:
-        processor: Of the model, with `image_processor`, `tokenizer` and `image_token`.
+        processor: The model's processor, with `image_processor`, `tokenizer` and `image_token`.
 
     Attributes:
-        image_token: What stands for one image in a text that is given to the processor.
-        token_id: The placeholder in token ids, one per row of features.
+        image_token: Stands for one image in a text passed to the processor.
+        token_id: The placeholder's token id, one per row of features.
 
     Raises:
         InputError: If it writes no placeholders.
@@ -49,7 +49,7 @@ class PlaceholderWriter:
         self._counts: dict[tuple[Size, ...], int] = {}
         self._joint: dict[tuple[Size, ...], bool] = {}
         self.token_id = self._find_token_id(processor)
-        # Some processors end the prompt themselves (PaliGemma writes a line break), and know of no response.
+        # Some processors end the prompt themselves (PaliGemma writes a line break), unaware of a response.
         self._ends_prompts = not self.write(f"{self.image_token}a", [PROBE_SIZE]).endswith("a")
 
     def write(self, text: str, sizes: Sequence[Size]) -> str:
@@ -68,7 +68,7 @@ class PlaceholderWriter:
         return self._recorder.text
 
     def write_prompt(self, prompt: str, response: str, sizes: Sequence[Size]) -> str:
-        """A prompt with placeholders, as the processor writes it in front of a response.
+        """A prompt with placeholders, as the processor writes it before a response.
 
         Raises:
             RowError: If the processor refuses them, or changes the response.
@@ -81,14 +81,14 @@ class PlaceholderWriter:
         return whole[: len(whole) - len(response)]
 
     def count(self, sizes: tuple[Size, ...]) -> int:
-        """Placeholders of images that are given to the processor together, without other text."""
+        """Number of placeholders for images passed to the processor together, without other text."""
         if sizes not in self._counts:
             ids = self._call(self.image_token * len(sizes), sizes)["input_ids"][0]
             self._counts[sizes] = [int(token) for token in ids].count(self.token_id)
         return self._counts[sizes]
 
     def treats_together(self, sizes: tuple[Size, ...]) -> bool:
-        """Whether the images of a prompt are processed otherwise than each alone."""
+        """Whether the images of a prompt are processed differently together than each alone."""
         if len(sizes) < 2:
             return False
         if sizes not in self._joint:
@@ -100,14 +100,14 @@ class PlaceholderWriter:
     def _call(self, text: str, sizes: Sequence[Size]) -> Any:
         try:
             return self._processor(text=[text], images=[[_blank(size) for size in sizes]])
-        except Exception as error:  # processors raise errors of many classes, for sizes that they cannot cut, say
+        except Exception as error:  # processors raise errors of many classes, such as for sizes that they cannot cut
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             shown = ", ".join(f"{width}x{height}" for width, height in sizes)
             raise RowError(f"the model's processor refuses the images ({shown}): {reason}") from error
 
     def _find_token_id(self, processor: Any) -> int:
         tokenizer = processor.tokenizer
-        # Some processors have one token in texts that they are given, and another that they repeat.
+        # Some processors take one token in texts and repeat another.
         candidates = [
             tokenizer.convert_tokens_to_ids(getattr(processor, "img_patch_token", None) or self.image_token),
             getattr(tokenizer, "image_token_id", None),
@@ -129,7 +129,7 @@ class PlaceholderWriter:
         return int(best)
 
     def _check_text(self, ids: list[int], name: str) -> None:
-        """Refuse a processor that makes tokens in another way than of one text."""
+        """Refuse a processor that does not make its tokens from a single text."""
         tokenizer, text = self._recorder.tokenizer, self._recorder.text
         if ids not in (tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]):
             raise InputError(f"{name} makes tokens in a way of its own; images with this processor are not supported")
@@ -182,7 +182,7 @@ def _sizes(images: Any) -> Any:
 
 
 def _shrunk(value: Any) -> Any:
-    """Large arrays as one number seen everywhere: processors look at their shapes."""
+    """Large arrays as a single number expanded to their shape, which is all that processors look at."""
     import numpy
     import torch
 

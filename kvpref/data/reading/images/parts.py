@@ -1,4 +1,4 @@
-"""Where in a conversation images stand: parts of messages, filled from the row's column of images."""
+"""Places of images in a conversation: parts of messages, filled from the row's column of images."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from kvpref.data.reading.images.values import ImageValue
 from kvpref.data.reading.messages import Message, RowError, image_parts, texts_of
 
 IMAGE_PART = {"type": "image"}
-"""What templates are given for an image; the pixels go to the processor."""
+"""An image as templates see it; the pixels go to the processor."""
 
 WRITTEN_PLACE = "<image>"
-"""How some data sets write a place in a text."""
+"""How some datasets mark an image's place in a text."""
 
 Messages = tuple[Message, ...]
 Turns = str | Messages
 
 
 def find_images(row: Mapping[str, Any]) -> tuple[ImageValue, ...]:
-    """What the columns `images` and `image` hold.
+    """The images in the columns `images` and `image`.
 
     Raises:
         RowError: If both hold images, or one is null.
@@ -44,13 +44,13 @@ def place_images(
     """Give every image of a row its place in the prompt.
 
     Args:
-        prompt: Of the row; image parts may hold an image of their own.
-        responses: Of the row.
+        prompt: The row's prompt; image parts may hold their own image.
+        responses: The row's responses.
         given: The images of its column, in order: for the parts that hold none, or before the text of the first user
-            turn where there are no image parts at all.
+            turn if there are no image parts at all.
 
     Returns:
-        The prompt with bare image parts, and the images in the order of the parts. A prompt of text stays as it is.
+        The prompt with bare image parts, and the images in the order of the parts. A text prompt is unchanged.
 
     Raises:
         RowError: If a response holds an image, or images and places differ in number.
@@ -90,7 +90,7 @@ def place_images(
 def _before_text(prompt: Messages, num_images: int) -> Messages:
     first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)
     if first is None:
-        raise RowError("the row has images, and the prompt neither places for them nor a turn of the user")
+        raise RowError("the row has images, but the prompt has neither places for them nor a user turn")
     content = prompt[first]["content"]
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     turn = prompt[first] | {"content": [*[dict(IMAGE_PART) for _ in range(num_images)], *texts]}

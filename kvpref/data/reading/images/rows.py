@@ -1,4 +1,4 @@
-"""The images of rows: checked and stored, written into the texts, and found again among the tokens."""
+"""The images of rows: checked, stored, written into the texts, and located among the tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kvpref.records.images import Image, PlacedImage, runs_of
 
 
 class RowImages:
-    """The images of one data set, for one processor.
+    """The images of one dataset, for one processor.
 
     Args:
-        processor: Of the model.
-        folder: Where relative paths begin.
-        max_pixels: Larger images are scaled down; None leaves all to the processor.
+        processor: The model's processor.
+        folder: The base of relative paths.
+        max_pixels: Larger images are scaled down; None leaves scaling to the processor.
     """
 
     def __init__(self, processor: Any, folder: Path, max_pixels: int | None) -> None:
@@ -63,13 +63,13 @@ class RowImages:
         for text, own in zip(row.texts, row.spans, strict=True):
             start = own[0][0]
             prompt, rest = text[:start], text[start:]
-            # What stands right behind an image may change how the processor writes it.
+            # The text right after an image may change how the processor writes it.
             if prompt not in written or writer.image_token in rest or prompt.endswith(writer.image_token):
                 written[prompt] = writer.write_prompt(prompt, rest, sizes)
             longer = len(written[prompt]) - len(prompt)
             texts.append(written[prompt] + rest)
             spans.append(tuple((begin + longer, end + longer) for begin, end in own))
-        # The row may hold the bytes of its images, which are stored now.
+        # The row may hold the bytes of its images, which are stored already.
         bare = replace(row.row, images=())
         return replace(row, row=bare, texts=tuple(texts), spans=tuple(spans), images=images)
 
@@ -79,12 +79,12 @@ class RowImages:
         """Find images among the tokens of a prompt and its response.
 
         Args:
-            images: Those of the row.
-            input_ids: Of the whole sequence.
-            num_prompt: How many of them are the prompt's.
+            images: The images of the row.
+            input_ids: Token ids of the whole sequence.
+            num_prompt: How many of them belong to the prompt.
 
         Raises:
-            RowError: If there are more placeholders or fewer than the images have.
+            RowError: If the number of placeholders does not match the images.
         """
         if not images:
             return ()

@@ -1,4 +1,4 @@
-"""Each image of a data set once: where its bytes are, how large it is, and what its content is known by."""
+"""Each image of a dataset once: where its bytes are, its size, and a digest of its content."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image that was decoded once and found good.
+    """An image that was decoded once and found valid.
 
     Args:
-        digest: Of its pixels.
+        digest: Digest of its pixels.
         size: Width and height, upright.
         source: A file, or its bytes.
     """
@@ -42,7 +42,7 @@ class StoredImage:
             raise RunError(f"{self._name()}: the image can no longer be read ({error}); put the file back") from error
         if content_digest(picture) != self.digest:
             raise RunError(
-                f"{self._name()}: the image changed after the data was read; put the file back, or start anew"
+                f"{self._name()}: the image changed after the data was read; put the file back, or start again"
             )
         return picture
 
@@ -51,10 +51,10 @@ class StoredImage:
 
 
 class ImageStore:
-    """Finds images that are equal, in whatever form rows hold them.
+    """Finds equal images, in whatever form rows hold them.
 
     Args:
-        folder: Where relative paths begin.
+        folder: The base of relative paths.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,10 +64,10 @@ class ImageStore:
         self._of_digest: dict[str, StoredImage] = {}
 
     def add(self, given: ImageValue) -> StoredImage:
-        """Check one image, decoding it whole where it is new.
+        """Check one image, decoding it completely if it is new.
 
         Raises:
-            RowError: If it is none, or cannot be used.
+            RowError: If it is not an image, or cannot be used.
         """
         source = resolve_image(given, self._folder)
         if isinstance(source, Path):
@@ -87,7 +87,7 @@ class ImageStore:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            return "is no file that exists; correct the path, which begins at the folder of the data"
+            return "does not exist; correct the path, which begins at the folder of the data"
         except (OSError, ValueError) as error:
             return f"cannot be read ({error})"
         return self._add_bytes(content, path.absolute())

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 MAX_BYTES_KEPT = 64 << 20
-"""Of images read last: enough for a prompt that several micro-batches of a step hold."""
+"""Bytes kept of the most recently read images: enough for a prompt in several micro-batches of a step."""
 
-# What processors make of the text, which they are only given for the images' sake.
+# Outputs for the text, which is passed only because of the images.
 _OF_TEXT = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask"}
 )
 
-# What an image processor says of where and how it runs, not of what it makes.
+# Settings of where and how an image processor runs, not of what it makes.
 _OF_THE_MACHINE = frozenset({"device", "disable_grouping", "data_format", "input_data_format", "return_tensors"})
 
 
@@ -33,9 +33,9 @@ class TowerInputs:
     """Makes tower inputs with one processor.
 
     Args:
-        processor: Of the model.
-        image_token: What stands for one image in a text.
-        token_id: Its placeholder in token ids.
+        processor: The model's processor.
+        image_token: Stands for one image in a text.
+        token_id: The placeholder's token id.
         max_pixels: Larger images are scaled down before the processor sees them.
     """
 
@@ -60,7 +60,7 @@ class TowerInputs:
         self._clear()
 
     def settings_digest(self) -> str:
-        """Of all that changes how an image is processed."""
+        """Digest of everything that affects how an image is processed."""
         image_processor = self.processor.image_processor
         own: dict[str, Any] = {
             name: value for name, value in vars(self.processor).items() if isinstance(value, int | float | str | bool)
@@ -72,7 +72,7 @@ class TowerInputs:
         return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def make(self, key: str, images: tuple[StoredImage, ...], num_tokens: int) -> Mapping[str, torch.Tensor]:
-        """Read and process images, or take what was kept of the last time.
+        """Read and process images, or return the cached result.
 
         Raises:
             RunError: If an image's file is gone or changed, or the processor writes other placeholders for it.
@@ -110,12 +110,12 @@ class TowerInputs:
 
 @dataclass(frozen=True)
 class ReadImages:
-    """What reads the images of one `kvpref.Image`; small, and picklable with the processor, which all share.
+    """Reads the images of one `kvpref.Image`; small, and picklable with the processor, which all share.
 
     Args:
-        key: Of the image.
-        images: One, or those that the processor treats together.
-        num_tokens: Their placeholders.
+        key: The image's key.
+        images: One image, or those that the processor treats together.
+        num_tokens: Number of their placeholders.
         inputs: Makes the tensors.
     """
 

@@ -1,4 +1,4 @@
-"""The forms in which a row may hold an image, brought to three: a file, bytes, or a PIL image."""
+"""Reduces the forms in which a row may hold an image to three: a file, bytes, or a PIL image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvpref.data.reading.messages import RowError, type_name
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# What files of the usual formats begin with: PNG, JPEG, GIF, BMP, WebP, TIFF.
+# First bytes of the usual formats: PNG, JPEG, GIF, BMP, WebP, TIFF.
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _KEYS = ("bytes", "image", "path", "url", "base64")
@@ -25,11 +25,11 @@ NUM_QUOTED_CHARS = 60
 
 
 class ImageValue(NamedTuple):
-    """What a row holds for an image.
+    """A row's value for an image.
 
     Attributes:
-        value: Of any form, not yet checked.
-        name: What errors call it.
+        value: The value in any form, not yet checked.
+        name: Its name in errors.
     """
 
     value: Any
@@ -37,11 +37,11 @@ class ImageValue(NamedTuple):
 
 
 def resolve_image(given: ImageValue, folder: Path) -> Path | bytes | Picture:
-    """Tell which form it has.
+    """The image as a path, bytes or a picture.
 
     Args:
         given: A path, a ``file://`` address, a data URL, base64, bytes, a PIL image, or an object with one of these.
-        folder: Where relative paths begin.
+        folder: The base of relative paths.
 
     Raises:
         RowError: If it has none of these forms, or is an address on the web.
@@ -72,7 +72,7 @@ def resolve_image(given: ImageValue, folder: Path) -> Path | bytes | Picture:
 
 
 def _is_picture(value: object) -> bool:
-    # Without importing PIL, which nothing needs where no row has an image of its own.
+    # Without importing PIL, which is needed only if a row holds an image.
     return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(value).__mro__)
 
 
@@ -87,7 +87,7 @@ def _from_text(value: str, name: str, folder: Path) -> Path | bytes:
     if value.startswith("file://"):
         address = urlsplit(value)
         if address.netloc not in ("", "localhost"):
-            raise RowError(f"`{name}` names a file of another machine: {_quote(value)}; give a path of this one")
+            raise RowError(f"`{name}` names a file on another machine: {_quote(value)}; give a path on this one")
         return folder / url2pathname(address.path)
     if _SCHEME.match(value):
         raise RowError(
@@ -106,7 +106,7 @@ def _exists(path: Path) -> bool:
 
 
 def _plain_base64(value: str) -> bytes | None:
-    """What a text decodes to, if that is certain: a path is base64, too."""
+    """The decoded text, if it is certainly base64: a path can be valid base64 too."""
     if len(value) < 64:
         return None
     try:

@@ -1,0 +1,1 @@
+"""The prefix tree of one group, showing what is shared, as text and as a picture."""
