@@ -133,8 +133,8 @@ def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> Pr
     assert run.lora_r is not None
     if run.model is None:
         raise InputError(
-            "lora_r with --config: an adapter is saved without its base model, whose random weights would be lost; "
-            "give a MODEL with weights"
+            "lora_r with --model-config: an adapter is saved without its base model, whose random weights would be "
+            "lost; give a MODEL with weights"
         )
     if is_adapter(run.model):
         raise InputError(f"{run.model}: holds an adapter, which is trained further; leave --lora-r out")

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
+import traceback
+from typing import NoReturn
 
 import typer
 
-from kvpref.cli import bench, check, data, demo, doctor, losses, plan, profile, score, train
+from kvpref.cli import bench, check, data, demo, doctor, evaluate, losses, plan, profile, score, train
+from kvpref.cli.command_line import read_words
 from kvpref.cli.ctrl_c import ctrl_c_says
+from kvpref.cli.quiet import hide_library_noise, hide_profiler_noise
 from kvpref.errors import InputError, Interrupted, RunError
-from kvpref.ranks import refuse_many
+from kvpref.ranks import is_one_of_many, refuse_many
 
 app = typer.Typer(
     name="kvpref",
@@ -26,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
 app.command("losses")(losses.losses)
 app.command("check")(check.check)
@@ -40,6 +44,8 @@ app.command("demo")(demo.demo)
 _ONE_PROCESS = frozenset({"score", "check", "profile", "bench", "demo"})
 """Commands that each of several processes would run from beginning to end, writing the same files."""
 
+_PROFILING = frozenset({"bench", "profile"})
+
 
 @app.callback(invoke_without_command=True)
 def version(
@@ -48,6 +54,8 @@ def version(
 ) -> None:
     if context.invoked_subcommand in _ONE_PROCESS:
         refuse_many(f"kvpref {context.invoked_subcommand}")
+    if context.invoked_subcommand in _PROFILING:
+        hide_profiler_noise()
     if show:
         from kvpref import __version__
 
@@ -60,24 +68,45 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 
 def main() -> None:
     """Run the app; turn kvpref's own errors into one line on stderr and an exit code."""
+    hide_library_noise()
     try:
         with ctrl_c_says("by Ctrl-C"):
-            app()
+            app(args=read_words(typer.main.get_command(app), sys.argv[1:]))
     except InputError as error:
-        _fail(str(error), code=2)
+        _fail(str(error), 2, error)
     except RunError as error:
-        _fail(str(error), code=1)
+        _fail(str(error), 1, error)
     except Interrupted as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
-            print(f"stopped {error}", file=sys.stderr)
-        sys.exit(128 + error.signal_number)
+        _stop(f"stopped {error}", 128 + error.signal_number)
     except OSError as error:
         if error.errno not in _WRITE_ERRORS:
-            raise
+            _fail_unknown(error)
         where = "" if error.filename is None else f" {error.filename}"
-        _fail(f"cannot write{where}: {error.strerror}; what was saved before is intact", code=1)
+        _fail(f"cannot write{where}: {error.strerror}; what was saved before is intact", 1, error)
+    except Exception as error:
+        _fail_unknown(error)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int, error: Exception) -> NoReturn:
+    if is_one_of_many():
+        from kvpref.parallel.failures import end_rank  # imports torch
+
+        end_rank(message, code, error)
     print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _fail_unknown(error: Exception) -> NoReturn:
+    """For an error of ours, whose traceback says where: that of one rank will do."""
+    if not is_one_of_many():
+        raise error
+    _fail("".join(traceback.format_exception(error)), 1, error)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    if is_one_of_many():
+        from kvpref.parallel.failures import end_stopped
+
+        end_stopped(message, code)
+    print(message, file=sys.stderr)
     sys.exit(code)

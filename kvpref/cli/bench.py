@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpref.atomic_files import check_writable
+from kvpref.cli.given_data import GivenData
 from kvpref.cli.options import (
     BATCH_SIZE,
     BF16,
+    COLUMN,
     DATA,
+    DATA_WEIGHTS,
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
     DEFAULT_LOSS,
     DTYPE,
+    GROUP_BY,
     JSON,
     LOSS,
     MAX_TOKENS,
     MODEL_OR_CONFIG,
+    SPLIT,
     TOKENIZER,
     check_counts,
 )
@@ -40,8 +45,12 @@ DEFAULT_MODES = "two_pass,one_pass,packed,padded"
 
 def bench(
     model: Annotated[str, MODEL_OR_CONFIG],
-    data: Annotated[str, DATA],
+    data: Annotated[list[str], DATA],
     tokenizer: Annotated[str | None, TOKENIZER] = None,
+    split: Annotated[str | None, SPLIT] = None,
+    column: Annotated[list[str] | None, COLUMN] = None,
+    group_by: Annotated[str | None, GROUP_BY] = None,
+    data_weights: Annotated[str | None, DATA_WEIGHTS] = None,
     modes: Annotated[str, typer.Option(help="Modes, separated by commas; packed is always run.")] = DEFAULT_MODES,
     batch_size: Annotated[int, BATCH_SIZE] = DEFAULT_BATCH_SIZE,
     max_tokens: Annotated[int | None, MAX_TOKENS] = None,
@@ -65,6 +74,7 @@ def bench(
     """
     wanted = _parse_modes(modes)
     check_counts(batch_size=batch_size, max_tokens=max_tokens, repeats=repeats)
+    given = GivenData.of(data, split=split, column=column, group_by=group_by, weights=data_weights)
     if output is not None:
         check_writable(output / "bench.json")
     from kvpref.cli.step_inputs import cut_micro_batches, load_model_and_sample
@@ -72,16 +82,16 @@ def bench(
     from kvpref.profiling.precision import compute_dtype, use_autocast
 
     loss_fn = make_loss(loss)
-    loaded, dataset = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, batch_size)
+    loaded, dataset = load_model_and_sample(model, given, tokenizer, dtype, loss_fn, batch_size)
     use_autocast(loaded, bf16)
     cuts: dict[str, Cut] = {mode: cut_micro_batches(dataset, mode, max_tokens) for mode in wanted}
     comparison = _measure(loaded, cuts, loss_fn, time_optimizer, repeats)
     report = _make_report(
         comparison,
-        title=f"{model} on {len(dataset)} groups of {data}",
+        title=f"{model} on {len(dataset)} groups of {given}",
         settings={
             "model": model,
-            "data": data,
+            "data": given.setting,
             "dtype": str(next(loaded.parameters()).dtype),
             "compute_dtype": str(compute_dtype(loaded)),
             "num_groups": len(dataset),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpref.cli.options import CONFIG, DEFAULT_DTYPE, DEFAULT_MODE, DTYPE, JSON, MODE
+from kvpref.cli.options import DEFAULT_DTYPE, DEFAULT_MODE, DTYPE, JSON, MODE, MODEL_CONFIG
 from kvpref.errors import InputError, RunError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def check(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub name; leave out with --config.")] = None,
-    config: Annotated[str | None, CONFIG] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name; leave out with --model-config.")] = None,
+    model_config: Annotated[str | None, MODEL_CONFIG] = None,
     numeric: Annotated[
         bool, typer.Option("--numeric", help="Compare log-probs and gradients with the naive forward.")
     ] = False,
@@ -32,9 +32,13 @@ def check(
 
     Example: kvpref check ./llama --numeric
     """
-    if (model is None) == (config is None):
-        raise InputError("name either MODEL (a folder or hub name) or --config CONFIG.json")
-    result = _check_numeric(model, config, mode, dtype) if numeric else _check_architecture(model or config or "")
+    if (model is None) == (model_config is None):
+        raise InputError("name either MODEL (a folder or hub name) or --model-config FILE.json")
+    result = (
+        _check_numeric(model, model_config, mode, dtype)
+        if numeric
+        else _check_architecture(model or model_config or "")
+    )
     if json_:
         print(json.dumps(result))
 

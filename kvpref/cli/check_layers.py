@@ -1,4 +1,4 @@
-"""What `kvpref check` finds in a model's layers, from passes that run on tensors without data."""
+"""What `kvpref check` finds in a model's layers, from passes on tensors without data."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ _RESPONSES = (8, 5)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """What layers that are alike do."""
+    """What a group of identical layers does."""
 
     attention: tuple[str, ...]
-    """Per attention call its module's class, heads and head dims."""
+    """For each attention call, its module's class, heads and head dims."""
 
     rule: tuple[str, ...]
-    """Per attention call, which tokens a token sees."""
+    """For each attention call, which tokens a token sees."""
 
     sinks: bool
-    """Whether every row has one more logit."""
+    """Whether every row has an extra logit."""
 
     softcap: float | None
-    """What bounds attention scores."""
+    """The bound on attention scores; None for none."""
 
     state: tuple[str, ...]
-    """Recurrent and convolution layers, whose state passes hand on."""
+    """Recurrent and convolution layers, whose state is carried between passes."""
 
     experts: str | None
-    """How many there are, and how many a token is sent to."""
+    """The number of experts, and how many a token is routed to; None without experts."""
 
 
 def find_layers(config: Any) -> dict[str, Any]:
-    """Run passes over a short group and say what the layers did.
+    """Run passes over a short group and describe what the layers did.
 
     Args:
-        config: Of a supported family.
+        config: The configuration of a supported family.
 
     Returns:
-        ``layers``: a dict per kind of layer, its numbers under ``layers``; ``head``: what makes the logits.
+        ``layers``: a dict per kind of layer, with indices under ``layers``; ``head``: what computes the logits.
     """
     import torch
 
@@ -64,14 +64,14 @@ def find_layers(config: Any) -> dict[str, Any]:
         [kvpref.Sequence.from_prompt_and_response(prompt, [2 + i] * n) for i, n in enumerate(_RESPONSES)]
     )
     batch = kvpref.collate([group], reads=reads_of(model, "tokens"))
-    batch.plan("two_pass")  # of real tensors, which the engine reads
+    batch.plan("two_pass")  # made of real tensors, which the engine reads
     with fake.mode, torch.no_grad(), recorded() as record:
         kvpref.response_logps(model, batch)
     return {"layers": list(_rows(model, record)), "head": _head(model)}
 
 
 def _prompt_tokens(config: Any) -> int:
-    """Longer than every window and chunk that the configuration speaks of, so that they show."""
+    """A prompt length above every window and chunk in the configuration, so that they show."""
     sizes = [
         value
         for name, value in vars(config).items()
@@ -93,7 +93,7 @@ def _rows(model: PreTrainedModel, record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _stack(model: PreTrainedModel, record: Record) -> list[nn.Module]:
-    """The layers of the list that holds all modules that mixed tokens."""
+    """The list of layers that contains all modules that mixed tokens."""
     from torch import nn
 
     mixing = {id(module) for module in record.modules}

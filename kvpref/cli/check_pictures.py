@@ -1,4 +1,4 @@
-"""Made-up prompts with pictures, on which `kvpref check --numeric` compares models that see images."""
+"""Made-up prompts with pictures for `kvpref check --numeric` on models that see images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SIZES = ((96, 64), (64, 112))
 
 
 def picture_groups(source: str | None, model: PreTrainedModel) -> list[Group]:
-    """A group of one picture, one of another size, and one without; none for models that are given no images.
+    """A group with one picture, one with another size, and one without; empty for models that take no images.
 
     Args:
-        source: Where the model's processor is; None where there is none.
-        model: Whose processor it is.
+        source: Where the model's processor is; None if there is none.
+        model: The model of the processor.
 
     Raises:
         InputError: If the processor cannot be loaded.
@@ -30,7 +30,7 @@ def picture_groups(source: str | None, model: PreTrainedModel) -> list[Group]:
     from kvpref.models.classes import sees_images
     from kvpref.models.vision.support import check_images
 
-    # Not where a model was saved alone, without its tokenizer.
+    # Not if a model was saved without its tokenizer.
     if source is None or not sees_images(model.config) or (Path(source).is_dir() and not _has_processor(source)):
         return []
     processor: Any = load_matching_processor(None, source, model)

@@ -16,20 +16,21 @@ RESULT_FILE = "result.json"
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
-def find_checkpoint(output: Path, *, resume: bool, report: Callable[[str], None]) -> str | None:
+def find_checkpoint(output: Path, *, resume: bool, overwrite: bool, report: Callable[[str], None]) -> str | None:
     """The last complete checkpoint to resume from, or None to start anew.
 
     A checkpoint is complete once its trainer state, which is written last, can be read: a run may have been killed
     while saving.
 
     Raises:
-        InputError: If the folder holds checkpoints and the run is not to be resumed; nothing saved is overwritten.
+        InputError: If the folder holds an earlier run that is neither to be resumed nor to be overwritten.
     """
     folders = sorted(output.glob("checkpoint-*"), key=lambda path: _step_of(path.name), reverse=True)
     if not resume:
-        if holds_run(output):
+        if holds_run(output) and not overwrite:
             raise InputError(
-                f"{output}: holds an earlier run; pass --resume to go on with it, or choose another --output"
+                f"{output}: holds an earlier run; pass --resume to go on with it, --overwrite to replace it, or choose "
+                "another --output"
             )
         return None
     for folder in folders:

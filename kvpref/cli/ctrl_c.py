@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with one line. Light: in place before anything slow is imported."""
+"""Ends a command on Ctrl-C with one line. Light, so that it is in place before slow imports."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NOTHING_SAVED = "before training began; nothing was saved"
 
 @contextlib.contextmanager
 def ctrl_c_says(message: str) -> Iterator[None]:
-    """While open, Ctrl-C raises Interrupted: a KeyboardInterrupt would end in typer, which says nothing.
+    """While open, Ctrl-C raises Interrupted; typer would end silently on a KeyboardInterrupt.
 
     Args:
-        message: To follow "stopped".
+        message: The text after "stopped".
     """
     before = signal.getsignal(signal.SIGINT)
-    # Python delivers signals in the main thread only; a command in the background may ignore this one.
+    # Python delivers signals only in the main thread; a background command may ignore this one.
     if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
         yield
         return
@@ -39,12 +39,12 @@ def ctrl_c_says(message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
-    """A folder that is new does not stay, if the work in here fails before anything was written to it."""
+    """Remove a new folder if the work inside fails before anything was written to it."""
     is_new = not folder.exists()
     try:
         yield
     except BaseException:
         if is_new:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
         raise

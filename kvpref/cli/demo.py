@@ -23,20 +23,29 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Seed of data, weights and training.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Some seconds: all parts run, little is learned.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="--no-train: write the model, its tokenizer and data, and stop.")
+    ] = True,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
 ) -> None:
     """Train a tiny model on pairs whose answers a program can check, and compare the modes. No download, no GPU.
 
     Trains with sft, then dpo; prints accuracy and reward margins before and after, and the time and tokens of the
-    shared prompts against packed and padded batches. About two minutes on two cores.
+    shared prompts against packed and padded batches. About two minutes on two cores. With --no-train it writes only
+    what the tutorials begin with: a model that is right most of the time, its tokenizer, pairs, and groups of answers.
 
     Example: kvpref demo --output outputs/demo
     """
     from rich.console import Console
 
     from kvpref.demo.config import DemoConfig
-    from kvpref.demo.run import MODEL_FOLDER, PLOT_FILE, run_demo
+    from kvpref.demo.files import MODEL_FOLDER, PLOT_FILE, write_files
+    from kvpref.demo.run import run_demo
 
+    if not train:
+        write_files(output, seed)
+        print(f"wrote a model, its tokenizer, pairs and groups of scored answers to {output}")
+        return
     config = DemoConfig.quick(seed) if quick else DemoConfig(seed=seed)
     result = run_demo(config, output, report=lambda line: print(line, file=sys.stderr, flush=True))
     console = Console()

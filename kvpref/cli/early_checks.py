@@ -1,4 +1,4 @@
-"""What would stop a run late, found before a model is loaded."""
+"""Finds, before a model is loaded, what would stop a run late."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kvpref.cli.given_settings import Settings, option_name
 from kvpref.cli.run_config import RunConfig
 from kvpref.errors import InputError
 from kvpref.training import PreferenceTrainingArguments
+from kvpref.training.hub import check_hub
 
 _NEEDS_EVAL_DATA: dict[str, Callable[[Any], bool]] = {
     "eval_steps": lambda value: value is not None,
@@ -21,18 +22,21 @@ _NEEDS_EVAL_DATA: dict[str, Callable[[Any], bool]] = {
     "eval_on_start": bool,
     "do_eval": bool,
 }
-"""Settings that mean nothing without evaluation data, and which of their values do."""
+"""Settings that make no sense without evaluation data, and for which values."""
 
 _READ_THE_MODEL = ("galore", "apollo", "lomo")
-"""Optimizers that transformers makes only with the model at hand."""
+"""Optimizers that transformers can make only with the model."""
+
+_EXTRAS = frozenset({"tensorboard", "trackio", "wandb"})
+"""What metrics are reported to for which kvpref has an extra, of the same name."""
 
 
 def check_early(run: RunConfig, args: PreferenceTrainingArguments, given: Settings) -> None:
-    """Raise InputError for settings that transformers would refuse only once the model and the data are there.
+    """Raise InputError for settings that transformers would refuse only once model and data are loaded.
 
     Args:
         run: The whole run.
-        args: Made of it.
+        args: The arguments made from it.
         given: Where settings were given, for messages.
     """
     if run.eval_data is None:
@@ -40,6 +44,8 @@ def check_early(run: RunConfig, args: PreferenceTrainingArguments, given: Settin
             if name in given and means_evaluation(given[name].value):
                 raise InputError(f"{given[name].where}: there is no data to evaluate on; give --eval-data")
     _check_reports(args, _where(given, "report_to"))
+    if args.push_to_hub and args.process_index == 0:
+        check_hub(args.hub_token, _where(given, "push_to_hub"))
     if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
         raise InputError(
             f"{_where(given, 'dataloader_persistent_workers')}: needs data workers; set dataloader_num_workers"
@@ -53,7 +59,7 @@ def _where(given: Settings, name: str) -> str:
 
 
 def _where_any(given: Settings, *names: str) -> str:
-    """Of the first that is given, or of the last."""
+    """Where the first given one of these settings comes from, or the last."""
     return _where(given, next((name for name in names if name in given), names[-1]))
 
 
@@ -65,7 +71,8 @@ def _check_reports(args: PreferenceTrainingArguments, where: str) -> None:
                 f"{where}: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}; got {name!r}"
             )
         if name != "flyte" and name not in get_available_reporting_integrations():
-            raise InputError(f"{where}: the package for {name!r} is not installed; install it, or choose none")
+            how = f'pip install "kvpref[{name}]"' if name in _EXTRAS else "install it"
+            raise InputError(f"{where}: the package for {name!r} is not installed; {how}, or choose none")
 
 
 def _check_optimizer(args: PreferenceTrainingArguments, where: str) -> None:
@@ -74,7 +81,7 @@ def _check_optimizer(args: PreferenceTrainingArguments, where: str) -> None:
     weights = [torch.nn.Parameter(torch.zeros(1))]
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        if settings.get("lr", 0.0) is None:  # chosen with the loss and the model
+        if settings.get("lr", 0.0) is None:  # chosen later, by loss and model
             settings = {**settings, "lr": 0.0}
         kind(weights, **settings)
     except (ImportError, ValueError, TypeError) as error:

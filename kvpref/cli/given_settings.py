@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kvpref.cli.other_names import SHORT_OPTIONS, setting_name
 from kvpref.cli.run_config import RunConfig
 from kvpref.errors import InputError
 
@@ -19,14 +20,11 @@ LOSS_ARG = "loss_args."
 OWN_NAMES = tuple(item.name for item in fields(RunConfig) if item.name != "training")
 """The settings that are no training arguments."""
 
-_OPTIONS = {
-    "model": "MODEL",
-    "data": "DATA",
-    "num_train_epochs": "--epochs",
-    "per_device_train_batch_size": "--batch-size",
-    "max_tokens_per_micro_batch": "--max-tokens",
-}
-"""Options whose name is not the setting's, by setting."""
+_SPELT = {"model": "MODEL", "data": "DATA", "column_names": "--column"}
+"""Settings that the command line calls something else."""
+
+_OLD_KEYS = {"config": "model_config"}
+"""What a file may still call a setting."""
 
 
 @dataclass(frozen=True)
@@ -47,45 +45,78 @@ Settings = dict[str, Given]
 
 def option_name(name: str) -> str:
     """What the command line calls a setting that has an option."""
-    return _OPTIONS.get(name, "--" + name.replace("_", "-"))
+    short = {long: option for option, long in SHORT_OPTIONS.items()}
+    return _SPELT.get(name, "--" + short.get(name, name).replace("_", "-"))
+
+
+def place_positions(
+    positions: list[str], *, model: str | None, dataset: str | None, model_config: str | None
+) -> tuple[str | None, list[str]]:
+    """MODEL and DATA of a command line, by position or by the options that TRL has for them.
+
+    Args:
+        positions: The first is the model, unless an option gives one; all others are data.
+        model: As given by ``--model-name-or-path``.
+        dataset: As given by ``--dataset-name``.
+        model_config: As given by ``--model-config``, which leaves no model to name.
+
+    Raises:
+        InputError: If one was given in both ways.
+    """
+    if model is not None and model_config is not None:
+        raise InputError("--model-name-or-path names a model, --model-config one with random weights; leave one out")
+    data = list(positions)
+    if model is None and model_config is None and data:
+        model = data.pop(0)
+    elif model is not None and data and (Path(data[0]) / "config.json").is_file():
+        raise InputError(f"the model was given as {data[0]} and as --model-name-or-path {model}; leave one out")
+    if dataset is not None and data:
+        raise InputError(f"the data was given as {data[0]} and as --dataset-name {dataset}; leave one out")
+    return model, data if dataset is None else [dataset]
 
 
 def from_options(values: Mapping[str, Any], loss_args: list[str]) -> Settings:
     """The settings given by options of their own; None stands for what was not given."""
-    found = {name: Given(value, option_name(name)) for name, value in values.items() if value is not None}
+    given = {SHORT_OPTIONS.get(name, name): value for name, value in values.items() if value is not None}
+    found = {name: Given(value, option_name(name)) for name, value in given.items()}
     for name, value in parse_assignments(loss_args, "--loss-arg").items():
         found[LOSS_ARG + name] = Given(value, f"--loss-arg {name}")
     return found
 
 
 def from_assignments(assignments: list[str]) -> Settings:
-    """The settings given by ``--set``."""
-    return _spread(
-        {name: Given(value, f"--set {name}") for name, value in parse_assignments(assignments, "--set").items()}
-    )
+    """The settings given by ``--set``, by their own names or those of `SAME`."""
+    found: Settings = {}
+    for name, value in parse_assignments(assignments, "--set").items():
+        setting = setting_name(name)
+        if setting in found:
+            raise InputError(f"--set {name}: given twice, see {found[setting].where}; leave one of them out")
+        found[setting] = Given(value, f"--set {name}")
+    return _spread(found)
 
 
 def from_file(path: Path) -> Settings:
-    """The settings of a YAML file.
+    """The settings of a YAML file: by the names of the settings or of `SAME`, training arguments also in ``training``.
 
     Raises:
-        InputError: If the file cannot be read, is not YAML, or has an unknown key.
+        InputError: If the file cannot be read, is not YAML, describes a model, or gives a setting twice.
     """
-    values = _read_yaml(path)
-    valid = [*OWN_NAMES, "training"]
-    if not isinstance(values, dict):
-        raise InputError(f"{path}:1: expected a mapping with keys among: {', '.join(valid)}")
-    unknown = [key for key in values if key not in valid]
-    if unknown:
-        raise InputError(f"{path}: unknown key {unknown[0]!r}; valid keys: {', '.join(valid)}")
+    values, lines = _read_yaml(path)
+    if "model_type" in values:
+        raise InputError(f"{path}: describes a model, not a run; give it to --model-config")
     training = values.pop("training", None) or {}
     if not isinstance(training, dict):
         raise InputError(f"{path}: training must be a mapping of training arguments; got {training!r}")
-    found = {name: Given(value, f"{path}: {name}") for name, value in values.items()}
-    twice = [name for name in training if name in OWN_NAMES]
-    if twice:
-        raise InputError(f"{path}: {twice[0]} is no training argument; move it out of training")
-    return found | _spread({str(name): Given(value, f"{path}: {name}") for name, value in training.items()})
+    found: Settings = {}
+    for key, value in (*values.items(), *training.items()):
+        name = _OLD_KEYS.get(key, setting_name(str(key)))
+        where = f"{path}:{lines.get(str(key), 1)}: {key}"
+        if name in found:
+            raise InputError(f"{where}: given twice, see {found[name].where}; leave one of them out")
+        if key in training and name in OWN_NAMES:
+            raise InputError(f"{where}: is no training argument; move it out of training")
+        found[name] = Given(value, where)
+    return _spread(found)
 
 
 def merge(file: Settings, options: Settings, assigned: Settings) -> Settings:
@@ -136,14 +167,28 @@ def _spread(training: Settings) -> Settings:
     }
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[Any, int]]:
+    """The mapping that a file holds, and the line of each of its keys, those in ``training`` among them."""
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text()) or {}
+        text = path.read_text()
+        values, root = yaml.safe_load(text) or {}, yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the run configuration: {error}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where is not None else ""
         raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}:1: expected a mapping of settings, such as learning_rate: 1e-6; got {values!r:.40}")
+    lines: dict[Any, int] = {}
+    pending = [] if root is None else [*root.value]
+    for key, value in pending:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise InputError(f"{path}:{line}: {key.value}: given twice, see line {lines[key.value]}; leave one out")
+        lines[key.value] = line
+        if key.value == "training" and isinstance(value, yaml.MappingNode):
+            pending += value.value
+    return values, lines

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: the step is finished and saved, and the line that resumes is printed."""
+"""Ctrl-C and SIGTERM during training: the step is finished and saved, and the command that resumes is printed."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from typing import Any
 
 from kvpref.cli.ctrl_c import NOTHING_SAVED
 from kvpref.errors import Interrupted
+from kvpref.ranks import num_started
 from kvpref.training.saving import is_complete
 from kvpref.training.stopping import StopCallback
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_S = 2.0
-"""Signals that follow one another faster are one wish: torchrun repeats the terminal's Ctrl-C to its processes."""
+"""Signals within this many seconds count as one request: torchrun repeats the terminal's Ctrl-C to its processes."""
 
 
 class Interrupts:
-    """The first signal lets training end after its step; the second, or one outside the training loop, stops at once.
+    """The first signal ends training after the current step; a second, or one outside the training loop, stops at once.
 
     Args:
         output: The run's folder.
-        is_main: Whether this process speaks.
+        is_main: Whether this process prints messages.
 
     Attributes:
-        is_main: As given.
-        callback: For the trainer.
+        is_main: Whether this process prints messages.
+        callback: The callback for the trainer.
     """
 
     def __init__(self, output: Path, is_main: bool) -> None:
@@ -43,7 +44,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """While open, signals are handled; in the main thread only, where Python delivers them."""
+        """Handle signals while open; only in the main thread, where Python delivers them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -61,7 +62,7 @@ class Interrupts:
         callback = self.callback
         if callback.stopped_at is None:
             return
-        number = self._signal if self._signal is not None else signal.SIGINT  # it was another rank that was asked
+        number = self._signal if self._signal is not None else signal.SIGINT  # another rank received the signal
         if not callback.saves:
             raise Interrupted(
                 f"after step {callback.stopped_at}; save_strategy is no, so nothing of this run is kept", number
@@ -74,8 +75,10 @@ class Interrupts:
         now = time.monotonic()
         if self._signal is None and self.callback.is_running:
             self._signal, self._since = number, now
-            if self.is_main:
-                # Not print: the signal may have come in the middle of one.
+            if (
+                num_started() == 1
+            ):  # with several, the process that started them reports it, and knows if one has failed
+                # Not print: the signal may have interrupted one.
                 os.write(2, b"\nstopping after this step; once more to stop at once\n")
             return
         if self._signal is not None and now - self._since < SAME_REQUEST_S:
@@ -90,4 +93,4 @@ class Interrupts:
     def _next(self) -> str:
         if not self._has_checkpoint():
             return "there is no checkpoint, so the same command starts from the beginning"
-        return f"go on with: kvpref train --output {shlex.quote(str(self._output))} --resume"
+        return f"continue with: kvpref train --output {shlex.quote(str(self._output))} --resume"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpref.cli.adapters import is_adapter, load_adapter
+from kvpref.cli.choices import DTYPES
 from kvpref.data import load_processor
 from kvpref.data.reading.response_spans import tokenizer_of
 from kvpref.errors import InputError
@@ -14,7 +15,6 @@ from kvpref.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 _SCALAR_HEAD = "score."
 """How transformers names the weights of the head of AutoModelForSequenceClassification."""
 
@@ -73,7 +73,7 @@ def load_model(
     from kvpref.models.classes import model_class
 
     if (model is None) == (config is None):
-        raise InputError("name either MODEL (a folder or hub name) or --config CONFIG.json for random weights")
+        raise InputError("name either MODEL (a folder or hub name) or --model-config FILE.json for random weights")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from: {', '.join(DTYPES)}")
     settings = _SETTINGS[reads]
@@ -129,7 +129,7 @@ def load_matching_processor(
 
     source = name or model_name
     if source is None:
-        raise InputError("--config starts from random weights and needs --tokenizer")
+        raise InputError("--model-config starts from random weights and needs --tokenizer")
     found: Any = load_processor(source)
     tokenizer = tokenizer_of(found)
     num_rows = num_embeddings(model)
@@ -143,8 +143,10 @@ def load_matching_processor(
 
 def num_embeddings(model: PreTrainedModel) -> int:
     """How many tokens the model has a row for."""
+    from kvpref.models.partitioned import full_shape
+
     embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.weight.shape[0])
+    return full_shape(embeddings.weight)[0]
 
 
 def _load(loader: Any, source: str, what: str, **kwargs: Any) -> Any:

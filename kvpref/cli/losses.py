@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpref.cli.name_checks import check_loss_name
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def losses(
 
     Example: kvpref losses dpo
     """
+    if name is not None:
+        check_loss_name(name, "kvpref losses")
     from kvpref.losses import LOSSES
     from kvpref.losses.catalog import describe_loss
     from kvpref.losses.user import find_loss, installed_losses

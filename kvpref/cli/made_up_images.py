@@ -1,4 +1,4 @@
-"""Images that `kvpref plan` makes up, through a model's own processor."""
+"""Made-up images for `kvpref plan`, through a model's own processor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def made_up_start(processor: str, count: int, size: str) -> PromptStart:
     """The beginning of a prompt with `count` different images.
 
     Args:
-        processor: Folder or hub name.
-        count: At least one.
+        processor: Folder or hub name of the processor.
+        count: Number of images, at least one.
         size: Width x height in pixels.
 
     Raises:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PAD_TOKEN = "<|pad|>"
 _SPARE_NAMES = ("pad", "reserved", "unused")
-"""What tokens that no text is made of are called."""
+"""Parts of the names of tokens that occur in no text."""
 
 
 def set_pad_token(
@@ -26,17 +26,17 @@ def set_pad_token(
 ) -> None:
     """Give tokenizer and model a pad token that no text contains; kvpref itself pads nothing.
 
-    In this order: the tokenizer's own; one that it keeps in reserve; `PAD_TOKEN`, added in a spare row of the
-    embeddings; the same with a new row. The base model of an adapter gets no row: the adapter would save all the
-    embeddings, and fit its base no longer. There the unknown token, another special token or the last ones of the
-    vocabulary are taken, where they are not in the data; or none.
+    In this order: the tokenizer's own; a reserved one; `PAD_TOKEN`, added in a spare row of the embeddings; the same
+    with a new row. The base model of an adapter gets no new row: the adapter would have to save all embeddings, and
+    would no longer fit its base. Instead the unknown token, another special token or one of the last of the vocabulary
+    is taken if the data does not use it; or none.
 
     Args:
-        model: With a scalar head, possibly inside PEFT.
+        model: A model with a scalar head, possibly inside PEFT.
         processing: Its tokenizer or processor, which is saved with it. An adapter is saved without its base model's
             configuration, so that only the tokenizer keeps the choice.
-        datasets: What the model is trained and evaluated on.
-        report: Takes a line where the token is not the tokenizer's own.
+        datasets: The training and evaluation data.
+        report: Takes a line if the token is not the tokenizer's own.
     """
     tokenizer = tokenizer_of(processing)
     used = _end_tokens(model, tokenizer).union(*(dataset.token_ids() for dataset in datasets))
@@ -54,7 +54,7 @@ def set_pad_token(
             if spare is None:
                 spare = next((token for token in _last_resorts(tokenizer) if token not in used), None)
             _take(tokenizer, spare, report)
-    for config in (model.config, model.config.get_text_config()):  # one and the same, but for models that see images
+    for config in (model.config, model.config.get_text_config()):  # the same object, except for models that see images
         config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -72,7 +72,7 @@ def _take(tokenizer: PreTrainedTokenizerBase, token_id: int | None, report: Call
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """What a text may end, or begin, with."""
+    """Tokens that a text may end or begin with."""
     found: set[Any] = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     for settings in (model.config, getattr(model, "generation_config", None)):
         ends = getattr(settings, "eos_token_id", None)
@@ -81,7 +81,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _reserved(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """Tokens added to the vocabulary that are called pad, reserved or unused; the last first."""
+    """Added tokens named pad, reserved or unused, last first."""
     for token_id, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True):
         if any(name in str(token).lower() for name in _SPARE_NAMES):
             yield token_id

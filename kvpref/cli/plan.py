@@ -8,27 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpref.cli.given_data import GivenData
 from kvpref.cli.options import (
+    BATCH_SIZE,
     BF16,
     CHECKPOINT,
+    COLUMN,
+    DEFAULT_BATCH_SIZE,
     DEFAULT_CHECKPOINT,
     DEFAULT_DTYPE,
     DEFAULT_PREFIX_CACHE,
     DTYPE,
+    GROUP_BY,
     LORA_R,
     LORA_TARGET_MODULES,
     PREFIX_CACHE,
+    SPLIT,
     TOKENIZER,
+    check_counts,
 )
 from kvpref.cli.sizes import parse_bytes
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from kvpref.engine.options import EngineOptions
     from kvpref.profiling.prediction.fit import VariantPlan
     from kvpref.profiling.prediction.images import PromptStart
     from kvpref.profiling.prediction.model import TrainingSetup
     from kvpref.profiling.prediction.peak import Predictor
+    from kvpref.profiling.prediction.ranks import Ranks
     from kvpref.profiling.prediction.step import GroupShape
 
 _OF_DATA = "that of --data"
@@ -43,8 +53,11 @@ def plan(
     response_tokens: Annotated[int | None, typer.Option(help="Tokens of a response.", show_default=_OF_DATA)] = None,
     num_responses: Annotated[int | None, typer.Option(help="Responses per prompt.", show_default=_OF_DATA)] = None,
     data: Annotated[
-        str | None, typer.Option(help="Take lengths not given from this data.", show_default="none")
+        list[str] | None, typer.Option(help="Take lengths not given from this data.", show_default="none")
     ] = None,
+    split: Annotated[str | None, SPLIT] = None,
+    column: Annotated[list[str] | None, COLUMN] = None,
+    group_by: Annotated[str | None, GROUP_BY] = None,
     tokenizer: Annotated[str | None, TOKENIZER] = None,
     images: Annotated[int, typer.Option(help="Images per prompt, made up; those of --data otherwise.")] = 0,
     image_size: Annotated[str, typer.Option(help="Width x height of made-up images, in pixels.")] = "640x480",
@@ -56,7 +69,10 @@ def plan(
     lora_target_modules: Annotated[str | None, LORA_TARGET_MODULES] = None,
     checkpoint: Annotated[str, CHECKPOINT] = DEFAULT_CHECKPOINT,
     prefix_cache: Annotated[str, PREFIX_CACHE] = DEFAULT_PREFIX_CACHE,
-    num_shards: Annotated[int, typer.Option(help="Devices that share weights and optimizer (FSDP, ZeRO 3).")] = 1,
+    world_size: Annotated[int, typer.Option("--world-size", "--num-shards", help="Devices that train together.")] = 1,
+    shard: Annotated[str, typer.Option(help="How they share the model: ddp, zero1, zero2, zero3, fsdp2.")] = "fsdp2",
+    sequence_parallel: Annotated[int, typer.Option(help="Devices that share each micro-batch.")] = 1,
+    batch_size: Annotated[int, BATCH_SIZE] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="Whose kernels: cuda, cpu.")] = "cuda",
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")] = False,
 ) -> None:
@@ -67,27 +83,36 @@ def plan(
 
     Example: kvpref plan ./llama --gpu-memory 80GiB --prompt-tokens 4096 --response-tokens 512 --num-responses 16
     """
+    given = (prompt_tokens, response_tokens, num_responses)
+    if not data and None in given:
+        raise InputError("give --prompt-tokens, --response-tokens and --num-responses, or --data")
+    # After that, since they import torch.
     from kvpref.cli.adapters import refuse_to_plan
     from kvpref.cli.made_up_images import made_up_start
     from kvpref.cli.plan_command import Subject
     from kvpref.cli.plan_report import PlanReport, describe
+    from kvpref.profiling.prediction.ranks import Ranks
     from kvpref.training.adapters import ALL_LINEAR
 
     refuse_to_plan(model)
     memory_bytes, reserve_bytes = parse_bytes(gpu_memory, "--gpu-memory"), parse_bytes(reserve, "--reserve")
     if reserve_bytes >= memory_bytes:
         raise InputError(f"--reserve {reserve} leaves nothing of --gpu-memory {gpu_memory}")
-    given = (prompt_tokens, response_tokens, num_responses)
+    check_counts(batch_size=batch_size)
+    ranks = Ranks(world_size=world_size, shard=shard, sequence_parallel=sequence_parallel)
+    source = GivenData.of(data, split=split, column=column, group_by=group_by) if data else None
     made_up = made_up_start(tokenizer or model, images, image_size) if images else None
-    shape = _shape(model, data, tokenizer, lengths, given, made_up)
+    shape = _shape(model, source, tokenizer, lengths, given, made_up)
     setup = _setup(dtype, bf16, optimizer, lora_r, lora_target_modules or ALL_LINEAR, device)
-    predictor = _predictor(model, setup, num_shards)
+    predictor = _predictor(model, setup, ranks)
     plans = _plan_variants(predictor, shape, memory_bytes - reserve_bytes, checkpoint, prefix_cache)
     report = PlanReport(
-        subject=Subject(model=model, data=data, tokenizer=tokenizer),
+        subject=Subject(model=model, data=source, tokenizer=tokenizer),
         plans=plans,
         setup=setup,
-        num_shards=num_shards,
+        predictor=predictor,
+        shape=shape,
+        groups_per_rank=batch_size,
         budget_bytes=memory_bytes - reserve_bytes,
     )
     report.show(f"{model}: {gpu_memory} less {reserve} in reserve; {describe(shape)}")
@@ -98,7 +123,7 @@ def plan(
 
 def _shape(
     model: str,
-    data: str | None,
+    data: GivenData | None,
     tokenizer: str | None,
     which: str,
     given: tuple[int | None, int | None, int | None],
@@ -111,23 +136,21 @@ def _shape(
         found, of_data = _lengths_of(data, tokenizer or model, which)
         start = start or of_data
     lengths = [own if own is not None else other for own, other in zip(given, found, strict=True)]
-    if any(length is None for length in lengths):
-        raise InputError("give --prompt-tokens, --response-tokens and --num-responses, or --data")
     prompt, response, count = (length or 0 for length in lengths)
     if start is not None and given[0] is None:
         prompt = max(prompt, start.num_tokens)
     return GroupShape(prompt_tokens=prompt, response_tokens=response, num_responses=count, start=start)
 
 
-def _lengths_of(data: str, tokenizer: str, which: str) -> tuple[tuple[int, int, int], PromptStart | None]:
+def _lengths_of(data: GivenData, tokenizer: str, which: str) -> tuple[tuple[int, int, int], PromptStart | None]:
     """Prompt tokens, response tokens and responses per prompt; the beginning of the prompt with the most images."""
-    from kvpref.data import load_preferences, load_processor, summarize_dataset
+    from kvpref.data import load_processor, summarize_dataset
     from kvpref.profiling.prediction.images import most_images
 
     if which not in _LENGTHS:
         raise InputError(f"unknown lengths {which!r}; choose from: {', '.join(_LENGTHS)}")
     print(f"reading {data}", file=sys.stderr)
-    groups = load_preferences(data, load_processor(tokenizer))
+    groups = data.load(load_processor(tokenizer))
     statistics = summarize_dataset(groups)
     summaries = (statistics.prompt_tokens, statistics.response_tokens, statistics.sequences_per_group)
     prompt, response, count = (getattr(summary, which) for summary in summaries)
@@ -155,16 +178,25 @@ def _setup(
     )
 
 
-def _predictor(model: str, setup: TrainingSetup, num_shards: int) -> Predictor:
+def _predictor(model: str, setup: TrainingSetup, ranks: Ranks) -> Predictor:
     from kvpref.cli.loading import load_config
     from kvpref.profiling.prediction.peak import Predictor
 
-    return Predictor(load_config(model), setup, num_shards=num_shards)
+    config = load_config(model)
+    heads = getattr(config.get_text_config(decoder=True), "num_key_value_heads", None)
+    if heads is not None and heads % ranks.sequence_parallel:
+        raise InputError(
+            f"{ranks.sequence_parallel} devices cannot share each micro-batch of a model with {heads} key/value heads; "
+            "--sequence-parallel must be a divisor of them"
+        )
+    return Predictor(config, setup, ranks=ranks)
 
 
 def _plan_variants(
     predictor: Predictor, shape: GroupShape, budget_bytes: int, checkpoint: str, prefix_cache: str
 ) -> list[VariantPlan]:
+    from dataclasses import replace
+
     from kvpref.engine.options import EngineOptions
     from kvpref.profiling.prediction.fit import plan_variant
 
@@ -175,10 +207,26 @@ def _plan_variants(
         "packed": EngineOptions(mode="packed", checkpoint=at_once),
         "padded": EngineOptions(mode="padded", checkpoint=at_once),
     }
-    if predictor.num_shards > 1:
-        del variants["bounded"]  # it refuses sharded models
-    plans = []
-    for name, variant in variants.items():
-        print(f"planning {name}", file=sys.stderr)
-        plans.append(plan_variant(name, variant, predictor, shape, budget_bytes))
+    if predictor.ranks.world_size > 1 and predictor.ranks.shard == "fsdp2":
+        kept = replace(variants["bounded"], gather_weights="step", reduce_grads="step")
+        variants = {"bounded": variants["bounded"], "bounded, kept": kept, **variants}
+    if predictor.ranks.sequence_parallel > 1:
+        del variants["padded"]  # its rows are no passes, which is what ranks share
+    with _progress() as progress:
+        task = progress.add_task("planning", total=len(variants))
+        plans = []
+        for name, variant in variants.items():
+            progress.update(task, description=f"planning {name}")
+            plans.append(plan_variant(name, variant, predictor, shape, budget_bytes))
+            progress.advance(task)
     return plans
+
+
+def _progress() -> Progress:
+    """On stderr, while it is a terminal; it leaves nothing behind."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

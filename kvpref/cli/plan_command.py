@@ -6,12 +6,18 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvpref.cli.given_data import GivenData
 from kvpref.engine.options import EngineOptions
 from kvpref.profiling.prediction.model import TrainingSetup
+from kvpref.profiling.prediction.ranks import Ranks
 from kvpref.training.adapters import ALL_LINEAR
 
 _OPTIMIZERS: dict[str, list[str] | None] = {"adamw": [], "sgd": ["--set", "optim=sgd"], "sgd_momentum": None}
 """By the plan's name: what chooses it; None where `kvpref train` has no such optimizer."""
+
+
+_ONE_MACHINE = 8
+"""Devices that one machine is taken to have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +27,7 @@ class Subject:
     model: str
     """CONFIG.json, a folder or a hub name."""
 
-    data: str | None
+    data: GivenData | None
     """Where the lengths are from, if from data."""
 
     tokenizer: str | None
@@ -33,21 +39,21 @@ class Subject:
         Args:
             adapter: Whether an adapter is trained, which needs a base model with weights.
         """
-        data, model = self.data or "DATA", Path(self.model)
+        data, model = ["DATA"] if self.data is None else self.data.arguments(), Path(self.model)
         if model.suffix != ".json":
-            named = [self.model, data]
+            named = [self.model, *data]
         elif model.name == "config.json":
-            named = [str(model.parent), data]
+            named = [str(model.parent), *data]
         elif adapter:
-            named = ["MODEL", data]
+            named = ["MODEL", *data]
         else:
-            named = [data, "--config", self.model]
-        tokenizer = self.tokenizer or ("TOKENIZER" if "--config" in named else None)
+            named = [*data, "--model-config", self.model]
+        tokenizer = self.tokenizer or ("TOKENIZER" if "--model-config" in named else None)
         return [*named, *([] if tokenizer is None else ["--tokenizer", tokenizer]), "--output", "OUT"]
 
 
 def train_command(
-    subject: Subject, setup: TrainingSetup, variant: EngineOptions, *, max_tokens: int, num_shards: int = 1
+    subject: Subject, setup: TrainingSetup, variant: EngineOptions, *, max_tokens: int, ranks: Ranks | None = None
 ) -> str | None:
     """The whole command, as a shell takes it; None if `kvpref train` cannot do it.
 
@@ -56,16 +62,16 @@ def train_command(
         setup: As it was planned.
         variant: The same, with the bounds that were found.
         max_tokens: The token budget of a micro-batch.
-        num_shards: Devices that share the model.
+        ranks: Devices that train together.
     """
     optimizer = _OPTIMIZERS[setup.optimizer]
     if optimizer is None:
         return None
-    start = ["kvpref", "train"]
-    shards: list[str] = []
-    if num_shards > 1:
-        start = ["torchrun", "--nproc-per-node", str(num_shards), "-m", "kvpref", "train"]
-        shards = ["--set", "fsdp=full_shard"]
+    ranks = ranks or Ranks()
+    start, shards = ["kvpref", "train"], _rank_flags(ranks, variant)
+    if ranks.world_size > _ONE_MACHINE:
+        machines = ["torchrun", "--nnodes", str(-(-ranks.world_size // _ONE_MACHINE))]
+        start = [*machines, "--nproc-per-node", str(_ONE_MACHINE), "-m", "kvpref", "train"]
     flags = [*_adapter_flags(setup), *_variant_flags(variant), "--max-tokens", str(max_tokens)]
     return shlex.join(
         [
@@ -77,6 +83,23 @@ def train_command(
             *shards,
         ]
     )
+
+
+def _rank_flags(ranks: Ranks, variant: EngineOptions) -> list[str]:
+    if ranks.world_size == 1:
+        return []
+    flags = [] if ranks.world_size > _ONE_MACHINE else ["--num-processes", str(ranks.world_size)]
+    flags += ["--accelerate-config", ranks.shard]
+    changed = {
+        name: value
+        for name, value, default in (
+            ("gather_weights", variant.gather_weights, "chunk"),
+            ("reduce_grads", variant.reduce_grads, "chunk"),
+            ("sequence_parallel", ranks.sequence_parallel, 1),
+        )
+        if value != default
+    }
+    return [*flags, *(part for name, value in changed.items() for part in ("--set", f"{name}={value}"))]
 
 
 def has_optimizer(setup: TrainingSetup) -> bool:

@@ -1,4 +1,4 @@
-"""What is predicted of a run's time and memory before its first step."""
+"""Predicts a run's time and memory before its first step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from kvpref.training import PreferenceTrainer
 from kvpref.training.defaults import token_budget, trains_an_adapter
 
 ADAPTER_SHARE = 2 / 3
-"""Of the FLOPs of forward and backward: the gradients of frozen weights are left out."""
+"""An adapter's share of the FLOPs of forward and backward: gradients of frozen weights are left out."""
 
 WORTH_PREDICTING = 300.0
-"""Seconds of a run for which some seconds of predicting its peak do not matter."""
+"""Length of a run, in seconds, at which a few seconds for predicting its peak do not matter."""
 
 
 class PredictedRun:
     """Time and memory of a run.
 
     Args:
-        trainer: As it is about to train.
-        run: Its settings.
-        flops: Of all forward and backward passes of this device, of a whole model.
+        trainer: The trainer, ready to train.
+        run: The run's settings.
+        flops: FLOPs of all forward and backward passes on this device, for full training.
     """
 
     def __init__(self, trainer: PreferenceTrainer, run: RunConfig, flops: float) -> None:
@@ -34,18 +34,18 @@ class PredictedRun:
 
     @property
     def least_seconds(self) -> float:
-        """What the FLOPs take at the rate of matrix products."""
+        """The time of the FLOPs at the rate of matrix products."""
         return self.flops / self.rate
 
     def work(self) -> str:
-        """FLOPs, and the least time that they take."""
+        """The FLOPs, and the least time they take, as a text."""
         return (
             f"{self.flops:.2g} FLOPs per device, forward and backward: at least {in_words(self.least_seconds)} at the "
             f"{self.rate / 1e9:.3g} GFLOP/s of matrix products measured here"
         )
 
     def peak(self) -> str | None:
-        """The predicted peak; None where predicting would hold up a short run."""
+        """The predicted peak; None if predicting would delay a short run."""
         if self.least_seconds < WORTH_PREDICTING:
             return None
         trainer = self._trainer

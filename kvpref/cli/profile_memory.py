@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpref.atomic_files import check_writable
+from kvpref.cli.given_data import GivenData
 from kvpref.cli.options import (
     BATCH_SIZE,
     BF16,
+    COLUMN,
     DATA,
+    DATA_WEIGHTS,
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
     DTYPE,
+    GROUP_BY,
     JSON,
     MAX_TOKENS,
     MAX_TOKENS_PER_CHUNK,
     MODEL_OR_CONFIG,
+    SPLIT,
     TOKENIZER,
     check_counts,
 )
@@ -42,8 +47,12 @@ LIKELIHOOD = "likelihood"
 
 def memory(
     model: Annotated[str, MODEL_OR_CONFIG],
-    data: Annotated[str, DATA],
+    data: Annotated[list[str], DATA],
     tokenizer: Annotated[str | None, TOKENIZER] = None,
+    split: Annotated[str | None, SPLIT] = None,
+    column: Annotated[list[str] | None, COLUMN] = None,
+    group_by: Annotated[str | None, GROUP_BY] = None,
+    data_weights: Annotated[str | None, DATA_WEIGHTS] = None,
     variants: Annotated[str, typer.Option(help="Of full, bounded, one_pass, packed, padded.")] = DEFAULT_VARIANTS,
     num_responses: Annotated[
         str | None, typer.Option(help="Cut groups down to so many each, such as 2,8,32,64.", show_default="all")
@@ -69,17 +78,18 @@ def memory(
     Example: kvpref profile memory ./llama groups.jsonl --num-responses 2,8,32,64 --output memory
     """
     counts, wanted, loss_fn = _parse_counts(num_responses), _parse_variants(variants), _make_loss(loss)
+    given = GivenData.of(data, split=split, column=column, group_by=group_by, weights=data_weights)
     check_counts(batch_size=batch_size, max_tokens=max_tokens)
     if output is not None:
         _check_pictures()
         check_writable(output / "memory.json")
     from kvpref.profiling.precision import compute_dtype, use_autocast
 
-    loaded, datasets = _load(model, data, tokenizer, dtype, loss_fn, batch_size, counts)
+    loaded, datasets = _load(model, given, tokenizer, dtype, loss_fn, batch_size, counts)
     use_autocast(loaded, bf16)
     settings = {
         "model": model,
-        "data": data,
+        "data": given.setting,
         "dtype": str(next(loaded.parameters()).dtype),
         "compute_dtype": str(compute_dtype(loaded)),
         "max_tokens_per_micro_batch": max_tokens,
@@ -87,7 +97,9 @@ def memory(
         "loss": loss,
         "optimizer": "AdamW",
     }
-    report = _measure(loaded, _cases(datasets, wanted, max_tokens, max_tokens_per_chunk), loss_fn, settings, output)
+    title = f"{Path(model).name} on {given.title}"
+    cases = _cases(datasets, wanted, max_tokens, max_tokens_per_chunk)
+    report = _measure(loaded, cases, loss_fn, settings, output, title=title)
     _show(report, output)
     if json_:
         print(json.dumps(report.to_json()))
@@ -128,7 +140,7 @@ def _make_loss(name: str) -> PreferenceLoss | LossFunction:
 
 def _load(
     model: str,
-    data: str,
+    data: GivenData,
     tokenizer: str | None,
     dtype: str,
     loss: PreferenceLoss | LossFunction,
@@ -189,6 +201,8 @@ def _measure(
     loss: PreferenceLoss | LossFunction,
     settings: dict[str, Any],
     output: Path | None,
+    *,
+    title: str,
 ) -> MemoryReport:
     import torch
 
@@ -207,7 +221,7 @@ def _measure(
         on_start=lambda name: print(f"measuring {name}", file=sys.stderr),
     )
     return MemoryReport(
-        title=f"{Path(settings['model']).name} on {Path(settings['data']).name}",
+        title=title,
         provenance=Provenance.collect(device),
         settings=settings,
         profiles=tuple(profiles),

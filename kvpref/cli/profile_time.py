@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpref.atomic_files import check_writable
+from kvpref.cli.given_data import GivenData
 from kvpref.cli.options import (
     BATCH_SIZE,
     BF16,
+    COLUMN,
     DATA,
+    DATA_WEIGHTS,
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
     DEFAULT_LOSS,
     DEFAULT_MODE,
     DEFAULT_SCHEDULE,
     DTYPE,
+    GROUP_BY,
     JSON,
     LOSS,
     MAX_TOKENS,
@@ -27,6 +31,7 @@ from kvpref.cli.options import (
     MODE,
     MODEL_OR_CONFIG,
     SCHEDULE,
+    SPLIT,
     TOKENIZER,
     check_counts,
 )
@@ -43,8 +48,12 @@ if TYPE_CHECKING:
 
 def time(
     model: Annotated[str, MODEL_OR_CONFIG],
-    data: Annotated[str, DATA],
+    data: Annotated[list[str], DATA],
     tokenizer: Annotated[str | None, TOKENIZER] = None,
+    split: Annotated[str | None, SPLIT] = None,
+    column: Annotated[list[str] | None, COLUMN] = None,
+    group_by: Annotated[str | None, GROUP_BY] = None,
+    data_weights: Annotated[str | None, DATA_WEIGHTS] = None,
     mode: Annotated[str, MODE] = DEFAULT_MODE,
     schedule: Annotated[str, SCHEDULE] = DEFAULT_SCHEDULE,
     max_tokens_per_chunk: Annotated[int | None, MAX_TOKENS_PER_CHUNK] = None,
@@ -68,6 +77,7 @@ def time(
 
     Example: kvpref profile time ./llama pairs.jsonl --batch-size 32 --output time
     """
+    given = GivenData.of(data, split=split, column=column, group_by=group_by, weights=data_weights)
     check_counts(batch_size=batch_size, max_tokens=max_tokens, steps=steps)
     if output is not None:
         check_writable(output / "time.json")
@@ -78,12 +88,12 @@ def time(
 
     options = EngineOptions(mode=mode, schedule=schedule, max_tokens_per_chunk=max_tokens_per_chunk)
     loss_fn = make_loss(loss)
-    loaded, sampled = load_model_and_sample(model, data, tokenizer, dtype, loss_fn, batch_size)
+    loaded, sampled = load_model_and_sample(model, given, tokenizer, dtype, loss_fn, batch_size)
     use_autocast(loaded, bf16)
     cut = cut_micro_batches(sampled, mode, max_tokens)
     settings = {
         "model": model,
-        "data": data,
+        "data": given.setting,
         "dtype": str(next(loaded.parameters()).dtype),
         "compute_dtype": str(compute_dtype(loaded)),
         "mode": mode,
@@ -93,7 +103,7 @@ def time(
         "loss": loss,
         "optimizer": "AdamW",
     }
-    title = f"{Path(model).name} on {len(sampled)} groups of {Path(data).name}, {mode}, {schedule}"
+    title = f"{Path(model).name} on {len(sampled)} groups of {given.title}, {mode}, {schedule}"
     report = _measure(loaded, cut, loss_fn, options, steps, output, title=title, settings=settings)
     _show(report, output)
     if json_:

@@ -1,4 +1,4 @@
-"""What may differ when a run is resumed. Whatever is not named here changes results and is refused."""
+"""What may differ when a run is resumed. Anything not listed here changes results and is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SAVING = frozenset(
 CADENCE = frozenset(
     {"save_steps", "save_strategy", "eval_steps", "eval_strategy", "eval_delay", "eval_on_start", "do_eval"}
 )
-"""When is evaluated and saved: it chooses the model where the best one is loaded at the end."""
+"""When to evaluate and save, which decides the result if the best model is loaded at the end."""
 
 BUDGET = frozenset(
     {
@@ -55,6 +55,8 @@ BUDGET = frozenset(
         "max_tokens_per_chunk",
         "auto_budget",
         "prefix_cache",
+        "gather_weights",
+        "reduce_grads",
         "checkpoint",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
@@ -67,10 +69,10 @@ BUDGET = frozenset(
         "reference_device",
     }
 )
-"""Memory and speed: the results are the same to rounding."""
+"""Settings of memory and speed; results are the same up to rounding."""
 
 CUT = frozenset({"max_tokens_per_micro_batch", "mode"})
-"""How a step is cut into micro-batches: the results are the same to rounding, but for losses that couple groups."""
+"""How a step is cut into micro-batches; results are the same up to rounding, except for losses that couple groups."""
 
 MACHINE = frozenset(
     {
@@ -100,7 +102,7 @@ def may_differ(values: Mapping[str, Any]) -> frozenset[str]:
     """The settings that do not change the results of a run.
 
     Args:
-        values: The run's settings, as `RunConfig.of` takes them.
+        values: The run's settings, in the form `RunConfig.of` takes.
     """
     taken = LOGGING | SAVING | BUDGET | MACHINE
     if not values.get("load_best_model_at_end"):
@@ -117,7 +119,7 @@ def is_coupled(values: Mapping[str, Any]) -> bool:
 
 
 def may_be_longer(values: Mapping[str, Any]) -> bool:
-    """Whether a run that is made longer is the run that was longer from the start."""
+    """Whether extending the run gives the same results as a longer run from the start."""
     schedule, warmup = values.get("lr_scheduler_type"), values.get("warmup_steps") or 0
-    # A warmup that is a share of all steps depends on their number.
+    # A warmup given as a share of all steps depends on their number.
     return schedule in FREE_SCHEDULES and (schedule == "constant" or warmup == 0 or warmup >= 1)

@@ -16,7 +16,7 @@ from kvpref.cli.resume_rules import LENGTH, is_coupled, may_be_longer, may_diffe
 from kvpref.cli.run_config import RUN_FILE, SOURCES, RunConfig
 from kvpref.cli.run_record import RunRecord
 from kvpref.cli.setting_types import read_types
-from kvpref.cli.source_paths import same_source
+from kvpref.cli.source_paths import same_sources
 from kvpref.errors import InputError
 from kvpref.losses import LOSSES
 from kvpref.losses.user import find_loss, settings_of
@@ -45,7 +45,7 @@ def resumed_settings(given: Settings, report: Callable[[str], None]) -> Settings
             raise InputError(
                 f"{output}: holds a model or checkpoints but no {RUN_FILE}, so they are of another tool or an older "
                 f"version, and what they were trained with is not known; write their settings to {path} in the form "
-                "of --config-file, or choose another --output"
+                "of --config, or choose another --output"
             )
         if "data" not in given:
             raise InputError(f"{output}: there is no run to resume; give MODEL and DATA to start one")
@@ -75,7 +75,9 @@ def _refuse_changes(saved: Settings, given: Settings, output: Path) -> None:
         ]
     if not changes:
         return
-    texts = [f"{given[name].where} is {given[name].value!r}, was {effective(values, name)!r}" for name in changes]
+    texts = [
+        f"{given[name].where} is {_shown(given[name].value)}, was {_shown(effective(values, name))}" for name in changes
+    ]
     remedy = "leave it out to go on with that run, or choose another --output for a new one"
     if set(changes) <= set(LENGTH):
         first = "" if (output / RESULT_FILE).exists() else "first let this run finish (leave it out), then "
@@ -86,9 +88,14 @@ def _refuse_changes(saved: Settings, given: Settings, output: Path) -> None:
     raise InputError(f"{'; '.join(texts)} in {output / RUN_FILE}, which changes the results of the run; {remedy}")
 
 
+def _shown(value: Any) -> str:
+    """As users write it: a single source is no list."""
+    return repr(value[0] if isinstance(value, list) and len(value) == 1 else value)
+
+
 def _equal(name: str, one: Any, other: Any) -> bool:
-    if name in SOURCES and isinstance(one, str) and isinstance(other, str):
-        return same_source(one, other)
+    if name in SOURCES and isinstance(one, str | list) and isinstance(other, str | list):
+        return same_sources(one, other)
     return bool(one == other)
 
 

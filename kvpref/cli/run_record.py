@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpref.atomic_files import write_text
+from kvpref.cli.given_data import GivenData
 from kvpref.data import PreferenceDataset
 from kvpref.data.digests import describe_difference
 from kvpref.errors import InputError
@@ -28,15 +29,17 @@ class DataRecord:
     """As the user named it."""
 
     file_hash: str | None
-    """Of the file's bytes; None where the data is no file."""
+    """Of the bytes of each file; None where the data is not files alone."""
 
     digests: str
     """Hexadecimal `PreferenceDataset.digests`."""
 
     @classmethod
-    def of(cls, source: str, groups: PreferenceDataset) -> DataRecord:
+    def of(cls, given: GivenData, groups: PreferenceDataset) -> DataRecord:
         """The record of data as it is now."""
-        return cls(source=source, file_hash=_hash_file(Path(source)), digests=groups.digests.hex())
+        files = given.files()
+        file_hash = None if files is None else " ".join(map(_hash_file, files))
+        return cls(source=str(given), file_hash=file_hash, digests=groups.digests.hex())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +59,14 @@ class RunRecord:
     """By name: data, eval_data."""
 
     @classmethod
-    def of(cls, world_size: int, tokenizer: Any, data: Mapping[str, tuple[str, PreferenceDataset]]) -> RunRecord:
+    def of(cls, world_size: int, tokenizer: Any, data: Mapping[str, tuple[GivenData, PreferenceDataset]]) -> RunRecord:
         """The record of a run as it is now."""
         template = _template(tokenizer)
         return cls(
             world_size=world_size,
             day=date.today().isoformat(),
             chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
-            data={name: DataRecord.of(source, groups) for name, (source, groups) in data.items()},
+            data={name: DataRecord.of(given, groups) for name, (given, groups) in data.items()},
         )
 
     @classmethod
@@ -90,17 +93,17 @@ class RunRecord:
         write_text(output / RECORD_FILE, json.dumps(asdict(self)))
 
     def check_unchanged(
-        self, now: RunRecord, output: Path, tokenizer: Any, data: Mapping[str, tuple[str, PreferenceDataset]]
+        self, now: RunRecord, output: Path, tokenizer: Any, data: Mapping[str, tuple[GivenData, PreferenceDataset]]
     ) -> None:
         """Raise InputError if the tokens of a resumed run are not those that it was trained on."""
-        for name, (source, groups) in data.items():
+        for name, (_, groups) in data.items():
             if name not in self.data:
                 continue
             before, after = self.data[name], now.data[name]
             difference = describe_difference(bytes.fromhex(before.digests), groups.digests, groups.group_ids)
             if difference is not None:
                 raise InputError(
-                    f"{source}: not the tokens that the run in {output} was trained on: {difference}; "
+                    f"{after.source}: not the tokens that the run in {output} was trained on: {difference}; "
                     f"{self._cause(before, after, now, tokenizer)}"
                 )
 
@@ -125,8 +128,6 @@ def _template(tokenizer: Any) -> str | None:
     return None if template is None else str(template)
 
 
-def _hash_file(path: Path) -> str | None:
-    if not path.is_file():
-        return None
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpref.atomic_files import check_writable, replacing, write_text
+from kvpref.cli.given_data import GivenData
 from kvpref.cli.options import (
+    COLUMN,
     DATA,
     DEFAULT_DTYPE,
     DEFAULT_MODE,
     DEFAULT_ON_BAD_ROW,
     DTYPE,
+    GROUP_BY,
     JSON,
     MAX_IMAGE_PIXELS,
     MAX_PROMPT_TOKENS,
@@ -27,9 +30,12 @@ from kvpref.cli.options import (
     MODE,
     MODEL,
     ON_BAD_ROW,
+    SPLIT,
     TOKENIZER,
+    TRAJECTORY_GROUPS,
     check_counts,
 )
+from kvpref.data.reading.trajectories.attempts import TrajectoryGroups
 from kvpref.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,12 +50,15 @@ _WRITERS = (".jsonl", ".parquet")
 
 def score(
     model: Annotated[str, MODEL],
-    data: Annotated[str, DATA],
+    data: Annotated[list[str], DATA],
     output: Annotated[Path, typer.Option(help="File to write: .jsonl or .parquet.")],
     reward_model: Annotated[
         bool, typer.Option("--reward-model", help="MODEL has a scalar head: write rewards instead of log-probs.")
     ] = False,
     tokenizer: Annotated[str | None, TOKENIZER] = None,
+    split: Annotated[str | None, SPLIT] = None,
+    column: Annotated[list[str] | None, COLUMN] = None,
+    group_by: Annotated[str | None, GROUP_BY] = None,
     mode: Annotated[str, MODE] = DEFAULT_MODE,
     max_tokens: Annotated[int | None, MAX_TOKENS] = None,
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
@@ -57,6 +66,7 @@ def score(
     max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
     max_image_pixels: Annotated[int | None, MAX_IMAGE_PIXELS] = None,
     on_bad_row: Annotated[str, ON_BAD_ROW] = DEFAULT_ON_BAD_ROW,
+    trajectory_groups: Annotated[TrajectoryGroups, TRAJECTORY_GROUPS] = "task",
     json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Write the log-prob, or with --reward-model the reward, of every response under a model.
@@ -67,13 +77,14 @@ def score(
 
     Example: kvpref score ./llama groups.jsonl --output scores.jsonl
     """
+    given = GivenData.of(data, split=split, column=column, group_by=group_by)
     check_counts(max_tokens=max_tokens)
     if output.suffix not in _WRITERS:
         raise InputError(f"{output}: unknown output format; end the name in {' or '.join(_WRITERS)}")
     check_writable(output)
     import kvpref
     from kvpref.cli.loading import load_matching_processor, load_model
-    from kvpref.data import DataOptions, load_preferences
+    from kvpref.data import DataOptions
     from kvpref.plan.modes import MODES
     from kvpref.training.loading.selection import check_lengths
 
@@ -86,8 +97,9 @@ def score(
         max_response_tokens=max_response_tokens,
         max_image_pixels=max_image_pixels,
         on_bad_row=on_bad_row,  # type: ignore[arg-type]
+        trajectory_groups=trajectory_groups,
     )
-    groups = load_preferences(data, load_matching_processor(tokenizer, model, loaded), options)
+    groups = given.load(load_matching_processor(tokenizer, model, loaded), options)
     if groups.report is not None:
         for line in groups.report.lines():
             print(line, file=sys.stderr)
@@ -124,7 +136,7 @@ def _score(
     import kvpref
     from kvpref.data import StepBatcher, StepOptions
     from kvpref.data.batching.budgets import default_budget
-    from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
+    from kvpref.plan.sharing import DEFAULT_MIN_SHARED_TOKENS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)
@@ -149,9 +161,10 @@ def _logps(model: PreTrainedModel, batch: Batch, mode: str) -> list[Row]:
     import kvpref
 
     logps = kvpref.response_logps(model, batch, mode=mode)
+    found = (logps.lengths(), logps.sum(), logps.mean())
     return [
-        {"num_tokens": num_tokens, "sum_logp": total, "mean_logp": total / max(1, num_tokens)}
-        for num_tokens, total in zip(logps.lengths().tolist(), logps.sum().tolist(), strict=True)
+        {"num_tokens": num_tokens, "sum_logp": total, "mean_logp": mean}
+        for num_tokens, total, mean in zip(*(values.tolist() for values in found), strict=True)
     ]
 
 

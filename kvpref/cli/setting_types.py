@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, get_type_hints
 
+from kvpref.cli.choices import read_choice
 from kvpref.cli.given_settings import LOSS_ARG, Given, Settings
+from kvpref.cli.name_checks import check_setting
 from kvpref.cli.run_config import RunConfig
 from kvpref.cli.typed_values import read_value
-from kvpref.errors import InputError
 from kvpref.losses import LOSSES
 from kvpref.losses.user import find_loss, settings_of
 from kvpref.training import PreferenceTrainingArguments
@@ -29,9 +28,11 @@ AT_LEAST_ONE = frozenset(
         "max_response_tokens",
         "max_image_pixels",
         "lora_r",
+        "early_stopping_patience",
         "max_tokens_per_micro_batch",
         "max_tokens_per_chunk",
         "max_prefix_depth",
+        "sequence_parallel",
         "sort_window_steps",
         "reference_sync_steps",
         "torch_empty_cache_steps",
@@ -43,16 +44,8 @@ AT_LEAST_ONE = frozenset(
 MAY_BE_MINUS_ONE = frozenset({"max_steps", "local_rank"})
 """Numbers for which -1 stands for none."""
 
-ELSEWHERE = {
-    "output_dir": "give --output",
-    "resume_from_checkpoint": "give --resume",
-    "label_smoothing_factor": "losses on pairs have --loss-arg label_smoothing",
-}
-"""Arguments of transformers that have no effect here, and what to use."""
-
 _OWN_TYPES = get_type_hints(RunConfig)
 _TRAINING_TYPES = get_type_hints(PreferenceTrainingArguments)
-_TRAINING_NAMES = {item.name for item in fields(PreferenceTrainingArguments) if item.init}
 
 
 def read_types(given: Settings) -> Settings:
@@ -69,17 +62,12 @@ def _read(name: str, given: Given, loss_types: dict[str, Any] | None) -> Any:
     if name.startswith(LOSS_ARG):
         # Names that the loss does not have, it refuses itself, with a list of those that it has.
         return read_value(given.value, (loss_types or {}).get(name.removeprefix(LOSS_ARG), Any), given.where)
-    if name in ELSEWHERE:
-        raise InputError(f"{given.where}: has no effect in kvpref train; {ELSEWHERE[name]}")
-    if name in _OWN_TYPES:
-        kind = _OWN_TYPES[name]
-    elif name in _TRAINING_NAMES:
-        kind = _TRAINING_TYPES[name]
-    else:
-        near = get_close_matches(name, [*_TRAINING_NAMES, *_OWN_TYPES], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; see PreferenceTrainingArguments"
-        raise InputError(f"{given.where}: there is no training argument {name!r}{hint}")
-    return read_value(given.value, kind, given.where, **_range(name, given.value))
+    check_setting(name, given.where)
+    value = read_choice(name, given.value, given.where)
+    if name == "lora_target_modules" and isinstance(value, list):
+        value = ",".join(map(str, value))  # as TRL's files have it
+    kind = _OWN_TYPES[name] if name in _OWN_TYPES else _TRAINING_TYPES[name]
+    return read_value(value, kind, given.where, **_range(name, value))
 
 
 def _range(name: str, value: Any) -> dict[str, float]:

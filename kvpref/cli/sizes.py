@@ -1,4 +1,4 @@
-"""Memory sizes as users write and read them."""
+"""Parses and formats memory sizes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-"""Bytes by unit. A bare number is GiB, as device memory is counted in."""
+"""Bytes by unit. A bare number is in GiB, like device memory."""
 
 
 def parse_bytes(text: str, option: str) -> int:
     """``80GiB`` or ``80`` -> bytes.
 
     Raises:
-        InputError: If it is not a number from 0 on with a unit that is known.
+        InputError: If it is not a number of at least 0 with a known unit.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else None

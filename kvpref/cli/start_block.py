@@ -15,6 +15,7 @@ from kvpref.data import PreferenceDataset, StepBatcher, summarize_batches, summa
 from kvpref.data.batching.budgets import DEFAULT_MAX_TOKENS
 from kvpref.engine.reads import reads_of
 from kvpref.losses import PreferenceLoss, registered_name
+from kvpref.models.partitioned import num_values
 from kvpref.models.support import unwrap
 from kvpref.models.vision.parts import vision_parts
 from kvpref.ops.attention import select_backend
@@ -63,7 +64,7 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
         shuffle=True,
         cost_model=cost_model,
     )
-    costs = _step_costs(batcher, args.gradient_accumulation_steps)
+    costs = [cost / args.sequence_parallel for cost in _step_costs(batcher, args.gradient_accumulation_steps)]
     num_steps = args.max_steps if args.max_steps > 0 else ceil(len(costs) * args.num_train_epochs)
     predicted = PredictedRun(trainer, run, _per_run(costs, num_steps))
     memory = memory or predicted.peak()
@@ -86,12 +87,12 @@ def describe_start(trainer: PreferenceTrainer, run: RunConfig, given: Settings, 
 
 
 def _model(model: nn.Module, run: RunConfig) -> str:
-    num_weights = sum(item.numel() for item in model.parameters())
-    num_trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
+    num_weights = sum(map(num_values, model.parameters()))
+    num_trained = sum(num_values(item) for item in model.parameters() if item.requires_grad)
     share = "all trained" if num_trained == num_weights else f"{num_trained:,} of them trained"
     if trains_an_adapter(model):
         share += ", an adapter"
-    return f"{run.model or f'random weights of {run.config}'}, {num_weights:,} parameters, {share}"
+    return f"{run.model or f'random weights of {run.model_config}'}, {num_weights:,} parameters, {share}"
 
 
 def _parts(model: nn.Module) -> dict[str, str]:
@@ -110,8 +111,8 @@ def _parts(model: nn.Module) -> dict[str, str]:
 
 
 def _count(weights: list[nn.Parameter]) -> str:
-    total = sum(item.numel() for item in weights)
-    trained = sum(item.numel() for item in weights if item.requires_grad)
+    total = sum(map(num_values, weights))
+    trained = sum(num_values(item) for item in weights if item.requires_grad)
     if trained == total:
         return f"{total:,}"
     return f"{total:,} ({trained:,} trained)" if trained else f"{total:,} (frozen)"
@@ -174,8 +175,9 @@ def _data(dataset: PreferenceDataset) -> str:
 
 
 def _steps(args: PreferenceTrainingArguments, num_steps: int, steps_per_epoch: int) -> str:
-    groups = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    groups = args.per_device_train_batch_size * args.num_data_ranks * args.gradient_accumulation_steps
     devices = f" over {args.world_size} devices" if args.world_size > 1 else ""
+    devices += f", {args.sequence_parallel} to a micro-batch" if args.sequence_parallel > 1 else ""
     return f"{num_steps} of {groups} groups{devices}; epochs: {num_steps / max(1, steps_per_epoch):.3g}"
 
 
@@ -193,6 +195,8 @@ def _batches(batcher: StepBatcher, given: Settings, args: PreferenceTrainingArgu
     bound = "without a bound" if budget is None else f"of at most {budget} tokens"
     run = found.tokens_per_micro_batch.mean * found.num_micro_batches
     repeated = sum(lengths.total_tokens for lengths in batcher.lengths)
+    if batcher.larger_groups:
+        bound += f", but for {len(batcher.larger_groups)} groups that take more and run alone, in chunks"
     return {
         "micro-batches": f"{found.micro_batches_per_step:.3g} per step, {bound} ({why})",
         "saving": f"at least {repeated / run:.2f}x fewer tokens run in mode {found.mode} than with prompts repeated",
@@ -201,8 +205,11 @@ def _batches(batcher: StepBatcher, given: Settings, args: PreferenceTrainingArgu
 
 def _resident(model: nn.Module, args: PreferenceTrainingArguments) -> str:
     """Of weights, gradients and optimizer state, which stay from step to step."""
-    weights = sum(item.nbytes for item in model.parameters())
-    trained = sum(item.nbytes for item in model.parameters() if item.requires_grad)
+    weights = sum(num_values(item) * item.itemsize for item in model.parameters())
+    trained = sum(num_values(item) * item.itemsize for item in model.parameters() if item.requires_grad)
+    if args.deepspeed_plugin is not None:
+        whole = size_in_words(weights + trained)
+        return f"{whole} of weights and gradients in a step; the optimizer's state is in {args.world_size} pieces"
     name = str(getattr(args.optim, "value", args.optim))
     states = next((count for start, count in _STATES_PER_WEIGHT.items() if name in (start, f"{start}_torch")), None)
     if name == "adamw_torch_fused":

@@ -6,11 +6,12 @@ import sys
 from typing import TYPE_CHECKING
 
 import kvpref
+from kvpref.cli.given_data import GivenData
 from kvpref.cli.loading import load_matching_processor, load_model
-from kvpref.data import DataOptions, PreferenceDataset, StepBatcher, StepOptions, load_preferences
+from kvpref.data import DataOptions, PreferenceDataset, StepBatcher, StepOptions
 from kvpref.data.batching.budgets import default_budget
 from kvpref.losses import PreferenceLoss
-from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.plan.sharing import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.records.groups import Group
 from kvpref.training.loading.selection import check_lengths, select_groups
 
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def load_model_and_groups(
-    model: str, data: str, tokenizer: str | None, dtype: str, loss: PreferenceLoss | None = None
+    model: str, data: GivenData, tokenizer: str | None, dtype: str, loss: PreferenceLoss | None = None
 ) -> tuple[PreTrainedModel, PreferenceDataset]:
     """The attached model and all groups of the data.
 
     Args:
         model: Folder, hub name, or a .json configuration for random weights.
-        data: As for `kvpref.data.load_preferences`.
+        data: As the command line names it.
         tokenizer: None for the model's own.
         dtype: As for `load_model`.
         loss: What is to be computed, which says what the model is to have and which columns are read along; None for
@@ -37,15 +38,17 @@ def load_model_and_groups(
     folder, config = (None, model) if model.endswith(".json") else (model, None)
     reads = "tokens" if loss is None else loss.reads
     loaded = kvpref.attach(load_model(folder, config, dtype=dtype, reads=reads, may_add_head=reads == "ends"))
-    options = DataOptions(columns=() if loss is None else loss.columns)
-    groups = load_preferences(data, load_matching_processor(tokenizer, folder, loaded), options)
+    options = DataOptions()
+    if loss is not None:
+        options = DataOptions(columns=loss.columns, trajectory_pairs=loss.reads_pairs)
+    groups = data.load(load_matching_processor(tokenizer, folder, loaded), options)
     for line in () if groups.report is None else groups.report.notices:
         print(line, file=sys.stderr)
     return loaded, groups
 
 
 def load_model_and_sample(
-    model: str, data: str, tokenizer: str | None, dtype: str, loss: PreferenceLoss, num_groups: int
+    model: str, data: GivenData, tokenizer: str | None, dtype: str, loss: PreferenceLoss, num_groups: int
 ) -> tuple[PreTrainedModel, PreferenceDataset]:
     """The attached model, and `num_groups` groups with only the sequences that the loss reads.
 

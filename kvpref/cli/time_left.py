@@ -1,4 +1,4 @@
-"""How long a run will take, from its first steps."""
+"""Estimates how long a run will take from its first steps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FIRST, LAST = 1, 5
-"""The steps that are timed lie between the ends of these, counted from where the run starts or goes on."""
+"""The timed steps lie between the ends of these two, counted from where the run starts or resumes."""
 
 
 WORTH_SAYING = 30.0
-"""Seconds; a shorter wait is over before it is read."""
+"""In seconds; a shorter wait is over before it is read."""
 
 
 class TimeLeftCallback(TrainerCallback):
-    """Says once, after a few steps, how long the others will take.
+    """Reports once, after a few steps, how long the rest will take.
 
-    Steps differ, so those timed are compared with the others by their planned costs.
+    Steps differ, so timed ones are compared with the rest by planned cost.
 
     Args:
-        step_costs: Of each optimizer step of an epoch, in any unit.
+        step_costs: The cost of each optimizer step of an epoch, in any unit.
         report: Takes the line.
-        clock: Seconds.
+        clock: Gives the time in seconds.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TimeLeftCallback(TrainerCallback):
                 )
 
     def _cost(self, start: int, end: int) -> float:
-        """Of the steps from `start` on, before `end`; the order of later epochs is taken for the first one's."""
+        """The cost of steps [start, end), assuming that later epochs are ordered like the first."""
         return sum(self._costs[step % len(self._costs)] for step in range(start, end))
 
 

@@ -1,4 +1,4 @@
-"""The token budget that fits into a GPU's free memory, by the predictions of `kvpref plan`."""
+"""The token budget that fits into a GPU's free memory, as predicted by `kvpref plan`."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from kvpref.training.adapters import ALL_LINEAR, is_peft
 from kvpref.training.defaults import AUTO
 
 USED_SHARE = 0.85
-"""Of the free memory: the rest is for fragmentation, and for what predictions were not compared with."""
+"""Share of the free memory to use; the rest is for fragmentation and for whatever predictions do not cover."""
 
 RESERVE_BYTES = 2**30
-"""For kernels' workspaces and communication."""
+"""Memory reserved for kernels' workspaces and communication."""
 
 _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
-"""transformers' name -> the plan's."""
+"""transformers' name -> the name in plans."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittingBudget:
-    """What fits."""
+    """A budget that fits."""
 
     max_tokens: int | None
     """The budget; None to leave the default."""
 
     note: str
-    """What is predicted, in words."""
+    """The prediction, in words."""
 
 
 def choose_budget(
@@ -56,14 +56,14 @@ def choose_budget(
     loss: PreferenceLoss,
     groups: PreferenceDataset,
 ) -> str | None:
-    """Set the budget in `args` to what fits, where none was given and the device is a GPU.
+    """Set the budget in `args` to the largest that fits, if none was given and the device is a GPU.
 
     Returns:
-        What is predicted of the peak; None where nothing was looked into.
+        The prediction of the peak; None if nothing was predicted.
     """
     if args.device.type != "cuda" or args.max_tokens_per_micro_batch != AUTO or loss.couples_groups:
         return None
-    # Every rank must cut alike, so the one with the least decides.
+    # Every rank must cut the same way, so the one with the least memory decides.
     free: Any = gather_object([torch.cuda.mem_get_info(args.device)[0]])
     found = fitting_budget(model, run, args, loss, groups, min(free))
     if found.max_tokens is not None:
@@ -82,12 +82,12 @@ def fitting_budget(
     """The largest budget whose micro-batches fit, up to a whole step of the data's longest groups.
 
     Args:
-        model: Not yet on the device.
-        run: Its adapter.
-        args: Of the run, with the default budget.
-        loss: What is trained.
+        model: The model, not yet on the device.
+        run: The run's settings, for the adapter.
+        args: The run's arguments, with the default budget.
+        loss: The loss.
         groups: The training data.
-        free_bytes: Of the device, the same number on every rank.
+        free_bytes: The device's free memory, the same number on every rank.
     """
     reason = _unpredictable(model, run, args, loss)
     if reason is not None:
@@ -128,13 +128,13 @@ def predict_peak(
     groups: PreferenceDataset,
     budget: int | None,
 ) -> str:
-    """The peak of a micro-batch that a budget filled with groups like the data's longest, in words.
+    """The peak of a micro-batch filled up to the budget with groups like the data's longest, in words.
 
     Args:
-        model: What is trained.
-        run: Its adapter.
-        args: Of the run.
-        loss: What is trained.
+        model: The model.
+        run: The run's settings, for the adapter.
+        args: The run's arguments.
+        loss: The loss.
         groups: The training data.
         budget: Tokens of a micro-batch; None for a whole step.
     """
@@ -155,7 +155,7 @@ def predict_peak(
 def _unpredictable(
     model: nn.Module, run: RunConfig, args: PreferenceTrainingArguments, loss: PreferenceLoss
 ) -> str | None:
-    """Why the peak is not known, if it is not."""
+    """Why the peak cannot be predicted; None if it can."""
     reasons = {
         "in the bounded schedule a chunk bounds memory": args.schedule != "full",
         "reward models are not predicted": loss.reads == "ends",
@@ -185,7 +185,7 @@ def _setup(model: nn.Module, run: RunConfig, args: PreferenceTrainingArguments) 
 
 
 def _longest(groups: PreferenceDataset) -> GroupShape:
-    """A group that no other exceeds in anything."""
+    """The shape of a group at least as large as any in every respect."""
     found, start = summarize_dataset(groups), most_images(groups)
     return GroupShape(
         start=start,

@@ -10,16 +10,23 @@ from typing import Annotated
 import typer
 
 from kvpref.cli.ctrl_c import NOTHING_SAVED, ctrl_c_says
-from kvpref.cli.given_settings import from_assignments, from_file, from_options, merge
+from kvpref.cli.given_data import parse_columns, parse_weights
+from kvpref.cli.given_settings import Settings, from_assignments, from_file, from_options, merge, place_positions
+from kvpref.cli.name_checks import check_names
 from kvpref.cli.options import (
+    ACCELERATE_CONFIG,
     BATCH_SIZE,
     BF16,
     CHECKPOINT,
-    CONFIG,
+    COLUMN,
     DATA,
     DATA_PANEL,
+    DATA_WEIGHTS,
+    DATASET_NAME,
+    DEFAULT_LOSS,
     DTYPE,
     FREEZE_VISION,
+    GROUP_BY,
     JSON,
     LORA_ALPHA,
     LORA_R,
@@ -33,33 +40,64 @@ from kvpref.cli.options import (
     MEMORY_PANEL,
     MODE,
     MODEL,
+    MODEL_CONFIG,
+    MODEL_NAME_OR_PATH,
+    NUM_PROCESSES,
     ON_BAD_ROW,
     PREFIX_CACHE,
     SAVING_PANEL,
     SCHEDULE,
+    SEQUENCE_PARALLEL,
+    SPLIT,
     TOKENIZER,
     TRAINING_PANEL,
+    TRAJECTORY_GROUPS,
 )
+from kvpref.cli.starting_ranks import end_with_starter, ranks_to_start, start_ranks, without_number
 from kvpref.errors import InputError
+
+NO_SETTINGS = frozenset(
+    {
+        "model_name_or_path",
+        "dataset_name",
+        "config",
+        "loss_arg",
+        "column",
+        "set_",
+        "resume",
+        "overwrite",
+        "num_processes",
+        "json_",
+    }
+)
+"""The parameters of `train` that are no settings of the run. All others are handed on as they were given."""
 
 
 def train(
+    context: typer.Context,
     model: Annotated[str | None, MODEL] = None,
-    data: Annotated[str | None, DATA] = None,
+    data: Annotated[list[str] | None, DATA] = None,
     output: Annotated[
         str | None,
-        typer.Option(help="Folder for checkpoints and the model.", show_default="none: here or in --config-file"),
+        typer.Option(help="Folder for checkpoints and the model.", show_default="none: here or in --config"),
     ] = None,
-    config_file: Annotated[
-        str | None, typer.Option(help="YAML with any of these settings; options win.", show_default="none")
+    config: Annotated[
+        str | None,
+        typer.Option(help="YAML with any of these settings, such as a run.yaml; options win.", show_default="none"),
     ] = None,
-    config: Annotated[str | None, CONFIG] = None,
+    model_name_or_path: Annotated[str | None, MODEL_NAME_OR_PATH] = None,
+    model_config: Annotated[str | None, MODEL_CONFIG] = None,
     tokenizer: Annotated[str | None, TOKENIZER] = None,
     dtype: Annotated[str | None, DTYPE] = None,
     lora_r: Annotated[int | None, LORA_R] = None,
     lora_alpha: Annotated[float | None, LORA_ALPHA] = None,
     lora_target_modules: Annotated[str | None, LORA_TARGET_MODULES] = None,
     freeze_vision: Annotated[bool | None, FREEZE_VISION] = None,
+    split: Annotated[str | None, SPLIT] = None,
+    column: Annotated[list[str] | None, COLUMN] = None,
+    group_by: Annotated[str | None, GROUP_BY] = None,
+    data_weights: Annotated[str | None, DATA_WEIGHTS] = None,
+    dataset_name: Annotated[str | None, DATASET_NAME] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Evaluation data.", show_default="none", rich_help_panel=DATA_PANEL)
     ] = None,
@@ -67,6 +105,7 @@ def train(
     max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
     max_image_pixels: Annotated[int | None, MAX_IMAGE_PIXELS] = None,
     on_bad_row: Annotated[str | None, ON_BAD_ROW] = None,
+    trajectory_groups: Annotated[str | None, TRAJECTORY_GROUPS] = None,
     loss: Annotated[str | None, LOSS] = None,
     loss_arg: Annotated[
         list[str] | None,
@@ -77,6 +116,15 @@ def train(
         ),
     ] = None,
     mode: Annotated[str | None, MODE] = None,
+    fsdp: Annotated[
+        bool | None,
+        typer.Option(
+            "--fsdp",
+            help="Shard weights, gradients and optimizer state over all processes (FSDP2).",
+            show_default="off",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Times over the data.", show_default="1", rich_help_panel=TRAINING_PANEL)
     ] = None,
@@ -119,6 +167,7 @@ def train(
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
+    sequence_parallel: Annotated[int | None, SEQUENCE_PARALLEL] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,6 +180,14 @@ def train(
     logging_steps: Annotated[
         int | None, typer.Option(help="Steps between log lines.", show_default="10", rich_help_panel=SAVING_PANEL)
     ] = None,
+    early_stopping_patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many evaluations without a better one, and keep the best model.",
+            show_default="none",
+            rich_help_panel=TRAINING_PANEL,
+        ),
+    ] = None,
     eval_steps: Annotated[
         int | None,
         typer.Option(help="Steps between evaluations.", show_default="none: at the end", rich_help_panel=SAVING_PANEL),
@@ -138,6 +195,40 @@ def train(
     save_steps: Annotated[
         int | None,
         typer.Option(help="Steps between checkpoints.", show_default="200", rich_help_panel=SAVING_PANEL),
+    ] = None,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Where metrics also go: tensorboard, wandb, trackio, or several, separated by commas.",
+            show_default="none",
+            rich_help_panel=SAVING_PANEL,
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        bool | None,
+        typer.Option(
+            "--push-to-hub",
+            help="Upload the final model with its card to the Hugging Face Hub.",
+            show_default="off",
+            rich_help_panel=SAVING_PANEL,
+        ),
+    ] = None,
+    hub_model_id: Annotated[
+        str | None,
+        typer.Option(
+            help="Repository to push to, such as ORGANISATION/NAME.",
+            show_default="the name of --output, under your account",
+            rich_help_panel=SAVING_PANEL,
+        ),
+    ] = None,
+    hub_private_repo: Annotated[
+        bool | None,
+        typer.Option(
+            "--hub-private-repo",
+            help="Make the repository private, where it is made.",
+            show_default="your account's default",
+            rich_help_panel=SAVING_PANEL,
+        ),
     ] = None,
     resume: Annotated[
         bool,
@@ -147,6 +238,12 @@ def train(
             rich_help_panel=SAVING_PANEL,
         ),
     ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the earlier run in OUTPUT.", rich_help_panel=SAVING_PANEL),
+    ] = False,
+    num_processes: Annotated[int | None, NUM_PROCESSES] = None,
+    accelerate_config: Annotated[str | None, ACCELERATE_CONFIG] = None,
     json_: Annotated[bool, JSON] = False,
 ) -> None:
     """Train a model on preference data, each shared prompt encoded once.
@@ -158,54 +255,43 @@ def train(
 
     Example: kvpref train ./llama pairs.jsonl --output out --loss dpo --loss-arg beta=0.1 --max-tokens 8192
     """
-    if config is not None and model is not None and data is None:
-        model, data = None, model  # with --config the only positional argument is the data
-    chosen = from_options(
-        {
-            "model": model,
-            "config": config,
-            "tokenizer": tokenizer,
-            "data": data,
-            "eval_data": eval_data,
-            "output": output,
-            "dtype": dtype,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_response_tokens": max_response_tokens,
-            "max_image_pixels": max_image_pixels,
-            "on_bad_row": on_bad_row,
-            "lora_r": lora_r,
-            "lora_alpha": lora_alpha,
-            "lora_target_modules": lora_target_modules,
-            "freeze_vision": freeze_vision,
-            "loss": loss,
-            "mode": mode,
-            "num_train_epochs": epochs,
-            "max_steps": max_steps,
-            "per_device_train_batch_size": batch_size,
-            "max_tokens_per_micro_batch": max_tokens,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "bf16": bf16,
-            "schedule": schedule,
-            "max_tokens_per_chunk": max_tokens_per_chunk,
-            "auto_budget": auto_budget,
-            "prefix_cache": prefix_cache,
-            "checkpoint": checkpoint,
-            "gradient_checkpointing": gradient_checkpointing,
-            "logging_steps": logging_steps,
-            "eval_steps": eval_steps,
-            "save_steps": save_steps,
-        },
-        loss_arg or [],
+    if resume and overwrite:
+        raise InputError("--resume goes on with the run in OUTPUT, --overwrite deletes it; leave one of them out")
+    model, sources = place_positions(
+        [*filter(None, [model]), *(data or [])],
+        model=model_name_or_path,
+        dataset=dataset_name,
+        model_config=model_config,
     )
-    file = {} if config_file is None else from_file(Path(config_file))
+    options = context.params | {
+        "model": model,
+        "data": sources or None,
+        "column_names": parse_columns(column) if column else None,
+        "data_weights": None if data_weights is None else list(parse_weights(data_weights)),
+        "fsdp": "full_shard" if fsdp else None,
+        "report_to": None if report_to is None else [name.strip() for name in report_to.split(",")],
+    }
+    chosen = from_options({name: value for name, value in options.items() if name not in NO_SETTINGS}, loss_arg or [])
+    file = {} if config is None else from_file(Path(config))
     given = merge(file, chosen, from_assignments(set_ or []))
+    check_names(given, loss=_known_loss(given, resume=resume))
     for name in ("output",) if resume else ("data", "output"):
         if name not in given:
-            raise InputError(f"{name} is missing; give it on the command line or in --config-file")
+            raise InputError(f"{name} is missing; give it on the command line or in --config")
+    number = ranks_to_start(num_processes, given.get("accelerate_config"))
+    if number > 1:
+        raise typer.Exit(start_ranks(number, without_number(sys.argv[1:]), Path(str(given["output"].value))))
+    end_with_starter()
     with ctrl_c_says(NOTHING_SAVED):
         from kvpref.cli.training_run import run_training
 
-    result = run_training(given, resume=resume, report=lambda line: print(line, file=sys.stderr))
+    result = run_training(given, resume=resume, overwrite=overwrite, report=lambda line: print(line, file=sys.stderr))
     if json_ and result:
         print(json.dumps(result))
+
+
+def _known_loss(given: Settings, *, resume: bool) -> str | None:
+    """The loss of the run; None where only the run that is resumed knows."""
+    if "loss" in given:
+        return str(given["loss"].value)
+    return None if resume else DEFAULT_LOSS

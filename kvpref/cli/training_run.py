@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvpref.atomic_files import check_writable
+from kvpref.cli.accelerate_config import find_config, use_config
 from kvpref.cli.checkpoints import RESULT_FILE, find_checkpoint, read_result, save_result
 from kvpref.cli.ctrl_c import no_empty_folder
 from kvpref.cli.early_checks import check_early
+from kvpref.cli.early_stopping import EarlyStopping
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.interrupts import Interrupts
+from kvpref.cli.overwriting import Found, delete_earlier_run, find_earlier_run
 from kvpref.cli.padding import set_pad_token
 from kvpref.cli.resume_rules import LENGTH
 from kvpref.cli.resuming import CadenceCallback, resumed_settings
@@ -26,15 +28,17 @@ from kvpref.cli.token_budget import choose_budget
 from kvpref.cli.training_inputs import load_data, load_trained_model
 from kvpref.cli.training_settings import training_arguments, with_chosen, with_defaults
 from kvpref.errors import InputError, Interrupted, RunError
+from kvpref.ranks import own_rank
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 
-def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]) -> dict[str, Any]:
+def run_training(given: Settings, *, resume: bool, overwrite: bool, report: Callable[[str], None]) -> dict[str, Any]:
     """Train as the settings say.
 
     Args:
         given: What the user gave.
         resume: Go on with the run in the output folder, if there is one, from its last complete checkpoint.
+        overwrite: Delete the run in the output folder, once all that the new one reads is there.
         report: Takes lines for the user.
 
     Returns:
@@ -44,15 +48,19 @@ def run_training(given: Settings, *, resume: bool, report: Callable[[str], None]
         InputError: If a setting or the data is bad, or the output folder holds another run.
         RunError: If the run fails (a NaN loss, say).
     """
-    is_main = os.environ.get("RANK", "0") == "0"  # as launchers say; the arguments know only once they are made
+    is_main = own_rank() == 0  # as launchers say; the arguments know only once they are made
     report = report if is_main else _silent
     output = Path(str(given["output"].value))
     interrupts = Interrupts(output, is_main)
     with interrupts.handled(), no_empty_folder(output):
-        return _run(read_types(given), interrupts, resume, report)
+        return _run(read_types(given), interrupts, resume, overwrite, report)
 
 
-def _run(given: Settings, interrupts: Interrupts, resume: bool, report: Callable[[str], None]) -> dict[str, Any]:
+def _run(
+    given: Settings, interrupts: Interrupts, resume: bool, overwrite: bool, report: Callable[[str], None]
+) -> dict[str, Any]:
+    if (config := given.get("accelerate_config")) is not None and config.value is not None:
+        given |= {"accelerate_config": replace(config, value=find_config(config.value, config.where))}
     settings = resumed_settings(given, report) if resume else given
     run = with_defaults(RunConfig.of({name: item.value for name, item in settings.items()}))
     run.require("data", "output")
@@ -60,13 +68,16 @@ def _run(given: Settings, interrupts: Interrupts, resume: bool, report: Callable
     if resume and (metrics := read_result(output, _length(run))) is not None:
         report(f"the run in {output} has reached its end; nothing is changed")
         return metrics if interrupts.is_main else {}
+    if run.accelerate_config is not None:
+        use_config(run.accelerate_config, settings["accelerate_config"].where)
     args = training_arguments(run)
     check_early(run, args, settings)
-    checkpoint = find_checkpoint(output, resume=resume, report=report)
+    checkpoint = find_checkpoint(output, resume=resume, overwrite=overwrite, report=report)
     is_main = interrupts.is_main
+    earlier = find_earlier_run(output, run.read_sources()) if overwrite and is_main else {}
     if is_main:
         check_writable(output / RUN_FILE)
-    trainer = _make_trainer(run, args, settings, resume, report)
+    trainer = _make_trainer(run, args, settings, resume, earlier, report)
     trainer.add_callback(interrupts.callback)
     metrics = _train(trainer, checkpoint, interrupts, report)
     if is_main:
@@ -83,15 +94,19 @@ def _length(run: RunConfig) -> dict[str, Any]:
 
 
 def _make_trainer(
-    run: RunConfig, args: PreferenceTrainingArguments, given: Settings, resume: bool, report: Callable[[str], None]
+    run: RunConfig,
+    args: PreferenceTrainingArguments,
+    given: Settings,
+    resume: bool,
+    earlier: Found,
+    report: Callable[[str], None],
 ) -> PreferenceTrainer:
     """Load everything, and write down what a resumed run needs to know."""
     output, loss = Path(args.output_dir or "."), args.make_loss()
     model, tokenizer = load_trained_model(run, loss, args, report)
     data = {
-        name: (source, load_data(run, source, tokenizer, loss, args, report))
-        for name, source in (("data", run.data), ("eval_data", run.eval_data))
-        if source is not None
+        name: (given_data, load_data(run, given_data, tokenizer, loss, args, report))
+        for name, given_data in run.given_data().items()
     }
     record = RunRecord.of(args.world_size, tokenizer, data)
     before = RunRecord.read(output) if resume else None
@@ -110,6 +125,10 @@ def _make_trainer(
         processing_class=tokenizer,
         callbacks=[CadenceCallback()],
     )
+    if run.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(run.early_stopping_patience))
+    # Only now, when all that may be refused has been tried.
+    delete_earlier_run(earlier)  # nothing on other ranks
     if args.process_index == 0:
         (output / RESULT_FILE).unlink(missing_ok=True)  # of a run that was shorter, or whose model is gone
         record.save(output)
@@ -131,11 +150,16 @@ def _train(
         report("")  # the line of the progress bar has no end yet
         raise
     interrupts.check()
+    trainer.token_meter.gather(args.world_size)
     metrics = {**result.metrics, **trainer.token_meter.rates(args.world_size)}
-    trainer.save_model(args.output_dir)
+    trainer.save_with_card()
     report(f"saved the model to {args.output_dir}")
     if trainer.eval_dataset is not None:
         metrics.update(trainer.evaluate())
+        trainer.create_model_card()  # with the metrics
+    if args.push_to_hub:
+        trainer.upload("End of training")
+        report(f"pushed the model to {trainer.hub_model_id}")
     return metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from kvpref.cli.early_stopping import with_early_stopping
 from kvpref.cli.run_config import RunConfig
 from kvpref.errors import InputError
 from kvpref.training import PreferenceTrainingArguments
@@ -28,6 +29,7 @@ CHOSEN = ("learning_rate", "bf16", "max_tokens_per_micro_batch")
 
 def with_defaults(run: RunConfig) -> RunConfig:
     """`run` with every default of this command written out, so that its file repeats the run in later versions too."""
+    run = with_early_stopping(run)
     training = {**DEFAULTS, **run.training}
     if training.get("eval_steps") is not None:
         training.setdefault("eval_strategy", "steps")

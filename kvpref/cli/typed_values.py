@@ -1,7 +1,7 @@
-"""Values from YAML and the command line as a declared type.
+"""Converts values from YAML and the command line to declared types.
 
-YAML 1.1 reads ``5e-7`` as text and ``no`` as false, and the command line knows only text; what a value means is known
-by the type of the field that it is for.
+YAML 1.1 reads ``5e-7`` as text and ``no`` as false, and the command line has only text; the type of the field says what
+a value means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from kvpref.errors import InputError
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-"""What JSON and YAML 1.2 call a number, and YAML 1.1 text."""
+"""A number in JSON and YAML 1.2, but text in YAML 1.1."""
 
 
 class _UnexpectedError(Exception):
@@ -27,14 +27,14 @@ def read_value(value: Any, kind: Any, where: str, *, at_least: float | None = No
     """`value` as a `kind`.
 
     Args:
-        value: As YAML gives it.
-        kind: A type as it stands in an annotation. One that is not known takes what it gets.
-        where: What to call the setting in a message.
-        at_least: The least number that is allowed.
-        above: What a number must be greater than.
+        value: The value as read by YAML.
+        kind: A type as in an annotation. Unknown types accept any value.
+        where: The setting's name in messages.
+        at_least: The smallest number allowed.
+        above: Exclusive lower bound of a number.
 
     Raises:
-        InputError: In one line: the setting, what was expected, and what was found.
+        InputError: Naming the setting, what was expected and what was found, in one line.
     """
     try:
         found = _read(value, kind)
@@ -70,7 +70,7 @@ def _read(value: Any, kind: Any) -> Any:
 
 
 def _read_any_of(value: Any, kinds: Sequence[Any]) -> Any:
-    # An enumeration beside text names its members; text that is none of them would fail late.
+    # An enumeration in union with text lists its members; other text would fail late.
     if any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):
         kinds = [kind for kind in kinds if kind is not str]
     exact = [kind for kind in kinds if type(value) is (get_origin(kind) or kind)]
@@ -85,7 +85,7 @@ def _read_any_of(value: Any, kinds: Sequence[Any]) -> Any:
 
 def _read_choice(value: Any, choices: Iterable[Any]) -> Any:
     if value is False and "no" in choices:
-        return "no"  # as YAML 1.1 reads a bare no
+        return "no"  # how YAML 1.1 reads a bare no
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise _UnexpectedError(f"one of {', '.join(map(str, choices))}")
     return value

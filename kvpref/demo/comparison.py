@@ -33,7 +33,6 @@ class ModeCost:
     """What one mode took for forward and backward, per optimizer step."""
 
     mode: str
-    """Name of the mode."""
 
     time_ms: float
     """Median over the rounds of the mean time of a step."""
@@ -44,7 +43,7 @@ class ModeCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The costs of all modes, and how far their results are apart."""
+    """The costs of all modes, and how far apart their results are."""
 
     costs: tuple[ModeCost, ...]
     """In the order of `MODES`."""
@@ -66,9 +65,9 @@ class Comparison:
 def prepare_batches(
     model: nn.Module, groups: PreferenceDataset, *, groups_per_step: int, num_steps: int
 ) -> list[ComparedBatch]:
-    """Batches as the trainer makes them, with the log-probs that `model` gives now as the reference.
+    """Batches as the trainer makes them, with the current log-probs of `model` as the reference.
 
-    The trainer puts prompts of about equal length together, so ``padded`` is not charged for padding that it can avoid.
+    The trainer groups prompts of similar length, so ``padded`` is not charged for padding that it can avoid.
     """
     model.eval()
     batcher = StepBatcher(groups.lengths, StepOptions(groups_per_step=groups_per_step), groups.group_ids)
@@ -83,7 +82,7 @@ def prepare_batches(
 def compare_modes(model: nn.Module, batches: list[ComparedBatch], loss: DPO, num_rounds: int) -> Comparison:
     """Run forward and backward of every mode on every batch; the parameters do not change.
 
-    Modes take turns within each round, in one process, so that whatever else the machine does hits all alike.
+    Modes take turns within each round, in one process, so that whatever else the machine does affects all equally.
     """
     model.train()
     # The first run of each mode, which also warms up, gives the results to compare.
@@ -117,12 +116,12 @@ def _run_all(model: nn.Module, batches: list[ComparedBatch], loss: DPO, mode: st
 def _run(model: nn.Module, item: ComparedBatch, loss: DPO, mode: str) -> float:
     """Forward and backward of one batch; its loss."""
     model.zero_grad()
-    # Log-probs lie sequence after sequence in every mode, so one reference serves all.
+    # Log-probs are in order of sequences in every mode, so one reference serves all.
     return forward_backward(model, item.batch, loss, reference=item.reference, mode=mode).loss.item()
 
 
 def _differences(model: nn.Module, item: ComparedBatch, loss: DPO) -> tuple[float, float]:
-    """Largest relative differences of the loss and of the gradient between two modes on one batch."""
+    """The largest relative differences of loss and gradient between two modes on one batch."""
     losses, gradients = [], []
     for mode in MODES:
         losses.append(_run(model, item, loss, mode))

@@ -9,7 +9,7 @@ from kvpref.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demonstration makes, trains and measures."""
+    """Sizes and settings of the demonstration."""
 
     seed: int = 0
     """Seed of the data, the weights and the order of training."""
@@ -18,22 +18,19 @@ class DemoConfig:
     """Pairs per optimizer step, also in the comparison of modes."""
 
     num_sft_steps: int = 330
-    """Optimizer steps of `sft`, which teaches the task."""
+    """Optimizer steps of `sft`, the stage that teaches the task."""
 
     num_dpo_steps: int = 50
-    """Optimizer steps of `dpo`."""
 
     num_eval_pairs: int = 256
     """Held-out questions."""
 
     sft_learning_rate: float = 3e-3
-    """Peak learning rate of `sft`."""
 
     dpo_learning_rate: float = 2e-4
-    """Peak learning rate of `dpo`: low, since pairs say which of two answers is better and not how to answer."""
+    """Peak learning rate of `dpo`: low, since pairs say which of two answers is better, not how to answer."""
 
     beta: float = 0.5
-    """The `beta` of `dpo`."""
 
     num_compared_steps: int = 4
     """Steps that each mode runs in one round of the comparison."""
@@ -53,7 +50,7 @@ class DemoConfig:
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoConfig:
-        """A few seconds: every part runs, and the model learns next to nothing."""
+        """A demonstration of a few seconds: every part runs, and the model learns next to nothing."""
         return cls(
             seed=seed,
             groups_per_step=8,

@@ -1,4 +1,4 @@
-"""How good the model is on held-out questions: answers that are right, and preferences that are right."""
+"""How good the model is on held-out questions: the share of right answers and of right preferences."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def evaluate(
     """Evaluate an attached model.
 
     Args:
-        model: Left in evaluation mode.
-        tokenizer: Pads on the left.
+        model: The model; it is left in evaluation mode.
+        tokenizer: A tokenizer that pads on the left.
         pairs: The held-out rows.
         groups: The same rows, tokenized; the chosen response comes first.
     """
@@ -63,7 +63,7 @@ def answer_greedily(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     untyped: Any = model  # transformers' annotation of `generate` does not accept its own classes
     for start in range(0, len(pairs), QUESTIONS_PER_BATCH):
         prompts = [pair.prompt for pair in pairs[start : start + QUESTIONS_PER_BATCH]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
         output = untyped.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
             end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)

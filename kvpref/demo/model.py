@@ -23,7 +23,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(END_OF_EXAMPLE), "isolated")]
     )
-    # A token that all prompts begin with gives attention a place to rest, as in large models.
+    # A token that all prompts begin with serves as an attention sink, as in large models.
     core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, words.index(BOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -33,11 +33,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         padding_side="left",
         model_max_length=MAX_POSITIONS,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of some hundred thousand parameters with random weights."""
+    """A Llama with a few hundred thousand random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,13 +50,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_POSITIONS,
-        # Prompts are some hundred tokens, not thousands: with a small base, heads tell near from far much sooner.
+        # Prompts have hundreds of tokens, not thousands: with a small base, heads tell near from far much sooner.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # The caller's random state is theirs.
+    # The caller's random state stays untouched.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)

@@ -1,4 +1,4 @@
-"""What a demonstration found."""
+"""The results of a demonstration."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class LossPoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demonstration found."""
+    """All results of a demonstration."""
 
     config: DemoConfig
-    """What was run."""
+    """The settings it ran with."""
 
     evaluations: dict[str, Evaluation]
-    """On held-out questions, by stage: `start`, `sft`, `dpo`."""
+    """Evaluations on held-out questions, by stage: `start`, `sft`, `dpo`."""
 
     loss_curves: dict[str, list[LossPoint]]
-    """Of the stages `sft` and `dpo`."""
+    """Training losses of the stages `sft` and `dpo`."""
 
     seconds: dict[str, float]
     """Time of the parts `sft`, `dpo` and `comparison`, and of everything: `total`."""
@@ -53,5 +53,5 @@ class DemoResult:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
+        """Everything, as JSON-compatible values."""
         return {**asdict(self), "reward_margins": self.reward_margins, "ratios": self.ratios}

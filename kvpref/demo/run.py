@@ -16,18 +16,17 @@ from kvpref.data import PreferenceDataset, load_preferences
 from kvpref.demo.comparison import Comparison, compare_modes, prepare_batches
 from kvpref.demo.config import DemoConfig
 from kvpref.demo.evaluation import Evaluation, evaluate
+from kvpref.demo.files import MODEL_FOLDER, PLOT_FILE, RESULT_FILE, claim
 from kvpref.demo.model import build_model, build_tokenizer
 from kvpref.demo.plot import draw
 from kvpref.demo.result import DemoResult, LossPoint
 from kvpref.demo.task import Pair, make_pairs, write_pairs
-from kvpref.errors import InputError
 from kvpref.losses import DPO
 from kvpref.models.attach import attach
 from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 
 Report = Callable[[str], None]
 
-RESULT_FILE, PLOT_FILE, MODEL_FOLDER = "demo.json", "demo.png", "model"
 LOGS_PER_STAGE = 20
 
 
@@ -40,27 +39,14 @@ def run_demo(config: DemoConfig, output: Path, report: Report) -> DemoResult:
         report: Takes lines of progress.
 
     Raises:
-        InputError: If `output` is a file, or holds something else than an earlier demonstration.
+        InputError: If `output` is a file, or a folder with other files.
     """
-    _claim(output)
+    claim(output)
     return _Demo(config, output, report).run()
 
 
-def _claim(output: Path) -> None:
-    """Mark the folder as a demonstration's, and take away what an earlier one left that would be refused or stale."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; choose a folder as --output")
-    if output.is_dir() and any(output.iterdir()) and not (output / RESULT_FILE).exists():
-        raise InputError(f"{output}: the folder is not empty and holds no earlier demo; choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    # Written first, so that a run that was stopped can be repeated in the same folder.
-    write_text(output / RESULT_FILE, "{}\n")
-    (output / PLOT_FILE).unlink(missing_ok=True)
-    (output / "dpo" / "reference_logps" / "train.safetensors").unlink(missing_ok=True)
-
-
 class _Demo:
-    """The parts of the demonstration, in order, and what they hand on."""
+    """The parts of the demonstration, in order, with what they pass on."""
 
     def __init__(self, config: DemoConfig, output: Path, report: Report) -> None:
         self.config, self.output, self.report = config, output, report
@@ -118,13 +104,13 @@ class _Demo:
             loss=loss,
             loss_args=loss_args,
             per_device_train_batch_size=config.groups_per_step,
-            max_tokens_per_micro_batch=None,  # a step is small
+            max_tokens_per_micro_batch=None,  # steps are short
             max_steps=num_steps,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=num_steps // 8,
             weight_decay=0.0,
-            # The default of 0.999 averages over a thousand steps, and these are some hundred.
+            # The default of 0.999 averages over a thousand steps; there are only hundreds here.
             adam_beta2=0.98,
             logging_steps=max(1, num_steps // LOGS_PER_STAGE),
             save_strategy="no",

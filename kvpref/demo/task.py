@@ -1,6 +1,6 @@
-"""The task: name the largest of three digits, after a long row of solved examples.
+"""The task: name the largest of three digits, after a long series of solved examples.
 
-A program can tell whether an answer is right, and the prompt is long against the answer, as in few-shot prompting.
+A program can tell whether an answer is right, and the prompt is much longer than the answer, as in few-shot prompting.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from kvpref.atomic_files import write_text
 
 NUM_DIGITS = 3
 MIN_EXAMPLES, MAX_EXAMPLES = 12, 20
-# With the largest digit drawn evenly from these, no single answer is a good guess.
+NUM_ANSWERS = 4
+# The largest digit is drawn uniformly from these, so that no single answer is a good guess.
 LARGEST_DIGITS = range(4, 10)
 
 ARROW, ANSWER_WORD, END_OF_EXAMPLE = "->", "largest", "\n"
@@ -23,7 +24,7 @@ Digits = tuple[int, ...]
 
 
 class Pair(NamedTuple):
-    """One row of the data: texts, as they are written to the file."""
+    """One row of the data: the texts as written to the file."""
 
     prompt: str
     chosen: str
@@ -49,6 +50,32 @@ def make_pairs(seed: int, num_train: int, num_eval: int) -> tuple[list[Pair], li
         if question not in held_out:
             training.append(_make_pair(question, generator))
     return training, evaluation
+
+
+class ScoredAnswers(NamedTuple):
+    """One row of the data with several answers, the right one among them."""
+
+    prompt: str
+    responses: list[str]
+    scores: list[float]
+
+
+def make_groups(seed: int, pairs: list[Pair]) -> list[ScoredAnswers]:
+    """The prompts of the pairs, each with its right answer (score 1) and three wrong ones (score 0), shuffled."""
+    generator = random.Random(f"kvpref demo groups {seed}")
+    groups = []
+    for pair in pairs:
+        wrong = [answer for answer in map(_answer, range(10)) if answer != pair.chosen]
+        responses = [pair.chosen, *generator.sample(wrong, NUM_ANSWERS - 1)]
+        generator.shuffle(responses)
+        scores = [float(response == pair.chosen) for response in responses]
+        groups.append(ScoredAnswers(pair.prompt, responses, scores))
+    return groups
+
+
+def write_groups(groups: list[ScoredAnswers], path: Path) -> None:
+    """Write the rows as JSON lines, the format of users' own files."""
+    write_text(path, "".join(json.dumps(group._asdict()) + "\n" for group in groups))
 
 
 def write_pairs(pairs: list[Pair], path: Path) -> None:
@@ -81,7 +108,7 @@ def _make_pair(question: Digits, generator: random.Random) -> Pair:
 
 
 def _mistake(largest: int, generator: random.Random) -> int:
-    """Any other digit: were it always a smaller one, `dpo` would teach to answer with large digits."""
+    """Any other digit: if it were always a smaller one, `dpo` would teach answering with large digits."""
     return generator.choice([digit for digit in range(10) if digit != largest])
 
 
