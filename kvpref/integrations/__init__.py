@@ -1,1 +1,1 @@
-"""Where users already are: other trainers, and code that calls a model on padded batches."""
+"""Integrations with other trainers, and with code that calls a model on padded batches."""

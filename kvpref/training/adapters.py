@@ -1,4 +1,4 @@
-"""What the trainer has to know of a PEFT adapter: what it does to the model now, and what training will change."""
+"""What the trainer has to know about a PEFT adapter: its effect on the model now, and what training will change."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 
 from kvpref.errors import InputError
 from kvpref.models.backbone import text_backbone
+from kvpref.models.partitioned import gathered
 from kvpref.models.support import unwrap
 from kvpref.models.vision.parts import text_prefix, vision_parts
+from kvpref.parallel.whole_weights import whole
 
 ALL_LINEAR = "all-linear"
-"""What PEFT calls every linear layer but the output."""
+"""PEFT's name for every linear layer except the output."""
 
-# Weights that PEFT trains in place of the base model's, whatever the method; a method's own have its prefix.
+# Weights that PEFT trains in place of the base model's, for every method; a method's own weights have its prefix.
 _COPIED = ("modules_to_save.", "trainable_tokens_delta")
 
 
@@ -29,7 +31,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def is_adapter_weight(model: nn.Module, name: str) -> bool:
-    """Whether the parameter `name` is the adapter's: switched off, it does not count."""
+    """Whether the parameter `name` belongs to the adapter, so that switching the adapter off excludes it."""
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     marks = (*_COPIED, prefix) if isinstance(prefix, str) else _COPIED
     return is_peft(model) and any(mark in name for mark in marks)
@@ -46,17 +48,17 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def trains_adapter_only(model: nn.Module) -> bool:
-    """Whether switching the adapter off leaves nothing that training changes (biases, say)."""
+    """Whether training changes nothing outside the adapter, such as biases."""
     return all(is_adapter_weight(model, name) for name, item in model.named_parameters() if item.requires_grad)
 
 
 @torch.no_grad()
 def adapter_is_fresh(model: nn.Module) -> bool:
-    """Whether the adapter leaves the model as it is without: every ``B`` of LoRA is zero, every copy an original.
+    """Whether the adapter has no effect yet: every ``B`` of LoRA is zero, every copied module equals its original.
 
-    False for methods other than LoRA and its relatives, whose beginnings are not looked into.
+    False for methods other than LoRA and its relatives, whose initial state is not examined.
     """
-    # A tied head's original is the embeddings' weight, which is listed once without duplicates, under their name.
+    # A tied head's original is the embeddings' weight, which is listed only once, under their name.
     weights = dict(model.named_parameters(remove_duplicate=False))
     changes = [name for name in weights if is_adapter_weight(model, name)]
     ups = [name for name in changes if "lora_B" in name or "lora_embedding_B" in name]
@@ -64,9 +66,11 @@ def adapter_is_fresh(model: nn.Module) -> bool:
     others = [name for name in changes if "lora_" not in name and name not in copies]
     if others or not changes:
         return False
-    return not any(weights[name].any() for name in ups) and all(
-        torch.equal(weights[name], weights[_original(name)]) for name in copies
-    )
+    # For sharded weights, every rank has to ask for all of them, whatever it finds.
+    with gathered(weights[name] for name in (*ups, *copies, *map(_original, copies))):
+        moved = [bool(whole(weights[name]).any()) for name in ups]
+        same = [torch.equal(whole(weights[name]), whole(weights[_original(name)])) for name in copies]
+    return not any(moved) and all(same)
 
 
 def _original(name: str) -> str:
@@ -77,18 +81,21 @@ def _original(name: str) -> str:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter; afterwards the same parameters are trainable as before.
+    """Switch the adapter off while open; afterwards the same parameters are trainable as before.
 
-    PEFT makes every weight of the active adapter trainable when it switches it on again, also what was frozen.
+    When PEFT switches it on again, it makes every weight of the active adapter trainable, even frozen ones.
     """
-    flags = [(item, item.requires_grad) for item in model.parameters()]
+    before = dict(model.named_parameters())
+    flags = {name: item.requires_grad for name, item in before.items()}
     disable: Any = model.disable_adapter
     try:
         with disable():
             yield
     finally:
-        for item, flag in flags:
-            item.requires_grad_(flag)
+        # While a sharded model's weights are gathered, it holds other parameter objects.
+        for parameters in (before, dict(model.named_parameters())):
+            for name, item in parameters.items():
+                item.requires_grad_(flags[name])
 
 
 def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -97,12 +104,12 @@ def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def find_targets(model: nn.Module, names: str) -> str | list[str]:
-    """What PEFT calls the modules that get LoRA weights.
+    """PEFT's target modules for LoRA weights.
 
     Args:
-        model: Without adapter.
-        names: `ALL_LINEAR`, of a model that sees images those of its language model; or names of modules separated by
-            commas, wherever they are.
+        model: A model without an adapter.
+        names: `ALL_LINEAR` (in a model that sees images, those of its language model), or module names separated by
+            commas, wherever they occur.
 
     Raises:
         InputError: If the model has no such module.

@@ -1,4 +1,4 @@
-"""Training arguments that could not work, or would change results in silence, whatever the model and the data are."""
+"""Checks of training arguments that cannot work, or would silently change results, whatever the model and data."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainingArguments
-from transformers.training_args import ParallelMode
 
 from kvpref.errors import InputError
 
 _NEVER = {
     "neftune_noise_alpha": (
-        "a shared prompt is embedded once, so its responses could not get noise of their own, and stored reference "
+        "a shared prompt is embedded once, so its responses could not get separate noise, and stored reference "
         "log-probs have none; leave it out"
     ),
     "use_liger_kernel": "it replaces layers, and kvpref runs its own fused LM head; leave it out",
 }
-"""Arguments of transformers that are refused where they are set, and why."""
+"""Arguments of transformers that are refused if set, and why."""
 
 _AT_LEAST_ZERO = ("learning_rate", "weight_decay", "adam_epsilon")
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise InputError for what transformers would take, or refuse late or unclearly. Called before its own checks."""
+    """Raise InputError for what transformers would accept, or refuse late or unclearly. Runs before its checks."""
     for name, reason in _NEVER.items():
         if getattr(args, name):
             raise InputError(f"{name} cannot be used: {reason}")
@@ -47,17 +46,26 @@ def check_arguments(args: TrainingArguments) -> None:
         _check_best_model(args)
 
 
-def check_sharding(args: TrainingArguments) -> None:
-    """Raise InputError for FSDP in a process that is alone. Called once the arguments know how many there are."""
-    config: Any = args.fsdp_config  # a mapping by now
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and not (config or {}).get("xla"):
+def check_sequence_parallel(args: TrainingArguments, num_ranks: int) -> None:
+    """Raise InputError if the processes cannot form groups of this many ranks. Called once they are counted."""
+    if num_ranks == 1:
+        return
+    if num_ranks < 1 or args.world_size % num_ranks:
         raise InputError(
-            "fsdp needs several processes: start the run with torchrun or accelerate launch, or leave it out"
+            f"sequence_parallel must divide the number of processes; got {num_ranks} with {args.world_size} process(es)"
         )
+    parallelism: Any = args.parallelism_config
+    for name in ("sp_size", "cp_size", "tp_size"):
+        size = getattr(parallelism, name, 1)
+        if size > 1:
+            raise InputError(
+                f"sequence_parallel splits rows over ranks, and so would accelerate's {name}={size}, which knows "
+                "nothing of shared prefixes; leave that out of parallelism_config"
+            )
 
 
 def _check_best_model(args: TrainingArguments) -> None:
-    """The best checkpoint is known only if there is an evaluation at each."""
+    """Raise InputError unless there is an evaluation at each checkpoint, by which the best is chosen."""
     evaluates, saves = (getattr(item, "value", item) for item in (args.eval_strategy, args.save_strategy))
     if evaluates == "no":
         raise InputError(

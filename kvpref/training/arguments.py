@@ -1,4 +1,4 @@
-"""Training arguments: those of transformers, and what kvpref adds."""
+"""Training arguments: those of transformers plus kvpref's."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, make_loss
 from kvpref.models.checkpointing import CHECKPOINTS
 from kvpref.models.precision import device_has_bf16
-from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.parallel.deepspeed_limits import prepare_deepspeed
 from kvpref.plan.modes import MODES
+from kvpref.plan.sharing import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.ranks import check_all_joined, check_start
-from kvpref.training.argument_checks import check_arguments, check_sharding
-from kvpref.training.defaults import AUTO, check_token_budget
+from kvpref.training.argument_checks import check_arguments, check_sequence_parallel
+from kvpref.training.defaults import AUTO, check_token_budget, default_workers
+from kvpref.training.fsdp_settings import is_fsdp_asked, settle_fsdp
 
 REFERENCES = ("start", "base")
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Raise InputError unless all processes that were started train together."""
+    """Raise InputError unless all started processes train together."""
     alone = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED)
     check_all_joined(args.world_size, is_distributed=args.parallel_mode not in alone)
 
@@ -55,17 +57,31 @@ class PreferenceTrainingArguments(TrainingArguments):
     )
     prefix_cache: str = field(
         default="device",
-        metadata={"help": f"Schedule bounded: where prefixes' keys and values wait: {', '.join(PREFIX_CACHES)}."},
+        metadata={"help": f"Schedule bounded: where prefixes' keys and values are kept: {', '.join(PREFIX_CACHES)}."},
     )
     checkpoint: str = field(
         default="none",
         metadata={
-            "help": f"Passes that compute their activations again: {', '.join(CHECKPOINTS)}; "
+            "help": f"Passes that recompute their activations: {', '.join(CHECKPOINTS)}; "
             "gradient_checkpointing=True means all."
         },
     )
     prefix_grad: bool = field(
         default=True, metadata={"help": "False stops gradients at the prompts' keys and values: an approximation."}
+    )
+    gather_weights: str = field(
+        default="chunk",
+        metadata={
+            "help": "Sharded model, schedule bounded: weights stay gathered for a chunk's pass (chunk) or the whole "
+            "step (step)."
+        },
+    )
+    reduce_grads: str = field(
+        default="chunk",
+        metadata={
+            "help": "Sharded model: average gradients after each chunk or micro-batch (chunk), or once per step, "
+            "and hold whole ones until then (step)."
+        },
     )
     freeze_vision: bool = field(
         default=False,
@@ -76,6 +92,13 @@ class PreferenceTrainingArguments(TrainingArguments):
         metadata={
             "help": "Factor on the load-balancing loss of a mixture of experts, which is added to each micro-batch's "
             "loss (TRL: router_aux_loss_coef); None leaves it out."
+        },
+    )
+    sequence_parallel: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that share each micro-batch: they split its tokens, and attention with its keys and values "
+            "by heads. Must divide the number of processes and of the model's key/value heads."
         },
     )
     share_across_micro_batches: bool = field(
@@ -161,6 +184,9 @@ class PreferenceTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "bf16 autocast; default: on GPUs that compute in bf16, unless fp16 is set."},
     )
+    dataloader_num_workers: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Processes that plan ahead; 0: a thread; default: 1 for a GPU, else 0."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: kvpref collates whole groups."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a NaN loss stops the run."})
 
@@ -171,33 +197,59 @@ class PreferenceTrainingArguments(TrainingArguments):
                 "torch_compile_backend and torch_compile_mode are not used: call "
                 "kvpref.compile_layers(kvpref.attach(model), backend=..., mode=...) before making the trainer"
             )
-        # Compiling the whole model would trace through the passes; the layers are what there is to gain from.
+        # Compiling the whole model would trace through the passes; only compiling the layers gains anything.
         self.compile_layers, self.torch_compile = self.compile_layers or self.torch_compile, False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs in (None, {"use_reentrant": False}):
             self.gradient_checkpointing, self.checkpoint = False, "all"
         on_cpu = self._choose_device()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_workers(on_cpu=on_cpu)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not on_cpu and device_has_bf16()
         super().__post_init__()
         check_processes(self)
-        check_sharding(self)
+        settle_fsdp(self)
+        check_sequence_parallel(self, self.sequence_parallel)
+        if self.deepspeed_plugin is not None:
+            prepare_deepspeed(self.deepspeed_plugin)
         check_token_budget(self.max_tokens_per_micro_batch)
         self._check_reference()
         options = self.engine_options()
+        if self.auto_budget and self.sequence_parallel > 1:
+            raise InputError(
+                "auto_budget repeats a step that ran out of memory, and with sequence_parallel the ranks of a group "
+                "wait for one another inside it; set max_tokens_per_chunk"
+            )
         if self.auto_budget and (options.schedule != "bounded" or self.gradient_accumulation_steps > 1):
             raise InputError(
                 "auto_budget repeats a step with smaller chunks: it needs schedule 'bounded' and "
                 "gradient_accumulation_steps 1 (max_tokens_per_micro_batch cuts large steps)"
             )
-        # One process drives one device: DataParallel would scatter a batch that only makes sense whole.
+        if self.auto_budget and (self.deepspeed_plugin is not None or self._waits_in_chunks()):
+            raise InputError(
+                "auto_budget repeats a step that ran out of memory on one rank, and ranks of a sharded model wait for "
+                "one another inside it; with FSDP2 set gather_weights and reduce_grads to 'step', or set "
+                "max_tokens_per_chunk instead"
+            )
+        # One process drives one device: DataParallel would split a batch that only makes sense as a whole.
         if self.n_gpu > 1:
             self._n_gpu = 1
         self.make_loss()
 
-    def _choose_device(self) -> bool:
-        """Use the CPU where nothing else is there; whether it is used.
+    @property
+    def num_data_ranks(self) -> int:
+        """The number of groups of ranks that get separate micro-batches."""
+        return self.world_size // self.sequence_parallel
 
-        Without being told, accelerate starts no process group there, and each process of a torchrun trains alone.
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's group."""
+        return self.process_index // self.sequence_parallel
+
+    def _choose_device(self) -> bool:
+        """Use the CPU if there is no other device; returns whether it is used.
+
+        Unless told, accelerate starts no process group there, and each process of a torchrun trains alone.
         """
         num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
         if num_devices == 0 and not is_torch_xla_available():
@@ -205,6 +257,9 @@ class PreferenceTrainingArguments(TrainingArguments):
         on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
         check_start(0 if on_cpu else num_devices)
         return on_cpu
+
+    def _waits_in_chunks(self) -> bool:
+        return is_fsdp_asked(self) and "chunk" in (self.gather_weights, self.reduce_grads)
 
     def _check_reference(self) -> None:
         if self.reference not in REFERENCES:
@@ -221,7 +276,7 @@ class PreferenceTrainingArguments(TrainingArguments):
             )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Steps of the warmup. A share of the steps leaves at least one, in which the learning rate is not 0."""
+        """Warmup steps. If given as a share, at least one step with a nonzero learning rate remains."""
         num_steps = super().get_warmup_steps(num_training_steps)
         return num_steps if self.warmup_steps >= 1 else min(num_steps, max(0, num_training_steps - 1))
 

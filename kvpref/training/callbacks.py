@@ -20,7 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch it plans; also right after a resume, when the loader is wrapped to skip steps."""
+    """Tells the sampler the epoch to plan, also right after a resume, when the loader is wrapped to skip steps."""
 
     def __init__(self, sampler: StepSampler) -> None:
         self.sampler = sampler
@@ -40,7 +40,7 @@ class MetricsFileCallback(TrainerCallback):
         path = _metrics_path(args)
         if not state.is_world_process_zero or not path.exists():
             return
-        # Steps after the checkpoint that this run resumes from will be done again.
+        # Steps after the checkpoint that this run resumes from will be repeated.
         lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
         write_text(path, "".join(f"{line}\n" for line in lines) if state.global_step else "")
 
@@ -118,4 +118,4 @@ def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short when the run was killed
+        return float("inf")  # a line truncated when the run was killed

@@ -1,4 +1,4 @@
-"""What the trainer checks before a run starts: that model, data and loss fit one another."""
+"""Checks before a run starts: model, data and loss have to fit one another."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
 from kvpref.ops.attention import select_backend
 from kvpref.ops.attention.backends.interface import Needs
-from kvpref.parallel.sharding import is_sharded, will_be_sharded
+from kvpref.parallel.sequence import check_options
+from kvpref.parallel.sharding import gathers_in_passes, will_be_sharded
 from kvpref.training.arguments import PreferenceTrainingArguments, check_processes
+from kvpref.training.deepspeed import check_weights
 from kvpref.training.evaluation import check_best_metric, check_evaluation
 from kvpref.training.loading.selection import check_lengths
 from kvpref.training.rounding import warn_of_lost_steps
@@ -29,14 +31,15 @@ from kvpref.training.rounding import warn_of_lost_steps
 def check_settings(
     model: nn.Module, args: PreferenceTrainingArguments, loss: PreferenceLoss, eval_data: object
 ) -> None:
-    """Raise InputError for arguments that cannot work whatever the data is."""
+    """Raise InputError for arguments that cannot work, whatever the data."""
     check_processes(args)
+    check_weights(model, args)
     check_model_kind(model, loss)
     check_evaluation(args, eval_data)
 
 
 def check_model_kind(model: nn.Module, loss: PreferenceLoss) -> None:
-    """Raise InputError if the model has not the head whose output the loss reads."""
+    """Raise InputError if the model lacks the head whose output the loss reads."""
     inner = unwrap(model)
     found = f"loss {loss_name(loss)!r} reads {{}}, and {type(inner).__name__} {{}}"
     if loss.reads == "ends":
@@ -48,7 +51,7 @@ def check_model_kind(model: nn.Module, loss: PreferenceLoss) -> None:
             raise InputError(f"{found.format(reads, has)}; load it with num_labels=1")
     elif is_reward_model(inner):
         reads, has = "log-probs of tokens", "has none"
-        raise InputError(f"{found.format(reads, has)}; load AutoModelForCausalLM, or choose a loss of rewards")
+        raise InputError(f"{found.format(reads, has)}; load AutoModelForCausalLM, or choose a loss on rewards")
 
 
 def check_run(
@@ -57,19 +60,22 @@ def check_run(
     loss: PreferenceLoss,
     datasets: Mapping[str, PreferenceDataset | None],
 ) -> None:
-    """Check what can be told before a run starts, and say on stderr what each data set has to teach.
+    """Check what can be known before a run starts, and report on stderr how much of each dataset can be learned from.
 
     Args:
         model: Attached model, on its device.
         args: The arguments.
         loss: The loss.
-        datasets: ``train`` and ``eval``, where they are given.
+        datasets: ``train`` and ``eval``, if given.
 
     Raises:
-        InputError: For the first thing that does not fit.
+        InputError: For the first mismatch.
     """
     check_backend(model, args, has_reference=loss.needs_reference)
-    warn_of_lost_steps(model, args.learning_rate or 0.0, OptimizerNames(args.optim).value)
+    images = any(dataset is not None and dataset.images for dataset in datasets.values())
+    check_options(model, mode=args.mode, has_images=images, balances_experts=args.router_aux_loss_coef is not None)
+    if args.deepspeed_plugin is None:  # whose optimizer keeps float32 weights beside the model's
+        warn_of_lost_steps(model, args.learning_rate or 0.0, OptimizerNames(args.optim).value)
     _say_what_routers_miss(model, args)
     for name, dataset in datasets.items():
         if dataset is not None:
@@ -83,16 +89,16 @@ def check_run(
 
 
 def _refuse_images_on_shards(dataset: PreferenceDataset, model: nn.Module, name: str) -> None:
-    """Ranks that hold pieces of a tower must run it equally often, and one may have no image in a micro-batch."""
-    if dataset.images and (will_be_sharded() or is_sharded(model)):
+    """Refuse images under ZeRO-3, where ranks without images may fall out of step; FSDP2 gathers towers on all."""
+    if dataset.images and will_be_sharded() and not gathers_in_passes():
         raise InputError(
-            f"the {name} data hold images, and ranks of a sharded model (FSDP, DeepSpeed ZeRO-3) would run its vision "
-            "tower a different number of times and wait for one another for ever; use DistributedDataParallel"
+            f"the {name} data hold images, and a vision tower that DeepSpeed ZeRO-3 shards is not proved to be exact "
+            "where some ranks have no images; use FSDP2, ZeRO-2 or DistributedDataParallel"
         )
 
 
 def _say_what_routers_miss(model: nn.Module, args: PreferenceTrainingArguments) -> None:
-    """Say on stderr that a loss which the model's config asks for is left out."""
+    """Report on stderr that a loss requested by the model's config is left out."""
     config = unwrap(model).config.get_text_config()
     if args.router_aux_loss_coef is None and getattr(config, "output_router_logits", False) and args.process_index == 0:
         own = getattr(config, "router_aux_loss_coef", None)
@@ -104,7 +110,7 @@ def _say_what_routers_miss(model: nn.Module, args: PreferenceTrainingArguments) 
 
 
 def check_data(dataset: PreferenceDataset, model: nn.Module, loss: PreferenceLoss) -> None:
-    """Raise InputError for the first group that is too long for the model, or lacks what the loss reads."""
+    """Raise InputError for the first group that is too long for the model or lacks a column that the loss reads."""
     check_lengths(dataset, model)
     check_columns(dataset, loss)
 
@@ -127,9 +133,9 @@ def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str)
     """Count the groups that the loss learns from.
 
     Args:
-        dataset: What is trained or evaluated on.
+        dataset: The training or evaluation data.
         loss: The loss.
-        name: Of the data, ``train`` or ``eval``.
+        name: The name of the data, ``train`` or ``eval``.
 
     Returns:
         A line that says how many there are.
@@ -154,7 +160,7 @@ def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str)
 
 
 def check_backend(model: nn.Module, args: PreferenceTrainingArguments, *, has_reference: bool) -> None:
-    """Raise InputError if a backend that was named cannot run where the model is, or where its reference is."""
+    """Raise InputError if the named backend cannot run on the device of the model or of its reference."""
     if args.backend == "auto":
         return
     needs = sample_needs(model)
@@ -167,16 +173,16 @@ def check_backend(model: nn.Module, args: PreferenceTrainingArguments, *, has_re
 
 
 def sample_query(model: nn.Module, args: PreferenceTrainingArguments, device: torch.device | str) -> torch.Tensor:
-    """(1, 1, D): a query of the dtype and head dim that the run's attention has, for the choice of a backend."""
+    """(1, 1, D): a query with the dtype and head dim of the run's attention, for choosing a backend."""
     weights = (weight.dtype for weight in model.parameters() if weight.dtype.is_floating_point)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else next(weights, torch.float32)
-    # The largest: backends have an upper bound.
+    # The largest head dim: backends have an upper bound.
     head_dim = max((kind.head_dim for kind in attention_shapes(unwrap(model))), default=1)
     return torch.empty(1, 1, head_dim, dtype=dtype, device=device)
 
 
 def sample_needs(model: nn.Module) -> Needs:
-    """What the run's attention needs of a backend besides: its largest values, and whether a layer caps scores."""
+    """What else the run's attention needs from a backend: the head dim of its largest values, and softcapping."""
     plain = unwrap(model)
     return Needs(
         value_head_dim=max((kind.value_dim for kind in attention_shapes(plain)), default=0),

@@ -1,4 +1,4 @@
-"""What transformers and accelerate refuse while they make the trainer and its optimizer, in one line."""
+"""One-line errors for what transformers and accelerate refuse while making the trainer and its optimizer."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from kvpref.errors import InputError, RunError
 
 @contextlib.contextmanager
 def made_by_transformers(what: str) -> Iterator[None]:
-    """Raise InputError for what a constructor of a library refuses.
+    """Turn errors of a library's constructor into InputError.
 
-    Nothing but that constructor runs inside, so that no mistake of kvpref's own is taken for one of the settings.
+    Only that constructor may run inside, so that no bug of kvpref is taken for a mistake in the settings.
 
     Args:
-        what: Is made, for the message.
+        what: The object being made, for the message.
     """
     try:
         yield
     except (InputError, RunError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # the last two are no matter of settings
+        raise  # the last two have nothing to do with settings
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what} cannot be made with these settings: {reason}") from error
 
 
 class ConstructedTrainer(Trainer):
-    """`transformers.Trainer` that says in one line what cannot be made."""
+    """`transformers.Trainer` with one-line errors for what cannot be made."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with made_by_transformers("the trainer"):
@@ -46,7 +46,7 @@ class ConstructedTrainer(Trainer):
             return super().create_scheduler(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As in `transformers.Trainer`; the network's errors have no common base."""
+        """As in `transformers.Trainer`, with one InputError for all network errors, which have no common base."""
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:

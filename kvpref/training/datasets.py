@@ -1,4 +1,4 @@
-"""What users hand to the trainer as data, brought to a `PreferenceDataset`."""
+"""Turns the data that users pass to the trainer into a `PreferenceDataset`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from kvpref.records.groups import Group
 from kvpref.training.arguments import PreferenceTrainingArguments
 from kvpref.training.loading.selection import select_groups
 
-PreferenceData = PreferenceDataset | Iterable[Group] | Iterable[Mapping[str, Any]] | str | os.PathLike[str]
-"""Groups; or rows, as a `datasets.Dataset`, a list of dicts or the path of a file, which need the tokenizer."""
+_Path = str | os.PathLike[str]
+PreferenceData = PreferenceDataset | Iterable[Group] | Iterable[Mapping[str, Any]] | _Path | Iterable[_Path]
+"""Groups, or rows that need the tokenizer: a `datasets.Dataset`, a list of dicts, or one or more paths of files."""
 
 
 def prepare_data(
@@ -24,11 +25,11 @@ def prepare_data(
     """The groups with the sequences that the loss reads.
 
     Args:
-        data: What the user gave.
-        name: What errors call it.
-        loss: Says which columns and sequences are kept.
-        args: Of the process, of which the main one says what was read.
-        tokenizer: For rows; a tokenizer, or a processor that has one.
+        data: The data as given by the user.
+        name: Its name in errors.
+        loss: Decides which columns and sequences are kept.
+        args: The training arguments; the main process reports what was read.
+        tokenizer: For rows: a tokenizer, or a processor that has one.
 
     Raises:
         InputError: If it is neither groups nor rows, if the rows are bad, or if there is no tokenizer for them.
@@ -43,7 +44,7 @@ def prepare_data(
             f"{name} holds rows, and there is no tokenizer for them; pass it as processing_class, or pass groups from "
             "kvpref.data.load_preferences"
         )
-    options = DataOptions(columns=loss.columns)
+    options = DataOptions(columns=loss.columns, trajectory_pairs=loss.reads_pairs)
     groups = load_preferences(given, tokenizer, options)
     assert groups.report is not None
     if args.process_index == 0:
@@ -53,7 +54,7 @@ def prepare_data(
 
 
 def _sort_out(data: Any, name: str) -> Any:
-    """Groups as a dataset; rows, and what is no list at all, as `load_preferences` takes or refuses them."""
+    """Groups as a dataset; rows and anything else unchanged, for `load_preferences` to accept or refuse."""
     if isinstance(data, PreferenceDataset | str | os.PathLike | Mapping) or hasattr(data, "column_names"):
         return data
     try:
@@ -62,7 +63,7 @@ def _sort_out(data: Any, name: str) -> Any:
         return data
     if all(isinstance(item, Group) for item in items):
         return PreferenceDataset(items)
-    if all(isinstance(item, Mapping) for item in items):
+    if all(isinstance(item, Mapping) for item in items) or all(isinstance(item, str | os.PathLike) for item in items):
         return items
     kinds = ", ".join(sorted({type(item).__name__ for item in items}))
     raise InputError(

@@ -1,4 +1,4 @@
-"""What evaluations must give before a run starts that counts on them."""
+"""Checks, before a run starts, that evaluations provide what the run relies on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ALWAYS = ("loss", "eval_loss")
 
 
 def check_evaluation(args: PreferenceTrainingArguments, dataset: object) -> None:
-    """Raise InputError for arguments that need evaluations where there are none."""
+    """Raise InputError for arguments that need evaluations if there are none."""
     wishes = {
         "load_best_model_at_end": args.load_best_model_at_end,
         f"eval_strategy={str(IntervalStrategy(args.eval_strategy).value)!r}": args.eval_strategy != "no",
@@ -38,15 +38,15 @@ def check_evaluation(args: PreferenceTrainingArguments, dataset: object) -> None
 def check_best_metric(
     args: PreferenceTrainingArguments, dataset: PreferenceDataset, loss: PreferenceLoss, hidden_size: int
 ) -> None:
-    """Raise InputError if no evaluation gives `metric_for_best_model`.
+    """Raise InputError if evaluations do not report `metric_for_best_model`.
 
-    What a loss logs depends on the data, so the loss is tried on it, with made-up log-probs.
+    What a loss logs depends on the data, so the loss is tried on the data with made-up log-probs.
 
     Args:
         args: The arguments.
-        dataset: Of the evaluations.
+        dataset: The evaluation data.
         loss: The loss.
-        hidden_size: Of the model.
+        hidden_size: The model's hidden size.
     """
     wanted = args.metric_for_best_model
     if wanted is None or wanted in _ALWAYS:
@@ -59,17 +59,17 @@ def check_best_metric(
                 return
     except InputError:
         raise
-    except Exception:  # a loss of the user's may not take made-up log-probs
+    except Exception:  # a user's loss may not accept made-up log-probs
         return
     raise InputError(
-        f"metric_for_best_model {wanted!r} is nothing that evaluations of the loss {registered_name(loss)} give; "
+        f"metric_for_best_model {wanted!r} is not reported by evaluations of the loss {registered_name(loss)}; "
         f"choose from: {', '.join(f'eval_{metric}' for metric in sorted(found))}"
     )
 
 
 @torch.no_grad()
 def _metrics(dataset: PreferenceDataset, loss: PreferenceLoss, hidden_size: int) -> Iterator[set[str]]:
-    """The names that the loss logs, of some groups after others."""
+    """The names that the loss logs, for one batch of groups after another."""
     groups = (group for group in dataset if not (loss.can_be_idle and loss.idle(group)))
     while some := tuple(islice(groups, _GROUPS_PER_TRY)):
         batch = collate(some)
@@ -97,4 +97,5 @@ def _made_up(batch: Batch, loss: PreferenceLoss, hidden_size: int) -> ResponseLo
         hidden=torch.zeros(num_scored, hidden_size) if head.hidden else None,
         values=per_token(head.values),
         logits=torch.zeros(num_scored, len(head.logit_ids)) if head.logit_ids else None,
+        weights=batch.token_weights(torch.float32),
     )

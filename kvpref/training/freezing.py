@@ -1,4 +1,4 @@
-"""Parts of a model that are not trained."""
+"""Freezing parts of a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kvpref.models.vision.parts import vision_parts
 
 
 def freeze_vision(model: nn.Module) -> None:
-    """Train neither the vision tower nor its projector, adapters on them included.
+    """Freeze the vision tower and its projector, including adapters on them.
 
     Raises:
-        InputError: If the model has none.
+        InputError: If the model has no vision tower.
     """
     inner = unwrap(model)
     weights = vision_parts(inner).weights

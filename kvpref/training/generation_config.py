@@ -1,4 +1,4 @@
-"""Generation settings that transformers refuses to save: repaired in what is saved, left alone in the model."""
+"""Generation settings that transformers refuses to save: repaired in the saved copy, unchanged in the model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from transformers import GenerationConfig, PreTrainedModel
 
 _NAMED = re.compile(r"^- `(\w+)`:", re.MULTILINE)
-"""How the error names each setting."""
+"""Matches each setting's name in the error."""
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def repaired(config: GenerationConfig) -> tuple[GenerationConfig, tuple[str, ...]]:
-    """A copy that can be saved, and the names of the settings that it leaves out.
+    """A copy that can be saved, and the names of the settings left out of it.
 
-    Sampling settings beside ``do_sample: false`` have no effect in `generate`, so it stays what it was without them.
-    What cannot be saved at all is reduced to its special tokens.
+    Sampling settings beside ``do_sample: false`` have no effect in `generate`, so leaving them out changes nothing.
+    A configuration that cannot be saved at all is reduced to its special tokens.
     """
     names = unsavable(config)
     if not names:
@@ -34,7 +34,7 @@ def repaired(config: GenerationConfig) -> tuple[GenerationConfig, tuple[str, ...
 
 
 def unsavable(config: GenerationConfig) -> tuple[str, ...]:
-    """The settings for which transformers would refuse to save it, once anything in it was changed."""
+    """The settings for which transformers would refuse to save it once anything in it has changed."""
     try:
         config.validate(strict=True)
     except ValueError as error:
@@ -44,7 +44,7 @@ def unsavable(config: GenerationConfig) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def savable_generation_config(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:
-    """While open, the model's generation settings can be saved; gives the names of what is left out of them."""
+    """While open, the model's generation settings can be saved; yields the names of those left out."""
     config = getattr(model, "generation_config", None)
     if not isinstance(config, GenerationConfig) or not model.can_generate():
         yield ()

@@ -1,4 +1,4 @@
-"""What the trainer's arguments must be; for each mistake, what to hand over instead."""
+"""The types of the trainer's arguments; for each mistake, what to pass instead."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kvpref.losses import LOSSES, PreferenceLoss
 from kvpref.training.arguments import PreferenceTrainingArguments
 
 _WRAPPERS: dict[type[nn.Module], str] = {
-    nn.DataParallel: "DataParallel splits batches, which only make sense whole: hand over model.module, and start one "
+    nn.DataParallel: "DataParallel splits batches, which only make sense whole: pass model.module, and start one "
     "process per device with torchrun",
-    DistributedDataParallel: "the trainer wraps the model itself: hand over model.module",
+    DistributedDataParallel: "the trainer wraps the model itself: pass model.module",
 }
-"""Around a model, what does not work, and why."""
+"""Wrappers around a model that do not work, and why."""
 
 
 def check_types(model: Any, args: Any, loss: Any, reference_model: Any) -> None:
-    """Check the kinds of what a trainer is made of.
+    """Check the types of a trainer's arguments.
 
     Raises:
-        InputError: For the first that is of another kind, with what to do.
+        InputError: For the first of a wrong type, with what to do.
     """
     if not isinstance(args, PreferenceTrainingArguments):
         raise InputError(
@@ -51,7 +51,7 @@ def _check_model(model: Any, name: str, what: str) -> None:
             raise InputError(f"{name} is inside {kind.__name__}; {remedy}")
     if hasattr(model, "_orig_mod"):
         raise InputError(
-            f"{name} is compiled as a whole, and kvpref compiles layers: hand over the model as it was before "
+            f"{name} is compiled as a whole, and kvpref compiles layers: pass the model as it was before "
             "torch.compile, and set torch_compile=True"
         )
     if not isinstance(model, nn.Module):

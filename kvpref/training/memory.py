@@ -1,4 +1,4 @@
-"""What training needs to know about memory: how much was held, and what to do when there is not enough."""
+"""Memory during training: how much was held, and what to do if there is not enough."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from kvpref.engine.options import EngineOptions
+from kvpref.parallel.gathering import gather
 from kvpref.tracing import observe_marks
 
 _CPU_OUT_OF_MEMORY = "can't allocate memory"
@@ -19,7 +20,7 @@ class MemoryMeter:
     """Peak memory and bytes of prefix caches between two log lines.
 
     Args:
-        device: Where the model is.
+        device: The model's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,12 +45,20 @@ class MemoryMeter:
     def _forget(self, num_bytes: int) -> None:
         self._held_bytes -= num_bytes
 
-    def pop(self) -> dict[str, float]:
-        """Peaks since the last call, in bytes, on this rank.
+    def pop(self, world_size: int) -> dict[str, float]:
+        """Peaks since the last call, in bytes, on the rank that held most. All ranks have to call it.
 
         ``peak_memory_bytes`` is the most that PyTorch's allocator held on CUDA; on a CPU, the largest resident set of
-        the process so far. ``prefix_cache_bytes`` is the most that keys and values of prefixes took.
+        the process so far. ``prefix_cache_bytes`` is the most that keys and values of prefixes took. With several
+        ranks, ``peak_memory_rank`` is the one with the largest peak.
         """
+        ranks = gather(self._pop_own(), world_size)
+        peaks = {name: max(own[name] for own in ranks) for name in ranks[0]}
+        if world_size > 1:
+            peaks["peak_memory_rank"] = max(range(world_size), key=lambda rank: ranks[rank]["peak_memory_bytes"])
+        return peaks
+
+    def _pop_own(self) -> dict[str, float]:
         peaks = {"prefix_cache_bytes": float(self._peak_held_bytes)}
         self._peak_held_bytes = self._held_bytes
         if self._device.type == "cuda":
@@ -70,14 +79,14 @@ def _peak_resident_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the host, has no memory left."""
+    """Whether an error means that the device or the host is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
     )
 
 
 def advice(options: EngineOptions, max_tokens_per_micro_batch: int | None) -> str:
-    """What to change so that a step takes less memory, the cheapest change first."""
+    """What to change so that a step takes less memory, cheapest change first."""
     changes = []
     if options.mode in ("packed", "padded"):
         changes.append("use mode two_pass, which stores shared prompts once")

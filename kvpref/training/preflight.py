@@ -1,4 +1,4 @@
-"""Before the first step, whatever can fail when a run is saved is tried."""
+"""Tries, before the first step, everything that can fail when a run is saved."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from kvpref.errors import InputError, RunError
+from kvpref.models.partitioned import num_values
 from kvpref.models.support import unwrap
 from kvpref.training.generation_config import savable_generation_config
 from kvpref.training.saving import saving
@@ -25,7 +26,7 @@ _GIB = 2**30
 
 
 def check_saving(trainer: Trainer) -> Iterator[str]:
-    """Try what is saved beside the weights, and see whether a checkpoint finds room.
+    """Try saving everything besides the weights, and check that there is room for a checkpoint.
 
     Yields:
         Lines for the user.
@@ -38,7 +39,7 @@ def check_saving(trainer: Trainer) -> Iterator[str]:
     folder = Path(args.output_dir or ".")
     trial = folder / _TRIAL_FOLDER
     try:
-        shutil.rmtree(trial, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(trial, ignore_errors=True)  # left by a run that was killed here
         trial.mkdir(parents=True)
     except OSError as error:
         raise InputError(
@@ -88,18 +89,18 @@ def _check_space(trainer: Trainer, folder: Path) -> None:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """What is saved of a model: an adapter without its base."""
+    """Bytes of the saved weights: for an adapter, without its base model."""
     is_adapter = hasattr(model, "peft_config")
     return sum(
-        item.numel() * item.element_size() for item in model.parameters() if item.requires_grad or not is_adapter
+        num_values(item) * item.element_size() for item in model.parameters() if item.requires_grad or not is_adapter
     )
 
 
 def optimizer_bytes(model: nn.Module, name: str) -> int:
-    """At least what an optimizer's state takes: two numbers per trained weight for Adam and its kind."""
+    """Lower bound on the bytes of an optimizer's state: two numbers per trained weight for Adam and its relatives."""
     trained = [item for item in model.parameters() if item.requires_grad]
     if "adam" not in name:
         return 0
     if "8bit" in name or "4bit" in name:
-        return sum(item.numel() for item in trained)
-    return sum(_STATES_OF_ADAM * item.numel() * item.element_size() for item in trained)
+        return sum(map(num_values, trained))
+    return sum(_STATES_OF_ADAM * num_values(item) * item.element_size() for item in trained)

@@ -1,4 +1,4 @@
-"""Whether weights of 16 bits can follow a learning rate: a step that is small against a weight is rounded away."""
+"""Whether 16-bit weights can follow a learning rate: a step that is small relative to a weight is rounded away."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 
 _HALF = (torch.bfloat16, torch.float16)
 _MAX_LOOKED_AT = 2**16
-"""Weights of one parameter that are looked at, evenly spread."""
+"""Number of weights of one parameter that are examined, evenly spread."""
 
 _STEPS_OF_ITS_SIZE = ("adam", "lion")
 """Optimizers whose steps are about as large as the learning rate."""
 
 
 def warn_of_lost_steps(model: nn.Module, learning_rate: float, optimizer: str) -> None:
-    """Warn if more than half of the trained weights stay as they are in a step of the learning rate's size.
+    """Warn if a step of the learning rate's size leaves more than half of the trained weights unchanged.
 
     Args:
-        model: As it is trained.
-        learning_rate: The peak.
-        optimizer: Its name among transformers'; those whose steps have other sizes are passed over.
+        model: The trained model.
+        learning_rate: The peak learning rate.
+        optimizer: transformers' name of the optimizer; those with steps of other sizes are skipped.
     """
     if learning_rate <= 0 or not any(name in optimizer for name in _STEPS_OF_ITS_SIZE):
         return
@@ -39,9 +39,9 @@ def warn_of_lost_steps(model: nn.Module, learning_rate: float, optimizer: str) -
 
 @torch.no_grad()
 def lost_share(model: nn.Module, step: float) -> float:
-    """The share of the trained weights that a step of this size, up or down, leaves as they are; 0 in float32.
+    """The share of the trained weights that a step of this size, up or down, leaves unchanged; 0 in float32.
 
-    Weights of exactly 0, a fresh adapter's say, can be moved by any step.
+    Weights of exactly 0, such as a fresh adapter's, can be moved by any step.
     """
     num_weights = num_lost = 0.0
     for parameter in _trained(model):

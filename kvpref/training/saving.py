@@ -1,4 +1,4 @@
-"""What is saved is whole: checkpoints that count only once they are complete, and what a failed write becomes."""
+"""Saves are complete or not at all: checkpoints count only once complete, and failed writes get clear errors."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
 from kvpref.errors import RunError
 from kvpref.models.saved_weights import load_saved_weights, renames_weights
 from kvpref.models.support import unwrap
 from kvpref.training.adapters import is_peft
-from kvpref.training.constructors import ConstructedTrainer
+from kvpref.training.deepspeed_checkpoints import make_readable
 from kvpref.training.generation_config import savable_generation_config
-
-if TYPE_CHECKING:
-    from kvpref.training.references import References
+from kvpref.training.model_card import CARD_FILE
+from kvpref.training.sharding import ShardingTrainer
 
 STATE_FILE = "trainer_state.json"
 """Written last: a checkpoint without it is incomplete."""
@@ -32,19 +33,19 @@ _PARTIAL_FOLDER = "partial-model"
 
 @contextlib.contextmanager
 def saving(output_dir: str | None, step: int) -> Iterator[None]:
-    """Raise RunError if what is written inside cannot be.
+    """Raise RunError if anything inside cannot be written.
 
     Args:
-        output_dir: Where to, for the message.
+        output_dir: The output folder, for the message.
         step: The optimizer step, for the message.
     """
     try:
         yield
     except RunError:
         raise
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, CheckpointException) as error:
         what, go_on = what_is_left(output_dir)
-        # A full disk shows as any of the first three, depending on which file was being written.
+        # A full disk raises any of the first three, depending on which file was being written.
         raise RunError(
             f"cannot save to {output_dir} at step {step}: {' '.join(str(error).split())}; {what}. Make room (or fix "
             f"permissions), then {go_on}"
@@ -52,14 +53,14 @@ def saving(output_dir: str | None, step: int) -> Iterator[None]:
 
 
 def what_is_left(output_dir: str | None) -> tuple[str, str]:
-    """What there is to go on from after a failure, and how; for messages."""
+    """What is left to continue from after a failure, and how; for messages."""
     if any(is_complete(path) for path in Path(output_dir or ".").glob("checkpoint-*")):
         return "earlier checkpoints are intact", "continue with --resume"
     return "there is no earlier checkpoint", "start again"
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Whether a checkpoint was written completely."""
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError):
@@ -67,20 +68,18 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-class SavingTrainer(ConstructedTrainer):
-    """`transformers.Trainer` whose saves leave what was there intact when they fail or are killed."""
-
-    references: References
+class SavingTrainer(ShardingTrainer):
+    """`transformers.Trainer` whose saves leave earlier files intact if they fail or are killed."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `transformers.Trainer`; a model that was there is replaced only once the new one is written.
+        """As in `transformers.Trainer`, but an existing model is replaced only once the new one is written.
 
         Raises:
             RunError: If it cannot be written.
         """
         assert self.model is not None
         with saving(self.args.output_dir, self.state.global_step), savable_generation_config(unwrap(self.model)):
-            if _internal_call or self.args.push_to_hub:
+            if _internal_call:
                 super().save_model(output_dir, _internal_call)
                 return
             folder = Path(output_dir or self.args.output_dir or ".")
@@ -89,13 +88,26 @@ class SavingTrainer(ConstructedTrainer):
                 if self.args.should_save:
                     shutil.rmtree(partial, ignore_errors=True)
                 self._wait_for_ranks()
-                super().save_model(str(partial), _internal_call=True)
+                self._save_plain(str(partial))
                 self._wait_for_ranks()
                 if self.args.should_save:
                     _move(partial, folder)
             finally:
                 if self.args.should_save:
                     shutil.rmtree(partial, ignore_errors=True)
+
+    def _save_plain(self, folder: str) -> None:
+        """Save the model as files that transformers (or PEFT) loads, however it is spread over ranks."""
+        if self.is_fsdp_enabled and self._is_sharded():
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(folder, _internal_call=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None and self.is_fsdp_enabled:
+            assert self.model is not None
+            tie_again(self.model, state_dict)
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -107,8 +119,13 @@ class SavingTrainer(ConstructedTrainer):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save and not is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)  # of no use, and it may be what fills the disk
+                shutil.rmtree(folder, ignore_errors=True)  # useless, and it may be what fills the disk
             raise
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str | os.PathLike):
+            make_readable(self, Path(resume_from_checkpoint))
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         renamed = self._model_with_renamed_weights()
@@ -125,7 +142,7 @@ class SavingTrainer(ConstructedTrainer):
             super()._load_best_model()
 
     def _model_with_renamed_weights(self) -> PreTrainedModel | None:
-        """The model, where transformers' trainer would not find its weights in the files that it wrote itself."""
+        """The model, if transformers' trainer would not find its weights in files that it wrote itself; else None."""
         assert self.model is not None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft(self.model):
             return None
@@ -134,11 +151,11 @@ class SavingTrainer(ConstructedTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self._wait_for_ranks()  # the trainer state, which says that all is there, comes next
+        self._wait_for_ranks()  # the trainer state, which marks the checkpoint as complete, comes next
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # Resumed from the last step's checkpoint, in the middle of an epoch: transformers would make one step more.
+            # Resumed from the last step's checkpoint, in the middle of an epoch: transformers would run one more step.
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -148,19 +165,30 @@ class SavingTrainer(ConstructedTrainer):
             self.accelerator.wait_for_everyone()
 
 
-def _remove_incomplete(folder: Path) -> None:
-    """Make room for the checkpoint `folder`: until it is whole, it must not be taken for one.
+def tie_again(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Let weights tied in the model be one tensor among the gathered ones, so that they are saved once."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        kept = first.setdefault(id(parameter), name)
+        if kept != name and name in weights and kept in weights:
+            weights[name] = weights[kept]
 
-    Others that were never completed go, or transformers would count them when it deletes the oldest ones.
+
+def _remove_incomplete(folder: Path) -> None:
+    """Remove an incomplete checkpoint at `folder`, which must not be taken for a complete one while it is rewritten.
+
+    Other incomplete checkpoints go too, or transformers would count them when it deletes the oldest ones.
     """
     (folder / STATE_FILE).unlink(missing_ok=True)
     for other in folder.parent.glob("checkpoint-*"):
-        if other.is_dir() and other != folder and not is_complete(other):
+        is_numbered = other.name.removeprefix("checkpoint-").isdigit()  # or it is the user's
+        if is_numbered and other.is_dir() and other != folder and not is_complete(other):
             shutil.rmtree(other, ignore_errors=True)
 
 
 def _move(partial: Path, folder: Path) -> None:
-    """Put every file of a written model in the place of its predecessor."""
+    """Replace every file of the previous model by the newly written one."""
+    (partial / CARD_FILE).unlink(missing_ok=True)  # PEFT's draft, which knows nothing of the run
     names = {path.name for path in partial.iterdir()}
     for path in sorted(partial.iterdir()):
         target = folder / path.name

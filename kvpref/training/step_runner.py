@@ -1,4 +1,4 @@
-"""Runs the micro-batches of one batched step: weights them, keeps count, and answers when memory runs out."""
+"""Runs the micro-batches of one batched step: weights them, counts, and reacts if memory runs out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from kvpref.engine.schedules import forward_backward, forward_backward_step
 from kvpref.errors import RunError
 from kvpref.losses import LossOutput, PreferenceLoss
 from kvpref.losses.recording import RecordingLoss
+from kvpref.parallel.deepspeed import held, is_engine, whole_weights
+from kvpref.parallel.recovery import FailedElsewhereError, repeatable
+from kvpref.parallel.sharding import is_sharded
+from kvpref.parallel.wrapping import wrapper_of
 from kvpref.plan.batch import Batch
 from kvpref.plan.step import Step
 from kvpref.records.outputs import ResponseLogps, ResponseRewards
@@ -27,16 +31,19 @@ ReferenceOf = Callable[[MicroBatchInputs, Batch], ResponseLogps | None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerSettings:
-    """What stays the same from step to step."""
+    """Settings that stay the same from step to step."""
 
     options: EngineOptions
     """How forward and backward run."""
 
     max_tokens_per_micro_batch: int | None
-    """For advice when memory runs out."""
+    """In schedule ``full``, the chunk size of a group that exceeds it by itself; also used in advice on memory."""
+
+    larger_in_chunks: bool
+    """Whether such a group runs in chunks."""
 
     shares: bool
-    """Whether the micro-batches of a step share what they have in common (schedule ``bounded``)."""
+    """Whether the micro-batches of a step share common prefixes (schedule ``bounded``)."""
 
     auto_budget: bool
     """Whether to halve the chunk and repeat the step when memory runs out."""
@@ -47,7 +54,7 @@ class RunnerSettings:
 
 @dataclass(kw_only=True)
 class StepResult:
-    """What came out of a step, micro-batch by micro-batch."""
+    """The results of a step, micro-batch by micro-batch."""
 
     outputs: list[LossOutput] = field(default_factory=list)
     """Loss and metrics, not weighted."""
@@ -64,8 +71,8 @@ class StepRunner:
 
     Args:
         accelerator: Scales losses, and keeps distributed wrappers from synchronising too early.
-        loss: What is minimised.
-        settings: Options and limits. The chunk may shrink, and stays so.
+        loss: The loss to minimise.
+        settings: Options and limits. The chunk may shrink and then stays smaller.
     """
 
     def __init__(self, accelerator: Accelerator, loss: PreferenceLoss, settings: RunnerSettings) -> None:
@@ -75,33 +82,46 @@ class StepRunner:
         """Run all micro-batches of a step, adding to the parameters' gradients.
 
         Args:
-            model: As the trainer wrapped it.
+            model: The model as wrapped by the trainer.
             inputs: The step.
             weights: Per micro-batch, the factor on its loss.
-            reference_of: Its reference log-probs.
+            reference_of: Gives a micro-batch's reference log-probs.
 
         Raises:
             RunError: If memory runs out; the message says what to lower.
             As `kvpref.forward_backward` otherwise.
         """
+        with whole_weights(model):
+            return self._run(model, inputs, weights, reference_of)
+
+    def _run(
+        self, model: nn.Module, inputs: StepInputs, weights: list[Weight], reference_of: ReferenceOf
+    ) -> StepResult:
+        run = self._run_joined if self.settings.options.runs_chunks else self._run_each
         while True:
-            try:
-                if self.settings.options.runs_chunks:
-                    return self._run_joined(model, inputs, weights, reference_of)
-                return self._run_each(model, inputs, weights, reference_of)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                message = f"out of memory: {error}"
-            # Outside `except`: the error holds the frames, and they the tensors, of what failed.
+            with repeatable() if self.settings.auto_budget else contextlib.nullcontext() as step:
+                try:
+                    return run(model, inputs, weights, reference_of)
+                except FailedElsewhereError:
+                    message = "out of memory on another rank"
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    message = f"out of memory: {error}"
+                    if step is not None and step.is_over:
+                        raise self._give_up(message) from error  # other ranks are past this step
+                    if step is not None:
+                        step.fail()
+            # Outside `except`: the error keeps the failed frames, and thus their tensors, alive.
             self._make_room(model, message)
 
     def _run_each(
         self, model: nn.Module, inputs: StepInputs, weights: list[Weight], reference_of: ReferenceOf
     ) -> StepResult:
-        result, options = StepResult(), self.settings.options
+        result = StepResult()
         for index, (item, weight) in enumerate(zip(inputs, weights, strict=True)):
             batch = item.batch.to(self.accelerator.device)
+            options, num_tokens = self._options_for(batch)
             with self._local_unless(index == len(weights) - 1, model):
                 output = forward_backward(
                     model,
@@ -109,11 +129,20 @@ class StepRunner:
                     self._recording(result),
                     options,
                     reference=reference_of(item, batch),
-                    backward=lambda loss, weight=weight: self.accelerator.backward(weighted(loss, weight)),  # type: ignore[misc]
+                    backward=lambda loss, weight=weight: self._backward(model, weighted(loss, weight)),  # type: ignore[misc]
                 )
             result.outputs.append(output)
-            result.num_forward_tokens.append(batch.plan(options.mode).num_forward_tokens)
+            result.num_forward_tokens.append(num_tokens)
         return result
+
+    def _options_for(self, batch: Batch) -> tuple[EngineOptions, int]:
+        """A micro-batch's options and number of tokens to run; a group that alone exceeds the budget runs in chunks."""
+        options, limit = self.settings.options, self.settings.max_tokens_per_micro_batch
+        is_larger = limit is not None and options.mode == "two_pass" and batch.num_unique_tokens > limit
+        if is_larger and self.settings.larger_in_chunks:
+            options = replace(options, schedule="bounded", max_tokens_per_chunk=limit)
+            return options, batch.num_unique_tokens
+        return options, batch.plan(options.mode).num_forward_tokens
 
     def _run_joined(
         self, model: nn.Module, inputs: StepInputs, weights: list[Weight], reference_of: ReferenceOf
@@ -135,14 +164,14 @@ class StepRunner:
                     self._recording(result),
                     self.settings.options,
                     references=references,
-                    backward=lambda loss, index, own=own_weights: self.accelerator.backward(weighted(loss, own[index])),  # type: ignore[misc]
+                    backward=lambda loss, index, own=own_weights: self._backward(model, weighted(loss, own[index])),  # type: ignore[misc]
                 )
             result.num_forward_tokens += step.chunks.num_tokens_by_micro_batch()
             first = part.stop
         return result
 
     def _fitting(self, inputs: StepInputs) -> tuple[Step, ...]:
-        """The step as it was planned ahead, or planned anew if the chunk has shrunk since."""
+        """The step as planned ahead, or replanned if the chunk has shrunk since."""
         limit = self.settings.options.chunk_tokens
         if limit is None or all(step.chunks.max_chunk_tokens <= limit for step in inputs.joined):
             return inputs.joined
@@ -152,24 +181,37 @@ class StepRunner:
     def _recording(self, result: StepResult) -> PreferenceLoss:
         return RecordingLoss(self.loss, lambda policy: result.sequence_values.append(_sequence_values(policy)))
 
+    def _backward(self, model: nn.Module, loss: torch.Tensor) -> None:
+        if is_engine(model):
+            loss.backward()  # accelerate's would also let the engine update the weights after each micro-batch
+        else:
+            self.accelerator.backward(loss)
+
     def _local_unless(self, is_last: bool, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+        """Keep gradients on this rank until the step's last micro-batch, unless shards reduce them at once."""
+        if is_engine(model):  # transformers opens no `no_sync` for these either
+            return contextlib.nullcontext() if is_last and self.accelerator.sync_gradients else held(model)
+        at_once = self.settings.options.reduce_grads == "chunk" and is_sharded(model)
+        return contextlib.nullcontext() if is_last or at_once else self.accelerator.no_sync(model)
 
     def _make_room(self, model: nn.Module, message: str) -> None:
-        """Halve the chunk and forget what the failed step left, or give up with advice."""
+        """Halve the chunk and drop what the failed step left, or give up with advice."""
         options = self.settings.options
         if not self.settings.auto_budget or options.chunk_tokens in (None, 1):
-            hint = advice(options, self.settings.max_tokens_per_micro_batch)
-            raise RunError(f"{message}. Earlier checkpoints are intact. To need less memory: {hint}")
+            raise self._give_up(message)
         assert options.chunk_tokens is not None
         smaller = options.chunk_tokens // 2
         self.settings = replace(self.settings, options=replace(options, max_tokens_per_chunk=smaller))
-        model.zero_grad(set_to_none=True)
+        wrapper_of(model, options.sharding).discard()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.settings.report(
             f"out of memory with max_tokens_per_chunk {options.chunk_tokens}; repeating the step with {smaller}"
         )
+
+    def _give_up(self, message: str) -> RunError:
+        hint = advice(self.settings.options, self.settings.max_tokens_per_micro_batch)
+        return RunError(f"{message}. Earlier checkpoints are intact. To need less memory: {hint}")
 
 
 def _sequence_values(policy: ResponseLogps | ResponseRewards) -> torch.Tensor:

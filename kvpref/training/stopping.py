@@ -1,4 +1,4 @@
-"""Training that ends after the current step when it is asked to, with a checkpoint."""
+"""Stopping training after the current step on request, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 
 
 class StopCallback(TrainerCallback):
-    """Stops after the step in which `is_asked` turns true on any rank; all ranks stop and save together.
+    """Stops after the step in which `is_asked` becomes true on any rank; all ranks stop and save together.
 
     Attributes:
         has_begun: Whether the training loop was reached.
@@ -35,14 +35,14 @@ class StopCallback(TrainerCallback):
         if not _on_any_rank(self._is_asked(), args):
             return
         self.stopped_at, self.saves = state.global_step, args.save_strategy != SaveStrategy.NO
-        control.should_log = True  # the mean since the last line would be lost
+        control.should_log = True  # the mean since the last log line would be lost
         control.should_save = self.saves
         control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.stopped_at is not None:  # the epoch has not ended, and its step is saved
+        if self.stopped_at is not None:  # the epoch has not ended, and the step is saved already
             control.should_evaluate = control.should_save = False
 
     def on_train_end(

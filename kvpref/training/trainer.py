@@ -15,10 +15,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from kvpref.data import PreferenceDataset, StepSampler
 from kvpref.engine.reads import reads_of
 from kvpref.engine.schedules import score
-from kvpref.errors import InputError, RunError
-from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss, loss_name
+from kvpref.errors import InputError
+from kvpref.losses import LossFunction, LossOutput, PreferenceLoss, as_loss
 from kvpref.models.attach import attach
 from kvpref.models.compilation import compile_layers
+from kvpref.parallel.deepspeed import whole_weights
 from kvpref.plan.batch import Batch
 from kvpref.records.outputs import ResponseLogps
 from kvpref.training.arguments import PreferenceTrainingArguments
@@ -30,23 +31,25 @@ from kvpref.training.callbacks import (
 )
 from kvpref.training.checks import check_data, check_learnable, check_run, check_settings
 from kvpref.training.datasets import PreferenceData, prepare_data
+from kvpref.training.deepspeed import cast_weights, change_weights
 from kvpref.training.defaults import token_budget, with_defaults
-from kvpref.training.finite import LossCheck, weights_are_finite
+from kvpref.training.finite import LossCheck
 from kvpref.training.freezing import freeze_vision
+from kvpref.training.hub import HubTrainer
 from kvpref.training.kinds import check_types
-from kvpref.training.loading.batcher import make_batcher, make_cost_model
+from kvpref.training.loading.batcher import make_batcher, make_cost_model, runs_larger_in_chunks
 from kvpref.training.loading.inputs import MicroBatchInputs, StepInputs
 from kvpref.training.loading.loader import make_loader
-from kvpref.training.memory import MemoryMeter
-from kvpref.training.meters import MetricMeter, TokenMeter
+from kvpref.training.meters import MetricMeter, linear_flops
 from kvpref.training.preflight import check_saving
 from kvpref.training.references import References
-from kvpref.training.saving import SavingTrainer, what_is_left
+from kvpref.training.row_groups import split_over_ranks
+from kvpref.training.run_meters import RunMeters
 from kvpref.training.step_runner import RunnerSettings, StepRunner
 from kvpref.training.units import shares, sum_over_ranks, weighted
 
 
-class PreferenceTrainer(SavingTrainer):
+class PreferenceTrainer(HubTrainer):
     """Train a causal language model on preference data, each shared prompt encoded once.
 
     Schedulers, logging, checkpoints, resuming, accelerate and callbacks are those of `transformers.Trainer`.
@@ -57,9 +60,9 @@ class PreferenceTrainer(SavingTrainer):
         train_dataset: From `kvpref.data.load_preferences`, a list of `kvpref.Group`; or rows (a `datasets.Dataset`, a
             list of dicts, the path of a file), which `processing_class` tokenizes.
         eval_dataset: The same, for evaluation.
-        loss: A loss of your own: ``loss(policy, reference, batch) -> LossOutput``.
-        reference_model: A model to compare with instead of `model` as it is now. It is attached and put in eval mode.
-        processing_class: The tokenizer, for rows, and saved beside the model.
+        loss: Your own loss: ``loss(policy, reference, batch) -> LossOutput``.
+        reference_model: The reference, instead of `model` in its initial state. It is attached and put in eval mode.
+        processing_class: The tokenizer; it tokenizes rows and is saved beside the model.
         callbacks: As in `transformers.Trainer`.
         **kwargs: Further arguments of `transformers.Trainer`, such as `optimizers`.
 
@@ -96,7 +99,8 @@ class PreferenceTrainer(SavingTrainer):
         if args.compile_layers:
             compile_layers(model)
         self._cost_model = make_cost_model(model, args.mode)
-        self._metric_meter, self.token_meter, self._loss_check = MetricMeter(), TokenMeter(), LossCheck()
+        self._meters, self._loss_check = RunMeters(args.device, args.sequence_parallel), LossCheck()
+        self.token_meter = self._meters.tokens
         super().__init__(
             model=model,
             args=args,
@@ -106,24 +110,31 @@ class PreferenceTrainer(SavingTrainer):
             callbacks=[MetricsFileCallback(), *(callbacks or [])],
             **kwargs,
         )
+        split_over_ranks(self.model, args.sequence_parallel)
+        cast_weights(model, self.accelerator)
         settings = RunnerSettings(
             options=args.engine_options(),
             max_tokens_per_micro_batch=token_budget(args, self.train_dataset),
+            larger_in_chunks=runs_larger_in_chunks(args),
             shares=args.share_across_micro_batches,
             auto_budget=args.auto_budget,
-            report=lambda line: print(line, file=sys.stderr),
+            report=lambda line: print(line, file=sys.stderr) if args.process_index == 0 else None,
         )
         self._step_runner = StepRunner(self.accelerator, self.loss, settings)
-        self._memory_meter = MemoryMeter(args.device)
         self.references = References(
-            lambda: self.model, args, self.loss, lambda: self._step_runner.settings.options, reference_model
+            lambda: self.model,
+            args,
+            self.loss,
+            lambda: self._step_runner.settings.options,
+            reference_model,
+            shard=self.shard,
         )
         self._replace_progress()
         if args.reference_sync_steps is not None:
             self.add_callback(SyncReferenceCallback(self.references.sync, args.reference_sync_steps))
         check_run(self.model, args, self.loss, {"train": self.train_dataset, "eval": self.eval_dataset})
 
-    # What feeds the loop
+    # Data for the loop
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Optimizer steps of `per_device_train_batch_size` groups, already cut for this rank."""
@@ -132,6 +143,7 @@ class PreferenceTrainer(SavingTrainer):
         loader = self._make_loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
         self.remove_callback(EpochCallback)
         assert isinstance(loader.batch_sampler, StepSampler)
+        self._meters.watch(loader.batch_sampler.batcher)
         self.add_callback(EpochCallback(loader.batch_sampler))
         return loader
 
@@ -142,21 +154,21 @@ class PreferenceTrainer(SavingTrainer):
         )
         return make_loader(dataset, batcher, self.args, reads=reads, loss=self.loss)
 
-    def get_batch_samples(
+    def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[StepInputs], num_batches: int, device: torch.device
-    ) -> tuple[list[StepInputs], int | torch.Tensor]:
-        """The steps of one optimizer update, and the number of loss units in them over all ranks."""
+    ) -> tuple[list[StepInputs], float | torch.Tensor]:
+        """The steps of one optimizer update, and their number of loss units over all ranks."""
         steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
         num_units = sum(self._num_units(inputs) for step in steps for inputs in step)
-        return steps, sum_over_ranks(self.accelerator, num_units)
+        return steps, sum_over_ranks(self.accelerator, num_units, self.args.sequence_parallel)
 
-    def _num_units(self, inputs: MicroBatchInputs) -> int:
+    def _num_units(self, inputs: MicroBatchInputs) -> float:
         return 0 if inputs.is_filler else self.loss.num_units(inputs.batch)
 
     # The loop's body
 
     def training_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: StepInputs, num_items_in_batch: int | torch.Tensor | None = None
+        self, model: nn.Module, inputs: StepInputs, num_items_in_batch: float | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Forward and backward over the micro-batches of one step; the loss of the step, detached.
 
@@ -165,42 +177,25 @@ class PreferenceTrainer(SavingTrainer):
         """
         model.train()
         set_train_mode = getattr(self.optimizer, "train", None)
-        if callable(set_train_mode):  # schedule-free optimizers have modes of their own
+        if callable(set_train_mode):  # schedule-free optimizers have train and eval modes
             set_train_mode()
         self.token_meter.start()
         units = [self._num_units(item) for item in inputs]
         weights = shares(units, num_items_in_batch, self.args.world_size)
-        with self._memory_meter.watching():
+        with self._meters.memory.watching(), self.references.whole_weights():
             result = self._step_runner.run(model, inputs, weights, self._train_reference)
         self._loss_check.add(result, inputs)
         if self.accelerator.sync_gradients:  # the weights change next
-            self._check_finite()
-        for item, output, count, num_tokens in zip(
-            inputs, result.outputs, units, result.num_forward_tokens, strict=True
-        ):
-            if not item.is_filler:
-                self._metric_meter.add(output.metrics, count)
-                self.token_meter.add(item.batch, num_tokens)
-        self.token_meter.stop()
+            self._loss_check.stop_if_not_finite(self.model, self.loss, self.state.global_step + 1, self.args.output_dir)
+            change_weights(model)
+        self._meters.add(inputs, result, units)
         losses = [weighted(item.loss.float(), weight) for item, weight in zip(result.outputs, weights, strict=True)]
-        return torch.stack(losses).sum()
-
-    def _check_finite(self) -> None:
-        found = self._loss_check.find_not_finite()
-        if found is not None:
-            value, where = found
-            what, go_on = what_is_left(self.args.output_dir)
-            state = f"the weights were not changed by this step and {what}"
-            if not weights_are_finite(self.model):
-                state = "weights are not finite since an earlier step, nor are they in checkpoints written since then"
-                go_on = "start again, or resume from a checkpoint before that"
-            raise RunError(
-                f"loss {loss_name(self.loss)!r}: the loss is {value} at optimizer step {self.state.global_step + 1}: "
-                f"{where}; {state}. Lower the learning rate or look at those rows, then {go_on}"
-            )
+        return (
+            torch.stack(losses).sum() / self.args.sequence_parallel
+        )  # ranks that share micro-batches report the same loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; before that saving is tried, and the reference is made with the weights as they are.
+        """Train, after trying to save and making the reference from the current weights.
 
         Raises:
             InputError: If the output folder cannot be written to.
@@ -209,9 +204,7 @@ class PreferenceTrainer(SavingTrainer):
         if self.args.should_save:
             for line in check_saving(self):
                 print(line, file=sys.stderr)
-        for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
-            self.references.prepare(name, dataset)
-        self.references.release()
+        self.begin_references()
         return super().train(*args, **kwargs)
 
     def _train_reference(self, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps | None:
@@ -229,14 +222,15 @@ class PreferenceTrainer(SavingTrainer):
         """Mean loss and metrics over a dataset, over all ranks.
 
         Args:
-            eval_dataset: Another dataset than the trainer's. Its reference log-probs are computed as they are needed.
+            eval_dataset: A dataset other than the trainer's; its reference log-probs are computed when needed.
             ignore_keys: Not used; present for `transformers.Trainer`'s callers.
-            metric_key_prefix: Put before each name.
+            metric_key_prefix: Prefix of each name.
 
         Raises:
-            InputError: If there is no dataset, or its reference is gone: that is the model as it was before training,
-                unless it was kept (`precompute_reference=False`).
+            InputError: If there is no dataset, or its reference is gone: the model as it was before training, unless
+                it was kept (`precompute_reference=False`).
         """
+        self.check_can_evaluate()
         is_own = eval_dataset is None or eval_dataset is self.eval_dataset
         dataset = self.eval_dataset
         if eval_dataset is not None and not is_own:
@@ -251,16 +245,18 @@ class PreferenceTrainer(SavingTrainer):
             self.references.check_can_score(dataset)
         args, meter = self.args, MetricMeter()
         loader = self._make_loader(dataset, args.per_device_eval_batch_size, shuffle=False)
-        model = self.model_wrapped
+        model, handler = self.model_wrapped, self.callback_handler
+        handler.eval_dataloader = loader  # what the progress bar counts
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), whole_weights(model), self.references.whole_weights():
             for step in loader:
                 for inputs in step:
                     output = self._evaluate_micro_batch(model, inputs, "eval" if is_own else "other")
                     meter.add({"loss": output.loss, **output.metrics}, self._num_units(inputs))
+                self.control = handler.on_prediction_step(args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.pop(args.world_size).items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        self.control = handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
     def _evaluate_micro_batch(self, model: nn.Module, inputs: MicroBatchInputs, name: str) -> LossOutput:
@@ -272,9 +268,7 @@ class PreferenceTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss's metrics and the throughput to the log lines of training."""
         if "loss" in logs:
-            logs = {**logs, **self._metric_meter.pop(self.args.world_size)}
-            logs.update(self.token_meter.rates(self.args.world_size))
-            logs.update(self._memory_meter.pop())
+            logs = {**logs, **self._meters.pop(self.args.world_size)}
         super().log(logs, *args, **kwargs)
 
     # Saving
@@ -286,11 +280,7 @@ class PreferenceTrainer(SavingTrainer):
 
     def floating_point_ops(self, inputs: StepInputs) -> int:  # type: ignore[override]
         """Training FLOPs of a step's linear layers: 6 per parameter and token that runs through the layers."""
-        if inputs.joined:
-            num_tokens = sum(sum(step.chunks.num_tokens_by_micro_batch()) for step in inputs.joined)
-        else:
-            num_tokens = sum(item.batch.plan(self.args.mode).num_forward_tokens for item in inputs)
-        return 6 * num_tokens * sum(parameter.numel() for parameter in self.model.parameters())
+        return linear_flops(self.model, inputs.num_forward_tokens(self.args.mode)) // self.args.sequence_parallel
 
     def _replace_progress(self) -> None:
         for callback in (PrinterCallback, ProgressCallback):

@@ -1,4 +1,4 @@
-"""What micro-batches weigh: their share of the loss units of an optimizer step, over all ranks."""
+"""The weights of micro-batches: their share of the loss units of an optimizer step, over all ranks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,37 @@ from accelerate import Accelerator
 from kvpref.records.host_copies import to_device
 
 Weight = float | torch.Tensor
-"""A number, or with several ranks a () float64 tensor on the device, which the host does not wait for."""
+"""A number or, with several ranks, a () float64 tensor on the device, which the host does not wait for."""
 
 
-def sum_over_ranks(accelerator: Accelerator, count: int) -> int | torch.Tensor:
-    """The sum of a count over all ranks; a () float64 tensor on the device where there are several."""
+def sum_over_ranks(accelerator: Accelerator, count: float, ranks_per_count: int = 1) -> float | torch.Tensor:
+    """The sum of a count over all ranks; a () float64 tensor on the device if there are several.
+
+    Args:
+        accelerator: The accelerator of all ranks.
+        count: This rank's count.
+        ranks_per_count: Number of ranks that share micro-batches and so have the same count.
+    """
     if accelerator.num_processes == 1:
         return count
     own = to_device(torch.tensor(count, dtype=torch.float64), accelerator.device)
     total: torch.Tensor = accelerator.reduce(own, reduction="sum")
-    return total
+    return total / ranks_per_count
 
 
-def shares(units: Sequence[int], total: int | torch.Tensor | None, num_ranks: int) -> list[Weight]:
+def shares(units: Sequence[float], total: float | torch.Tensor | None, num_ranks: int) -> list[Weight]:
     """The weight of each micro-batch, times the number of ranks.
 
-    Distributed wrappers average gradients over ranks; the loss is a sum over ranks of weighted means. A step may have
-    no unit at all: groups whose responses are all alike, say.
+    Distributed wrappers average gradients over ranks; the loss is a sum over ranks of weighted means. If ranks share
+    the tokens of a micro-batch, each has a part of its gradient, so the sum over all ranks is right there too. A step
+    may have no units at all, for example if all groups have equal responses.
 
     Args:
-        units: Of each micro-batch.
-        total: Over all ranks.
-        num_ranks: That gradients are averaged over.
+        units: Units of each micro-batch.
+        total: Units over all ranks, counting each micro-batch once.
+        num_ranks: Number of ranks that gradients are averaged over.
     """
-    whole = total.clamp(min=1) if isinstance(total, torch.Tensor) else max(1, total or 0)
+    whole = total.where(total > 0, 1) if isinstance(total, torch.Tensor) else total or 1
     return [count * num_ranks / whole for count in units]
 
 

@@ -17,18 +17,18 @@ Handler = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 class Interception:
     """A module's `forward` that asks a handler first, until `close`.
 
-    Set on the instance, because wrappers (PEFT, TRL) call `module.forward` and pass by hooks. Others may patch
-    `forward` before or after: what was there before is what the handler gets to call. Copies and pickles of the module
-    do not have it.
+    Set on the instance, because wrappers (PEFT, TRL) call `module.forward` directly and bypass hooks. Others may patch
+    `forward` before or after; the handler gets to call whatever was there before. Copies and pickles of the module do
+    not have it.
 
     Args:
-        module: Whose `forward` is replaced.
-        handler: Called with the forward that was there before, the positional and the keyword arguments. Of several
-            interceptions on one module only the latest one's is called.
+        module: The module whose `forward` is replaced.
+        handler: Called with the previous forward, the positional and the keyword arguments. Of several interceptions
+            on one module only the latest one's is called.
     """
 
     def __init__(self, module: nn.Module, handler: Handler) -> None:
-        # Signature, name and attributes are read from `forward` by others; before own attributes, which may be there.
+        # Others read signature, name and attributes from `forward`; set before own attributes, which may exist.
         functools.update_wrapper(self, module.forward)
         self._module = module
         self._handler: Handler | None = handler
@@ -36,7 +36,7 @@ class Interception:
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._handler is None:  # closed, but still called by a patch that was put over it
+        if self._handler is None:  # closed, but still called by a later patch
             return self._bound(self._saved)(*args, **kwargs)
         below = self._saved
         while isinstance(below, Interception):
@@ -44,7 +44,7 @@ class Interception:
         return self._handler(self._bound(below), args, kwargs)
 
     def close(self) -> None:
-        """Give the module back the `forward` it had; under a patch that came later, only step aside."""
+        """Restore the module's previous `forward`; under a later patch, only step aside."""
         self._handler = None
         if self._module.__dict__.get("forward") is not self:
             return
@@ -67,4 +67,4 @@ class Interception:
         return MethodType(type(module).forward, module)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module, "forward")  # found on the class, as long as the instance is being loaded
+        return getattr, (self._module, "forward")  # found on the class while the instance is being unpickled

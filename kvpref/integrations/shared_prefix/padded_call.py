@@ -1,4 +1,4 @@
-"""What a call of a padded batch asks for: may its rows be computed as a prefix tree?
+"""Whether a call on a padded batch may be computed as a prefix tree.
 
 Every check raises `UnservedError` with the reason. Shape legend: B rows of L columns.
 """
@@ -25,9 +25,9 @@ _KNOWN = frozenset(
 )
 # Outputs that a pass over unique tokens does not have in the padded batch's shape. Left out or False is fine.
 _OUTPUTS = frozenset({"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"})
-# What some models hand to their backbone as their config has it; the tower reads it there.
+# Some models pass these to their backbone as set in the config; the tower reads them there.
 _TOWER_SETTINGS = frozenset({"vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"})
-# PEFT hands these to its layers by hooks, one entry per row of the batch.
+# PEFT passes these to its layers by hooks, one entry per row of the batch.
 _PER_ROW_ADAPTERS = frozenset({"adapter_names", "alora_offsets"})
 
 
@@ -39,10 +39,10 @@ class CallReader:
         self._module = module
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that were given, by name.
+        """The given arguments, by name.
 
         Raises:
-            UnservedError: If they do not fit, which the module itself will say better.
+            UnservedError: If they do not fit the signature; the module itself reports that better.
         """
         if not args:
             return kwargs
@@ -55,12 +55,12 @@ class CallReader:
 
 
 def check_arguments(arguments: dict[str, Any], config: Any, image_names: tuple[str, ...] = ()) -> None:
-    """Check what the backbone is asked for: input ids, and nothing that a pass over unique tokens cannot give.
+    """Check that the backbone gets input ids, and nothing is asked for that a pass over unique tokens cannot give.
 
     Args:
-        arguments: Those of its forward, by name.
-        config: The model's.
-        image_names: Arguments about images that are understood.
+        arguments: The arguments of its forward, by name.
+        config: The model's config.
+        image_names: Image arguments that are understood.
     """
     for name, value in arguments.items():
         of_tower = image_names and name in _TOWER_SETTINGS and value == getattr(config, name, None)
@@ -98,7 +98,7 @@ def check_state(model: PreTrainedModel) -> None:
         raise UnservedError("gradient checkpointing") from None
     try:
         check_training_state(model)
-    except UnsupportedModelError:  # checkpointing has been checked, so it is the other thing
+    except UnsupportedModelError:  # checkpointing has been checked already, so this is something else
         raise UnservedError("dropout") from None
     embeddings = model.get_input_embeddings()
     if embeddings.training and getattr(embeddings, "neftune_noise_alpha", None):
@@ -116,7 +116,7 @@ def check_head(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 
 
 def _check_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """A label is predicted from the column before, `shift_labels` from their own."""
+    """Refuse labels predicted from padding: labels by the column before, `shift_labels` by their own column."""
     mask, ignored = arguments.get("attention_mask"), arguments.get("ignore_index", -100)
     labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
     if labels is not None and shifted is None:
@@ -130,7 +130,7 @@ def _check_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 
 
 def _check_pooling(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """The rightmost token that is not the padding token is read, whatever the mask says."""
+    """Refuse pooled rows in which the rightmost non-padding token, read whatever the mask says, is masked."""
     input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if mask is None or input_ids is None:
         return

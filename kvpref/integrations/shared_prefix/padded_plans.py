@@ -1,4 +1,4 @@
-"""Decide whether a padded batch is worth sharing, and plan it; the last decision is kept."""
+"""Decides whether a padded batch is worth sharing, and plans it; keeps the last decision."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kvpref.models.positions import reads_distances_only
 from kvpref.models.temperature import counts_rows
 from kvpref.models.vision.padded_call import image_arguments, pixel_inputs
 from kvpref.models.vision.splitting import split_images
-from kvpref.plan.batch import DEFAULT_MIN_SHARED_TOKENS
+from kvpref.plan.sharing import DEFAULT_MIN_SHARED_TOKENS
 from kvpref.records.images import PlacedImage
 from kvpref.records.tensor_fields import tensors_to
 
-# Each depth reads every depth above it with a block of its own.
+# Each depth reads every depth above it in a separate block.
 _MAX_DEPTH = 4
 
 _NAMES = ("input_ids", "attention_mask", "position_ids")
@@ -41,7 +41,7 @@ class CallPlan(NamedTuple):
 class SharingWorth:
     """How much a call must save for the pass over unique tokens to be faster than the model's own forward.
 
-    The bars are where it surely was on one CPU core (`benchmarks/shared_prefix.py --only bars`; forward, and forward
+    The thresholds are where it clearly was on one CPU core (`benchmarks/shared_prefix.py --only bars`; forward, forward
     with backward), for a Llama of 4 layers, 256 wide: with 16 rows of 256 tokens it took 0.96 and 0.98 of the time
     where 5% were saved, 0.96 and 0.94 at 10%, 0.81 and 0.86 at 15%; with 4 rows of 64 tokens 1.05 and 0.98 where 57
     tokens were saved, 0.78 and 0.71 at 129.
@@ -51,7 +51,7 @@ class SharingWorth:
     """Share of the call's tokens, padding included, that sharing must save."""
 
     min_saved_tokens: int = 128
-    """Tokens that sharing must save: below, launching more kernels costs what it saves."""
+    """Tokens that sharing must save: below that, launching more kernels costs what it saves."""
 
     min_shared_tokens: int = DEFAULT_MIN_SHARED_TOKENS
     """Shorter shared prefixes are repeated in each row."""
@@ -64,14 +64,14 @@ class SharingWorth:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
 
     def check(self, num_shared: int, num_tokens: int) -> None:
-        """Compare what is shared with the bars.
+        """Compare what is shared with the thresholds.
 
         Args:
             num_shared: Tokens that need not be repeated.
             num_tokens: Tokens of the call, padding included.
 
         Raises:
-            UnservedError: If it is less.
+            UnservedError: If too little is shared.
         """
         if num_shared == 0:
             raise UnservedError("nothing shared")
@@ -80,17 +80,17 @@ class SharingWorth:
 
 
 class LastPlan:
-    """Plans padded batches, and keeps the last plan: policy and reference often see one batch after the other.
+    """Plans padded batches, and keeps the last plan: policy and reference often see the same batch in turn.
 
     Args:
-        model: Whose config says what positions mean.
-        worth: When sharing is worth it.
+        model: The model, whose config says what positions mean.
+        worth: Decides when sharing pays.
     """
 
     def __init__(self, model: PreTrainedModel, worth: SharingWorth) -> None:
         self._model, self._worth = model, worth
-        # Most rotary embeddings read distances only, so rows that start in different columns can share. Learned
-        # positions are what they are.
+        # Most rotary embeddings read only distances, so rows that start in different columns can share. Learned
+        # positions cannot.
         self._by_position = not reads_distances_only(model.config)
         self._counts_padding = counts_rows(model)
         self._spans = both_ways_of(model.config).spans
@@ -124,7 +124,7 @@ class LastPlan:
         return self._key is not None and keys == self._key[1] and all(map(_same, self._key[0], tensors))
 
     def _images(self, arguments: dict[str, Any], tensors: _Tensors) -> _Images:
-        """The images of each row; empty where the call has none."""
+        """The images of each row; empty if the call has none."""
         about_images = {name: arguments.get(name) for name in image_arguments(self._model)}
         try:
             pixels = pixel_inputs(self._model, about_images, arguments["input_ids"], arguments.get("attention_mask"))
@@ -150,7 +150,7 @@ class LastPlan:
                 max_depth=_MAX_DEPTH,
                 spans=self._spans,
             )
-            # Limits on the tree may have left less to share.
+            # Limits on the tree may leave less to share.
             self._worth.check(int(rows.lengths.sum()) - found.num_unique_tokens, rows.input_ids.size)
         except UnservedError as unserved:
             return unserved

@@ -1,4 +1,4 @@
-"""A padded batch as a prefix tree: which tokens its rows share, and the way back to rows and columns.
+"""A padded batch as a prefix tree: which tokens its rows share, and the mapping back to rows and columns.
 
 Integers only, on the CPU. Shape legend: B rows of L columns, U unique tokens.
 """
@@ -6,27 +6,27 @@ Integers only, on the CPU. Shape legend: B rows of L columns, U unique tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 
 import numpy as np
 import torch
 
 from kvpref.plan.images import ImageTable, shared_table
 from kvpref.plan.passes import PassPlan, Reads, RowRun, int64, level_blocks, pass_input_ids, row_runs
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.images import feature_rows
 from kvpref.prefix.levels import LevelSegments, build_levels, first_rows
 from kvpref.prefix.segments import level_segments
-from kvpref.prefix.tree import PrefixTree, TokenIds, build_tree
+from kvpref.prefix.tree import PrefixTree, ranges
 from kvpref.records.groups import Sequence
 from kvpref.records.images import Image, PlacedImage
 from kvpref.records.tensor_fields import STAYS_ON_THE_HOST
 
-# Token ids, negative ones of images too, stand below it, positions above, where both make one number.
-_POSITION_BITS = 80
+# Stands for a first token at a position; larger than all token ids.
+_FIRST_MARK = 1 << 62
 
 
 class UnservedError(Exception):
-    """A call that the model has to run unchanged; the message is the reason, in a few words."""
+    """A call that the model has to run unchanged; the message gives the reason in a few words."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,9 +37,9 @@ class PaddedRows:
         input_ids: (B, L) int64.
         starts: (B,) int64, column of each row's first real token.
         stops: (B,) int64, column after its last one.
-        first_positions: (B,) int64, position of its first real token; the others count on from there.
-        keys: (B, L) int64, what rows are compared by: token ids, and ids of their own for placeholders of images.
-        sequences: Per row its tokens and images; empty where no row has images.
+        first_positions: (B,) int64, position of its first real token; the others count up from there.
+        keys: (B, L) int64, the ids by which rows are compared: token ids, and special ids for image placeholders.
+        sequences: Per row its tokens and images; empty if no row has images.
     """
 
     input_ids: np.ndarray
@@ -62,7 +62,7 @@ class PaddedRows:
 
         Args:
             input_ids: (B, L).
-            attention_mask: (B, L), 1 for real tokens and 0 for padding; None where all are real.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding; None if all are real.
             position_ids: (B, L) or (1, L); None for columns as positions.
 
         Raises:
@@ -71,7 +71,7 @@ class PaddedRows:
         num_columns = input_ids.shape[1]
         real = np.ones(input_ids.shape, dtype=bool) if attention_mask is None else attention_mask == 1
         if attention_mask is not None and not (real | (attention_mask == 0)).all():
-            raise UnservedError("attention_mask holds other values than 0 and 1")
+            raise UnservedError("attention_mask with values other than 0 and 1")
         starts = real.argmax(axis=1)
         stops = num_columns - real[:, ::-1].argmax(axis=1)
         if not real.any(axis=1).all() or not np.array_equal(stops - starts, real.sum(axis=1)):
@@ -89,13 +89,13 @@ class PaddedRows:
         """The same rows, which share placeholders only where they hold the same images.
 
         Args:
-            images: Of each row, which are held without their pixels.
+            images: The images of each row; they are kept without their pixels.
         """
         if not any(images):
             return self
         keys, sequences = self.input_ids.copy(), []
         for row, (ids, placed) in enumerate(zip(self.token_ids(), images, strict=True)):
-            # The plan of a call is kept, and its pixels are not.
+            # The plan of a call is kept, its pixels are not.
             bare = [image._replace(image=replace(image.image, read=dict)) for image in placed]
             sequences.append(Sequence(ids, (False,) * len(ids), bare))
             keys[row, self.starts[row] : self.stops[row]] = sequences[-1].tree_ids
@@ -108,7 +108,7 @@ class PaddedRows:
         ]
 
     def num_shared_tokens(self, *, by_position: bool) -> int:
-        """Tokens that a prefix tree without limits stores less than the rows hold.
+        """How many fewer tokens an unlimited prefix tree stores than the rows hold.
 
         In lexicographic order these are the prefixes that neighbours share.
 
@@ -133,20 +133,20 @@ class PaddedRows:
         prefixes = np.where(same.all(axis=1), len(columns), same.argmin(axis=1))
         return int(prefixes.sum())
 
-    def tree_ids(self, *, by_position: bool) -> list[TokenIds]:
-        """What rows are compared by, of their real tokens; with `by_position` rows at other positions share nothing."""
-        rows = [
-            tuple(row[start:stop].tolist()) for row, start, stop in zip(self.keys, self.starts, self.stops, strict=True)
-        ]
-        if not by_position:
-            return rows
-        marks = [int(position) << _POSITION_BITS for position in self.first_positions]
-        return [(row[0] + mark, *row[1:]) for row, mark in zip(rows, marks, strict=True)]
+    def tree_ids(self, *, by_position: bool) -> list[np.ndarray]:
+        """The comparison ids of each row's real tokens; with `by_position`, rows at other positions share nothing."""
+        rows = [row[start:stop].copy() for row, start, stop in zip(self.keys, self.starts, self.stops, strict=True)]
+        if by_position:
+            numbers: dict[tuple[int, int], int] = {}
+            for row, position in zip(rows, self.first_positions.tolist(), strict=True):
+                place = (position, int(row[0]))
+                row[0] = _FIRST_MARK + numbers.setdefault(place, len(numbers))
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SharedRows:
-    """The unique tokens of a padded batch as one pass, and the way back.
+    """The unique tokens of a padded batch as one pass, and the mapping back.
 
     Attributes:
         item: The pass: all levels of the prefix tree in one row of U tokens.
@@ -154,8 +154,8 @@ class SharedRows:
         shape: B and L.
         num_unique_tokens: U.
         max_row_tokens: Real tokens of the longest row.
-        sequences: Per row its tokens and images, without pixels; empty where no row has images.
-        images: Whose features the pass reads, in order.
+        sequences: Per row its tokens and images, without pixels; empty if no row has images.
+        images: The images whose features the pass reads, in order.
     """
 
     item: PassPlan
@@ -172,18 +172,18 @@ def share_rows(
 ) -> SharedRows:
     """Plan one pass over the unique tokens of `rows`; tensors on the CPU.
 
-    One for all levels, so that each layer runs once per call, as it does in the unchanged model.
+    One pass for all levels, so that each layer runs once per call, as in the unchanged model.
 
     Args:
         rows: The padded batch.
         by_position: Whether rows share tokens only where positions agree too. Without it, positions count from each
-            row's first token, which is the same to a model that reads only distances.
-        min_shared_tokens: Shorter shared runs are repeated, as in `kvpref.prefix.tree.build_tree`.
+            row's first token, which makes no difference to a model that reads only distances.
+        min_shared_tokens: Shorter shared runs are repeated, as in `kvpref.prefix.building.build_tree`.
         max_depth: Depth of the deepest segment.
         spans: Which tokens the model lets see one another in both directions, as in `kvpref.plan.passes.Reads`.
     """
     tree = build_tree(rows.tree_ids(by_position=by_position), min_shared_tokens=min_shared_tokens, max_depth=max_depth)
-    # Not the whole layout: of scored tokens, which it lays out one by one, nothing is known here.
+    # Not the whole layout, which needs scored tokens: these are unknown here.
     levels = build_levels(tree, Reads(spans=spans).runs(rows.sequences) if rows.sequences else None)
     unique_rows, cells = _match_cells(tree, levels, rows)
     table = shared_table(rows.sequences)
@@ -193,7 +193,7 @@ def share_rows(
     num_rows, num_columns = rows.input_ids.shape
     return SharedRows(
         item=PassPlan(
-            # Of the batch: those of the tree may be marked with positions, or stand for images.
+            # Ids of the batch: the tree's may encode positions or stand for images.
             input_ids=pass_input_ids(rows.input_ids.reshape(-1)[cells], image_rows).unsqueeze(0),
             position_ids=torch.from_numpy(positions.reshape(-1)[cells]).unsqueeze(0),
             attention_mask=None,
@@ -217,12 +217,12 @@ def share_rows(
 def _place_images(
     tree: PrefixTree, levels: tuple[LevelSegments, ...], table: ImageTable
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[RowRun, ...]]:
-    """Image rows and index of the pass, and whose tokens its rows are."""
+    """Image rows and index of the pass, and which tokens its rows hold."""
     if not table.images:
         return int64(()), int64(()), ()
-    holders = tree.holders()
-    rows_of = feature_rows(tree, holders, table.runs)
-    inside = first_rows(levels)
+    holders = tree.sources.tolist()
+    rows_of = feature_rows(tree, table.runs)
+    inside = first_rows(tree).tolist()
     placed: list[tuple[int, int]] = []
     runs: list[RowRun] = []
     num_rows = 0
@@ -241,15 +241,13 @@ def _match_cells(
     """Per cell (B * L,) the row of the pass, U for padding; per row of the pass (U,) a cell that it computes."""
     num_unique, num_columns = tree.num_unique_tokens, rows.input_ids.shape[1]
     # A pass packs level after level.
-    order = [index for level in levels for index in level.segments]
-    offsets = accumulate((len(tree.segments[index]) for index in order), initial=0)
-    spans = {
-        index: np.arange(start, start + len(tree.segments[index])) for index, start in zip(order, offsets, strict=False)
-    }
+    order = np.array([index for level in levels for index in level.segments])
+    first = np.empty_like(order)
+    first[order] = np.cumsum(tree.lengths[order]) - tree.lengths[order]
+    held = tree.path_stops - tree.starts[tree.path_segments]
+    along = ranges(first[tree.path_segments], held)
+    own = ranges(np.arange(len(rows.starts)) * num_columns + rows.starts, rows.lengths)
     unique_rows = np.full(rows.input_ids.size, num_unique, dtype=np.int64)
     cells = np.empty(num_unique, dtype=np.int64)
-    for index, path in enumerate(tree.paths):
-        own = index * num_columns + np.arange(rows.starts[index], rows.stops[index])
-        along = np.concatenate([spans[segment] for segment in path])
-        unique_rows[own], cells[along] = along, own
+    unique_rows[own], cells[along] = along, own
     return unique_rows, cells

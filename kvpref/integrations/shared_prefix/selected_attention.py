@@ -1,4 +1,4 @@
-"""Run a model with kvpref's attention for a while, and its checkpointed layers again with it in the backward pass."""
+"""Run a model with kvpref's attention temporarily, including checkpointed layers that the backward pass recomputes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kvpref.models.recomputation import FUNCTION, checkpoint_contexts
 
 @contextmanager
 def selected_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's layers find kvpref's attention; what they had comes back at the end.
+    """Let the model's layers find kvpref's attention while open; their own is restored afterwards.
 
     Layers that a checkpoint recomputes later, outside, find it again.
 
     Raises:
-        UnsupportedModelError: If a layer's checkpointing cannot be told so.
+        UnsupportedModelError: If a layer's checkpointing does not allow it.
     """
     register()
     with checkpoint_contexts(checkpointed_layers(model), lambda _: partial(_contexts, model)), _named(model):
@@ -33,7 +33,7 @@ def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Modules whose layers are recomputed in the backward pass.
 
     Raises:
-        UnsupportedModelError: If checkpointing is re-entrant, or has contexts of its own.
+        UnsupportedModelError: If checkpointing is re-entrant, or has its own contexts.
     """
     layers = [
         module
@@ -52,7 +52,7 @@ def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def _named(model: PreTrainedModel) -> Iterator[None]:
-    """The attention's name in every config that a layer reads."""
+    """Set the attention's name in every config that a layer reads."""
     configs: dict[int, Any] = {}
     for module in model.modules():
         config = module.__dict__.get("config")
@@ -69,5 +69,5 @@ def _named(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _contexts(model: PreTrainedModel) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a checkpointed layer's first run, and around its recomputation."""
+    """The contexts for a checkpointed layer's first run and for its recomputation."""
     return nullcontext(), _named(model)

@@ -24,6 +24,7 @@ from kvpref.models.backbone import backbone
 from kvpref.models.both_ways import both_ways_of
 from kvpref.models.mixers.forwards import attach_mixers
 from kvpref.models.own_head import GivenHidden
+from kvpref.models.partitioned import has_partitioned
 from kvpref.models.support import check_architecture, unwrap
 from kvpref.models.text_layers import PassExtras
 from kvpref.models.vision.merging import PassImages
@@ -35,7 +36,7 @@ from kvpref.state.cache import PrefixCache
 
 @dataclass(kw_only=True)
 class SharedPrefixStats:
-    """What a switch has done so far."""
+    """Counts of what a switch has done so far."""
 
     num_calls: int = 0
     """Forward calls of the model's backbone."""
@@ -70,28 +71,28 @@ def shared_prefix(
     """Let any code that calls `model(input_ids, attention_mask, ...)` on padded batches compute shared prefixes once.
 
     Use it in a ``with`` statement, or keep the switch and `close` it. It finds the prefixes that the rows of a call
-    share, runs each once through the model's backbone, and hands every row its hidden states; head, loss and whatever
-    stands on top are the model's own. Outputs and gradients are those of the unchanged model, to rounding, but for:
-    `past_key_values` is None unless asked for by ``use_cache=True`` (which runs unchanged), and at padding, where the
-    unchanged model leaves numbers without meaning, hidden states are zero. A model's head that would read those runs
-    unchanged; code of yours that calls ``model.base_model`` itself must not.
+    share, runs each once through the model's backbone, and gives every row its hidden states; head, loss and everything
+    after them are the model's own. Outputs and gradients are those of the unchanged model, to rounding, with two
+    exceptions: `past_key_values` is None unless requested by ``use_cache=True`` (which runs unchanged), and hidden
+    states at padding, where the unchanged model leaves meaningless numbers, are zero. A call whose head would read them
+    runs unchanged; your own code that calls ``model.base_model`` must not read them.
 
     A call that cannot be served exactly, or shares too little to be worth it, runs the unchanged model; `stats` counts
     these by reason. The model need not be attached. Its attention, forward and config are as before once the switch is
-    closed, and all the time for calls that are not served. What torch.compile traces runs unchanged and uncounted.
-    Copies and pickles of the model have no switch.
+    closed, and always for calls that are not served. Calls traced by torch.compile run unchanged and uncounted. Copies
+    and pickles of the model have no switch.
 
     Args:
         model: Of a supported family, with a language-model head or a scalar reward head; may be inside PEFT or
-            DDP, now or later. Where it reads images, each may be given with every row that holds it: equal ones go
+            DDP, now or later. If it reads images, each may be passed with every row that holds it; equal images go
             through the vision tower once.
-        min_saved: Share of a call's tokens (padding included) that sharing must save, at least, for it to be served.
-        min_saved_tokens: Tokens that it must save, at least.
+        min_saved: Least share of a call's tokens (padding included) that sharing must save for it to be served.
+        min_saved_tokens: Least number of tokens that it must save.
         min_shared_tokens: Shorter shared prefixes are repeated in each row.
         backend: Attention backend of served calls, or ``auto``.
 
     Returns:
-        The switch, on already.
+        The switch, already on.
 
     Raises:
         UnsupportedModelError: If no call of this model could be served exactly; the message says why.
@@ -103,6 +104,7 @@ def shared_prefix(
     inner = unwrap(model)
     check_architecture(inner)
     _refuse_prompts_both_ways(inner)
+    _refuse_cut_weights(inner)
     return SharedPrefix(inner, LastPlan(inner, worth), backend)
 
 
@@ -111,6 +113,14 @@ def _refuse_prompts_both_ways(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"in a {model.config.model_type!r} model all tokens of a prompt see one another, and a padded call does "
             "not say where it ends; train it with kvpref.PreferenceTrainer"
+        )
+
+
+def _refuse_cut_weights(model: PreTrainedModel) -> None:
+    if has_partitioned(model):
+        raise UnsupportedModelError(
+            "DeepSpeed ZeRO-3 gathers weights in the order in which each rank's modules ran before, and "
+            "served calls run them in a different one; use FSDP2, ZeRO-2, or the trainers of kvpref.integrations.trl"
         )
 
 
@@ -123,7 +133,7 @@ class SharedPrefix:
 
     def __init__(self, model: PreTrainedModel, plans: LastPlan, backend: str) -> None:
         self.stats = SharedPrefixStats()
-        attach_mixers(model)  # for good, because outside of kvpref's passes they are what they were
+        attach_mixers(model)  # permanently, because outside kvpref's passes they are unchanged
         self._model, self._plans, self._backend = model, plans, backend
         self._readers = {"model": CallReader(model), "backbone": CallReader(backbone(model))}
         self._image_names = image_arguments(model)
@@ -135,7 +145,7 @@ class SharedPrefix:
         )
 
     def close(self) -> None:
-        """Switch off, for good; the model is as it was before. Doing it twice does nothing."""
+        """Switch off permanently and restore the model; closing twice does nothing."""
         for interception in self._interceptions:
             interception.close()
 
@@ -148,7 +158,7 @@ class SharedPrefix:
         self.close()
 
     def _call_model(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's forward: note its arguments, some of which the backbone does not see."""
+        """The model's forward: remember its arguments, some of which the backbone does not see."""
         if "kvpref_program" in kwargs:
             with self._own_calls():
                 return forward(*args, **kwargs)
@@ -160,7 +170,7 @@ class SharedPrefix:
 
     def _call_backbone(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The backbone's forward: over unique tokens, or unchanged."""
-        # While torch.compile traces the model its values are not known; it compiles the unchanged forward.
+        # While torch.compile traces the model, values are unknown; it compiles the unchanged forward.
         if self._passing or torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         self.stats.num_calls += 1
@@ -176,6 +186,8 @@ class SharedPrefix:
         Raises:
             UnservedError: If the call has to run unchanged.
         """
+        if has_partitioned(self._model):
+            raise UnservedError("weights cut by ZeRO-3")
         arguments = self._readers["backbone"].read(args, kwargs)
         check_arguments(arguments, self._model.config, self._image_names)
         plan = self._plans.plan(arguments)
@@ -195,7 +207,7 @@ class SharedPrefix:
         """Hidden states of the unique tokens, (U, hidden_size)."""
         shared, images = plan.shared, None
         if shared.images:
-            # Before: the tower keeps its attention.
+            # Before selecting the attention: the tower keeps its own.
             features = image_features(self._model, shared.images, plan.image_inputs)
             images = PassImages(self._model, features, shared.sequences, plan.image_inputs, shared.images)
         with self._own_calls(), selected_attention(self._model):
@@ -213,7 +225,7 @@ class SharedPrefix:
 
     @contextmanager
     def _own_calls(self) -> Iterator[None]:
-        """Let the backbone's calls inside through: they are kvpref's passes."""
+        """Let calls of the backbone inside pass through: they are kvpref's passes."""
         before, self._passing = self._passing, True
         try:
             yield
@@ -223,7 +235,7 @@ class SharedPrefix:
 
 def _spread(hidden: torch.Tensor, shared: SharedRows) -> torch.Tensor:
     """Give every cell of the padded batch its hidden state: (U, hidden_size) -> (B, L, hidden_size), padding zero."""
-    # Gradients of one token add up over all rows that share it: 16 bits would round at each addition.
+    # A token's gradients are summed over all rows that share it; 16 bits would round at each addition.
     wide = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
     rows = torch.cat((wide, wide.new_zeros(1, wide.shape[1])))
     return rows.index_select(0, shared.unique_rows).view(*shared.shape, -1).to(hidden.dtype)

@@ -22,7 +22,7 @@ from kvpref.engine.passes import response_rewards, run_with_routers
 from kvpref.errors import InputError
 from kvpref.integrations.trl.padded import PaddedRows, unscored_rows
 from kvpref.models.attach import Program, attach
-from kvpref.models.head import logits_of
+from kvpref.models.head import most_likely_tokens
 from kvpref.models.vision.padded_call import image_arguments, pixel_inputs
 from kvpref.models.vision.splitting import split_images
 from kvpref.records.outputs import ResponseLogps
@@ -30,20 +30,24 @@ from kvpref.records.requests import HeadOptions
 
 _ADD_HEAD = "add_fused_lm_head"
 _REWARD_FLAG = "kvpref_rewards"
-_MAX_TILE_BYTES = 64 * 2**20
 
-# Log-probs and entropies carry rounding of this size at most; nearer to the bound the logits decide.
+# Largest rounding of log-probs and entropies; closer to the bound than this, the logits decide.
 _BOUND_SLACK = 1e-3
 
 Forward = Callable[..., Any]
 
 
 @contextmanager
-def shared_prompt_heads(trainer_module: ModuleType, mode: str) -> Iterator[None]:
-    """Let a trainer that is built inside give its models kvpref's forward where it would give them TRL's fused head.
+def replaced_heads(trainer_module: ModuleType, mode: str, add: Callable[..., None]) -> Iterator[None]:
+    """Make a trainer built inside give its models kvpref's forward in place of TRL's fused head.
 
     TRL looks `add_fused_lm_head` up in the trainer's module and calls it on policy and reference, before accelerate
     wraps them and before reference log-probs are computed. Not for threads that build trainers at the same time.
+
+    Args:
+        trainer_module: The module of the trainer's class.
+        mode: As in `kvpref.response_logps`.
+        add: `add_shared_prompt_head`, or a function with its arguments.
 
     Raises:
         RuntimeError: If the trainer was built without asking for a fused head.
@@ -52,7 +56,7 @@ def shared_prompt_heads(trainer_module: ModuleType, mode: str) -> Iterator[None]
     served: list[PreTrainedModel] = []
 
     def add_head(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        add_shared_prompt_head(model, *args, mode=mode, **kwargs)
+        add(model, *args, mode=mode, **kwargs)
         served.append(model)
 
     setattr(trainer_module, _ADD_HEAD, add_head)
@@ -72,7 +76,7 @@ def add_shared_prompt_head(
     *,
     mode: str,
 ) -> None:
-    """What TRL's `add_fused_lm_head` does, for ``model(..., labels=labels, fused_lm_head=True)``, by kvpref.
+    """kvpref's version of TRL's `add_fused_lm_head`, for ``model(..., labels=labels, fused_lm_head=True)``.
 
     Args:
         model: The Hugging Face model, inside PEFT's wrapper if there is one. It is attached.
@@ -95,25 +99,25 @@ def add_shared_prompt_head(
         mean_logits="mean_logits" in outputs,
         hidden="is_top1" in outputs,
     )
-    _serve(model, "fused_lm_head", functools.partial(_fused_output, mode=mode, head=head))
+    serve(model, "fused_lm_head", functools.partial(_fused_output, mode=mode, head=head))
 
 
 def add_shared_prompt_rewards(model: PreTrainedModel, *, mode: str) -> None:
-    """Let ``model(..., kvpref_rewards=True)`` of a sequence classifier with one label compute rewards by kvpref.
+    """Let ``model(..., kvpref_rewards=True)`` of a one-label sequence classifier compute rewards with kvpref.
 
     Raises:
         UnsupportedModelError: If the model would not be computed exactly.
     """
-    _serve(model, _REWARD_FLAG, functools.partial(_classifier_output, mode=mode))
+    serve(model, _REWARD_FLAG, functools.partial(_classifier_output, mode=mode))
 
 
 def asking_for_rewards(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A classifier's inputs, with what makes its forward run kvpref."""
+    """A classifier's inputs, plus the flag that makes its forward run kvpref."""
     return {**inputs, _REWARD_FLAG: True}
 
 
-def _serve(model: PreTrainedModel, flag: str, served: Forward) -> None:
-    """Calls with `flag` go to `served`; all others to the forward that the model had."""
+def serve(model: PreTrainedModel, flag: str, served: Forward) -> None:
+    """Send calls with `flag` to `served`; all others go to the model's previous forward."""
     original = model.forward
 
     # The signature stays the class's own: `generate` checks its arguments against it.
@@ -122,7 +126,7 @@ def _serve(model: PreTrainedModel, flag: str, served: Forward) -> None:
         return served(self, *args, **kwargs) if kwargs.pop(flag, False) else original(*args, **kwargs)
 
     model.forward = MethodType(forward, model)
-    # After, so that programs find the engine's forward before this one.
+    # Afterwards, so that programs find the engine's forward first.
     attach(model)
 
 
@@ -143,13 +147,13 @@ def _fused_output(
     if asks_for_routers is None:
         asks_for_routers = getattr(config, "output_router_logits", False)
     about_images = {name: others.pop(name, None) for name in image_arguments(model)}
-    _refuse_inputs(others)
+    refuse_inputs(others)
     pixels = pixel_inputs(model, about_images, input_ids, attention_mask)
     place_images = functools.partial(split_images, model, inputs=pixels) if pixels else None
     rows = PaddedRows.from_labels(input_ids, attention_mask, labels, position_ids, place_images)
-    # The caller multiplies what it is handed; the coefficient only asks for it.
+    # The caller multiplies the result; the coefficient only requests it.
     options = EngineOptions(mode=mode, router_aux_loss_coef=1.0 if asks_for_routers else None)
-    logps, aux_loss = run_with_routers(_Inside(model), rows.batch, options, "tokens", head=head)
+    logps, aux_loss = run_with_routers(Inside(model), rows.batch, options, "tokens", head=head)
     assert isinstance(logps, ResponseLogps)
     count = rows.scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     is_top1 = _is_top1(model, logps, rows.targets) if head.hidden else None
@@ -177,30 +181,30 @@ def _classifier_output(
     mode: str,
     **others: Any,
 ) -> SequenceClassifierOutputWithPast:
-    # TRL hands the model all of the batch, its margins too.
-    _refuse_inputs(others)
+    # TRL passes the whole batch to the model, including margins.
+    refuse_inputs(others)
     batch = unscored_rows(input_ids, attention_mask)
-    rewards = response_rewards(_Inside(model), batch, mode=mode).rewards
+    rewards = response_rewards(Inside(model), batch, mode=mode).rewards
     return SequenceClassifierOutputWithPast(logits=rewards.unsqueeze(1))
 
 
-def _refuse_inputs(others: dict[str, Any]) -> None:
-    """TRL and PEFT name further arguments, which are None, or False, or say how outputs are wrapped."""
+def refuse_inputs(others: dict[str, Any]) -> None:
+    """Refuse other arguments, except None, False and how outputs are wrapped, which TRL and PEFT pass."""
     unknown = [
         name for name, value in others.items() if value is not None and value is not False and name != "return_dict"
     ]
     if unknown:
         raise InputError(
-            f"kvpref cannot pass {', '.join(unknown)} to the model: rows are laid out anew, so only input_ids, "
+            f"kvpref cannot pass {', '.join(unknown)} to the model: rows are rearranged, so only input_ids, "
             "attention_mask, position_ids, labels and pixel inputs of families that it knows are understood"
         )
 
 
-class _Inside(nn.Module):
-    """A model inside whose forward we are: a program runs at once.
+class Inside(nn.Module):
+    """A model inside its own forward, so that programs run at once.
 
-    Calling the model again would enter the wrappers of its forward twice; accelerate's autocast, entered twice, stays
-    on for good.
+    Calling the model again would enter the wrappers of its forward twice; accelerate's autocast, entered twice, would
+    stay on permanently.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -216,14 +220,11 @@ def _is_top1(model: PreTrainedModel, logps: ResponseLogps, targets: torch.Tensor
     """Whether each scored token is the most likely one, (S,) bool.
 
     The largest probability of a distribution is at least exp(-entropy). So a token above one half is the most likely,
-    one below exp(-entropy) is not, and only what lies between needs its logits, in tiles.
+    one below exp(-entropy) is not, and only tokens in between need their logits.
     """
     assert logps.entropy is not None
     assert logps.hidden is not None
     is_top1 = logps.token_logps.exp() > 0.5 + _BOUND_SLACK
     unclear = (~is_top1 & (logps.token_logps > -logps.entropy - _BOUND_SLACK)).nonzero().squeeze(1)
-    vocab_size = model.config.get_text_config().vocab_size
-    tokens_per_tile = max(1, _MAX_TILE_BYTES // (vocab_size * torch.float32.itemsize))
-    for index in unclear.split(tokens_per_tile):
-        is_top1[index] = logits_of(model, logps.hidden[index]).argmax(dim=-1) == targets[index]
+    is_top1[unclear] = most_likely_tokens(model, logps.hidden[unclear]) == targets[unclear]
     return is_top1

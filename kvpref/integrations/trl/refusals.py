@@ -1,4 +1,4 @@
-"""What of TRL's options cannot work, by name, with the reason and what to do instead.
+"""TRL's options that cannot work, by name, with the reason and what to do instead.
 
 To refuse another: a row in `REFUSALS`; the tests run over it.
 """
@@ -9,46 +9,47 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import ProcessorMixin
 
 from kvpref.errors import InputError
-from kvpref.integrations.trl.setup import Setup
+from kvpref.integrations.trl.setup import Setup, asks_fsdp
 from kvpref.models.positions import reads_distances_only
 from kvpref.models.support import check_config
 from kvpref.models.vision.splitting import SPLIT_FAMILIES
-from kvpref.parallel.sharding import is_zero_3
 
-_ANY = frozenset({"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
+_ANY = frozenset({"AsyncGRPOTrainer", "DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"})
 _GRPO = frozenset({"GRPOTrainer"})
+_ASYNC = frozenset({"AsyncGRPOTrainer"})
 
-# By column; others with learned positions leave padding out, or count from each row's first token.
+# Positions by column; other models with learned positions skip padding, or count from each row's first token.
 _LEARNED_POSITIONS = frozenset({"biogpt", "gpt2", "gpt_bigcode"})
 
-# TRL switches off the modules of class Dropout; these rates are numbers that attention layers read.
+# TRL switches off Dropout modules; these rates are numbers that attention layers read.
 _NUMERIC_DROPOUT = ("attention_dropout",)
-# Of modules; the rates of heads that a language model does not have are left out.
+# Rates of modules; those of heads that a language model does not have are left out.
 _MODULE_DROPOUT = ("hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "embedding_dropout", "resid_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """One thing that cannot work."""
+    """One option of TRL's that kvpref refuses."""
 
     name: str
-    """The option, as the user writes it."""
+    """The option as the user writes it."""
 
     applies: Callable[[Setup], bool]
-    """Whether a setup asks for it."""
+    """Whether a setup uses it."""
 
     reason: str
     """Why, and what to do."""
 
     trainers: frozenset[str] = _ANY
-    """TRL's classes that have it."""
+    """The TRL classes that have it."""
 
 
 def refuse_unsupported(setup: Setup) -> None:
-    """Raise for the first row of `REFUSALS` that applies, then for what the model's configuration alone tells.
+    """Raise for the first row of `REFUSALS` that applies, then for anything the model's configuration alone rules out.
 
     Raises:
         InputError: With the option's name, the reason and what to do.
@@ -72,13 +73,16 @@ def _splits_sequences_or_weights(setup: Setup) -> bool:
     )
 
 
-def _fsdp(setup: Setup) -> bool:
-    # accelerate's own launcher says it in the environment only.
-    return bool(setup.option("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+def _first_fsdp(setup: Setup) -> bool:
+    if setup.option("fsdp"):
+        return int((setup.option("fsdp_config") or {}).get("version", 2)) == 1
+    # accelerate's launcher sets it only in the environment.
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return uses_fsdp and os.environ.get("FSDP_VERSION", "1") == "1"
 
 
-def _zero_3(setup: Setup) -> bool:
-    return is_zero_3(setup.option("deepspeed_plugin"))
+def _has_no_weights(setup: Setup) -> bool:
+    return isinstance(setup.model, nn.Module) and any(weight.is_meta for weight in setup.model.parameters())
 
 
 def _several_devices(setup: Setup) -> bool:
@@ -100,6 +104,14 @@ def _counts_padding(setup: Setup) -> bool:
         return bool(text.attn_temperature_tuning)
     rotary = getattr(text, "rope_parameters", None) is not None
     return text.model_type in _LEARNED_POSITIONS or (rotary and not reads_distances_only(setup.config))
+
+
+def _balances_routers(setup: Setup) -> bool:
+    """As TRL decides it: by its own argument, or else by the model's."""
+    text = setup.config.get_text_config()
+    given = setup.option("router_aux_loss_coef")
+    coefficient = getattr(text, "router_aux_loss_coef", 0.0) if given is None else given
+    return hasattr(text, "output_router_logits") and coefficient != 0
 
 
 def _dropout_rates(setup: Setup) -> Iterator[float | None]:
@@ -138,17 +150,17 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         name="model_init_kwargs={'use_kernels': True}",
         applies=lambda setup: bool(setup.loading_option("use_kernels")),
-        reason="it replaces layers by ones that kvpref has not checked; leave it out",
+        reason="it replaces layers with ones that kvpref has not checked; leave it out",
     ),
     Refusal(
         name="activation_offloading=True",
         applies=lambda setup: bool(setup.option("activation_offloading")),
-        reason="nobody has checked it with keys and values that many responses read; use gradient_checkpointing",
+        reason="it has not been checked with keys and values that many responses read; use gradient_checkpointing",
     ),
     Refusal(
         name="neftune_noise_alpha",
         applies=lambda setup: setup.option("neftune_noise_alpha") is not None,
-        reason="a shared prompt is embedded once, so its rows could not get noise of their own; leave it out",
+        reason="a shared prompt is embedded once, so its rows could not get separate noise; leave it out",
     ),
     Refusal(
         name="parallelism_config with context, sequence or tensor parallelism",
@@ -156,14 +168,21 @@ REFUSALS: tuple[Refusal, ...] = (
         reason="attention over shared prompts needs whole sequences and whole heads; use data parallelism",
     ),
     Refusal(
-        name="fsdp",
-        applies=_fsdp,
-        reason="nobody has checked it here; use DistributedDataParallel, or FSDP2 with kvpref.PreferenceTrainer",
+        name="the first version of FSDP",
+        applies=_first_fsdp,
+        reason="it gathers weights for one forward pass only, and kvpref runs several; set fsdp_config={'version': 2}, "
+        "or fsdp_version: 2 in accelerate's configuration",
     ),
     Refusal(
-        name="DeepSpeed ZeRO stage 3",
-        applies=_zero_3,
-        reason="the LM head's weight is read outside its module, where ZeRO-3 keeps it empty; use stage 1 or 2, or DDP",
+        name="FSDP's cpu_offload",
+        applies=lambda setup: asks_fsdp(setup, "cpu_offload", "FSDP_OFFLOAD_PARAMS"),
+        reason="it has not been shown to be exact here; leave it out, and for less memory use more ranks or LoRA",
+    ),
+    Refusal(
+        name="a model without weights (on the meta device)",
+        applies=_has_no_weights,
+        reason="kvpref looks at the weights before they are sharded; load them on every rank "
+        "(FSDP_CPU_RAM_EFFICIENT_LOADING=false), or let the trainer load them",
     ),
     Refusal(
         name="a model split over several devices (device_map)",
@@ -179,9 +198,22 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         name="vision-language models of this family",
         applies=_has_unknown_images,
-        reason="which pixel inputs belong to which image is not known (docs/trl.md lists the families of which it is); "
+        reason="which pixel inputs belong to which image is not known (docs/trl.md lists the known families); "
         "use TRL's trainer, or kvpref.PreferenceTrainer",
-        trainers=_ANY - {"RewardTrainer"},
+        trainers=_ANY - {"RewardTrainer"} - _ASYNC,
+    ),
+    Refusal(
+        name="vision-language models in rows without images",
+        applies=_is_multimodal,
+        reason="TRL trains their text model alone, which has not been compared; use GRPOTrainer",
+        trainers=_ASYNC,
+    ),
+    Refusal(
+        name="router_aux_loss_coef above 0",
+        applies=_balances_routers,
+        reason="TRL's load-balancing loss counts each token of a tree row once, however many samples hold it; set "
+        "router_aux_loss_coef=0",
+        trainers=_ASYNC,
     ),
     Refusal(
         name="PEFT prompt learning (prompt, prefix or p-tuning)",
@@ -191,19 +223,19 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         name="activated LoRA (alora_invocation_tokens)",
         applies=lambda setup: any(getattr(config, "alora_invocation_tokens", None) for config in setup.peft_configs),
-        reason="it finds its tokens in padded rows, and kvpref lays rows out anew; use LoRA",
+        reason="it finds its tokens in padded rows, and kvpref rearranges rows; use LoRA",
     ),
     Refusal(
         name="lora_dropout",
         applies=_has_lora_dropout,
-        reason="set lora_dropout=0 in the LoraConfig, or disable_dropout=True in the trainer's arguments; it makes two "
+        reason="set lora_dropout=0 in the LoraConfig, or disable_dropout=True where the trainer has it; it makes two "
         "forwards of one token differ",
     ),
     Refusal(
         name="dropout in training",
         applies=_has_dropout,
-        reason="it makes two forwards of one token differ; set disable_dropout=True, and attention_dropout to 0 in the "
-        "model's config",
+        reason="it makes two forwards of one token differ; set disable_dropout=True where the trainer has it, or the "
+        "rates in the model's config to 0, attention_dropout among them",
     ),
     Refusal(
         name="cast_lm_head_to_fp32=True",
@@ -227,3 +259,4 @@ REFUSALS: tuple[Refusal, ...] = (
         trainers=_GRPO,
     ),
 )
+"""TRL's options that are refused; the first that applies is reported."""

@@ -1,4 +1,4 @@
-"""Options of TRL's that choose kernels: kvpref's run in their place, with a warning.
+"""TRL's options that choose kernels: kvpref's run in their place, with a warning.
 
 To replace another: a row in `REPLACEMENTS`; the tests run over it.
 """
@@ -6,12 +6,13 @@ To replace another: a row in `REPLACEMENTS`; the tests run over it.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvpref.integrations.trl.setup import Setup
+from kvpref.integrations.trl.setup import Setup, asks_fsdp
 from kvpref.models.attention import ATTENTION_NAME, EAGER_NAME
 
 
@@ -20,21 +21,21 @@ class Replacement:
     """One option that has no effect."""
 
     name: str
-    """The option, as the user writes it."""
+    """The option as the user writes it."""
 
     applies: Callable[[Setup], bool]
-    """Whether a setup asks for it."""
+    """Whether a setup uses it."""
 
     runs: str
     """What runs instead."""
 
     without: Callable[[Any], dict[str, Any]]
-    """From TRL's arguments, those that change so that they no longer ask for it."""
+    """From TRL's arguments to the ones to change so that the option is off."""
 
 
 def without_replaced(setup: Setup) -> Any:
-    """TRL's arguments without what kvpref replaces, each with a warning; the user's own are left as they are."""
-    args = setup.args
+    """A copy of TRL's arguments without the replaced options, with a warning for each; the original is unchanged."""
+    args: Any = setup.args
     for item in REPLACEMENTS:
         if item.applies(setup):
             message = f"kvpref's {setup.trainer} does not use {item.name}: {item.runs}"
@@ -48,6 +49,16 @@ def without_replaced(setup: Setup) -> Any:
 def _without_attention(args: Any) -> dict[str, Any]:
     kept = {name: value for name, value in args.model_init_kwargs.items() if name != "attn_implementation"}
     return {"model_init_kwargs": kept}
+
+
+def _loads_on_one_rank(setup: Setup) -> bool:
+    return asks_fsdp(setup, "cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+def _loading_on_every_rank(args: Any) -> dict[str, Any]:
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # read when models are loaded
+    plugin = getattr(args, "fsdp_plugin_args", None)
+    return {} if plugin is None else {"fsdp_plugin_args": {**plugin, "cpu_ram_efficient_loading": False}}
 
 
 REPLACEMENTS: tuple[Replacement, ...] = (
@@ -65,4 +76,11 @@ REPLACEMENTS: tuple[Replacement, ...] = (
         runs="kvpref's attention over shared prompts runs instead, and sdpa in generation",
         without=_without_attention,
     ),
+    Replacement(
+        name="FSDP's cpu_ram_efficient_loading",
+        applies=_loads_on_one_rank,
+        runs="every rank loads the weights, since kvpref looks at them before they are sharded",
+        without=_loading_on_every_rank,
+    ),
 )
+"""TRL's options in whose place kvpref's kernels run, with a warning."""

@@ -1,7 +1,8 @@
-"""What one of TRL's trainers was called with, as far as it can be told before a model is loaded."""
+"""The arguments of one of TRL's trainers, as far as known before a model is loaded."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from kvpref.models.support import is_custom_code
 
-# What decides which file a model's configuration is read from.
+# Options that decide which file a model's configuration is read from.
 _LOADING = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
-_DROPOUT_STAYS = frozenset({"GRPOTrainer"})
-"""TRL's classes that leave dropout on unless told; the others switch it off."""
+_DROPOUT_STAYS = frozenset({"AsyncGRPOTrainer", "GRPOTrainer"})
+"""TRL's classes that leave dropout on by default; the others switch it off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a trainer was called with."""
+    """The arguments of a trainer."""
 
     trainer: str
     """TRL's class, by name."""
@@ -64,17 +65,35 @@ class Setup:
         )
 
     def option(self, name: str, default: Any = None) -> Any:
-        """One of TRL's or transformers' arguments."""
+        """The value of one of TRL's or transformers' arguments."""
         return getattr(self.args, name, default)
 
     @property
     def disables_dropout(self) -> bool:
-        """Whether TRL switches off the modules of class Dropout."""
+        """Whether TRL switches off Dropout modules."""
         return bool(self.option("disable_dropout", self.trainer not in _DROPOUT_STAYS))
 
     def loading_option(self, name: str) -> Any:
         """One of the arguments with which TRL loads a model; None if not given, or if there is nothing to load."""
         return None if isinstance(self.model, nn.Module) else (self.option("model_init_kwargs") or {}).get(name)
+
+
+def asks_fsdp(setup: Setup, name: str, variable: str) -> bool:
+    """Whether an FSDP setting is on, in transformers' arguments or through accelerate's launcher.
+
+    Args:
+        setup: The trainer's arguments.
+        name: The setting's name in accelerate's plug-in.
+        variable: The environment variable in which the launcher passes it.
+    """
+    plugin = setup.option("fsdp_plugin_args")
+    if plugin is not None:
+        return bool(plugin.get(name))
+    return _is_true("ACCELERATE_USE_FSDP") and _is_true(variable)
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def _config_of(model: Any, args: Any) -> tuple[Any, bool]:

@@ -1,1 +1,1 @@
-"""From groups to what one rank runs in one batched step."""
+"""Turning groups into what one rank runs in one batched step."""

@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Key, Item]):
-    """Calls a function ahead of use: one thread, and no more calls than the keys that are said to follow.
+    """Calls a function ahead of use in one thread, only for the keys announced to follow.
 
-    It keeps no place in any iteration, so callers may stop, skip or start again where they like: what was begun for
-    keys that no longer follow is dropped. The thread starts with the first call and ends with this object.
+    It keeps no place in any iteration, so callers may stop, skip or restart anywhere: calls begun for keys that no
+    longer follow are dropped. The thread starts with the first call and ends with this object.
     """
 
     def __init__(self) -> None:
@@ -22,10 +22,10 @@ class Prefetcher(Generic[Key, Item]):
         self._pending: dict[Key, Future[Item]] = {}
 
     def get(self, function: Callable[[Key], Item], key: Key, following: Sequence[Key] = ()) -> Item:
-        """``function(key)``, begun in the thread if an earlier call announced the key; those for `following` begin.
+        """``function(key)``, begun in the thread if an earlier call announced the key; begins those for `following`.
 
         Raises:
-            Exception: What the function raised for `key`.
+            Exception: Whatever the function raised for `key`.
         """
         if self._executor is None:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvpref-prefetch")

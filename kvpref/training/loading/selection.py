@@ -1,4 +1,4 @@
-"""What is trained on: the sequences that the loss reads, no longer than the model takes."""
+"""Selects the sequences that the loss reads, and checks that they fit the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def select_groups(dataset: PreferenceDataset | list[Group], loss: PreferenceLoss
 
 
 def check_lengths(dataset: PreferenceDataset, model: nn.Module) -> None:
-    """Raise InputError for the first group with a sequence longer than the model's positions."""
+    """Raise InputError for the first group with a sequence longer than the model allows."""
     limit = getattr(unwrap(model).config, "max_position_embeddings", None)
     for group_id, lengths in zip(dataset.group_ids, dataset.lengths, strict=True):
         if limit is not None and lengths.max_sequence_tokens > limit:

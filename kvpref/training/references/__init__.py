@@ -1,4 +1,4 @@
-"""Reference log-probs: of which model, from where, and how a checkpoint keeps them."""
+"""Reference log-probs: which model gives them, where they come from, and how a checkpoint keeps them."""
 
 from kvpref.training.references.choice import References
 

@@ -1,4 +1,4 @@
-"""What is refused of references: settings that do not fit one another, and data that a second model cannot read."""
+"""Refuses reference settings that do not fit one another, and data that a second model cannot read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name
+from kvpref.models.partitioned import full_shape
 from kvpref.models.support import unwrap
 from kvpref.models.vision.tower import has_tower
 from kvpref.parallel.sharding import is_sharded, will_be_sharded
@@ -24,7 +25,7 @@ Given = nn.Module | str | None
 def check_reference_settings(
     policy: nn.Module, args: PreferenceTrainingArguments, loss: PreferenceLoss, given: Given
 ) -> None:
-    """Check that the arguments on the reference fit the loss, the model and one another.
+    """Check that the reference arguments fit the loss, the model and one another.
 
     Raises:
         InputError: For the first that does not.
@@ -36,6 +37,8 @@ def check_reference_settings(
         )
     for reason in (*_against_base(policy, args, given), *_against_device(policy, args, given)):
         raise InputError(reason)
+    if args.reference_device is not None:
+        refuse_sharded(policy, "reference_device")
     if args.reference_sync_steps is not None:
         refuse_sharded(policy, "reference_sync_steps")
         for reason in _against_sync(policy, args, given):
@@ -91,7 +94,7 @@ def check_reference_data(dataset: PreferenceDataset, model: nn.Module, policy: n
     check_lengths(dataset, model)
     if dataset.images and not has_tower(unwrap(model)):
         for group in dataset:
-            if any(sequence.images for sequence in group.sequences):
+            if any(part.images for part in group.parts):
                 raise InputError(
                     f"{group.id}: holds images, and {type(unwrap(model)).__name__}, the reference, reads none; give a "
                     "reference that sees what the policy sees, or leave reference_model out"
@@ -100,7 +103,7 @@ def check_reference_data(dataset: PreferenceDataset, model: nn.Module, policy: n
     if num_embeddings >= _num_embeddings(policy):
         return
     for group in dataset:
-        largest = max(max(sequence.input_ids) for sequence in group.sequences)
+        largest = max(int(part.ids.max()) for part in group.parts)
         if largest >= num_embeddings:
             raise InputError(
                 f"{group.id}: token {largest} is not in the reference model's vocabulary of {num_embeddings}; the "
@@ -111,4 +114,4 @@ def check_reference_data(dataset: PreferenceDataset, model: nn.Module, policy: n
 def _num_embeddings(model: nn.Module) -> int:
     weight = unwrap(model).get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
+    return full_shape(weight)[0]

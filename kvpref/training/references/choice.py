@@ -1,8 +1,9 @@
-"""`References`: which reference a run has, where its log-probs come from, and what a checkpoint keeps of it."""
+"""`References`: which reference a run has, where its log-probs come from, and what a checkpoint stores of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from kvpref.data import PreferenceDataset
 from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
+from kvpref.models.partitioned import has_partitioned
+from kvpref.parallel.deepspeed import whole_weights
 from kvpref.plan.batch import Batch
 from kvpref.records.outputs import ResponseLogps
 from kvpref.training.adapters import adapter_is_fresh, is_peft, trains_adapter_only
@@ -33,20 +36,22 @@ from kvpref.training.references.models import (
     mix_weights,
 )
 from kvpref.training.references.stored import StoredReference, stored_reference
+from kvpref.training.row_groups import split_alike
 
 CHECKPOINT_FILE = "reference.safetensors"
 OwnWeights = CopiedReference | SavedWeightsReference
 
 
 class References:
-    """The reference of a run, made when it is first needed: before the weights change.
+    """The reference of a run, made when first needed, before the weights change.
 
     Args:
-        policy: Gives the model that is trained, without DistributedDataParallel; FSDP puts another object in its place.
-        args: Which reference, and how it is run.
-        loss: Says whether it is needed, and at which temperature.
+        policy: Gives the trained model, without DistributedDataParallel; FSDP replaces the object.
+        args: Which reference, and how it runs.
+        loss: Decides whether it is needed, and at which temperature.
         options: Gives the engine's options; chunks may shrink when memory runs out.
         given: A second model, instead of `args.reference_model`.
+        shard: Shards a second model like the policy; None if the policy is not sharded.
 
     Raises:
         InputError: If settings do not fit one another, the loss or the model.
@@ -59,10 +64,13 @@ class References:
         loss: PreferenceLoss,
         options: Callable[[], EngineOptions],
         given: nn.Module | None = None,
+        *,
+        shard: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self._policy, self._args = policy, args
         self._needed = loss.needs_reference
-        self._scoring = Scoring.of(args, temperature=loss.head.temperature, options=options)
+        self._shard = shard
+        self._scoring = Scoring.of(args, temperature=loss.head.temperature, options=options, autocasts=shard is None)
         self._given = args.reference_model if given is None else given
         self._home = None if given is None else next(given.parameters()).device
         self._stored: dict[str, StoredReference] = {}
@@ -70,13 +78,24 @@ class References:
         self._model: ModelReference | None = None
         self._fingerprint: str | None = None
         if given is not None and args.reference_model is not None:
-            raise InputError("two reference models: one in the arguments, one handed to the trainer; give one")
+            raise InputError("two reference models: one in the arguments, one passed to the trainer; give only one")
         check_reference_settings(policy(), args, loss, self._given)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the reference is a second model that the user named or handed over."""
+        return self._given is not None
 
     # Log-probs
 
+    def make_second(self) -> None:
+        """Make a second model, if the run has one, while the policy's weights are whole."""
+        is_copy = not (self._args.precompute_reference or is_peft(self._policy()))
+        if self._needed and (self._given is not None or is_copy):
+            self._reference()
+
     def prepare(self, name: str, dataset: PreferenceDataset | None) -> None:
-        """Make the reference while the weights are those of the start, and precompute the log-probs of a dataset.
+        """Make the reference while the weights are still the initial ones, and precompute the log-probs of a dataset.
 
         Raises:
             InputError: As `stored_reference`; if the weights have changed since the reference was made; if the
@@ -94,9 +113,9 @@ class References:
         self._prepared.add(name)
 
     def for_batch(self, name: str, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps | None:
-        """Reference log-probs of a micro-batch of the dataset `name`; None where the loss reads none.
+        """Reference log-probs of a micro-batch of the dataset `name`; None if the loss reads none.
 
-        A dataset that is not precomputed has them computed now.
+        They are computed now unless precomputed.
         """
         if not self._needed:
             return None
@@ -104,7 +123,7 @@ class References:
         return source.for_batch(inputs, batch)
 
     def check_can_score(self, dataset: PreferenceDataset) -> None:
-        """Check that log-probs can be computed now, of a dataset that was not prepared.
+        """Check that log-probs of a dataset that was not prepared can be computed now.
 
         Raises:
             InputError: If the reference is gone, or cannot read the data.
@@ -116,11 +135,15 @@ class References:
         self._check_unchanged(reference)
 
     def release(self) -> None:
-        """Let go of a second model whose log-probs are all precomputed; a model that was handed over moves back."""
+        """Release a second model whose log-probs are all precomputed; a user's model moves back to its device."""
         if self._args.precompute_reference and self._given is not None and self._model is not None:
-            if isinstance(self._given, nn.Module):
+            if isinstance(self._given, nn.Module) and self._shard is None:
                 self._given.to(self._home)
             self._model = None
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """While open, ranks may compute log-probs of different numbers of micro-batches, also with ZeRO-3's weights."""
+        return nullcontext() if self._model is None else whole_weights(self._model.model_of())
 
     # Which reference
 
@@ -133,7 +156,7 @@ class References:
     def _make(self) -> ModelReference:
         args, policy = self._args, self._policy()
         if self._given is not None:
-            return self._second(load_reference_model(self._given, policy, self._device()))
+            return self._second(load_reference_model(self._given, policy, self._loading_device()))
         if is_peft(policy):
             is_off = args.reference == "base" or adapter_is_fresh(policy)
             stays_off = args.precompute_reference or (args.reference_sync_steps is None and trains_adapter_only(policy))
@@ -144,13 +167,28 @@ class References:
                 return SavedWeightsReference(self._policy, args.device, self._scoring)
         if args.precompute_reference:
             return ModelReference(self._policy, args.device, self._scoring)
-        return self._second(load_reference_model(copy_model(policy, self._device()), policy, self._device()))
+        if has_partitioned(policy):
+            raise InputError(
+                "a copy of the model as the reference needs whole weights, and ZeRO-3 has them in pieces; use "
+                "precomputed reference log-probs (precompute_reference=True), or name the model's folder as "
+                "reference_model"
+            )
+        device = self._loading_device()
+        return self._second(load_reference_model(copy_model(policy, device), policy, device))
 
     def _second(self, model: nn.Module) -> CopiedReference:
+        if self._device().type == self._args.device.type:
+            split_alike(model, self._policy())
+        if self._shard is not None:
+            model = self._shard(model)
         reference = CopiedReference(lambda: model, self._device(), self._scoring)
         if self._args.reference_sync_steps is not None:
             check_mixable(reference.weights(), self._policy())
         return reference
+
+    def _loading_device(self) -> torch.device:
+        """The device on which a second model is loaded: the final one, or one from which sharding moves pieces."""
+        return self._device() if self._shard is None else torch.device("cpu")
 
     def _device(self) -> torch.device:
         if self._args.reference_device is None:
@@ -175,11 +213,11 @@ class References:
     # Reference sync and checkpoints
 
     def sync(self) -> None:
-        """Let the reference follow the policy, as `reference_sync_alpha` says."""
+        """Update the reference towards the policy by `reference_sync_alpha`."""
         mix_weights(self._own_weights(), self._policy(), self._args.reference_sync_alpha)
 
     def save(self, folder: Path) -> None:
-        """Write to a checkpoint which reference the run has, and its weights where they have followed the policy's."""
+        """Write to a checkpoint which reference the run has, and its weights if they follow the policy's."""
         if self._fingerprint is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +227,7 @@ class References:
         save_file(tensors, folder / CHECKPOINT_FILE, metadata={"model": self._fingerprint})
 
     def load(self, folder: Path) -> None:
-        """Take up the reference of a checkpoint.
+        """Restore the reference of a checkpoint.
 
         Raises:
             InputError: If the checkpoint's run had another reference, or its file is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""A second model as the reference: loaded and attached."""
+"""Loads and attaches a second model as the reference."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def load_reference_model(given: nn.Module | str, policy: nn.Module, device: torc
 
     Args:
         given: The model, or its folder or hub name, loaded in the policy's dtype.
-        policy: What is trained.
-        device: Where the reference goes.
+        policy: The trained model.
+        device: The reference's device.
 
     Raises:
         InputError: If it cannot be loaded, has no language-model head, or shares weights with the policy.

@@ -15,7 +15,9 @@ from torch import nn
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.schedules import score
 from kvpref.errors import InputError
+from kvpref.models.partitioned import gathered
 from kvpref.models.support import unwrap
+from kvpref.parallel.whole_weights import whole
 from kvpref.plan.batch import Batch
 from kvpref.records.outputs import ResponseLogps
 from kvpref.records.requests import HeadOptions
@@ -33,7 +35,7 @@ class ReferenceSource(Protocol):
         """Reference log-probs of one micro-batch, on its device and without gradient.
 
         Args:
-            inputs: The micro-batch as it was collated.
+            inputs: The micro-batch as collated.
             batch: Its batch on the training device.
         """
         ...
@@ -41,10 +43,10 @@ class ReferenceSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How a reference is run: as the policy is, so that equal weights give equal log-probs."""
+    """How a reference runs: like the policy, so that equal weights give equal log-probs."""
 
     options: Callable[[], EngineOptions]
-    """The engine's options now; chunks may shrink when memory runs out."""
+    """Gives the engine's current options; chunks may shrink when memory runs out."""
 
     temperature: float = 1.0
     """Logits are divided by it; the loss's (`HeadOptions.temperature`)."""
@@ -52,26 +54,36 @@ class Scoring:
     precision: torch.dtype | None = None
     """Dtype of mixed precision, or None."""
 
+    autocasts: bool = True
+    """Whether mixed precision is autocast; a sharded model gathers its weights in that precision instead."""
+
     @classmethod
     def of(
-        cls, args: PreferenceTrainingArguments, *, temperature: float = 1.0, options: Callable[[], EngineOptions]
+        cls,
+        args: PreferenceTrainingArguments,
+        *,
+        temperature: float = 1.0,
+        options: Callable[[], EngineOptions],
+        autocasts: bool = True,
     ) -> Scoring:
-        """What the arguments ask for."""
+        """The scoring that the arguments ask for."""
+        if args.deepspeed_plugin is not None:  # DeepSpeed's models have the weights' dtype throughout
+            return cls(options=options, temperature=temperature)
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        return cls(options=options, temperature=temperature, precision=precision)
+        return cls(options=options, temperature=temperature, precision=precision, autocasts=autocasts)
 
 
 class ModelReference:
-    """A model whose weights are the reference for as long as they stay as they are.
+    """A model whose weights are the reference as long as they do not change.
 
     Args:
-        model_of: Gives the attached model. A function, because FSDP puts another object in the policy's place.
-        device: Where the model is.
+        model_of: Gives the attached model. A function, because FSDP replaces the policy object.
+        device: The model's device.
         scoring: How to run it.
         with_adapter: Whether the weights of its adapter count.
 
     Attributes:
-        fingerprint: Of the weights at construction.
+        fingerprint: Fingerprint of the weights at construction.
         device: As given.
     """
 
@@ -88,11 +100,11 @@ class ModelReference:
         self.fingerprint = model_fingerprint(model_of(), with_adapter=with_adapter)
 
     def is_unchanged(self) -> bool:
-        """Whether the weights are those of the construction."""
+        """Whether the weights are the same as at construction."""
         return model_fingerprint(self.model_of(), with_adapter=self._with_adapter) == self.fingerprint
 
     def for_batch(self, inputs: MicroBatchInputs, batch: Batch) -> ResponseLogps:
-        """As in `ReferenceSource`; the forward pass runs where the model is."""
+        """As in `ReferenceSource`; the forward pass runs on the model's device."""
         own = batch if batch.device == self.device else inputs.batch.to(self.device)
         with _in_eval_mode(self.model_of()) as model, self._mixed_precision(), self.as_reference(model):
             found = score(model, own, self.scoring.options(), head=HeadOptions(temperature=self.scoring.temperature))
@@ -100,12 +112,15 @@ class ModelReference:
             token_logps=found.token_logps.to(batch.device),
             cu_seqlens=batch.cu_seqlens,
             group_index=batch.group_index,
+            weights=batch.token_weights(found.token_logps.dtype),
         )
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[None]:
-        # Accelerate puts the policy's forward in autocast, but only once training begins, and no other model's.
+        # Accelerate puts only the policy's forward in autocast, and only once training begins.
         precision = self.scoring.precision
-        return contextlib.nullcontext() if precision is None else torch.autocast(self.device.type, precision)
+        if precision is None or not self.scoring.autocasts:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, precision)
 
     def as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """While open, `model` computes as the reference."""
@@ -123,9 +138,9 @@ class AdapterOffReference(ModelReference):
 
 
 class SavedWeightsReference(ModelReference):
-    """The policy with the weights that training changes put back as they were: a copy of an adapter.
+    """The policy with its trained weights temporarily set back to a saved copy of the adapter.
 
-    What training leaves alone is there once. Not for sharded models, whose weights are not where they seem.
+    Weights that are not trained exist only once. Not for sharded models, whose parameters do not hold their weights.
     """
 
     def __init__(self, model_of: Callable[[], nn.Module], device: torch.device, scoring: Scoring) -> None:
@@ -204,13 +219,14 @@ def model_fingerprint(model: nn.Module, *, with_adapter: bool = False) -> str:
         with_adapter: Whether a PEFT adapter counts; not where it is switched off, or does nothing yet and is random.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
+    for name, tensor in sorted(unwrap(model).state_dict(keep_vars=True).items()):
         if not with_adapter and is_adapter_weight(model, name):
             continue
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        digest.update(flat[::stride].float().cpu().numpy().tobytes())
+        with gathered([tensor]):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            flat = whole(tensor).flatten()
+            stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+            digest.update(flat[::stride].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Reference log-probs of whole data sets: computed once, stored, and refused when model or data changed."""
+"""Reference log-probs of whole datasets: computed once, stored, and refused if model or data changed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from kvpref.data import PreferenceDataset
 from kvpref.data.digests import describe_difference
 from kvpref.errors import InputError, RunError
+from kvpref.parallel.deepspeed import whole_weights
+from kvpref.parallel.gathering import gather
 from kvpref.plan.batch import Batch
 from kvpref.records.host_copies import to_device
 from kvpref.records.outputs import ResponseLogps
@@ -50,6 +52,7 @@ class StoredReference:
             token_logps=to_device(torch.cat(parts), batch.device),
             cu_seqlens=batch.cu_seqlens,
             group_index=batch.group_index,
+            weights=batch.token_weights(self.token_logps.dtype),
         )
 
 
@@ -62,7 +65,7 @@ def stored_reference(
         InputError: If the file was made with another model, other data, or at another temperature or precision, or
             cannot be read.
     """
-    lengths = [[sum(sequence.scored) for sequence in group.sequences] for group in groups]
+    lengths = [[sequence.total_scored for sequence in group.sequences] for group in groups]
     fingerprints = {
         "data": groups.fingerprint,
         "model": reference.fingerprint,
@@ -82,7 +85,7 @@ def stored_reference(
             }
             try:
                 save_file(tensors, partial, metadata=fingerprints)
-                partial.rename(path)  # a run that is killed while writing leaves no half file under the real name
+                partial.rename(path)  # a run killed while writing leaves no partial file under the real name
             except (OSError, SafetensorError) as error:
                 partial.unlink(missing_ok=True)
                 raise RunError(
@@ -99,7 +102,7 @@ def _read(path: Path, fingerprints: dict[str, str], groups: PreferenceDataset) -
             digests: torch.Tensor = file.get_tensor("digests")
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: cannot read reference log-probs ({error}); delete the file to make them anew"
+            f"{path}: cannot read reference log-probs ({error}); delete the file to recompute them"
         ) from error
     for what, fingerprint in fingerprints.items():
         if stored.get(what) != fingerprint:
@@ -108,7 +111,7 @@ def _read(path: Path, fingerprints: dict[str, str], groups: PreferenceDataset) -
                 difference = describe_difference(digests.numpy().tobytes(), groups.digests, groups.group_ids)
             raise InputError(
                 f"{path}: these reference log-probs were made with another {what}"
-                f"{'' if difference is None else f' ({difference})'}; delete the file to make them anew, or choose "
+                f"{'' if difference is None else f' ({difference})'}; delete the file to recompute them, or choose "
                 "another reference_logps_dir"
             )
     return token_logps
@@ -122,24 +125,17 @@ def _compute(
 ) -> torch.Tensor:
     batcher = make_batcher(groups, args, groups_per_device=args.per_device_train_batch_size, shuffle=False)
     found: dict[int, torch.Tensor] = {}
-    for step in _with_progress(make_loader(groups, batcher, args), args):
-        for inputs in step:
-            token_logps = reference.for_batch(inputs, inputs.batch.to(args.device)).token_logps.cpu()
-            parts = token_logps.split([sum(lengths[index]) for index in inputs.group_indices])
-            found.update(zip(inputs.group_indices, parts, strict=True))
-    found = _gather_ranks(found, args.world_size)
-    return torch.cat([found[index] for index in range(len(groups))])
+    with whole_weights(reference.model_of()):
+        for step in _with_progress(make_loader(groups, batcher, args), args):
+            for inputs in step:
+                token_logps = reference.for_batch(inputs, inputs.batch.to(args.device)).token_logps.cpu()
+                parts = token_logps.split([sum(lengths[index]) for index in inputs.group_indices])
+                found.update(zip(inputs.group_indices, parts, strict=True))
+    of_all = {index: logps for rank in gather(found, args.world_size) for index, logps in rank.items()}
+    return torch.cat([of_all[index] for index in range(len(groups))])
 
 
 def _with_progress(loader: DataLoader[Any], args: PreferenceTrainingArguments) -> Iterable[Any]:
     if args.disable_tqdm or args.process_index != 0:
         return loader
     return track(loader, description="reference log-probs", console=Console(stderr=True))
-
-
-def _gather_ranks(found: dict[int, torch.Tensor], world_size: int) -> dict[int, torch.Tensor]:
-    if world_size == 1:
-        return found
-    ranks: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(ranks, found)
-    return {index: logps for rank in ranks for index, logps in rank.items()}
