@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from kvpref.engine.passes import encode_prefix, response_logps, response_rewards, score_responses
     from kvpref.engine.schedules import forward_backward, forward_backward_step
     from kvpref.errors import InputError, RunError, UnsupportedModelError
+    from kvpref.integrations.agent_loops import TreeLogps, tree_forward_backward, tree_logps
     from kvpref.integrations.shared_prefix import shared_prefix
     from kvpref.losses import LossOutput, loss
     from kvpref.models.compilation import compile_layers
     from kvpref.models.value_head import add_value_head
+    from kvpref.parallel.sequence import sequence_parallel, sum_sequence_gradients
     from kvpref.plan.batch import Batch, collate
     from kvpref.plan.step import Step, join_batches
     from kvpref.records.groups import Group, Sequence
@@ -44,6 +46,7 @@ _HOMES = {
     "RunError": "kvpref.errors",
     "Sequence": "kvpref.records.groups",
     "Step": "kvpref.plan.step",
+    "TreeLogps": "kvpref.integrations.agent_loops",
     "UnsupportedModelError": "kvpref.errors",
     "add_value_head": "kvpref.models.value_head",
     "attach": "kvpref.engine.attaching",
@@ -57,7 +60,11 @@ _HOMES = {
     "response_logps": "kvpref.engine.passes",
     "response_rewards": "kvpref.engine.passes",
     "score_responses": "kvpref.engine.passes",
+    "sequence_parallel": "kvpref.parallel.sequence",
     "shared_prefix": "kvpref.integrations.shared_prefix",
+    "sum_sequence_gradients": "kvpref.parallel.sequence",
+    "tree_forward_backward": "kvpref.integrations.agent_loops",
+    "tree_logps": "kvpref.integrations.agent_loops",
 }
 
 __all__ = [
@@ -77,6 +84,7 @@ __all__ = [
     "RunError",
     "Sequence",
     "Step",
+    "TreeLogps",
     "UnsupportedModelError",
     "add_value_head",
     "attach",
@@ -90,7 +98,11 @@ __all__ = [
     "response_logps",
     "response_rewards",
     "score_responses",
+    "sequence_parallel",
     "shared_prefix",
+    "sum_sequence_gradients",
+    "tree_forward_backward",
+    "tree_logps",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Measuring on this machine: times with their spread, beside what the FLOPs allow.
+"""Measuring on this machine: times with their spread, compared with what the FLOPs allow.
 
-Needs the engine only: neither `kvpref.data` nor `kvpref.training`, so it runs where `datasets` is not installed.
+Needs only the engine, not `kvpref.data` or `kvpref.training`, so it runs without `datasets` installed.
 """

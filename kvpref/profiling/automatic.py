@@ -1,4 +1,4 @@
-"""What the attention backend `auto` takes on the devices of this machine."""
+"""Which attention backend `auto` takes on the devices of this machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kvpref.ops.attention.backends import choose_automatically
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HEAD_DIM = 128
 NO_MEMORY = "not known: no memory is left on the device for a tiny call; end what else runs there"
-"""In place of an answer."""
+"""Stands in for an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceChoice:
-    """One answer, for all devices of one name."""
+    """One answer, for all devices of the same name."""
 
     device: str
     """Name of the GPU, or ``cpu``."""
@@ -25,11 +25,11 @@ class DeviceChoice:
     """Dtypes of queries with this answer."""
 
     takes: str
-    """The backend with its package, and why not what `auto` prefers."""
+    """The backend with its package, and why not a preferred one."""
 
 
 def automatic_choices() -> list[DeviceChoice]:
-    """Ask for every device, in each dtype that models are trained in, with a head dim of 128."""
+    """The choice for every device and each training dtype, with a head dim of 128."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = [torch.device("cuda", index) for index in range(num_gpus)]
     found: dict[tuple[str, str], dict[str, None]] = {}

@@ -1,4 +1,4 @@
-"""Do the attention backends work on this machine? Each runs a tiny forward and backward against the reference."""
+"""Checks that attention backends work on this machine: each runs a tiny forward and backward against the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
 from kvpref.ops.attention.backends import backend_names
 from kvpref.ops.attention.backends.plain_torch import PlainTorch
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 from kvpref.profiling.automatic import NO_MEMORY
 
 REFERENCE = "reference"
@@ -26,36 +26,36 @@ _LAYOUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class BackendProbe:
-    """What one attention backend does here."""
+    """How one attention backend does here."""
 
     name: str
-    """Its name."""
+    """The backend's name."""
 
     device: str
-    """Type of the device that it was tried on."""
+    """Type of the device it was tried on."""
 
     errors: dict[str, float]
     """Per dtype that works: the largest relative error of output, log-sum-exp and gradients, on norms."""
 
     reason: str | None
-    """Why it does not work, and what would help; None when it does."""
+    """Why it does not work, and what would help; None if it works."""
 
     cost: str | None = None
-    """What a user pays for in this backend and not in others, if anything."""
+    """What this backend costs that others do not, if anything."""
 
     @property
     def works(self) -> bool:
-        """Whether it ran in some dtype, and right in every dtype that it says it takes."""
+        """Whether it ran in some dtype, and was correct in every dtype that it claims to support."""
         return self.reason is None
 
     @property
     def is_fast(self) -> bool:
-        """Whether it works and has kernels, which plain torch is not."""
+        """Whether it works and is not plain torch."""
         return self.works and not isinstance(get_backend(self.name), PlainTorch)
 
 
 def probe_backends(names: Sequence[str] | None = None) -> list[BackendProbe]:
-    """Try backends, all of them unless named, on the GPU if there is one that they take, else on the CPU."""
+    """Try the named backends, or all, on a GPU if they support one here, else on the CPU."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     return [_probe(name, devices) for name in (backend_names() if names is None else names)]
 
@@ -72,7 +72,7 @@ def _probe(name: str, devices: list[str]) -> BackendProbe:
 
 
 def _served_dtypes(name: str, device: str) -> tuple[list[torch.dtype], str]:
-    """The dtypes that the backend says it takes; what it says to the first one, where there is none."""
+    """The dtypes that the backend claims to support; if none, its reason for refusing the first."""
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if device == "cuda" else [torch.float32]
     reasons = {dtype: _refusal(name, dtype, device) for dtype in dtypes}
     return [dtype for dtype, reason in reasons.items() if reason is None], next(iter(reasons.values())) or ""
@@ -93,7 +93,7 @@ def _run_probes(name: str, device: str, dtypes: list[torch.dtype]) -> BackendPro
         label = str(dtype).removeprefix("torch.")
         try:
             error = max(_relative_error(name, layout, device, dtype) for layout in _LAYOUTS)
-        except Exception as failure:  # whatever a kernel throws, the user wants to read it beside the other backends
+        except Exception as failure:  # whatever a kernel raises is shown beside the other backends
             message = (str(failure).splitlines() or [""])[0]
             reason = f"it failed in {label}: {type(failure).__name__}: {message}"
             continue

@@ -1,4 +1,4 @@
-"""What a forward and backward costs on the device at hand, measured on a few made-up micro-batches.
+"""What a forward and backward costs on this device, measured on a few made-up micro-batches.
 
 The seconds of micro-batches of different make-up are fitted by a sum of non-negative terms: per token, per attention
 pair, per scored row, and per micro-batch. See `CostModel`.
@@ -36,10 +36,9 @@ MIN_TOKENS = 256
 
 
 class Measurement(NamedTuple):
-    """One micro-batch that was timed."""
+    """One timed micro-batch."""
 
     work: Work
-    """What it computed."""
 
     seconds: float
     """Median time of a forward and backward."""
@@ -47,10 +46,9 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A cost model in seconds, and how well it explains what was measured."""
+    """A cost model in seconds, and how well it fits the measurements."""
 
     cost_model: CostModel
-    """The fitted weights."""
 
     relative_error: float
     """Root mean square of (predicted - measured) / measured seconds over the measured micro-batches."""
@@ -81,11 +79,11 @@ def calibrate(
 ) -> Calibration:
     """Time micro-batches of random tokens on the model's device and fit a `CostModel` in seconds.
 
-    Gradients that are there are kept, and nothing is trained. It takes some thirty forwards and backwards of up to
+    Existing gradients are kept, and nothing is trained. It takes about thirty forwards and backwards of up to
     `max_tokens` tokens each.
 
     Args:
-        model: An attached model, where it is to be used.
+        model: An attached model, on the device where it will be used.
         mode: As in `kvpref.response_logps`; the weights hold for this mode.
         backend: Attention backend, or ``auto``.
         max_tokens: Tokens of the largest micro-batch, its prompt counted once per response. Costs beyond it are
@@ -127,8 +125,8 @@ def fit_cost_model(
     """The cost model whose relative errors have the least sum of squares, and their root mean square.
 
     Args:
-        measurements: What was timed.
-        mean_pairs: The query-key pairs of a head and layer, on average over layers.
+        measurements: The timed micro-batches.
+        mean_pairs: Gives the query-key pairs per head, averaged over layers.
 
     Raises:
         ValueError: If there are fewer measurements than weights (four), or one took no time.
@@ -173,7 +171,7 @@ def fit_non_negative(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     num_equations, num_columns = matrix.shape
     if num_equations < num_columns:
         raise ValueError(f"{num_columns} weights need as many measurements; got {num_equations}")
-    # Columns differ by many powers of ten; of unit length they cannot be taken for dependent ones.
+    # Columns differ by many powers of ten; at unit length they are not mistaken for dependent ones.
     norms = matrix.norm(dim=0)
     scale = torch.where(norms > 0, norms, 1.0)
     best, least = torch.zeros(num_columns, dtype=matrix.dtype), float(target.norm())
@@ -229,7 +227,7 @@ def _mean_logp(policy: ResponseLogps, reference: ResponseLogps | None, batch: Ba
 
 @contextmanager
 def _training_without_traces(model: nn.Module) -> Iterator[None]:
-    """Training mode; gradients and mode are afterwards what they were."""
+    """Training mode while open; gradients and mode are restored afterwards."""
     training = model.training
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:

@@ -1,4 +1,4 @@
-"""What this machine offers and what is wrong with it: devices, versions, threads, attention backends."""
+"""What this machine offers and what is wrong: devices, versions, threads, attention backends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SUPPORTED_VERSIONS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "torch": ((2, 11), (2, 13)),
     "transformers": ((5, 17), (5, 23)),
 }
-"""Oldest and newest minor version that the tests cover, both included."""
+"""Oldest and newest minor version covered by the tests, inclusive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +44,23 @@ class Device:
     """``cpu`` or ``cuda``."""
 
     name: str
-    """As its maker calls it."""
+    """The maker's name for it."""
 
     memory_bytes: int | None
-    """All of its memory; None where the system does not say."""
+    """Its total memory; None if the system does not say."""
 
     compute_capability: str | None
-    """Of a CUDA device, such as 9.0."""
+    """Compute capability of a CUDA device, such as 9.0; None for a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What `kvpref doctor` found."""
+    """The findings of `kvpref doctor`."""
 
     python: str
-    """Version of Python."""
 
     packages: dict[str, str | None]
-    """Installed version per package of `PACKAGES`; None where it is missing."""
+    """Installed version per package of `PACKAGES`; None if it is missing."""
 
     devices: tuple[Device, ...]
     """The CUDA devices, then the CPU."""
@@ -73,10 +72,10 @@ class Environment:
     """Threads of a PyTorch operation on the CPU."""
 
     backends: tuple[BackendProbe, ...]
-    """Every attention backend, tried."""
+    """The result of trying every attention backend."""
 
     automatic: tuple[DeviceChoice, ...]
-    """What the backend `auto` takes on each device."""
+    """The backend that `auto` takes on each device."""
 
     warnings: tuple[str, ...]
     """Common problems, each with what to do."""
@@ -87,13 +86,13 @@ class Environment:
         return any(backend.is_fast for backend in self.backends)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with `works` per backend."""
+        """JSON-compatible values, with `works` per backend."""
         backends = [asdict(backend) | {"works": backend.works} for backend in self.backends]
         return asdict(self) | {"backends": backends, "has_fast_backend": self.has_fast_backend}
 
 
 def inspect_environment() -> Environment:
-    """Look at this process and machine, and try the attention backends."""
+    """Inspect this process and machine, and try the attention backends."""
     provenance = Provenance.collect(torch.device("cpu"))
     packages = {name: _installed(name) for name in PACKAGES}
     warnings = [
@@ -115,7 +114,7 @@ def inspect_environment() -> Environment:
 
 
 def version_warnings(packages: Mapping[str, str | None]) -> list[str]:
-    """One for each package outside `SUPPORTED_VERSIONS`; a missing one counts as outside."""
+    """One warning for each package outside `SUPPORTED_VERSIONS` or missing."""
     warnings = []
     for name, (oldest, newest) in SUPPORTED_VERSIONS.items():
         found = packages[name]
@@ -130,7 +129,7 @@ def version_warnings(packages: Mapping[str, str | None]) -> list[str]:
 
 
 def gpu_warnings(*, has_gpu: bool) -> list[str]:
-    """One if the machine has an NVIDIA GPU that this PyTorch cannot use."""
+    """A warning if the machine has an NVIDIA GPU that this PyTorch cannot use."""
     if not has_gpu or torch.cuda.is_available():
         return []
     if torch.version.cuda is None:
@@ -145,7 +144,7 @@ def gpu_warnings(*, has_gpu: bool) -> list[str]:
 
 
 def thread_warnings(variables: Mapping[str, str], num_cpus: int) -> list[str]:
-    """One if OMP_NUM_THREADS asks for more threads than there are processors."""
+    """A warning if OMP_NUM_THREADS asks for more threads than there are processors."""
     first = variables.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # nested levels are separated by commas
     if not first.isdigit() or int(first) <= num_cpus:
         return []
@@ -173,7 +172,7 @@ def _dotted(release: tuple[int, int]) -> str:
 
 
 def _nvidia_gpu_present() -> bool:
-    """Whether the driver shows a device, PyTorch aside (Linux)."""
+    """Whether the driver shows a device, independently of PyTorch (Linux)."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 

@@ -1,5 +1,5 @@
-"""What is to be known of `torch.nn.attention.activate_flash_attention_impl` here: what it has replaced in this process,
-and whether PyTorch can take what the installed flash-attn-4 returns.
+"""The state of `torch.nn.attention.activate_flash_attention_impl` here: what it replaced in this process, and whether
+PyTorch can handle the return values of the installed flash-attn-4.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FORWARD = "_flash_attn_fwd"
 
 
 def activation_warnings() -> list[str]:
-    """One if something is active, one if activating FlashAttention-4 would end in an error."""
+    """A warning if something is active, and one if activating FlashAttention-4 would fail."""
     replaced, package = torch_flash.replaced_reason(), FlashAttn4.package
     warnings = [] if replaced is None else [replaced]
     if package.missing_reason() is not None:
@@ -50,14 +50,14 @@ def values_taken() -> int | None:
 
 
 def values_returned(function: Callable[..., Any]) -> int | None:
-    """How many values a function returns, by its source: those of its last ``return``; None if that does not tell."""
+    """How many values a function returns, judging by its last ``return`` statement; None if that does not tell."""
     returns = [node.value for node in _nodes(function) if isinstance(node, ast.Return)]
     last = max(returns, key=lambda value: value.lineno if value is not None else 0, default=None)
     return len(last.elts) if isinstance(last, ast.Tuple) else None
 
 
 def _nodes(function: Callable[..., Any] | None) -> list[ast.AST]:
-    """The syntax tree of a function; nothing where the source is not there to be read."""
+    """The syntax tree nodes of a function; empty if its source cannot be read."""
     try:
         return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))  # type: ignore[arg-type]
     except (OSError, TypeError, SyntaxError):

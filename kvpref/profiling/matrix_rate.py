@@ -1,4 +1,4 @@
-"""How fast plain matrix products run here: what no training step is faster than."""
+"""How fast plain matrix products run here: an upper bound for training steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 _SIZES = {"cpu": 256, "cuda": 4096}
-"""Rows and columns: large enough to fill the device, and done in milliseconds, but for bf16 on old CPUs."""
+"""Rows and columns: large enough to fill the device, and done in milliseconds except for bf16 on old CPUs."""
 
 _REPEATS = {"cpu": 2, "cuda": 20}
 
@@ -20,8 +20,8 @@ def measure_matrix_rate(
 
     Args:
         device: CPU or CUDA.
-        dtype: Of the products, such as bfloat16 under autocast.
-        clock: Seconds.
+        dtype: Dtype of the products, such as bfloat16 under autocast.
+        clock: Gives the time in seconds.
     """
     size, repeats = _SIZES.get(device.type, 256), _REPEATS.get(device.type, 2)
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""bf16 autocast for steps that are measured, by the same means as in training."""
+"""bf16 autocast for measured steps, by the same means as in training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _UNCAST = "_original_forward"
 
 
 def use_autocast(model: nn.Module, wanted: bool | None) -> None:
-    """Let the model's forward run in bf16 autocast from here on.
+    """Make the model's forward run in bf16 autocast from now on.
 
     Args:
-        model: Attached.
-        wanted: None as in training: where the GPU computes in bf16 and the weights are float32.
+        model: An attached model.
+        wanted: Whether to; None decides as in training: if the GPU computes in bf16 and the weights are float32.
     """
     from accelerate.utils import convert_outputs_to_fp32
 
     if wanted is None:
         wanted = device_has_bf16() and next(model.parameters()).dtype == torch.float32
     if wanted:
-        # What accelerate does to a model that it prepares, without its state, which a process has once.
+        # What accelerate does to a model that it prepares, without its process-wide state.
         autocast = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
         forward = model.forward
         setattr(model, _UNCAST, forward)

@@ -16,22 +16,19 @@ import kvpref
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a reader needs to judge, or to repeat, a measurement."""
+    """What a reader needs to judge or repeat a measurement."""
 
     date: str
     """UTC, ISO 8601, to the second."""
 
     kvpref_version: str
-    """Version of kvpref."""
 
     torch_version: str
     """Version of PyTorch, with its build."""
 
     transformers_version: str
-    """Version of transformers."""
 
     python_version: str
-    """Version of Python."""
 
     cpu: str
     """Model of the processor."""
@@ -47,7 +44,7 @@ class Provenance:
 
     @classmethod
     def collect(cls, device: torch.device) -> Provenance:
-        """What holds in this process for work on `device`."""
+        """The provenance of work on `device` in this process."""
         return cls(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             kvpref_version=kvpref.__version__,
@@ -61,7 +58,7 @@ class Provenance:
         )
 
     def line(self) -> str:
-        """One line for the head of a table."""
+        """A line for the heading of a table."""
         threads = f"{self.num_threads} thread{'s' if self.num_threads != 1 else ''}"
         machine = self.gpu or f"{self.cpu}, {threads}"
         return f"{machine}; torch {self.torch_version}, transformers {self.transformers_version}, {self.date}"
@@ -80,7 +77,7 @@ def _num_cpus() -> int:
 
 
 def _cpu_model() -> str:
-    """The name in /proc/cpuinfo, where there is one; `platform.processor()` is empty or the architecture on Linux."""
+    """The name in /proc/cpuinfo, if any; on Linux `platform.processor()` is empty or only the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -25,7 +25,7 @@ from kvpref.records.outputs import ResponseLogps, ResponseRewards
 from kvpref.records.requests import HeadOptions
 
 BASELINE_MODE = "packed"
-"""What modes are compared with: the same kernels and no padding, every prompt repeated."""
+"""The baseline of modes: the same kernels and no padding, with every prompt repeated."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,17 +39,17 @@ class StepMicroBatch:
     """Reference log-probs, if the loss needs any."""
 
     weight: float
-    """Its share of the step's loss units, so that the step's loss does not depend on the cut."""
+    """Its share of the step's loss units, so that the step's loss does not depend on how it is cut."""
 
 
 class StepOutcome(NamedTuple):
-    """What a step computed; equal in every mode, to rounding."""
+    """The results of a step; equal in every mode, up to rounding."""
 
     loss: float
     """Loss of the whole step."""
 
     mean_token_logp: float
-    """Mean log-prob of the scored tokens, in nats, or mean reward: the loss can hide an error in both responses."""
+    """Mean log-prob of the scored tokens, in nats, or mean reward; the loss can hide an error in both responses."""
 
 
 class TrainStep:
@@ -58,9 +58,9 @@ class TrainStep:
     Args:
         model: Attached model.
         loss: As for `kvpref.forward_backward`.
-        micro_batches: What the step runs, one after another.
+        micro_batches: The micro-batches, run one after another.
         mode: As in `kvpref.response_logps`.
-        optimizer: Stepped at the end of each run; None leaves the weights as they are.
+        optimizer: Stepped at the end of each run; None leaves the weights unchanged.
         options: How it runs in this mode; the defaults if None.
     """
 
@@ -86,7 +86,7 @@ class TrainStep:
         return torch.stack(losses).sum()
 
     def check(self) -> StepOutcome:
-        """Run every micro-batch without the optimizer and tell what came out."""
+        """Run every micro-batch without the optimizer and return the results."""
         self.model.zero_grad(set_to_none=True)
         seen: list[torch.Tensor] = []
         recording = RecordingLoss(self.loss, lambda policy: seen.append(_values(policy)))
@@ -97,11 +97,11 @@ class TrainStep:
         return StepOutcome(loss, float(values.sum()) / max(1, values.numel()))
 
     def work(self, rules: Iterable[Rule] = ()) -> Work:
-        """Counts of what one run computes; of attention under these rules too."""
+        """Counts of what one run computes, also for attention under these rules."""
         return total_work(count_work(item.batch.plan(self.mode), rules) for item in self.micro_batches)
 
     def flops(self) -> Flops:
-        """FLOPs of one run that keeps all that its forwards make; towers of images run once per step to count them."""
+        """FLOPs of one run without recomputation; image towers run once per step to count them."""
         shape, vision = model_shape(self.model), VisionFlops(self.model)
         images = sum(
             vision.of(item.batch.plan(self.mode).images, item.batch.image_inputs()) for item in self.micro_batches
@@ -109,7 +109,7 @@ class TrainStep:
         return shape.flops(self.work(shape.rules))._replace(vision=images)
 
     def resident_bytes(self) -> int:
-        """Bytes of the weights, the buffers and the optimizer's state, as they are now."""
+        """Current bytes of the weights, the buffers and the optimizer's state."""
         state = self.optimizer.state.values() if self.optimizer is not None else ()
         kept = [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *kept))
@@ -133,14 +133,14 @@ def make_micro_batches(
     mode: str,
     device: torch.device,
 ) -> tuple[StepMicroBatch, ...]:
-    """Collate the micro-batches of a step and compute the reference log-probs with the weights as they are.
+    """Collate the micro-batches of a step and compute the reference log-probs with the current weights.
 
     Args:
         model: Attached model; it is its own reference.
         cut: The groups of each micro-batch.
-        loss: Its units weight the micro-batches; it says whether a reference is needed.
-        mode: Whose plans to build.
-        device: Where the tensors go.
+        loss: Its units weight the micro-batches; it decides whether a reference is needed.
+        mode: The mode to build plans for.
+        device: The device of the tensors.
     """
     wrapped = as_loss(loss)
     reads = reads_of(model, wrapped.reads)
@@ -158,11 +158,11 @@ def make_micro_batches(
 
 @torch.no_grad()
 def _reference(model: nn.Module, batch: Batch, head: HeadOptions) -> ResponseLogps:
-    # In one mode for all: a mode that is its own reference would cancel its own error.
+    # The same mode for all: a mode with its own reference would cancel its own error.
     return response_logps(model, batch, mode=BASELINE_MODE, head=HeadOptions(temperature=head.temperature))
 
 
 def _values(policy: ResponseLogps | ResponseRewards) -> torch.Tensor:
-    """What a loss reads: log-probs of tokens, or rewards; one dimension, float64."""
+    """The values a loss reads, log-probs of tokens or rewards; one-dimensional, float64."""
     values = policy.rewards if isinstance(policy, ResponseRewards) else policy.token_logps
     return values.detach().double()

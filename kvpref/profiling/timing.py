@@ -1,7 +1,7 @@
-"""Time several cases against one another on a machine that may do other things at the same time.
+"""Times several cases against one another on a machine that may be busy with other work.
 
-The cases take turns inside each round, in one process, so that a slow phase of the machine falls on all of them; what
-is compared are the ratios inside a round.
+The cases take turns inside each round, in one process, so that a slow phase of the machine affects all of them; ratios
+are compared within a round.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from kvpref.errors import InputError
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
-"""Name -> seconds. ``wall`` is what a user waits for. ``process`` counts only what this process computes, in all of its
-threads: for a machine that others use too, with one thread (threads that wait for one another count as well)."""
+"""Name -> clock in seconds. ``wall`` is what a user waits for. ``process`` counts only what this process computes, in
+all its threads: for shared machines, with one thread (threads that wait for one another count as well)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +27,16 @@ class TimingOptions:
     """Rounds; every case is timed once in each."""
 
     num_warmup: int = 1
-    """Rounds before them that are not counted: allocations, page faults, kernel selection."""
+    """Uncounted rounds before them, for allocations, page faults and kernel selection."""
 
     budget_s: float | None = None
-    """No new round starts after so many seconds, once there are `min_rounds`. None puts no limit."""
+    """No new round starts after this many seconds, once there are `min_rounds`; None for no limit."""
 
     min_rounds: int = 3
-    """Rounds that run whatever the budget; the lower of it and `num_rounds` holds."""
+    """Rounds that run whatever the budget, but no more than `num_rounds`."""
 
     clock: str = "wall"
-    """One of `CLOCKS`. CUDA devices have their own."""
+    """One of `CLOCKS`; CUDA devices have their own."""
 
     def __post_init__(self) -> None:
         for name in ("num_rounds", "min_rounds"):
@@ -53,16 +53,16 @@ def time_rounds(
 ) -> dict[str, tuple[float, ...]]:
     """Time every case once per round.
 
-    The first case of a round changes from round to round, so that no case always follows the same other one.
+    The first case changes from round to round, so that no case always follows the same other one.
 
     Args:
-        cases: Name -> what to time; called without arguments.
-        device: Where the work runs. On CUDA the events of the current stream measure it, from an idle device until
+        cases: Name -> function to time; called without arguments.
+        device: The device the work runs on. On CUDA, events of the current stream measure it, from an idle device until
             the last kernel has ended; elsewhere the clock does.
         options: `TimingOptions()` if None.
 
     Returns:
-        Name -> milliseconds per round, as many for every case.
+        Name -> milliseconds per round, equally many for every case.
     """
     options = options or TimingOptions()
     names = list(cases)

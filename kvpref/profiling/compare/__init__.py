@@ -1,1 +1,1 @@
-"""One step in several modes: time, memory and differences of results, beside what FLOPs allow."""
+"""One step in several modes: time, memory and differences of results, compared with what FLOPs allow."""

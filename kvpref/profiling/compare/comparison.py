@@ -1,4 +1,4 @@
-"""Measure cases against a baseline, beside the speed-up that their FLOPs allow."""
+"""Measures cases against a baseline, with the speed-up that their FLOPs allow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Case:
     """One way to do the work of a comparison."""
 
     name: str
-    """What tables and plots call it."""
+    """Its name in tables and plots."""
 
     run: Callable[[], object]
     """Does the work once."""
@@ -29,42 +29,39 @@ class Case:
     """FLOPs of one run."""
 
     resident_bytes: Callable[[], int] = int
-    """Bytes that are held before a run and stay: weights, optimizer state. Read for peak memory on a CPU."""
+    """Bytes held before a run that stay: weights, optimizer state. Used for peak memory on a CPU."""
 
     facts: Mapping[str, Fact] = field(default_factory=dict)
-    """Counts that stand beside the times in the report (tokens, say)."""
+    """Counts to report beside the times, such as tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """What was measured of one case."""
+    """The measurements of one case."""
 
     name: str
-    """As in `Case`."""
 
     time_ms: Spread
     """Time of one run, in milliseconds."""
 
     speedup: Spread
-    """Time of the baseline over this case's, taken inside each round."""
+    """Time of the baseline over this case's, within each round."""
 
     ideal: float
     """FLOPs of the baseline over this case's."""
 
     efficiency: Spread
-    """Speed-up over ideal; 1 means that every FLOP that was saved saved its time."""
+    """Speed-up over ideal; 1 means that every saved FLOP saved its share of time."""
 
     flops: int
-    """FLOPs of one run."""
 
     peak_bytes: int | None
-    """Most bytes that tensors held at once in one run; None where it was not measured."""
+    """Most bytes that tensors held at once in one run; None if not measured."""
 
     rounds_ms: tuple[float, ...]
     """Time per round, in milliseconds."""
 
     facts: Mapping[str, Fact]
-    """As in `Case`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,29 +69,28 @@ class Comparison:
     """The cases in one setting."""
 
     name: str
-    """The setting: a workload, say."""
+    """The setting, such as a workload."""
 
     baseline: str
     """Name of the case that the others are compared with."""
 
     results: tuple[CaseResult, ...]
-    """One per case."""
 
     facts: Mapping[str, Fact] = field(default_factory=dict)
     """Counts of the setting."""
 
     bar: float | None = None
-    """Efficiency that the cases besides the baseline are held to; None where there is no such bar."""
+    """Efficiency that cases other than the baseline must reach; None for no bar."""
 
     held: tuple[str, ...] = ()
-    """Names of those that are held to it; all of them if empty."""
+    """Names of the cases held to it; all if empty."""
 
     def contenders(self) -> tuple[CaseResult, ...]:
-        """The results besides the baseline's."""
+        """The results of all cases except the baseline."""
         return tuple(result for result in self.results if result.name != self.baseline)
 
     def verdict(self, result: CaseResult) -> str:
-        """``met`` or ``missed`` by the median, and nothing for the baseline or where no bar is held against it."""
+        """``met`` or ``missed`` by the median; empty for the baseline and cases without a bar."""
         if self.bar is None or result.name == self.baseline or (self.held and result.name not in self.held):
             return ""
         return "met" if result.efficiency.median >= self.bar else "missed"
@@ -108,10 +104,10 @@ def compare(
     options: TimingOptions | None = None,
     with_memory: bool = True,
 ) -> tuple[CaseResult, ...]:
-    """Time the cases in turns and set each beside the baseline.
+    """Time the cases in turns and compare each with the baseline.
 
     Args:
-        cases: With different names, the baseline among them.
+        cases: Cases with different names, including the baseline.
         baseline: Name of the case that the others are compared with.
         device: Where the work runs.
         options: Rounds and warm-up.

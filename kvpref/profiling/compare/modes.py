@@ -1,4 +1,4 @@
-"""The modes on the same step: first whether they compute the same, then what each one takes."""
+"""The modes on the same step: first whether their results agree, then what each one takes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from kvpref.records.groups import Group
 Cut = Sequence[Sequence[Group]]
 """The groups of each micro-batch of a step."""
 
-# Sums over thousands of tokens in another order; a wrong prompt or position costs whole nats. In 16 bits a token's
-# log-prob is off by some hundredths of a nat, and a loss reads sums over whole responses.
+# Sums over thousands of tokens in a different order; a wrong prompt or position costs whole nats. In 16 bits a token's
+# log-prob is off by a few hundredths of a nat, and a loss reads sums over whole responses.
 _TOLERANCE = {torch.float64: StepOutcome(1e-9, 1e-9), torch.float32: StepOutcome(1e-4, 1e-4)}
 _TOLERANCE_16_BIT = StepOutcome(loss=0.1, mean_token_logp=2e-2)
 
@@ -31,13 +31,13 @@ class ModeComparison:
     """What the modes took for one step, and what they computed."""
 
     results: tuple[CaseResult, ...]
-    """One per mode that was timed."""
+    """One result per timed mode."""
 
     outcomes: Mapping[str, StepOutcome]
     """What each mode computed before anything was timed."""
 
     different: Mapping[str, str]
-    """Modes that were not timed, because their results differ from the baseline's: mode -> how."""
+    """Modes that were not timed because their results differ from the baseline's: mode -> difference."""
 
 
 def compare_modes(
@@ -61,7 +61,7 @@ def compare_modes(
         backend: Attention backend, or ``auto``.
         options: Rounds and warm-up.
         with_memory: As in `compare`.
-        on_start: Told the mode whose results are computed next.
+        on_start: Called with the mode whose results are computed next.
 
     Raises:
         InputError: If the baseline mode is missing. As `kvpref.forward_backward` otherwise.
@@ -107,11 +107,11 @@ def step_case(step: TrainStep) -> Case:
 def find_differences(
     outcomes: Mapping[str, StepOutcome], tolerance: StepOutcome, baseline: str = BASELINE_MODE
 ) -> dict[str, str]:
-    """The modes whose loss or mean log-prob is not that of the baseline mode, and by how much.
+    """The modes whose loss or mean log-prob differs from the baseline mode's, and by how much.
 
     Args:
-        outcomes: Mode -> what it computed, the baseline mode among them.
-        tolerance: Largest difference of each value, relative to the baseline's where that is above 1.
+        outcomes: Mode -> its results, including the baseline mode.
+        tolerance: Largest allowed difference of each value, relative to the baseline's value if that is above 1.
         baseline: The mode that the others are compared with.
     """
     truth = outcomes[baseline]

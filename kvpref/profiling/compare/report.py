@@ -21,30 +21,29 @@ class Column(NamedTuple):
     """One more column of a table of comparisons."""
 
     title: str
-    """Its head."""
+    """The column's heading."""
 
     text: Callable[[CaseResult], str]
-    """Its cell for a case."""
+    """Gives the cell of a case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one run of a benchmark found."""
+    """The results of one benchmark run."""
 
     title: str
-    """What was compared."""
 
     provenance: Provenance
-    """Where and with what."""
+    """Machine, versions and date."""
 
     settings: Mapping[str, Any]
     """How it was run; JSON values."""
 
     comparisons: tuple[Comparison, ...]
-    """One per setting that was measured."""
+    """One per measured setting."""
 
     skipped: Mapping[str, str]
-    """Settings or cases that were not measured -> why."""
+    """Settings or cases that were not measured, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; every comparison with its verdicts."""
@@ -69,7 +68,7 @@ def comparison_table(report: Report, extra: Sequence[Column] = ()) -> Table:
     """Medians, their spread, and the ideal beside each speed-up.
 
     Args:
-        report: What to print.
+        report: The report to print.
         extra: Columns between the times and the speed-ups.
     """
     from rich.table import Table
@@ -100,7 +99,7 @@ def comparison_table(report: Report, extra: Sequence[Column] = ()) -> Table:
 
 
 def format_ms(spread: Spread) -> str:
-    """Milliseconds with three digits that mean something, or seconds above ten."""
+    """Milliseconds with three significant digits, or seconds above ten."""
     unit, factor = ("s", 1e-3) if spread.median >= 10_000 else ("ms", 1.0)
     digits = max(0, 2 - len(str(int(spread.median * factor))) + 1)
     low, middle, high = (

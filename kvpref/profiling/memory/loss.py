@@ -1,4 +1,4 @@
-"""A loss for measuring memory: groups of any size, with scores or without, and no reference model."""
+"""A loss for measuring memory: groups of any size, with or without scores, and no reference model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kvpref.records.outputs import ResponseLogps
 def weighted_likelihood(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
     """Minus the responses' log-probs, each weighted by ``(1 + score - mean score of its group) / N``; mean over groups.
 
-    A policy gradient with the group's mean as baseline, beside a likelihood that keeps gradients where all scores are
-    equal or missing. Unrated responses count as average ones. `reference` is not read.
+    A policy gradient with the group's mean as baseline, plus a likelihood that keeps gradients nonzero if all scores
+    are equal or missing. Unrated responses count as average ones. `reference` is ignored.
     """
     weights = [weight for group in batch.groups for weight in response_weights(group)]
     sums = policy.sum()
@@ -23,7 +23,7 @@ def weighted_likelihood(policy: ResponseLogps, reference: ResponseLogps | None, 
 
 
 def response_weights(group: Group) -> list[float]:
-    """The weight of each response of a group; they add up to 1."""
+    """The weight of each response of a group; they sum to 1."""
     scores = group.scores or (None,) * len(group)
     rated = [score for score in scores if score is not None]
     mean = sum(rated) / max(1, len(rated))

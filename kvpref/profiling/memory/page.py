@@ -12,7 +12,7 @@ from kvpref.profiling.memory.profile import MemoryProfile
 from kvpref.profiling.memory.report import MemoryReport, case_label, format_bytes
 from kvpref.profiling.memory.style import in_order
 
-# Browsers are told to load nothing, so that a mistake shows as a missing picture and never as a request.
+# Browsers may load nothing, so that a mistake shows as a missing picture and never as a request.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _CSS = """

@@ -1,4 +1,4 @@
-"""Peak memory of one call, as PyTorch's own allocators count it."""
+"""Peak memory of one call, as counted by PyTorch's allocators."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from kvpref.profiling.quiet_profiler import quiet_profile
+
 _MEASURED = "kvpref: the measured call"
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device, resident_bytes: int) -> int:
-    """Most bytes that tensors held at once during one call, those held before it included.
+    """Most bytes that tensors held at once during one call, including those held before it.
 
-    On CUDA the allocator knows. The CPU's allocator reports to the profiler what is allocated and freed while that
-    watches; so the function is called twice, and the second call is measured: what the first one leaves behind (the
-    gradients of a step, say) is then known.
+    On CUDA the allocator knows. The CPU's allocator reports allocations to a running profiler; so the function is
+    called twice, and the second call is measured: what the first leaves behind, such as gradients, is then known.
 
     Args:
-        function: What to measure.
-        device: Where it works.
-        resident_bytes: For the CPU: bytes that were held before and stay (weights, optimizer state).
+        function: The call to measure.
+        device: The device it uses.
+        resident_bytes: For the CPU: bytes held before that stay (weights, optimizer state).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -30,7 +31,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device, resident_by
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with quiet_profile([ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
         with record_function(_MEASURED):
             function()
@@ -38,7 +39,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device, resident_by
 
 
 def _highest_total(profiler: profile) -> int:
-    """The most that allocations exceeded frees by, from the marker on."""
+    """The largest excess of allocations over frees since the marker."""
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = list(_flatten(profiler.profiler.kineto_results.experimental_event_tree()))
@@ -55,7 +56,7 @@ def _highest_total(profiler: profile) -> int:
         elif change.ptr in held:
             held.remove(change.ptr)
         else:
-            continue  # allocated before the profiler watched: not part of the total, so neither is its end
+            continue  # allocated before the profiler started: not part of the total, so neither is freeing it
         total += change.alloc_size
         if time_ns >= began:
             highest = max(highest, total)

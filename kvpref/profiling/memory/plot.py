@@ -28,17 +28,17 @@ SHORT_NAMES = {
     "recompute vision tower": "rv",
     "vision tower": "v",
 }
-"""In timelines: ``backward pass 2`` is b2 where its name has no room."""
+"""Short names in timelines: ``backward pass 2`` becomes b2 if there is no room."""
 
 _MIB = 2**20
-_CHARACTER_WIDTH = 0.0105  # of the width of a timeline
+_CHARACTER_INCHES, _LEGEND_INCHES = 0.068, 2.6  # of a region's name, and beside a timeline
 _RC: Any = {"svg.fonttype": "none", "hatch.linewidth": 0.5, "font.size": 10, "font.family": "sans-serif"}
-# What svg would say about itself; left out, so that a page holds no addresses.
+# SVG metadata, left out so that a page contains no URLs.
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 def require_matplotlib() -> None:
-    """Fail early where pictures cannot be drawn.
+    """Fail early if pictures cannot be drawn.
 
     Raises:
         InputError: If matplotlib is not installed.
@@ -50,7 +50,7 @@ def require_matplotlib() -> None:
 
 
 def draw_report(report: MemoryReport, path: Path) -> None:
-    """Write a PNG: peaks by the number of responses where several were measured, and what is held at the peaks.
+    """Write a PNG: peaks by number of responses, if several were measured, and what is held at the peaks.
 
     Raises:
         InputError: If matplotlib is not installed.
@@ -63,13 +63,13 @@ def draw_report(report: MemoryReport, path: Path) -> None:
 
 
 def render_svg(plots: Sequence[Plot], size: tuple[float, float], *, name: str, label: str) -> str:
-    """Pictures side by side as one SVG to stand inside an HTML page.
+    """Pictures side by side as one SVG for use inside an HTML page.
 
     Args:
         plots: What to draw, from left to right.
         size: Width and height, in inches.
-        name: Goes before every id, so that pictures on one page do not share any.
-        label: What readers who cannot see it are told.
+        name: Prefix of every id, so that pictures on one page share none.
+        label: Text for readers who cannot see it.
 
     Raises:
         InputError: If matplotlib is not installed.
@@ -81,7 +81,7 @@ def render_svg(plots: Sequence[Plot], size: tuple[float, float], *, name: str, l
     svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # hundredths of a point
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
-    # The page decides how wide it is; viewBox keeps the proportions.
+    # The page decides the width; viewBox keeps the proportions.
     return re.sub(r'<svg ([^>]*?)\s?width="[^"]*"', rf'<svg role="img" aria-label="{label}" \1', svg, count=1).replace(
         f' height="{size[1] * 72:g}pt"', "", 1
     )
@@ -164,7 +164,7 @@ def plot_timeline(ax: Any, timeline: Sequence[MemorySnapshot]) -> None:
 
 
 def thin(points: Sequence[MemorySnapshot], most: int) -> list[MemorySnapshot]:
-    """At most so many points: of each stretch the highest, and of the whole the first and the last."""
+    """At most `most` points: the highest of each stretch, and the first and last of all."""
     if len(points) <= most:
         return list(points)
     inner, stretches = points[1:-1], most - 2
@@ -174,13 +174,16 @@ def thin(points: Sequence[MemorySnapshot], most: int) -> list[MemorySnapshot]:
 
 
 def _draw_regions(ax: Any, points: Sequence[MemorySnapshot]) -> None:
-    """A tick where one region ends and the next begins, and the names of those that are wide enough to hold them."""
+    """A tick between regions, and the names of those wide enough to hold them."""
     first, last = points[0].event, max(points[-1].event, points[0].event + 1)
+    # The layout comes later: what an axis will have, about.
+    inches = ax.figure.get_figwidth() / ax.get_subplotspec().get_gridspec().ncols - _LEGEND_INCHES
+    character_width = _CHARACTER_INCHES / inches
     start = first
     for name, inside in groupby(points, key=lambda point: point.region):
         stop = list(inside)[-1].event
         width = (stop - start) / (last - first)
-        label = next((text for text in _labels(name) if width > _CHARACTER_WIDTH * (len(text) + 1)), "")
+        label = next((text for text in _labels(name) if width > character_width * (len(text) + 1)), "")
         ax.text((start + stop) / 2, 0.985, label, transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=8)
         if width > 0.01:
             ax.axvline(stop, ymin=0.93, color="#777777", linewidth=0.7)
@@ -188,7 +191,7 @@ def _draw_regions(ax: Any, points: Sequence[MemorySnapshot]) -> None:
 
 
 def _labels(region: str | None) -> tuple[str, ...]:
-    """What a region may be called, the longest first."""
+    """Possible names of a region, longest first."""
     name = region or ""
     short = name
     for word, letter in SHORT_NAMES.items():
@@ -197,18 +200,18 @@ def _labels(region: str | None) -> tuple[str, ...]:
 
 
 def _area(category: str, *, linewidth: float) -> dict[str, Any]:
-    """How matplotlib fills the area of a category."""
+    """matplotlib's arguments for filling the area of a category."""
     style = fill_style(category)
     return {"facecolor": style.color, "hatch": style.hatch, "edgecolor": "black", "linewidth": linewidth}
 
 
 def _beside(flags: Sequence[bool]) -> list[bool]:
-    """Which entries are set, or stand beside one that is: a layer ends where it has shrunk to nothing."""
+    """Which entries are set or next to one that is, so that layers shrink to nothing at their ends."""
     return [any(flags[max(0, index - 1) : index + 2]) for index in range(len(flags))]
 
 
 def _legend_beside(ax: Any) -> None:
-    """From top to bottom as the stack stands."""
+    """A legend in the order of the stack, from top to bottom."""
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handleheight=1.3)
 
@@ -218,10 +221,11 @@ def _render(plots: Sequence[Plot], size: tuple[float, float], target: Path | io.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(_RC):
         # No pyplot: it would choose a backend for the whole process.
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
         FigureCanvasAgg(figure)
         for ax, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
             plot(ax)

@@ -1,4 +1,4 @@
-"""What a real training step holds in memory: measured, and split into kinds of data."""
+"""What a real training step holds in memory, measured and split by kind of data."""
 
 from __future__ import annotations
 
@@ -16,61 +16,58 @@ from kvpref.profiling.memory.timeline import MemorySnapshot
 from kvpref.profiling.memory.tracker import GRADIENTS, OTHER, PREFIX_KV, MemoryTracker
 
 MAX_HISTORY_ENTRIES = 200_000
-"""Allocations that a snapshot of CUDA's allocator looks back on."""
+"""Most allocations in a snapshot of CUDA's allocator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryProfile:
-    """What one step held."""
+    """The memory that one step held."""
 
     name: str
-    """As `MemoryCase.name`."""
 
     variant: str
-    """As in `MemoryCase`."""
 
     num_responses: int | None
-    """As in `MemoryCase`."""
 
     facts: Mapping[str, int]
     """Counts of the step: micro-batches, sequences, tokens."""
 
     peak: MemorySnapshot
-    """The most that was held at once. What the allocator counted beyond the tracker is in ``other``."""
+    """The most that was held at once. What the allocator counts beyond the tracker is in ``other``."""
 
     tracked_bytes: int
-    """The peak by the tracker alone."""
+    """The peak according to the tracker alone."""
 
     allocated_bytes: int
-    """The peak by PyTorch's allocator: it counts the workspace of kernels too, and on CUDA rounds sizes up."""
+    """The peak according to PyTorch's allocator, which includes workspaces of kernels and, on CUDA, rounds sizes up."""
 
     reserved_bytes: int | None
     """Most that CUDA's allocator took from the device; None on other devices."""
 
     peak_by_region: Mapping[str, MemorySnapshot]
-    """Region -> the most that was held while it ran, by the tracker."""
+    """Region -> the most that was held while it ran, according to the tracker."""
 
     prefix_bytes: int
     """Most bytes that held prefix keys and values."""
 
     prefix_size: PrefixSize
-    """What they should be."""
+    """Their size according to the formula."""
 
     timeline: tuple[MemorySnapshot, ...]
-    """What was held over the step, by the tracker."""
+    """What was held over the step, according to the tracker."""
 
     allocator_snapshot: str | None
-    """File for PyTorch's memory viewer (https://pytorch.org/memory_viz); None where none was written."""
+    """File for PyTorch's memory viewer (https://pytorch.org/memory_viz); None if none was written."""
 
 
 def profile_step(step: ProfiledStep, *, snapshot: Path | None = None) -> MemoryProfile:
     """Run a step a few times and measure it.
 
-    The first run warms up: optimizer states and gradients are then there as in the middle of a training.
+    The first run warms up, so that optimizer states and gradients exist as in the middle of training.
 
     Args:
-        step: What to run; its weights change.
-        snapshot: Where to write a snapshot of CUDA's allocator; on other devices none is written.
+        step: The step to run; its weights change.
+        snapshot: Where to write a snapshot of CUDA's allocator; ignored on other devices.
     """
     step.run()
     with MemoryTracker(step.model, step.optimizer, keep_timeline=True) as tracker:
@@ -78,7 +75,7 @@ def profile_step(step: ProfiledStep, *, snapshot: Path | None = None) -> MemoryP
         step.run()
     at_end = tracker.current
     resident_bytes = at_end.total_bytes - at_end.bytes_by_category.get(GRADIENTS, 0)
-    # The profiler would count freeing what was allocated before it watched, where an earlier one had seen that address.
+    # The profiler would count frees of earlier allocations if an earlier profiler had seen their address.
     step.model.zero_grad(set_to_none=True)
     allocated_bytes = peak_bytes(step.run, step.device, resident_bytes)
     on_cuda = step.device.type == "cuda"
@@ -112,18 +109,18 @@ def profile_cases(
     snapshots: Path | None = None,
     on_start: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[MemoryProfile], dict[str, str]]:
-    """Profile case after case; one that does not fit into memory is left out, and the others go on.
+    """Profile case after case; a case that does not fit into memory is skipped.
 
     Args:
-        model: Attached model, in training mode, where it is to run.
-        cases: What to measure.
+        model: An attached model, in training mode, on its device.
+        cases: The cases to measure.
         loss: As for `kvpref.forward_backward`.
-        optimizer: Part of each step; shared by the cases, as the model is.
+        optimizer: Part of each step; shared by all cases, like the model.
         snapshots: Folder for the allocator's snapshots, on CUDA.
-        on_start: Told the name of the case that runs next.
+        on_start: Called with the name of the case that runs next.
 
     Returns:
-        The profiles, and case -> reason for those left out.
+        The profiles, and case -> reason for those skipped.
     """
     profiles: list[MemoryProfile] = []
     skipped: dict[str, str] = {}
@@ -141,7 +138,7 @@ def profile_cases(
 
 
 def record_allocations(run: Callable[[], object], path: Path) -> None:
-    """Write what CUDA's allocator did during a call, with stack traces, for https://pytorch.org/memory_viz."""
+    """Write a log of CUDA's allocator during a call, with stack traces, for https://pytorch.org/memory_viz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.cuda.memory._record_memory_history(max_entries=MAX_HISTORY_ENTRIES)
     try:
@@ -152,7 +149,7 @@ def record_allocations(run: Callable[[], object], path: Path) -> None:
 
 
 def _with_unseen(peak: MemorySnapshot, allocated_bytes: int) -> MemorySnapshot:
-    """The tracker's peak, with what the allocator counted beyond it as ``other``."""
+    """The tracker's peak, with the allocator's excess over it as ``other``."""
     unseen = max(0, allocated_bytes - peak.total_bytes)
     held = dict(peak.bytes_by_category)
     held[OTHER] = held.get(OTHER, 0) + unseen

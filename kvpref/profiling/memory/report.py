@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """What one run of the memory profiler found."""
+    """The results of one run of the memory profiler."""
 
     title: str
-    """What was measured."""
 
     provenance: Provenance
-    """Where and with what."""
+    """Machine, versions and date."""
 
     settings: Mapping[str, Any]
     """How it was run; JSON values."""
@@ -35,16 +34,16 @@ class MemoryReport:
     """One per variant and number of responses."""
 
     skipped: Mapping[str, str]
-    """Name of a case that was not measured -> why."""
+    """Cases that were not measured, with the reason."""
 
     @property
     def variants(self) -> list[str]:
-        """The variants that were measured, in order."""
+        """The measured variants, in order."""
         return list(dict.fromkeys(profile.variant for profile in self.profiles))
 
     @property
     def responses(self) -> list[int | None]:
-        """The numbers of responses that were measured, in order; one None where groups are whole."""
+        """The measured numbers of responses, in order; a single None if groups are whole."""
         return list(dict.fromkeys(profile.num_responses for profile in self.profiles))
 
     def find(self, variant: str, num_responses: int | None) -> MemoryProfile | None:
@@ -58,7 +57,6 @@ class MemoryReport:
         return [profile for profile in self.profiles if profile.num_responses == most]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
         return {
             "title": self.title,
             "provenance": asdict(self.provenance),
@@ -81,7 +79,7 @@ def _profile_to_json(profile: MemoryProfile) -> dict[str, Any]:
 
 
 def timeline_columns(timeline: Sequence[MemorySnapshot]) -> dict[str, Any]:
-    """A timeline as columns: the event and region of each point, and per category its bytes."""
+    """A timeline as columns: the event and region of each point, and the bytes of each category."""
     names = in_order({name for point in timeline for name in point.bytes_by_category})
     return {
         "event": [point.event for point in timeline],
@@ -91,7 +89,7 @@ def timeline_columns(timeline: Sequence[MemorySnapshot]) -> dict[str, Any]:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Three digits that mean something, in a binary unit."""
+    """Three significant digits, in a binary unit."""
     value, unit = float(num_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1000:
@@ -102,7 +100,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def case_label(num_responses: int | None) -> str:
-    """How tables call a number of responses."""
+    """The label of a number of responses in tables."""
     return "peak" if num_responses is None else f"N = {num_responses}"
 
 
@@ -147,7 +145,7 @@ def breakdown_table(profiles: Sequence[MemoryProfile]) -> Table:
 
 
 def prefix_lines(profiles: Sequence[MemoryProfile]) -> list[str]:
-    """Per profile that keeps prefix keys and values, what they took beside their formula."""
+    """For each profile that keeps prefix keys and values, their size and its formula."""
     return [
         f"{p.name}: prefix K/V {p.prefix_bytes} bytes; by the formula {p.prefix_size} = {p.prefix_size.num_bytes}"
         for p in profiles

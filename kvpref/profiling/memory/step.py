@@ -1,4 +1,4 @@
-"""A training step in each of the ways that memory is measured in."""
+"""A training step in each of the variants whose memory is measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VARIANTS: Mapping[str, EngineOptions] = {
     "packed": EngineOptions(mode="packed"),
     "padded": EngineOptions(mode="padded"),
 }
-"""Name -> how the step runs."""
+"""Name -> options of the step."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,10 +43,10 @@ class MemoryCase:
     """The groups of each of its micro-batches."""
 
     num_responses: int | None = None
-    """Responses that each group was cut down to; None where groups are whole."""
+    """Responses that each group was cut down to; None if groups are whole."""
 
     max_tokens_per_chunk: int | None = None
-    """As in `kvpref.forward_backward`; read by variant ``bounded`` only."""
+    """As in `kvpref.forward_backward`; used only by variant ``bounded``."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -54,12 +54,12 @@ class MemoryCase:
 
     @property
     def name(self) -> str:
-        """The variant, and the responses where groups were cut down."""
+        """The variant, and the number of responses if groups were cut down."""
         return self.variant if self.num_responses is None else f"{self.variant} N={self.num_responses}"
 
     @property
     def options(self) -> EngineOptions:
-        """How it runs."""
+        """The engine options it runs with."""
         options = VARIANTS[self.variant]
         if options.schedule != "bounded":
             return options
@@ -68,13 +68,11 @@ class MemoryCase:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValueSize:
-    """What attention layers of one size keep of a token."""
+    """The size of one token's keys and values in attention layers of one kind."""
 
     num_layers: int
-    """Attention layers."""
 
     num_kv_heads: int
-    """Key/value heads."""
 
     key_dim: int
     """Dimensions of a head's key."""
@@ -96,10 +94,10 @@ class KeyValueSize:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixSize:
-    """What the keys and values of shared prefixes take by the formula: all layers x tokens x itemsize."""
+    """The size of the keys and values of shared prefixes by the formula: all layers x tokens x itemsize."""
 
     layers: tuple[KeyValueSize, ...]
-    """The model's attention layers, those of one size together."""
+    """The model's attention layers, grouped by size."""
 
     num_tokens: int
     """Unique tokens whose keys and values are kept for later passes, in the largest micro-batch."""
@@ -109,7 +107,6 @@ class PrefixSize:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes."""
         return sum(layers.num_elements for layers in self.layers) * self.num_tokens * self.itemsize
 
     def __str__(self) -> str:
@@ -124,7 +121,7 @@ class ProfiledStep:
         model: Attached model, in training mode.
         loss: As for `kvpref.forward_backward`.
         optimizer: Steps at the end.
-        case: What to run.
+        case: The case to run.
     """
 
     def __init__(
@@ -149,7 +146,6 @@ class ProfiledStep:
             self.optimizer.step()
 
     def facts(self) -> dict[str, int]:
-        """Counts of the step."""
         batches = [item.batch for item in self.micro_batches]
         return {
             "num_micro_batches": len(batches),
@@ -160,7 +156,7 @@ class ProfiledStep:
         }
 
     def prefix_size(self) -> PrefixSize:
-        """What the prefix keys and values of the largest micro-batch take."""
+        """The size of the prefix keys and values of the largest micro-batch."""
         return PrefixSize(
             layers=_key_value_sizes(attention_shapes(unwrap(self.model))),
             num_tokens=max(self._num_prefix_tokens(item.batch) for item in self.micro_batches),
@@ -173,10 +169,9 @@ class ProfiledStep:
         if self.options.schedule == "full":
             return sum(item.input_ids.numel() for item in batch.plan("two_pass").passes[:-1])
         limit = self.options.chunk_tokens or batch.num_unique_tokens
-        parents = {segment.parent for segment in batch.tree.segments}
-        segments = enumerate(batch.tree.segments)
-        # Pieces of a segment that is longer than a chunk are read by its later pieces.
-        return sum(len(segment) for index, segment in segments if index in parents or len(segment) > limit)
+        tree = batch.tree
+        # Earlier pieces of a segment longer than a chunk are read by its later pieces.
+        return int(tree.lengths[tree.has_children | (tree.lengths > limit)].sum())
 
     def _forward_backward(self, item: StepMicroBatch) -> None:
         forward_backward(
@@ -190,7 +185,7 @@ class ProfiledStep:
 
 
 def _key_value_sizes(kinds: Iterable[AttentionShape]) -> tuple[KeyValueSize, ...]:
-    """What a token's keys and values take, whatever the rules of the layers that read them."""
+    """Sizes of a token's keys and values, whatever the rules of the layers."""
     counts = Counter[tuple[int, int, int]]()
     for kind in kinds:
         counts[kind.num_kv_heads, kind.head_dim, kind.value_dim] += kind.num_layers

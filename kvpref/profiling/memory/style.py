@@ -1,7 +1,7 @@
-"""How kinds of data and variants look in pictures: the same everywhere, told apart without colour too.
+"""How kinds of data and variants look in pictures: consistent, and distinguishable without colour.
 
-The colours are those of Okabe and Ito (2008, "Color universal design") and tints of them; every category that can
-stand beside another has a hatch or a lightness of its own, every variant a marker and a dash of its own.
+The colours are those of Okabe and Ito (2008, "Color universal design") and tints of them; neighbouring categories
+differ in hatch or lightness, and every variant has its own marker and dash.
 """
 
 from __future__ import annotations
@@ -13,26 +13,23 @@ from kvpref.profiling.memory import tracker as kinds
 
 
 class FillStyle(NamedTuple):
-    """Of the area of a category."""
+    """Style of a category's area."""
 
     color: str
-    """Hex."""
 
     hatch: str
-    """As matplotlib spells it; of lines only, because dots and stars make SVGs many times as long."""
+    """matplotlib's hatch; lines only, because dots and stars make SVGs many times longer."""
 
 
 class LineStyle(NamedTuple):
-    """Of the line of a variant."""
+    """Style of a variant's line."""
 
     color: str
-    """Hex."""
 
     marker: str
-    """As matplotlib spells it."""
 
     dash: str
-    """As matplotlib spells it."""
+    """matplotlib's line style."""
 
 
 _FILLS = {
@@ -59,7 +56,7 @@ _ACTIVATION_FILLS = (
 )
 _UNKNOWN_FILL = FillStyle("#f0e442", "//")
 
-# Bottom to top of a stack: what stays for the whole step first, then what comes and goes.
+# Bottom to top of a stack: first what stays for the whole step, then what comes and goes.
 _ORDER = (
     kinds.PARAMETERS,
     kinds.OPTIMIZER,
@@ -84,7 +81,6 @@ _UNKNOWN_LINE = LineStyle("#000000", "x", "-")
 
 
 def fill_style(category: str) -> FillStyle:
-    """The area of a category."""
     if category.startswith(kinds.ACTIVATIONS) and category not in _FILLS:
         number = category.rpartition(" ")[2]
         return _ACTIVATION_FILLS[int(number) % len(_ACTIVATION_FILLS)] if number.isdigit() else _UNKNOWN_FILL
@@ -92,12 +88,11 @@ def fill_style(category: str) -> FillStyle:
 
 
 def line_style(variant: str) -> LineStyle:
-    """The line of a variant."""
     return _LINES.get(variant, _UNKNOWN_LINE)
 
 
 def in_order(categories: Iterable[str]) -> list[str]:
-    """Categories as they are stacked and listed."""
+    """Categories in the order in which they are stacked and listed."""
 
     def place(name: str) -> tuple[int, str]:
         if name in _ORDER:

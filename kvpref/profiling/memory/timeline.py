@@ -12,24 +12,24 @@ _MAX_POINTS = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySnapshot:
-    """What was held at one moment."""
+    """The memory held at one moment."""
 
     total_bytes: int
-    """Bytes of all storages that were alive."""
+    """Bytes of all live storages."""
 
     bytes_by_category: Mapping[str, int]
     """Category -> its bytes; categories without any are left out."""
 
     region: str | None
-    """The region that ran; None outside all."""
+    """The region that was running; None outside any."""
 
     event: int = 0
-    """How many changes (a storage made, freed or resized) came before: the time of a timeline."""
+    """How many changes (a storage made, freed or resized) came before: the time axis of a timeline."""
 
 
 @dataclass(kw_only=True)
 class Sample:
-    """A snapshot that can change: a storage may later turn out to be of another category."""
+    """A mutable snapshot: a storage may later turn out to belong to another category."""
 
     event: int
     region: str | None
@@ -37,28 +37,27 @@ class Sample:
     by_category: dict[str, int] = field(default_factory=dict)
 
     def change(self, category: str, num_bytes: int) -> None:
-        """Count an event that adds bytes, or takes them off if negative."""
+        """Count an event that adds bytes, or removes them if negative."""
         self.event += 1
         self.total += num_bytes
         self.by_category[category] = self.by_category.get(category, 0) + num_bytes
 
     def move(self, num_bytes: int, source: str, target: str) -> None:
-        """Count bytes under another category."""
+        """Move bytes to another category."""
         self.by_category[source] -= num_bytes
         self.by_category[target] = self.by_category.get(target, 0) + num_bytes
 
     def copy(self) -> Sample:
-        """This sample as it is now."""
         return Sample(event=self.event, region=self.region, total=self.total, by_category=dict(self.by_category))
 
     def freeze(self) -> MemorySnapshot:
-        """This sample for others to read."""
+        """An immutable snapshot of this sample."""
         held = {name: num_bytes for name, num_bytes in self.by_category.items() if num_bytes}
         return MemorySnapshot(total_bytes=self.total, bytes_by_category=held, region=self.region, event=self.event)
 
 
 class Timeline:
-    """Samples over time, thinned by halves whenever they become too many: of two neighbours the higher one stays.
+    """Samples over time, halved whenever there are too many: of two neighbours the higher one stays.
 
     The highest sample of all is never lost.
 
@@ -73,7 +72,7 @@ class Timeline:
         self._num_in_last = 0
 
     def add(self, sample: Sample) -> None:
-        """Keep a copy, unless a higher sample stands for its stretch of events."""
+        """Keep a copy, unless a higher sample represents its stretch of events."""
         if self._points and self._num_in_last < self._stride:
             if sample.total > self._points[-1].total:
                 self._points[-1] = sample.copy()

@@ -1,1 +1,1 @@
-"""Peaks predicted from a configuration, without memory for the model."""
+"""Peak memory predicted from a configuration, without memory for the model."""

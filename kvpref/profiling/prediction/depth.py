@@ -1,7 +1,7 @@
-"""A deep model's step from those of two shallow ones: layers that are alike hold alike.
+"""Extrapolates a deep model's step from those of two shallow ones, since identical layers hold equal memory.
 
 Of two traces, of k and k+1 layers, the longer one has one more block of operators wherever the shorter one repeats a
-layer's. What is held at an operator of some layer is affine in the number of layers before and behind it. So it is
+layer's. What is held at an operator of some layer is affine in the number of layers before and after it. So it is
 affine in the depth for the first layers, counted from the beginning of such a run, and for the last ones, counted from
 its end; and of the layers between, none holds more at an operator than the two outermost of them do. So the highest
 moment of n layers is the highest of the first and last layers' moments, each extended along its line.
@@ -16,20 +16,20 @@ from typing import NamedTuple
 
 from kvpref.profiling.prediction.step import Moment
 
-SHALLOW = 4
-"""Layers of the shallower trace: the first one, two like all those between, and the last one."""
+SHALLOW = 3
+"""Layers of the shallower trace: the first one, one like all those between, and the last one."""
 
 
 def extend(shallow: Sequence[Moment], deeper: Sequence[Moment], num_layers: int) -> list[Moment] | None:
-    """The moments among which the highest of a model of `num_layers` layers is.
+    """Moments that include the highest one of a model with `num_layers` layers.
 
     Args:
         shallow: The trace of `SHALLOW` layers.
-        deeper: The trace of one layer more.
+        deeper: The trace with one more layer.
         num_layers: At least as many as the deeper trace has.
 
     Returns:
-        The first of them is before the step. None if the traces do not differ by repeated layers only.
+        The moments, the first one before the step. None if the traces differ by more than repeated layers.
     """
     stretches = [_by_region(shallow), _by_region(deeper)]
     if [name for name, _ in stretches[0]] != [name for name, _ in stretches[1]]:
@@ -48,7 +48,7 @@ def _by_region(trace: Sequence[Moment]) -> list[tuple[str | None, list[Moment]]]
 
 
 def _align(short: Sequence[Moment], long: Sequence[Moment]) -> list[tuple[Moment, Moment]] | None:
-    """Moments of one stretch that are the same operator of the same layer, counted from the nearer end."""
+    """Pairs of moments of one stretch at the same operator of the same layer, counted from the nearer end."""
     insertions = _find_insertions(_operators(short), _operators(long))
     if insertions is None:
         return None
@@ -63,7 +63,7 @@ def _align(short: Sequence[Moment], long: Sequence[Moment]) -> list[tuple[Moment
 
 
 class _Insertion(NamedTuple):
-    """The longer list has `length` more names before the shorter one's `place`, as the `num_repeated` names there."""
+    """The longer list has `length` extra names before `place` in the shorter one, repeating `num_repeated` names."""
 
     place: int
     length: int
@@ -71,13 +71,13 @@ class _Insertion(NamedTuple):
 
 
 def _find_insertions(short: list[str], long: list[str], start: int = 0, shift: int = 0) -> list[_Insertion] | None:
-    """Where the longer list repeats a block once more; None if that is not all that differs.
+    """Where the longer list repeats a block once more; None if there are other differences.
 
     Args:
-        short: Names.
-        long: More names.
+        short: The shorter list of names.
+        long: The longer list of names.
         start: Where to begin in `short`.
-        shift: How many more names lie before in `long`.
+        shift: How many extra names come before in `long`.
     """
     place = start + _num_equal(short[start:], long[start + shift :])
     if place == len(short) and place + shift == len(long):

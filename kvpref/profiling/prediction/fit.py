@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from kvpref.data.batching.costs import SHARING_MODES
 from kvpref.engine.options import EngineOptions
@@ -11,33 +12,33 @@ from kvpref.profiling.prediction.peak import PeakPrediction, Predictor
 from kvpref.profiling.prediction.step import GroupShape
 
 _TOKENS_PER_CHUNK_STEP = range(256, 1025)
-"""Bounds on chunks are tried in multiples of a response's tokens, if that is a number in this range, or its start."""
+"""Chunk bounds are tried in multiples of a response's tokens, if these lie in this range, or else of its start."""
 
 MAX_TOKENS_TRIED = 2**19
-"""No larger micro-batch is tried, in tokens that run through the model."""
+"""Largest micro-batch tried, in tokens that run through the model."""
 
 MAX_RESPONSES_TRIED = 4096
-"""No larger group is tried."""
+"""Largest number of responses tried."""
 
 MAX_IMAGES_TRIED = 64
-"""No micro-batch with more runs of a tower is tried: many take images one by one, and so does predicting them."""
+"""Most runs of a tower in a micro-batch tried: many towers take images one by one, and so does predicting them."""
 
 _MAX_SECANTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariantPlan:
-    """What one way to run a micro-batch needs, and the largest one that fits."""
+    """What one way to run a micro-batch needs, and the largest micro-batch that fits."""
 
     name: str
     variant: EngineOptions
-    """With the largest `max_tokens_per_chunk` that fits, in the bounded schedule."""
+    """The options; in the bounded schedule, with the largest `max_tokens_per_chunk` that fits."""
 
     one_group: PeakPrediction
-    """For a micro-batch of one group; in the bounded schedule with `variant`'s bound, or the smallest one tried."""
+    """The peak for one group; in the bounded schedule with `variant`'s bound, or the smallest one tried."""
 
     num_groups: int
-    """Groups of the largest micro-batch that fits; 0 if one does not. One in the bounded schedule."""
+    """Groups of the largest micro-batch that fits; 0 if not even one fits. 1 in the bounded schedule."""
 
     largest: PeakPrediction | None
     """Its peak; None if nothing fits."""
@@ -46,10 +47,10 @@ class VariantPlan:
     """Its tokens, counted as the mode counts them; 0 if nothing fits."""
 
     max_responses: int
-    """The most responses of one group that fit; 0 if one does not. In the bounded schedule with `variant`'s bound."""
+    """Most responses of one group that fit; 0 if not even one fits. In the bounded schedule with `variant`'s bound."""
 
     at_limit: tuple[str, ...] = ()
-    """Which of ``groups`` and ``responses`` stopped at what is tried at most; more may fit."""
+    """Which of ``groups`` and ``responses`` reached the largest number tried; more may fit."""
 
     @property
     def fits(self) -> bool:
@@ -64,23 +65,32 @@ class Largest:
     """0 if none does."""
 
     at_limit: bool
-    """Whether it is the largest that was to be tried."""
+    """Whether it is the largest number allowed."""
 
 
 def largest_fitting(
-    peak_of: Callable[[int], int], budget_bytes: int, *, resident_bytes: int, first: int, limit: int
+    peak_of: Callable[[int], int],
+    budget_bytes: int,
+    *,
+    resident_bytes: int,
+    first: int,
+    limit: int,
+    lines_from: int = 1,
 ) -> Largest:
     """The largest number up to `limit` whose peak is within the budget.
 
-    Peaks grow with the number, nearly along a line: each try is where the line through the two tries before meets the
-    budget, and the search ends only when a number fits and the next one was tried and does not.
+    A peak is the highest of a step's moments, each of which grows along a line: so it bends upwards, and beyond two
+    numbers that were tried it lies on the line through them or above it. Each try is where the line through the two
+    tries before meets the budget. The search ends when a number was tried and fits, and the next one does not: by its
+    own peak, or by the line through two others.
 
     Args:
         peak_of: Number -> peak, in bytes.
-        budget_bytes: What must hold it.
-        resident_bytes: The peak that a number of 0 would have, about.
-        first: The number to try first, in 1 to `limit`.
+        budget_bytes: The memory that must hold it.
+        resident_bytes: The approximate peak of a number of 0.
+        first: The number to try first, from 1 to `limit`.
         limit: The largest number to try.
+        lines_from: The smallest number that runs as all larger ones do.
     """
     fits, fails = 0, limit + 1
     if resident_bytes >= budget_bytes:
@@ -93,8 +103,19 @@ def largest_fitting(
             fits = number
         else:
             fails = number
+        on_lines = [point for point in tried if point[0] >= lines_from]
+        if fits >= lines_from - 1 and _lines_exclude(on_lines, fits + 1, budget_bytes):
+            fails = fits + 1
         number = min(max(_next_try(tried, fits, fails, budget_bytes), fits + 1), fails - 1)
     return Largest(number=fits, at_limit=fits == limit)
+
+
+def _lines_exclude(tried: Sequence[tuple[int, int]], number: int, budget_bytes: int) -> bool:
+    """Whether a line through two numbers that were tried, and do not enclose this one, leaves the budget there."""
+    return any(
+        peak1 > peak0 and not n0 <= number <= n1 and peak1 + (number - n1) * (peak1 - peak0) // (n1 - n0) > budget_bytes
+        for (n0, peak0), (n1, peak1) in pairwise(sorted(tried))
+    )
 
 
 def _next_try(tried: Sequence[tuple[int, int]], fits: int, fails: int, budget_bytes: int) -> int:
@@ -111,10 +132,10 @@ def plan_variant(
 
     Args:
         name: For display.
-        variant: Its `max_tokens_per_chunk` is found here.
-        predictor: Of the model.
-        shape: Of the groups.
-        budget_bytes: What a step may hold.
+        variant: The options, whose `max_tokens_per_chunk` is found here.
+        predictor: The predictor of the model.
+        shape: The shape of the groups.
+        budget_bytes: Memory that a step may hold.
     """
     plan = _plan_bounded if variant.schedule == "bounded" else _plan_kept
     return plan(name, variant, predictor, shape, budget_bytes)
@@ -123,20 +144,21 @@ def plan_variant(
 def _plan_kept(
     name: str, variant: EngineOptions, predictor: Predictor, shape: GroupShape, budget_bytes: int
 ) -> VariantPlan:
-    """Schedules that keep the whole micro-batch: groups and responses add up."""
+    """For schedules that keep the whole micro-batch, where groups and responses add up."""
     given = shape.num_responses
     one = predictor.peak(variant, shape)
 
     def peak(num_groups: int, num_responses: int) -> PeakPrediction:
         return predictor.peak(variant, replace(shape, num_responses=num_responses), num_groups)
 
-    def search(peak_of: Callable[[int], PeakPrediction], first: int, limit: int) -> Largest:
+    def search(peak_of: Callable[[int], PeakPrediction], first: int, limit: int, lines_from: int = 1) -> Largest:
         return largest_fitting(
             lambda number: peak_of(number).total_bytes,
             budget_bytes,
             resident_bytes=one.resident_bytes,
             first=first,
             limit=limit,
+            lines_from=lines_from,
         )
 
     num_images = 0 if shape.start is None else len(shape.start.images)
@@ -148,7 +170,7 @@ def _plan_kept(
     if num_images and repeats:
         max_responses = min(max_responses, MAX_IMAGES_TRIED // num_images)
     groups = search(lambda number: peak(number, given), 1, max_groups)
-    responses = search(lambda number: peak(1, number), given, max(given, max_responses))
+    responses = search(lambda number: peak(1, number), given, max(given, max_responses), lines_from=2)
     return VariantPlan(
         name=name,
         variant=variant,
@@ -164,7 +186,7 @@ def _plan_kept(
 def _plan_bounded(
     name: str, variant: EngineOptions, predictor: Predictor, shape: GroupShape, budget_bytes: int
 ) -> VariantPlan:
-    """The bounded schedule: what adds up is a chunk.
+    """For the bounded schedule, where only a chunk adds up.
 
     Chunks of responses are alike, so bounds are tried with the responses of two chunks, and the result once with all.
     """
@@ -204,7 +226,7 @@ def _plan_bounded(
 
 
 def _bounded_responses(variant: EngineOptions, predictor: Predictor, shape: GroupShape, budget_bytes: int) -> int:
-    """By a line: more responses are more chunks, of which only what is kept per token adds up."""
+    """By linear extrapolation: more responses mean more chunks, of which only what is kept per token adds up."""
     assert variant.max_tokens_per_chunk is not None
     added = max(1, variant.max_tokens_per_chunk // shape.response_tokens)
     low, high = (
@@ -216,7 +238,7 @@ def _bounded_responses(variant: EngineOptions, predictor: Predictor, shape: Grou
 
 
 def num_tokens(mode: str, shape: GroupShape) -> int:
-    """Tokens of one group as `max_tokens_per_micro_batch` counts them in a mode."""
+    """Tokens of one group in a mode, counted like `max_tokens_per_micro_batch`."""
     return shape.unique_tokens if mode in SHARING_MODES else shape.total_tokens
 
 

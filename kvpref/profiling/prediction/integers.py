@@ -15,13 +15,21 @@ from torch.utils._pytree import tree_leaves
 from kvpref.profiling.memory.tracker import TOWER
 from kvpref.tracing import current_region
 
+_DEVICE = torch.ops.prim.device.default
+
 
 class RealIntegers(TorchDispatchMode):
     """To be entered inside all other modes."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `kvpref.profiling.prediction.kernels`
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device  # asked for more often than all else
         kwargs = kwargs or {}
         if (current_region() or "").endswith(TOWER) and _is_of_integers(func, args, kwargs):
             with _disable_current_modes():

@@ -46,6 +46,10 @@ def running_on(device_type: str, after_operator: Callable[[str], object]) -> Ite
 
 
 class _TargetKernels(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and PyTorch's guard against it costs as much as all else
+
     def __init__(self, device_type: str, after_operator: Callable[[str], object]) -> None:
         super().__init__()
         choose, merge = _BACKENDS[device_type]

@@ -1,7 +1,7 @@
 """Models without memory: a configuration built on fake tensors, as it would be trained.
 
-Fake tensors have shapes, dtypes and storages with sizes, and no data. They are on the CPU, whatever device they stand
-in for, because autograd runs on devices that the installed PyTorch knows only.
+Fake tensors have shapes, dtypes and storages with sizes, but no data. They are on the CPU, whatever device they stand
+in for, because autograd runs only on devices that the installed PyTorch supports.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class TrainingSetup:
     """
 
     dtype: torch.dtype = torch.bfloat16
-    """Of the weights."""
 
     mixed_precision: torch.dtype | None = None
     """Autocast to this dtype in forward passes; None for none."""
@@ -63,13 +62,13 @@ class TrainingSetup:
     """One of `OPTIMIZERS`."""
 
     lora_r: int | None = None
-    """Train LoRA adapters of this rank and nothing else; None trains all parameters."""
+    """Train only LoRA adapters of this rank; None trains all parameters."""
 
     lora_target_modules: str = ALL_LINEAR
     """Linear layers with adapters: all but the LM head, or names separated by commas."""
 
     device_type: str = "cuda"
-    """Where the training will run; one of `DEVICES`."""
+    """The type of device that training will use; one of `DEVICES`."""
 
     def __post_init__(self) -> None:
         for name, value, valid in (
@@ -84,10 +83,10 @@ class TrainingSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class FakeTraining:
-    """A fake model with what lives as long as it."""
+    """A fake model and what must live as long as it."""
 
     mode: FakeTensorMode
-    """The mode under which its tensors were made; steps run under it."""
+    """The mode under which its tensors were made and steps run."""
 
     model: nn.Module
     """Attached, in training mode; every trainable parameter has a gradient, as after an earlier micro-batch."""
@@ -99,9 +98,9 @@ def build_fake_training(config: PreTrainedConfig, setup: TrainingSetup, num_laye
     """Build a model on fake tensors.
 
     Args:
-        config: Of a supported family.
-        setup: Its training. Dropout is taken as switched off: kvpref refuses it.
-        num_layers: Build only so many of its layers.
+        config: The configuration of a supported family.
+        setup: How it is trained. Dropout is assumed off, since kvpref refuses it.
+        num_layers: Build only this many of its layers.
 
     Raises:
         UnsupportedModelError: If kvpref does not support the model.
@@ -144,7 +143,7 @@ def with_num_layers(config: PreTrainedConfig, num_layers: int | None) -> PreTrai
 
 
 def layers_repeat(config: PreTrainedConfig) -> bool:
-    """Whether all decoder layers are built alike: the same modules, sizes and settings."""
+    """Whether all decoder layers are identical: the same modules, sizes and settings."""
     with torch.device("meta"):
         model = _from_config(copy.deepcopy(config), torch.float32)
     layers = decoder_layers(model)
@@ -167,7 +166,7 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
 
 
 def _fingerprint(layer: nn.Module) -> tuple[Any, ...]:
-    """What a layer is made of, but for its number."""
+    """A layer's composition, apart from its number."""
     parts: list[Any] = []
     for name, module in layer.named_modules():
         settings = sorted(

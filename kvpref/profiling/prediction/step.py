@@ -1,11 +1,11 @@
-"""A training step on fake tensors: the engine's own code, and the bytes held after every operator."""
+"""A training step on fake tensors: runs the engine's own code and counts the bytes held after every operator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.reads import batch_for
@@ -27,10 +27,10 @@ from kvpref.tracing import current_region
 
 @dataclass(frozen=True, kw_only=True)
 class GroupShape:
-    """The lengths of made-up groups: one prompt with so many responses each.
+    """The shape of made-up groups: one prompt with several responses each.
 
     Raises:
-        InputError: If a length is not positive, or the images of a prompt are longer than it.
+        InputError: If a length is not positive, or a prompt's images are longer than the prompt.
     """
 
     prompt_tokens: int
@@ -50,7 +50,6 @@ class GroupShape:
             )
 
     def to_json(self) -> dict[str, int]:
-        """JSON values."""
         found = {name: getattr(self, name) for name in ("prompt_tokens", "response_tokens", "num_responses")}
         if self.start is None:
             return found
@@ -58,19 +57,18 @@ class GroupShape:
 
     @property
     def unique_tokens(self) -> int:
-        """Of one group."""
         return self.prompt_tokens + self.num_responses * self.response_tokens
 
     @property
     def total_tokens(self) -> int:
-        """Of one group, with the prompt counted once per response."""
+        """Tokens of one group, with the prompt counted once per response."""
         return self.num_responses * (self.prompt_tokens + self.response_tokens)
 
     def batch(self, num_groups: int, *, ragged: bool = False) -> Batch:
         """Collated groups that share nothing with one another.
 
         Args:
-            num_groups: How many.
+            num_groups: Number of groups.
             ragged: Make one response a token shorter, so that a padded batch has padding.
         """
         groups = []
@@ -88,14 +86,14 @@ class GroupShape:
         return collate(groups)
 
     def _token_ids(self) -> list[int]:
-        """What fills prompts and responses, and what each response begins with."""
+        """Token ids that fill prompts and responses, and that each response begins with."""
         if self.start is None:
             return [0, *range(self.num_responses)]
         return self.start.free_ids(1 + self.num_responses)
 
 
 class Moment(NamedTuple):
-    """What was held right after an operator, its arguments included."""
+    """The memory held right after an operator, including its arguments."""
 
     operator: str
     region: str | None
@@ -103,21 +101,34 @@ class Moment(NamedTuple):
     bytes_by_category: Mapping[str, int]
 
 
+class _FakeTracker(MemoryTracker):
+    """Of fake tensors, which no compiled layer touches: PyTorch's guard against compiling costs more than the rest."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.run(func, args, kwargs or {})
+
+
 def trace_step(training: FakeTraining, batch: Batch, variant: EngineOptions, device_type: str) -> list[Moment]:
     """Run one forward and backward on fake tensors.
 
-    Between two operators memory is only freed, so the most that is held is held at one of the moments returned. The
-    first one is before the step: what stays from step to step.
+    Between two operators memory is only freed, so the peak is at one of the returned moments. The first one, before the
+    step, is what stays from step to step.
 
     Args:
         training: The fake model.
-        batch: On the CPU; its index tensors are real.
+        batch: The batch, on the CPU; its index tensors are real.
         variant: How to run it.
-        device_type: What the fake tensors stand in for.
+        device_type: The type of device that the fake tensors stand in for.
     """
     step = _prepare(training, batch, variant)
     moments: list[Moment] = []
-    with training.mode, MemoryTracker(training.model) as tracker:
+    with training.mode, _FakeTracker(training.model) as tracker:
         tracker.assign(OPTIMIZER, *training.optimizer_state)
 
         def record(operator: str) -> None:
@@ -131,7 +142,7 @@ def trace_step(training: FakeTraining, batch: Batch, variant: EngineOptions, dev
 
 
 def _prepare(training: FakeTraining, batch: Batch, variant: EngineOptions) -> Callable[[], object]:
-    """The step, with its index tensors made now, as real ones: the engine reads some of them."""
+    """The step, with its index tensors built now as real ones, because the engine reads some of them."""
     batch = batch_for(training.model, batch, "tokens")
     batch.image_inputs()
     if variant.schedule != "bounded":

@@ -1,12 +1,12 @@
 """Where the time of training steps goes: the events of `torch.profiler`, summed by pass and by what they compute.
 
-Every event has a self time, what is left of its time without the events inside it, so the self times below a step add
-up to the step. On a CUDA device an event's own time is that of the kernels that it started itself; they add up to what
-the device was busy. Each self time is counted once, at the place that the names around it give:
+Every event has a self time, its time without the events inside it, so the self times below a step add up to the step.
+On a CUDA device an event's own time is that of the kernels that it started itself; they add up to the device's busy
+time. Each self time is counted once, at the place given by the names around it:
 
 - the engine's regions (`kvpref.tracing`) say which pass or the vision tower runs, and whether it is recomputed;
 - a node of autograd belongs to the pass of the forward operator with the same sequence number, which the profiler
-  records for both: the backward of several passes runs in one region, and on CUDA in a thread of its own;
+  records for both: the backward of several passes runs in one region, and on CUDA in a separate thread;
 - ranges in the attention operators and operators' names say what is computed.
 """
 
@@ -23,7 +23,7 @@ STEP = f"{PREFIX}step"
 """The range around each step."""
 
 NODE = "autograd::engine::evaluate_function: "
-"""What the names of autograd's nodes begin with."""
+"""Prefix of the names of autograd's nodes."""
 
 OTHER, TOWER = "other", "vision tower"
 PARTS = (
@@ -37,12 +37,12 @@ PARTS = (
     "data",
     OTHER,
 )
-"""What is told apart. ``attention merge`` is all that the attention operators do around the kernels of their blocks,
+"""The parts of a step. ``attention merge`` is everything that attention operators do around their blocks' kernels,
 ``linear`` matrix products outside the LM head. ``other`` is everything else inside a step: norms, activations, rotary
 and token embeddings, gathers, sums of gradients, and Python between operators."""
 
 PHASES = ("forward", "recompute", "backward", "step")
-"""``recompute`` is a forward that ran before without graph; ``step`` what belongs to no pass over the model."""
+"""``recompute`` is a forward that ran before without a graph; ``step`` is what belongs to no pass."""
 
 _PRODUCTS = frozenset(
     f"aten::{name}"
@@ -66,7 +66,7 @@ _PASS_PHASES = {None: "forward", "recompute ": "recompute", "backward ": "backwa
 
 
 class Event(Protocol):
-    """What is read of a `torch.autograd.profiler_util.FunctionEvent`."""
+    """The fields read from a `torch.autograd.profiler_util.FunctionEvent`."""
 
     name: str
     sequence_nr: int
@@ -75,10 +75,10 @@ class Event(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What an event's self time counts as."""
+    """The place that an event's self time is counted under."""
 
     stage: str
-    """``vision tower``, ``pass 0``, ``pass 1``, ..., or a part that is a stage of its own: ``lm head``, ``loss``,
+    """``vision tower``, ``pass 0``, ``pass 1``, ..., or a part that is its own stage: ``lm head``, ``loss``,
     ``optimizer``, ``data``, ``other``."""
 
     phase: str
@@ -96,7 +96,6 @@ class TimeEntry:
     """The time of one place."""
 
     place: Place
-    """What it is."""
 
     ms: float
     """Milliseconds per step."""
@@ -106,13 +105,13 @@ def attribute(roots: Sequence[Event], own_time: Callable[[Event], float], num_st
     """Sum the own times of events by place.
 
     Args:
-        roots: Events without a parent: those named `STEP`, and autograd's nodes where they ran in another thread. What
-            else is there ran outside the steps and does not count.
+        roots: Events without a parent: those named `STEP`, and autograd's nodes if they ran in another thread.
+            Anything else ran outside the steps and does not count.
         own_time: An event's own time in microseconds.
-        num_steps: Times are divided by it.
+        num_steps: Number of steps, by which times are divided.
 
     Returns:
-        One entry per place that has any time, in the order of stages, phases and parts.
+        One entry per place with nonzero time, in the order of stages, phases and parts.
     """
     counted = [root for root in roots if root.name == STEP or root.name.startswith(NODE)]
     stages = _stages_of_operators(counted)
@@ -131,9 +130,9 @@ def _rank(place: Place) -> tuple[int, int, int, int]:
 
 
 def _stages_of_operators(roots: Sequence[Event]) -> dict[int, str]:
-    """Sequence number -> the stage whose forward made the node of this number.
+    """Sequence number -> the stage whose forward made the node with this number.
 
-    Operators that make no node have the number of the next one that does, so the last one counts.
+    Operators that make no node carry the number of the next one that does, so the last one counts.
     """
     stages: dict[int, str] = {}
     for event, place in _walk(roots, {}):
@@ -143,7 +142,7 @@ def _stages_of_operators(roots: Sequence[Event]) -> dict[int, str]:
 
 
 def _walk(roots: Sequence[Event], stages: Mapping[int, str]) -> Iterator[tuple[Event, Place]]:
-    """All events in the order in which they started, a tree after the other, with their places."""
+    """All events with their places, tree by tree, in the order in which they started."""
     waiting = [(root, OUTSIDE) for root in reversed(roots)]
     while waiting:
         event, around = waiting.pop()
@@ -170,10 +169,10 @@ def _place(event: Event, around: Place, stages: Mapping[int, str]) -> Place:
     if around.part == OTHER and name in _PRODUCTS:
         return replace(around, part="linear")
     if _CASCADE.search(name):
-        # Kernels without an operator of their own, as Triton's, count for the operator that starts them.
+        # Kernels without an operator, such as Triton's, count towards the operator that starts them.
         return replace(around, part="attention merge")
     if around.part == OTHER and _WHOLE_ATTENTION.match(name):
-        # Mode padded runs transformers' own attention, in which nothing is shared.
+        # Mode padded runs transformers' own attention, where nothing is shared.
         return replace(around, part="attention self")
     return around
 

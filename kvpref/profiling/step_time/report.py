@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeProfile:
-    """What steps took, by place."""
+    """The time of steps, by place."""
 
     clock: str
-    """What was timed: ``CPU``, the time of the calling thread, or ``CUDA kernels``, without the gaps between them."""
+    """What was timed: ``CPU``, the calling thread, or ``CUDA kernels``, without the gaps between them."""
 
     num_steps: int
-    """Steps that were profiled."""
+    """Number of profiled steps."""
 
     entries: tuple[TimeEntry, ...]
     """One per place that took time, means over the steps."""
@@ -37,7 +37,7 @@ class TimeProfile:
 
     @property
     def total_ms(self) -> float:
-        """The sum of the entries: on the CPU `profiled_ms`, on CUDA what the device was busy."""
+        """The sum of the entries: on the CPU `profiled_ms`, on CUDA the device's busy time."""
         return sum(entry.ms for entry in self.entries)
 
     def ms(self, **place: str) -> float:
@@ -51,13 +51,12 @@ class TimeProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeReport:
-    """What one run of `kvpref profile time` found."""
+    """The results of one run of `kvpref profile time`."""
 
     title: str
-    """What was profiled."""
 
     provenance: Provenance
-    """Where and with what."""
+    """Machine, versions and date."""
 
     settings: Mapping[str, Any]
     """How it was run; JSON values."""
@@ -66,10 +65,8 @@ class TimeReport:
     """Counts of the step."""
 
     profile: TimeProfile
-    """What it took."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
         profile = self.profile
         return {
             "title": self.title,
@@ -91,7 +88,7 @@ class TimeReport:
 
 
 def time_table(report: TimeReport) -> Table:
-    """A row per stage and part, a column per phase that there is; the rows add up to the last."""
+    """A row per stage and part, a column per phase that occurs; the last row is the sum."""
     from rich.table import Table
 
     profile = report.profile

@@ -1,4 +1,4 @@
-"""Training steps as `kvpref profile time` runs them, and the profiler around them."""
+"""The training steps of `kvpref profile time`, and the profiler around them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, record_function
 
 from kvpref.engine.options import EngineOptions
 from kvpref.engine.schedules import forward_backward, forward_backward_step
 from kvpref.losses import LossFunction, PreferenceLoss
 from kvpref.plan.batch import collate
 from kvpref.plan.step import join_batches
+from kvpref.profiling.quiet_profiler import quiet_profile
 from kvpref.profiling.step_time.profile import STEP, Event, attribute
 from kvpref.profiling.step_time.report import TimeProfile
 from kvpref.profiling.steps import make_micro_batches
@@ -25,7 +26,7 @@ from kvpref.tracing import region
 
 
 class TimedStep:
-    """An optimizer step with everything that training does in one: collating, forward, backward, the optimizer.
+    """An optimizer step with everything that training does in it: collation, forward, backward, optimizer.
 
     Args:
         model: Attached model, in training mode, on its device.
@@ -83,10 +84,10 @@ class TimedStep:
 def profile_time(step: TimedStep, num_steps: int, trace: Path | None = None) -> TimeProfile:
     """Run steps under the profiler and sum their time by pass and part.
 
-    One step warms up, and as many as are profiled are timed without the profiler, which slows them down.
+    One step warms up, and as many as are profiled are also timed without the profiler, which slows them down.
 
     Args:
-        step: What to run.
+        step: The step to run.
         num_steps: Steps to profile, at least one.
         trace: Where to write a Chrome trace (chrome://tracing, ui.perfetto.dev), in a folder that exists.
     """
@@ -97,7 +98,7 @@ def profile_time(step: TimedStep, num_steps: int, trace: Path | None = None) -> 
         step.run()
     plain_ms = (time.perf_counter() - started) * 1000 / num_steps
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities) as profiler:
+    with quiet_profile(activities) as profiler:
         for _ in range(num_steps):
             with record_function(STEP):
                 step.run()
@@ -114,7 +115,7 @@ def profile_time(step: TimedStep, num_steps: int, trace: Path | None = None) -> 
 
 
 def _is_on_host(event: Any) -> bool:
-    # Ranges cast shadows of the same name on the device's time line.
+    # Ranges also appear under the same name on the device's timeline.
     return event.device_type == torch.autograd.DeviceType.CPU  # type: ignore[attr-defined]
 
 
@@ -123,5 +124,5 @@ def _cpu_time(event: Event) -> float:
 
 
 def _kernel_time(event: Event) -> float:
-    # A range starts no kernel, but its shadow may count as one.
+    # A range starts no kernel, but its copy on the device may count as one.
     return 0.0 if event.is_user_annotation else event.self_device_time_total  # type: ignore[attr-defined]
