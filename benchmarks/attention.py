@@ -42,7 +42,7 @@ def _measure(name: str, build: Callable[[], Workload], options: SweepOptions) ->
     results = compare(
         cases, baseline="unshared", device=options.device, options=options.timing, with_memory=options.with_memory
     )
-    # On a CPU the bars are on whole steps; the rows of attention alone are there to see where time goes.
+    # On a CPU the bars apply to whole steps; rows of attention alone show where time goes.
     return Comparison(
         name=name,
         baseline="unshared",
@@ -78,7 +78,7 @@ def _case(name: str, plan: ModePlan, sizes: LlamaSizes, options: SweepOptions) -
 
 
 class AttentionLayer:
-    """Random queries, keys and values for every pass of a plan, and the gradient that comes back."""
+    """Random queries, keys and values for every pass of a plan, and a gradient of the output."""
 
     def __init__(self, plan: ModePlan, sizes: LlamaSizes, options: SweepOptions) -> None:
         self.passes = [_PassTensors(item, sizes, options) for item in plan.passes]

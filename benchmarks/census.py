@@ -1,4 +1,4 @@
-"""Which language models of transformers does kvpref run exactly? Tiny random models, all of the registry.
+"""Finds which of transformers' language models kvpref runs exactly, on tiny random models of the whole registry.
 
     python benchmarks/census.py                         # every entry and variant
     python benchmarks/census.py --models llama gpt_oss  # some
@@ -94,7 +94,7 @@ def _check(name: str, task: str, modes: tuple[str, ...], unlisted: bool, results
 
 
 def _document(rows: list[dict[str, Any]], counts: Counter[str]) -> str:
-    """All rows, one a line, with the largest errors in place of every run's."""
+    """All rows, one per line, with only the largest errors instead of every run's."""
     lines = []
     for row in rows:
         runs = row.get("runs", {})

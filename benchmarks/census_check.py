@@ -27,17 +27,17 @@ RESPONSES = ((11, 6), (1, 4, 9, 2), (5, 1, 8))
 TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-5, 1e-4)}
 # Gradients below this share of the largest hold rounding only, and are measured against it.
 _FLOOR = 1e-3
-# What another prompt must change in the log-probs of a response, from its second token on.
+# The least change in a response's log-probs, from its second token on, that another prompt must cause.
 _LEAST_MOVE = 1e-3
 
 
 class Subject(NamedTuple):
-    """A model to look at, and what its own forward makes of some groups.
+    """A model to check, and its own forward's results on some groups.
 
     Attributes:
         model: In evaluation mode.
-        groups: What the engine is given.
-        logps: Log-probs of the groups' scored tokens in a model's own forward, in the graph.
+        groups: The groups for the engine.
+        logps: Gives log-probs of the groups' scored tokens from a model's own forward, in the graph.
         prompt_moves: How far another prompt moves the log-probs of a response.
     """
 
@@ -48,7 +48,7 @@ class Subject(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What one run gives; gradients by name, None where there is none."""
+    """The results of one run; gradients by name, None if there is none."""
 
     logps: torch.Tensor
     grads: dict[str, torch.Tensor | None]
@@ -61,9 +61,9 @@ def check(
 
     Args:
         name: Registry entry, or variant of one.
-        modes: Those of `MODES` to run.
-        unlisted: Set the list of refused families aside.
-        subject: Builds what is looked at; a model given text if None.
+        modes: Which of `MODES` to run.
+        unlisted: Ignore the list of refused families.
+        subject: Builds the model to check; one on text if None.
     """
     warnings.filterwarnings("ignore")
     row: dict[str, Any] = {"model": name}
@@ -104,7 +104,7 @@ def _let_in(model: PreTrainedModel) -> None:
 
 
 def _subject(name: str) -> Subject:
-    """A model given text."""
+    """A model with text-only groups."""
     model, groups = build(name), _groups()
 
     def logps(model: PreTrainedModel) -> torch.Tensor:
@@ -114,7 +114,7 @@ def _subject(name: str) -> Subject:
 
 
 def _runs(made: Subject, truth: Gradients, modes: tuple[str, ...]) -> dict[str, Any]:
-    """By ``mode/checkpoint/dtype``, how it went."""
+    """Results by ``mode/checkpoint/dtype``."""
     runs: dict[str, Any] = {}
     model, groups = made.model, made.groups
     try:
@@ -140,7 +140,7 @@ def _runs(made: Subject, truth: Gradients, modes: tuple[str, ...]) -> dict[str, 
 
 
 def _padded_only(model: PreTrainedModel, groups: list[kvpref.Group], truth: Gradients) -> dict[str, Any]:
-    """How mode ``padded`` went, for families that are said to be exact in it alone."""
+    """Results of mode ``padded``, for families listed as exact only in it."""
     if not is_padded_only(model.config):
         return {}
     attached = kvpref.attach(copy.deepcopy(model), padded_only=True)
@@ -244,12 +244,12 @@ def _groups() -> list[kvpref.Group]:
 
 
 def without_padded(runs: dict[str, Any]) -> dict[str, Any]:
-    """What a model that is given text is judged by: mode ``padded`` stands on the page apart."""
+    """The runs that decide for a model on text; the page lists mode ``padded`` separately."""
     return {name: run for name, run in runs.items() if not name.startswith("padded")}
 
 
 def verdict_of(runs: dict[str, Any]) -> dict[str, Any]:
-    """What runs come to, and the first that speaks for it."""
+    """The overall verdict of the runs, and the first run that shows it."""
     for verdict in ("wrong", "error", "refused"):
         found = {name: run for name, run in runs.items() if run["is"] == verdict}
         if found:

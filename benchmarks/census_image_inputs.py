@@ -1,4 +1,4 @@
-"""What vision towers read, by kind of tower: made-up pixels, in two sizes of image.
+"""Inputs of vision towers, by kind of tower: made-up pixels for two image sizes.
 
 Each function gives one image's inputs as the family's processor would make them for it alone. Shape legend: P patch
 size, S side of a tile in pixels.
@@ -59,7 +59,7 @@ def grid_of_patches(vision: Any, size: int, generator: torch.Generator) -> Input
 
 
 def grid_with_merges(vision: Any, size: int, generator: torch.Generator) -> Inputs:
-    """The same, and by how much each image is merged."""
+    """The same, and the merge factor of each image."""
     return {**grid(vision, size, generator), "image_merge_sizes": torch.tensor([2])}
 
 
@@ -92,7 +92,7 @@ def masked_tiles(vision: Any, size: int, generator: torch.Generator) -> Inputs:
 
 
 def chosen_tiles(vision: Any, size: int, generator: torch.Generator) -> Inputs:
-    """(1, tiles, 3, S, S) and (1, tiles), true for tiles that are no padding."""
+    """(1, tiles, 3, S, S) and (1, tiles), true for tiles that are not padding."""
     side = _number(vision, "image_size")
     mask = torch.ones(1, 1 + 2 * size, dtype=torch.bool)
     return {"pixel_values": _noise(generator, 1, 1 + 2 * size, 3, side, side), "pixel_attention_mask": mask}
@@ -125,7 +125,7 @@ def flat_grid(vision: Any, size: int, generator: torch.Generator) -> Inputs:
 
 
 def square_and_instruction(vision: Any, size: int, generator: torch.Generator) -> Inputs:
-    """(1, 3, S, S), and what is asked about the image."""
+    """(1, 3, S, S), and the question about the image."""
     ids = torch.randint(5, 90, (1, 4), generator=generator)
     return {**square(vision, size, generator), "qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
 
@@ -184,7 +184,7 @@ def aspect_tiles(vision: Any, size: int, generator: torch.Generator) -> Inputs:
 
 
 def cross_attention_mask(ids: list[int], image: int, num_tiles: list[int]) -> torch.Tensor:
-    """(1, T, images, 2): each token sees the tiles of the images that stand last before it."""
+    """(1, T, images, 2): each token sees the tiles of the last images before it."""
     mask = torch.zeros(1, len(ids), len(num_tiles), 2, dtype=torch.int64)
     places = [place for place, token in enumerate(ids) if token == image]
     for number, (place, tiles) in enumerate(zip(places, num_tiles, strict=True)):
@@ -200,7 +200,7 @@ def joined(images: list[Inputs], dim: int) -> Inputs:
 
 
 def _joined(parts: list[torch.Tensor], name: str, dim: int) -> torch.Tensor:
-    """One after the other, padded to the largest."""
+    """The parts concatenated, padded to the largest."""
     if name == "pixel_values" and parts[0].ndim == 4 and parts[0].shape[-1] % parts[0].shape[-2] == 0 and dim == 3:
         return torch.cat(parts, dim=3)
     dim = dim if parts[0].ndim > dim else 0

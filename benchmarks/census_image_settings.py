@@ -1,4 +1,4 @@
-"""What the census needs to know of each vision-language family: its tower's inputs, and sizes; data only."""
+"""What the census needs to know about each vision-language family: its tower's inputs, and sizes; data only."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ImageFamily:
     """Makes one image's inputs."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Of its config."""
+    """Changes to its config."""
 
     token_types: str = ""
     """Token types that its forward takes: 1 for placeholders."""
@@ -62,7 +62,7 @@ class ImageFamily:
     """The dimension along which a sequence's images are joined."""
 
     placeholders: int | None = None
-    """How many an image has; one per row of its features if None."""
+    """Placeholders per image; None for one per row of its features."""
 
     split: bool = False
     """Whether text stands between the placeholders of an image."""

@@ -17,7 +17,7 @@ import kvpref
 
 
 class Case(NamedTuple):
-    """Groups, and what the model's own forward takes for each of their sequences."""
+    """Groups, and the inputs of the model's own forward for each of their sequences."""
 
     groups: list[kvpref.Group]
     inputs: list[Inputs]
@@ -49,7 +49,7 @@ def build_with_tower(name: str) -> PreTrainedModel:
 
 
 def feature_rows(model: PreTrainedModel, inputs: Inputs) -> int:
-    """How many placeholders an image has."""
+    """Number of placeholders of an image."""
     features = getattr(model, "get_image_features", None) or model.model.get_image_features
     others = (
         {"vision_feature_layer": model.config.vision_feature_layers} if model.config.model_type == "vipllava" else {}
@@ -106,7 +106,7 @@ def _sequence(prompt: list[int], response: list[int], placed: tuple[kvpref.Place
 def _prompt(
     family: ImageFamily, images: Sequence[Picture], before: list[int], after: list[int]
 ) -> tuple[list[int], list[tuple[tuple[int, int], ...]]]:
-    """Its tokens, and where each image's placeholders stand."""
+    """The prompt's tokens, and the positions of each image's placeholders."""
     prompt, places = list(before), []
     for image in images:
         prompt.append(START)
@@ -148,7 +148,7 @@ def own_token_logps(model: PreTrainedModel, sequence: kvpref.Sequence, inputs: I
 
 
 def check_images(name: str, modes: tuple[str, ...], *, unlisted: bool = False) -> dict[str, Any]:
-    """One line of the census of models that are given images: with images, and in a batch that holds none."""
+    """One line of the census with images: on groups with images, and on a batch without any."""
     row = check(name, modes, unlisted=unlisted, subject=subject)
     if "runs" not in row or row["verdict"] not in ("exact", "wrong"):
         return row
@@ -158,7 +158,7 @@ def check_images(name: str, modes: tuple[str, ...], *, unlisted: bool = False) -
 
 
 def subject(name: str, *, with_images: bool = True) -> Subject:
-    """A model, and groups with and without images, or without alone."""
+    """A model, and groups with and without images, or only without."""
     if name not in IMAGE_FAMILIES:
         raise ValueError("the census knows no images for it")
     model = build_with_tower(name)

@@ -37,7 +37,7 @@ def tiny_config(name: str) -> PreTrainedConfig:
 
 
 def class_of(name: str) -> Any:
-    """What builds the model: the registry's own class, or the class that a variant names."""
+    """The class that builds the model: the registry's, or the one named by a variant."""
     import transformers
 
     changes = VARIANTS.get(name, {})
@@ -62,7 +62,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 def _without_towers(name: str) -> Any:
-    """Gemma 3n's image tower is of a package that is not needed for text."""
+    """The model class without towers: Gemma 3n's image tower needs a package that text does not."""
     if name.partition(":")[0] != "gemma3n":
         return nullcontext()
     make = AutoModel.from_config
@@ -81,7 +81,7 @@ def randomise(model: PreTrainedModel) -> None:
         if parameter.ndim > 1 and "A_log" not in name:
             parameter.copy_((0.3 if _SHARP.search(name) else 0.1) * noise)
         else:
-            # Around what the family starts from: norms around one or zero, decays around their ladder.
+            # Around the family's initial values: norms around one or zero, decays around their ladder.
             start = torch.nan_to_num(parameter, nan=0.0, posinf=0.0, neginf=0.0).clamp(-20, 20)
             parameter.copy_(start + 0.2 * noise)
     for name, buffer in sorted(model.named_buffers()):
@@ -97,7 +97,7 @@ def shrunk(
     Args:
         kind: The config class.
         changes: Attributes of the config itself; those of a sub-config go under its name.
-        sizes: By the name of the attribute, which takes it wherever it is one.
+        sizes: Sizes by attribute name, applied wherever the attribute exists.
     """
     defaults = _defaults(kind, changes)
     values: dict[str, Any] = {name: size for name, size in sizes.items() if name in defaults}
@@ -118,7 +118,7 @@ def shrunk(
 
 
 def _arguments(config: PreTrainedConfig) -> dict[str, Any]:
-    """What makes the same config again; DBRX's parts take no other names (transformers 5.17)."""
+    """Arguments that recreate the config; DBRX's parts accept no other names (transformers 5.17)."""
     return {
         name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "output_attentions")
     }
@@ -130,7 +130,7 @@ def _defaults(kind: type[PreTrainedConfig], changes: Mapping[str, Any]) -> dict[
     except Exception:
         own = {name: value for name, value in changes.items() if name != "class"}
         defaults = kind(**own).to_dict()
-    # Names that a family gives to the usual attributes.
+    # A family's own names for the usual attributes.
     return {**defaults, **dict.fromkeys(kind.attribute_map.values())}
 
 
@@ -140,7 +140,7 @@ def _is_random(name: str, value: Any) -> bool:
 
 
 def _layers(defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Layer counts and kinds that show every kind of layer, the first kind also after the others."""
+    """Layer counts and kinds that include every kind of layer, the first kind also after the others."""
     kinds = changes.get("layer_types", defaults.get("layer_types"))
     distinct = list(dict.fromkeys(kinds or ()))
     num_layers = changes.get("num_hidden_layers", max(2, len(distinct) + 1 if len(distinct) > 1 else 2))

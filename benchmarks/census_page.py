@@ -42,7 +42,7 @@ images is refused, by name, for every other model type.
 
 
 def render(results: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
-    """The page: of the newest release's results, and the counts of others."""
+    """The page, from the newest release's results and the counts of others."""
     return _of_text(*results) + "\n" + _of_images(*images)
 
 
@@ -74,7 +74,7 @@ def _of_text(results: dict[str, Any], *others: dict[str, Any]) -> str:
         "| model type | class | variants that were compared too | largest error: log-probs, gradients | note |\n"
         "| --- | --- | --- | --- | --- |",
     ]
-    # Some are not in the registry of causal language models, and take text all the same.
+    # Some are not in the registry of causal language models but still take text.
     besides = dict.fromkeys(name.partition(":")[0] for name in rows if name.partition(":")[0] not in rows)
     for name in (*exact, *besides):
         variants = [other.partition(":")[2] for other in rows if other.startswith(f"{name}:")]
@@ -110,12 +110,12 @@ def _counts(results: dict[str, Any]) -> str:
 
 
 def read() -> list[dict[str, Any]]:
-    """The kept results: those of the newest release, then those of others."""
+    """The kept results, newest release first."""
     return [json.loads(path.read_text()) for path in (RESULTS, *sorted(RESULTS.parent.glob("census_[0-9]*.json")))]
 
 
 def read_images() -> list[dict[str, Any]]:
-    """The same of models that are given images."""
+    """The same for models with images."""
     others = sorted(IMAGE_RESULTS.parent.glob("census_images_*.json"))
     return [json.loads(path.read_text()) for path in (IMAGE_RESULTS, *others)]
 

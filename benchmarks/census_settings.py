@@ -1,4 +1,4 @@
-"""Sizes of the census's models, and what single families need; data only."""
+"""Sizes of the census's models, and needs of single families; data only."""
 
 from __future__ import annotations
 

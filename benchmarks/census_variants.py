@@ -1,4 +1,4 @@
-"""Variants of families that the census looks at beside their default configuration; data only."""
+"""Variants of families that the census checks besides their default configuration; data only."""
 
 from __future__ import annotations
 

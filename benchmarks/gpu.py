@@ -1,9 +1,9 @@
-"""Everything that wants a GPU, in one command that ends in time: correctness first, then speed.
+"""Everything that needs a GPU, in one command that ends in time: correctness first, then speed.
 
     python benchmarks/gpu.py              # on a machine with one CUDA device, under eight minutes
     python benchmarks/gpu.py --dry-run    # the same stages with tiny shapes on the CPU
 
-Each stage is a process of its own with a share of the time; a row that breaks, or hangs, costs no other row. Results
+Each stage is a separate process with a share of the time; a row that breaks or hangs costs no other row. Results
 are written after every row: gpu.json in $OUT if that is set, else in benchmarks/results/gpu. Nothing needs to be
 installed beside torch and transformers.
 """
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # By an exception, so that the workers end too.
+    # Via an exception, so that the workers end too.
     sys.exit(128 + number)
 
 

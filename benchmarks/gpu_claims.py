@@ -19,7 +19,7 @@ class Claim:
     """Beginnings of those rows' names."""
 
     stand_in: str | None
-    """The test that shows as much as can be shown without a GPU; None where nothing does."""
+    """The test that shows as much as possible without a GPU; None if there is none."""
 
 
 KERNELS = "attention of backend `{}`, output and every gradient, no worse than twice naive 16-bit attention"

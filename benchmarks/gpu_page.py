@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def write() -> None:
-    """Write the page from the kept results, or from there being none."""
+    """Write the page from the kept results, or without results."""
     PAGE.write_text(page(json.loads(RESULTS.read_text()) if RESULTS.exists() else None))
 
 
@@ -39,7 +39,7 @@ def page(results: dict[str, Any] | None) -> str:
     """The page as Markdown.
 
     Args:
-        results: What the run wrote; None where there was none, which a dry run is, too.
+        results: The run's results; None if there was no run, or only a dry one.
     """
     if results is not None and results["dry_run"]:
         results = None
@@ -81,7 +81,7 @@ def machine(results: dict[str, Any]) -> str:
 
 
 def state(claim: Claim, results: dict[str, Any] | None) -> str:
-    """What is known of a claim."""
+    """The state of a claim."""
     rows = [] if results is None else _rows_of(claim, results)
     ran = [row for row in rows if row["status"] != "skipped"]
     if results is None or not ran:
@@ -105,7 +105,7 @@ def state(claim: Claim, results: dict[str, Any] | None) -> str:
 
 
 def _rows_of(claim: Claim, results: dict[str, Any]) -> list[dict[str, Any]]:
-    # A stage that never came to its rows has one of the name "start".
+    # A stage that never reached its rows has one named "start".
     beginnings = (*claim.rows, "start")
     return [row for row in results["rows"] if row["stage"] == claim.stage and row["name"].startswith(beginnings)]
 

@@ -68,7 +68,7 @@ def main() -> None:
 def run(args: argparse.Namespace, loss: str, mode: str, start: Path | None) -> dict[str, Any]:
     """One training run through the command line; its metrics per step and at the end."""
     output = args.work / f"{loss}-{mode}"
-    model = [str(start), args.train] if start else ["--config", str(HERE / "llama_384.json"), args.train]
+    model = [str(start), args.train] if start else ["--model-config", str(HERE / "llama_384.json"), args.train]
     command = [sys.executable, "-m", "kvpref", "train", *model, "--tokenizer", args.tokenizer, "--loss", loss]
     command += ["--mode", mode, "--eval-data", args.eval, "--output", str(output), *COMMON, *SETTINGS[loss]]
     command += ["--max-steps", str(args.max_steps), "--resume"]

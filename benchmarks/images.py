@@ -1,6 +1,6 @@
 """Forward and backward of a vision-language model: one image and a short question, 2 and 8 short responses.
 
-Against `packed`, which repeats prompts and runs the tower once per response, as ordinary training does, and against
+Compared with `packed`, which repeats prompts and runs the tower once per response, as ordinary training does, and with
 `padded`. `bounded` keeps no graph of prompts and images, so it runs them twice; its ideal is that of `two_pass`, and no
 bar is held against it.
 """
@@ -52,19 +52,19 @@ class ImageShape:
     """Of the image's tokens."""
 
     question: int = 40
-    """Tokens of text behind it."""
+    """Tokens of text after it."""
 
     response: int = 24
     """Tokens of each response."""
 
     responses: int = 2
-    """How many there are."""
+    """Number of responses."""
 
     layers: int = 6
-    """Of the language model."""
+    """Layers of the language model."""
 
     tower_layers: int = 12
-    """Of the tower."""
+    """Layers of the tower."""
 
     hidden: int = 256
     """Elements of a hidden state of the language model."""
@@ -138,7 +138,7 @@ def _measure(name: str, shape: ImageShape, baseline: str, options: SweepOptions)
 
 
 def make_group(shape: ImageShape) -> Group:
-    """Random tokens behind an image; responses differ from their first token on."""
+    """Random tokens after an image; responses differ from their first token on."""
     generator = random.Random(0)
     count = shape.rows * shape.columns
     image = Image(
@@ -154,7 +154,7 @@ def make_group(shape: ImageShape) -> Group:
 
 
 def make_pixels(rows: int, columns: int) -> dict[str, torch.Tensor]:
-    """What Qwen2.5-VL's processor makes of an image of so many tokens: flattened patches, and its grid."""
+    """Inputs as from Qwen2.5-VL's processor for an image of this size in tokens: flattened patches, and its grid."""
     height, width = rows * _MERGE, columns * _MERGE
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(height * width, 3 * 2 * _PATCH * _PATCH, generator=generator)

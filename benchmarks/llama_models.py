@@ -1,4 +1,4 @@
-"""The models of the sweeps: Llamas with random weights, since times do not depend on what the weights are."""
+"""The models of the sweeps: Llamas with random weights, since times do not depend on the weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LlamaSizes:
 
     @classmethod
     def from_json(cls, name: str) -> LlamaSizes:
-        """Read a configuration that lies beside this file."""
+        """Read a configuration beside this file."""
         values: dict[str, Any] = json.loads((HERE / name).read_text())
         return cls(
             hidden_size=values["hidden_size"],
@@ -66,6 +66,9 @@ SMOLLM_LIKE = LlamaSizes(
     hidden_size=576, intermediate_size=1536, num_layers=6, num_heads=9, num_kv_heads=3, vocab_size=49152
 )
 """6 layers as wide as those of SmolLM-135M, and its vocabulary."""
+
+MEDIUM = LlamaSizes(hidden_size=256, intermediate_size=768, num_layers=6, num_heads=4, num_kv_heads=2, vocab_size=8192)
+"""For steps of 40k tokens that a CPU runs in a minute."""
 
 LONG_CONTEXT = LlamaSizes(
     hidden_size=64, intermediate_size=192, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=1024

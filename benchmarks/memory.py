@@ -52,7 +52,7 @@ class MemoryStep:
     """The micro-batches."""
 
     options: EngineOptions
-    """How they run."""
+    """How the micro-batches run."""
 
     optimizer: torch.optim.Optimizer
     """Steps at the end."""
@@ -61,7 +61,7 @@ class MemoryStep:
     """Encode what micro-batches share once per step (schedule ``bounded``)."""
 
     loss: PreferenceLoss | LossFunction = best_vs_rest
-    """What is minimised."""
+    """The loss to minimise."""
 
     references: Sequence[ResponseLogps | None] = ()
     """Reference log-probs per micro-batch, where the loss reads them."""
@@ -83,7 +83,7 @@ class MemoryStep:
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *states))
 
     def peak(self) -> dict[str, int]:
-        """Peak bytes of a step, in all and above what weights, gradients and optimizer state take."""
+        """Peak bytes of a step, in total and above weights, gradients and optimizer state."""
         self.run()  # makes the optimizer's state
         resident = self.resident_bytes()
         total = peak_bytes(self.run, torch.device("cpu"), resident)
@@ -111,7 +111,7 @@ class MemoryStep:
 
 
 def make_step(sizes: LlamaSizes, groups: Sequence[Sequence[Group]], engine: EngineOptions, **kwargs: Any) -> MemoryStep:
-    """A step over micro-batches of these groups, with a model of its own."""
+    """A step over micro-batches of these groups, with a new model."""
     model = build_model(sizes, SweepOptions(device=torch.device("cpu")))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     modes = () if engine.runs_chunks else (engine.mode,)
@@ -203,7 +203,7 @@ def grpo(options: SweepOptions) -> dict[str, Any]:
     source, sizes, _ = _game24(options)
     counts = (4, 8) if options.dry_run else (16, 100)
     group = next(group for group in source if len(set(first_responses(group, counts[0]).scores or ())) > 1)
-    # The samples are those of another model: the policy before training stands for it.
+    # The samples come from another model; the policy before training stands in for it.
     loss = make_loss("grpo", old="reference", beta=0.04)
     rows = []
     for num_responses in counts:

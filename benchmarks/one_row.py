@@ -1,4 +1,4 @@
-"""All groups of a batch in one row, prompt|chosen|rejected, under one block-sparse mask: needs the engine only."""
+"""All groups of a batch in one row, prompt|chosen|rejected, under one block-sparse mask; needs only the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class OneRow:
     """The pairs of a batch in one row of T tokens, S of them scored.
 
     Attributes:
-        input_ids, position_ids: (1, T) int64; positions of a response go on from its prompt.
+        input_ids, position_ids: (1, T) int64; positions of a response continue from its prompt.
         document, part: (T,) int64, the pair of each token, and whether it is the prompt's (0) or which response's.
         predictors, targets: (S,) int64, rows that predict scored tokens, and those tokens.
         response_lengths: (num_responses,) int64.

@@ -1,4 +1,4 @@
-"""What every sweep is told."""
+"""Options of every sweep."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """kvpref beside its peers in one process: same model, token ids, batches, optimizer and precomputed references.
 
-A peer is timed only if its log-probs, loss and gradient of the first batch are kvpref's; then the two take turns, step
-by step. Ratios stand beside the ratio of FLOPs, counted in closed form. Prints tables and writes JSON and a picture:
+A peer is timed only if its log-probs, loss and gradient on the first batch equal kvpref's; then the two take turns,
+step by step. Ratios are reported beside the ratio of FLOPs, counted in closed form. Prints tables, writes JSON and PNG:
 
     OMP_NUM_THREADS=1 python benchmarks/peers.py --peer trl --data hh_harmless_pairs.jsonl --tokenizer gpt_neox_20b
     python benchmarks/peers.py --dry-run    # tiny shapes, some seconds, no data needed
@@ -65,7 +65,7 @@ def selected(peer: str, trl_setting: str) -> list[Peer]:
 
 
 def run(args: argparse.Namespace, task: Task) -> tuple[list[Comparison], dict[str, Any]]:
-    """Compare every selected peer on the task; what is known is written after each, since a run takes long.
+    """Compare every selected peer on the task; results are written after each, since a run takes long.
 
     Returns:
         The comparisons, and the same as JSON.

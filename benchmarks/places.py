@@ -10,11 +10,11 @@ ROOT = HERE.parent
 
 
 def results_folder(*, keep: bool, part: str = "") -> Path:
-    """Where results go: $OUT if it is set; else the folder under version control, or one outside it.
+    """The folder for results: $OUT if set; otherwise the one under version control, or one outside it.
 
     Args:
-        keep: Whether the run measures all that the kept results hold; a part of it must not replace them.
-        part: A folder in that under version control.
+        keep: Whether the run measures everything in the kept results; a partial run must not replace them.
+        part: A subfolder of the one under version control.
     """
     if os.environ.get("OUT"):
         return Path(os.environ["OUT"])

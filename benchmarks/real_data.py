@@ -23,7 +23,7 @@ BAR = 0.88
 
 @dataclass(frozen=True, kw_only=True)
 class RealFile:
-    """How a step is taken from a file."""
+    """How to take a step from a file."""
 
     file: str
     """Name in the shared data."""
@@ -36,10 +36,10 @@ class RealFile:
     """Tokens of the whole step with repeated prompts, half of it with `--quick`; there is at least one row."""
 
     max_responses: int | None = None
-    """Keep the first so many responses of a group. None keeps all."""
+    """Keep the first responses of a group, up to this many. None keeps all."""
 
     stories: bool = False
-    """Take whole stories (rows that begin alike), each one micro-batch, in place of rows."""
+    """Take whole stories (rows that begin alike), each as one micro-batch, instead of rows."""
 
     quick: bool = False
     """Whether `--quick` runs it."""
@@ -77,7 +77,7 @@ def _builder(source: RealFile, options: SweepOptions) -> Callable[[], Workload]:
 
 
 def _cut(groups: list[Group], source: RealFile) -> dict[str, Cut]:
-    """Short groups together; a question over a long prompt is a micro-batch of its own, unless the story is shared."""
+    """Short groups together; a question over a long prompt is its own micro-batch, unless the story is shared."""
     if source.sizes is LONG_CONTEXT and not source.stories:
         return {mode: [[group] for group in groups] for mode in one_micro_batch(groups)}
     return one_micro_batch(groups)
@@ -89,7 +89,7 @@ def read_groups(source: RealFile, options: SweepOptions) -> list[Group]:
 
 
 def spread_order(count: int) -> list[int]:
-    """All of `range(count)` in an order whose every beginning is spread evenly: multiples of the golden ratio."""
+    """All of `range(count)` in an order with evenly spread beginnings: multiples of the golden ratio."""
     places = (int(count * math.modf(index * (math.sqrt(5) - 1) / 2)[0]) for index in range(4 * count))
     order = list(dict.fromkeys(places))
     return order + [index for index in range(count) if index not in set(order)]
@@ -128,7 +128,7 @@ def _trim(row: dict[str, Any], source: RealFile) -> dict[str, Any]:
 
 
 def _tokenize(rows: list[dict[str, Any]], source: RealFile, options: SweepOptions) -> list[Group]:
-    # Here, so that the rows for GPUs do without the data layer.
+    # Imported here, so that the rows for GPUs do not need the data layer.
     from kvpref.data import load_preferences, load_tokenizer
 
     tokenizer = load_tokenizer(str(options.shared_file(f"tokenizers/{TOKENIZER}")))

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, seed: int) -> Scored:
     output, rewards = args.work / f"seed-{seed}", args.work / f"rewards-{seed}.jsonl"
     kvpref = [sys.executable, "-m", "kvpref"]
     if not (output / "model.safetensors").exists():
-        start = ["--config", str(args.work / "config.json"), str(args.work / "train.jsonl")]
+        start = ["--model-config", str(args.work / "config.json"), str(args.work / "train.jsonl")]
         where = ["--tokenizer", args.tokenizer, "--output", str(output), "--seed", str(seed), "--resume"]
         subprocess.run([*kvpref, "train", *start, *where, *SETTINGS, "--max-steps", str(args.max_steps)], check=True)
     held_out = [str(output), str(args.work / "held_out.jsonl"), "--output", str(rewards)]

@@ -1,4 +1,4 @@
-"""One row of a sweep, measured here or in a process of its own.
+"""One row of a sweep, measured here or in a separate process.
 
 After a CUDA error nothing else can run in the process, so on a GPU every row has its own.
 """
@@ -17,23 +17,23 @@ from kvpref.profiling.compare.comparison import Comparison
 
 
 def measure_here(module: str, row: str, options: SweepOptions) -> Comparison:
-    """In this process.
+    """Measure a row in this process.
 
     Args:
         module: Name of the sweep's module.
         row: Name of the row.
-        options: What the sweep is told.
+        options: Options of the sweep.
     """
     comparison: Comparison = importlib.import_module(module).rows(options)[row]()
     return comparison
 
 
 def measure_apart(module: str, row: str, options: SweepOptions) -> Comparison:
-    """In a new process; arguments as for `measure_here`.
+    """Measure a row in a new process; arguments as for `measure_here`.
 
     Raises:
         MissingDataError: If the row lacks data.
-        RunError: For whatever else goes wrong, the end of the process included.
+        RunError: For anything else that goes wrong, including the death of the process.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -47,6 +47,6 @@ def _measure(module: str, row: str, options: SweepOptions) -> Comparison:
         return measure_here(module, row, options)
     except MissingDataError:
         raise
-    except Exception as error:  # a CUDA error need not survive the way to the other process
+    except Exception as error:  # a CUDA error may not survive pickling
         first_line = (str(error).splitlines() or [""])[0]
         raise RunError(f"{type(error).__name__}: {first_line}") from None

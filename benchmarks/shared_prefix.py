@@ -1,4 +1,4 @@
-"""What `kvpref.shared_prefix` costs where nothing is shared, and gains where something is, on the CPU.
+"""What `kvpref.shared_prefix` costs if nothing is shared, and gains if something is, on the CPU.
 
 A Llama of 4 layers, 256 wide, on 16 rows of 256 tokens (and 4 of 64), with and without the switch in turns in one
 process. Ratios are time with it over time without it:
@@ -37,7 +37,7 @@ SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A padded batch of rows, all as long."""
+    """A padded batch of rows of equal length."""
 
     num_rows: int
     """Rows."""
@@ -46,10 +46,10 @@ class Case:
     """Tokens of each."""
 
     num_groups: int
-    """Rows of one group begin alike."""
+    """Groups of rows that begin alike."""
 
     num_shared: int
-    """With so many tokens."""
+    """Tokens of the shared beginnings."""
 
     training: bool
     """Forward and backward, or the forward without gradients."""
@@ -58,7 +58,7 @@ class Case:
     """How often it is timed."""
 
     is_forced: bool = False
-    """Served however little it saves, to see from where on it gains."""
+    """Whether it is served however little it saves, to see where it begins to gain."""
 
     @property
     def share_saved(self) -> float:
@@ -156,7 +156,7 @@ def measure(model: LlamaForCausalLM, case: Case, options: TimingOptions) -> dict
 
 
 def run(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], *, training: bool) -> None:
-    """One call, whose head sees the last token only: the head is the model's own in any case."""
+    """One call whose head sees only the last token, since the head is always the model's own."""
     with torch.set_grad_enabled(training):
         total = model(**batch, logits_to_keep=1, use_cache=False).logits.sum()
     if training:

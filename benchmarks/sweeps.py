@@ -1,7 +1,7 @@
-"""Sweeps of speed-ups beside their FLOP-exact ideals; tables, JSON and PNG.
+"""Sweeps of speed-ups with their FLOP-exact ideals; tables, JSON and PNG.
 
 The cases of a row take turns in one process and ratios are taken inside each round, so that other load on the machine
-falls on all of them. On a GPU each row has a process of its own, so that one that breaks takes no other along:
+falls on all of them. On a GPU each row has its own process, so that one that breaks does not affect others:
 
     OMP_NUM_THREADS=1 python benchmarks/sweeps.py             # all of them on the CPU
     python benchmarks/sweeps.py --sweep train_step --row hh_harmless
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ import logprob
 import torch
 import train_step
 import trainer
+import trajectories
 from options import MissingDataError, SweepOptions
 from places import results_folder
 from row_process import measure_apart, measure_here
@@ -31,7 +33,7 @@ from row_process import measure_apart, measure_here
 from kvpref.errors import RunError
 from kvpref.profiling.compare.comparison import Comparison
 from kvpref.profiling.compare.plot import draw
-from kvpref.profiling.compare.report import Report, comparison_table
+from kvpref.profiling.compare.report import Column, Report, comparison_table
 from kvpref.profiling.provenance import Provenance
 from kvpref.profiling.timing import CLOCKS
 
@@ -43,9 +45,10 @@ SWEEPS: dict[str, ModuleType] = {
     "images": images,
     "train_step": train_step,
     "trainer": trainer,
+    "trajectories": trajectories,
 }
 MEASURE = {"cuda": measure_apart}
-"""How a row is measured on a type of device; others measure it here."""
+"""How a row is measured on a type of device; in this process for others."""
 
 
 def main() -> int:
@@ -118,7 +121,7 @@ def run_sweep(name: str, options: SweepOptions, only: list[str], deadline: float
         make_report(name, options, comparisons, skipped).write(output / f"{stem}.json")
     report = make_report(name, options, comparisons, skipped)
     report.write(output / f"{stem}.json")
-    show(report, output / f"{stem}.png")
+    show(report, output / f"{stem}.png", getattr(SWEEPS[name], "COLUMNS", ()))
     return report
 
 
@@ -139,13 +142,13 @@ def make_report(name: str, options: SweepOptions, comparisons: list[Comparison],
     )
 
 
-def show(report: Report, picture: Path) -> None:
-    """Print the table and the rows without figures; draw the picture."""
+def show(report: Report, picture: Path, extra: Sequence[Column]) -> None:
+    """Print the table with a sweep's extra columns and the skipped rows; draw the picture."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     if report.comparisons:
-        console.print(comparison_table(report))
+        console.print(comparison_table(report, extra))
     for row, reason in report.skipped.items():
         console.print(f"skipped {row}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if not draw(report, picture):

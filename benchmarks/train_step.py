@@ -25,7 +25,7 @@ TITLE = "training step: forward, backward, AdamW"
 def rows(options: SweepOptions) -> dict[str, Callable[[], Comparison]]:
     """Name -> what measures that row."""
     if options.gpu_rows:
-        # The bars on a GPU are on forward and backward; the pairs show what the optimizer adds.
+        # On a GPU the bars apply to forward and backward; the pairs show what the optimizer adds.
         builders = {name: build for name, build in gpu_grid(options).items() if name.endswith("/2")}
     else:
         builders = real_files(options) | length_statistics(options)
@@ -36,7 +36,7 @@ def rows(options: SweepOptions) -> dict[str, Callable[[], Comparison]]:
 
 
 def choose_loss(workload: Workload) -> PreferenceLoss | LossFunction:
-    """DPO where every group is a pair."""
+    """DPO if every group is a pair, otherwise the best response against the rest."""
     is_pairs = all(len(group) == 2 for groups in workload.cuts["two_pass"] for group in groups)
     return DPO(beta=0.1) if is_pairs else best_vs_rest
 
@@ -44,7 +44,7 @@ def choose_loss(workload: Workload) -> PreferenceLoss | LossFunction:
 def best_vs_rest(policy: ResponseLogps, reference: ResponseLogps | None, batch: Batch) -> LossOutput:
     """Mean over groups of ``-log sigmoid(m_best - mean of the other m)``, m the log-prob per token of a response.
 
-    The best response is the first with the highest score; unrated ones stand last.
+    The best response is the first with the highest score; unrated ones come last.
     """
     losses = []
     for group, means in zip(batch.groups, policy.mean().split([len(group) for group in batch.groups]), strict=True):

@@ -43,7 +43,7 @@ def rows(options: SweepOptions) -> dict[str, Callable[[], Comparison]]:
 
 
 def measure(shape: Shape, sizes: LlamaSizes, num_steps: int, options: SweepOptions) -> Comparison:
-    """Train with DPO for a step that is not counted and `num_steps` that are."""
+    """Train with DPO for one uncounted step and `num_steps` counted ones."""
     from kvpref import PreferenceTrainer, PreferenceTrainingArguments
 
     bare_model = build_model(sizes, options)
@@ -122,7 +122,7 @@ def make_turns(trainer: Any, model: torch.nn.Module, now: Callable[[], float]) -
 
 
 def remember_batches(trainer: Any) -> None:
-    """Let the trainer keep the micro-batch and the reference log-probs that it used last."""
+    """Make the trainer keep its latest micro-batch and reference log-probs."""
     reference_of = trainer.references.for_batch
 
     def keep(name: str, inputs: Any, batch: Any) -> Any:

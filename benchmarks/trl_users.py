@@ -6,7 +6,7 @@ gsm8k_groups. The four take turns in one process, one optimizer step each per ro
 is all that the trainer does for it: batch, forward, backward, clipping, AdamW. The first round is not counted. All of
 them compute the log-probs that stay fixed (DPO's reference, GRPO's old policy) before it, so they are in no time. TRL
 runs without gradient checkpointing, on batches of similar lengths: the fastest that it has here. Losses and gradient
-norms of every step must agree. Writes results/trl_users.json and prints README's table:
+norms of every step must agree. Writes results/trl_users.json and prints the table of docs/benchmarks.md:
 
     OMP_NUM_THREADS=1 python benchmarks/trl_users.py              # some minutes
     OMP_NUM_THREADS=1 python benchmarks/trl_users.py --dry-run    # tiny and made up, some seconds

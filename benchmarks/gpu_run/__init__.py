@@ -1,1 +1,1 @@
-"""The GPU run: stages, each in a process of its own, whose rows are kept one by one."""
+"""The GPU run: stages, each in its own process, with results kept row by row."""

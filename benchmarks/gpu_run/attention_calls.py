@@ -1,4 +1,4 @@
-"""Calls of a backend that are timed: a block of random queries, keys and values, its forward and its backward."""
+"""Timed calls of a backend: forward and backward of a block of random queries, keys and values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from llama_models import LAYERS_OF_8B
 from options import SweepOptions
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 
 class TimedBlock:

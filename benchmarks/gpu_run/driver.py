@@ -13,12 +13,12 @@ from gpu_run.stages import STAGES, TOTAL_S, Stage
 
 
 class RefusedError(Exception):
-    """Nothing can run here; the message says why."""
+    """Raised if nothing can run here; the message says why."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a stage is."""
+    """Progress of a stage."""
 
     stage: Stage
     names: list[str] | None = None
@@ -36,7 +36,7 @@ class Progress:
 
 
 class Driver:
-    """One run.
+    """One GPU run.
 
     Args:
         results: Where rows go.
@@ -117,7 +117,7 @@ class Driver:
                 return
 
     def _follow(self, worker: WorkerProcess, progress: Progress, ends: float) -> bool:
-        """Listen to a worker until its job ends; whether the worker is of further use."""
+        """Listen to a worker until its job ends; return whether the worker is still usable."""
         while True:
             try:
                 event = worker.next_event(min(ends, progress.row_ends) - time.monotonic())
@@ -160,7 +160,7 @@ class Driver:
         # Else it ended after a row that had a CUDA error, which is known: the next worker goes on.
 
     def _stopped(self, progress: Progress, ends: float) -> None:
-        """A worker was stopped: by its row's limit, or by the stage's."""
+        """Record that a worker was stopped by the time limit of its row or its stage."""
         if progress.running is not None and progress.row_ends <= ends:
             self._add(progress, progress.running, broken(f"stopped after {progress.stage.row_limit_s:.0f} s"))
         else:
@@ -173,7 +173,7 @@ class Driver:
             self._add(progress, name, not_run("the time of this stage is spent"))
 
     def _take_worker(self) -> WorkerProcess:
-        """A worker that has imported everything if there was time for it; the next one begins to."""
+        """Return a worker, with its imports done if there was time, and start the next one."""
         if self._worker is None:
             self._worker, self._spare = self._spare or self._start_worker(), None
         if self._spare is None and not self.dry_run:

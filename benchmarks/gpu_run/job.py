@@ -1,4 +1,4 @@
-"""What a worker does with a job: some rows of a stage, one after another."""
+"""A worker's job: some rows of a stage, one after another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DRIVER_VERSION = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noh
 
 
 class Send(Protocol):
-    """Tells the driver."""
+    """Reports an event to the driver."""
 
     def __call__(self, event: str, **values: Any) -> None: ...
 
@@ -86,7 +86,7 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def _first_line(*command: str) -> str | None:
-    """Of what a program prints; None where it is missing or fails."""
+    """First line that a program prints; None where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

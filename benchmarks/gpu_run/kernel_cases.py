@@ -1,5 +1,5 @@
-"""One attention call with every kind of pair that kvpref makes, its queries, keys and values strided as models make
-them, and dense attention over the same.
+"""One attention call with every kind of pair that kvpref makes, strided as in models, and dense attention over
+the same inputs.
 
 Shape legend: T rows of the pass, P rows of the prefixes, H heads, G key/value heads, D head dim.
 """
@@ -16,7 +16,7 @@ from dense_attention import Inputs
 from options import SweepOptions
 
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 SEGMENTS = (0, 1, 70, 200, 201, 202, 330, 337)
 """Row offsets of the segments of the pass: single tokens, and longer than a kernel's block."""
@@ -32,7 +32,7 @@ Strided = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCase:
-    """One setting."""
+    """One setting of a kernel."""
 
     backend: str
     """Name of the backend."""
@@ -51,7 +51,7 @@ class KernelCase:
 
     @property
     def name(self) -> str:
-        """Such as ``cuda_flash phi3 128 x4 bfloat16``."""
+        """The row's name, such as ``cuda_flash phi3 128 x4 bfloat16``."""
         return f"{self.backend} {self.packing} {self.head_dim} x{self.group} {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -66,7 +66,7 @@ def _one_projection(rows: int, case: KernelCase, generator: torch.Generator) -> 
 
 
 def _per_head(rows: int, case: KernelCase, generator: torch.Generator) -> Strided:
-    """GPT-NeoX: query, key and value of a head beside one another."""
+    """GPT-NeoX: query, key and value of a head side by side."""
     fused = _normal(rows, 4 * 3 * case.head_dim, case, generator).unflatten(1, (4, 3 * case.head_dim))
     query, key, value = fused.split(case.head_dim, dim=2)
     return query, key, value
@@ -128,7 +128,7 @@ def naive(inputs: Inputs) -> torch.Tensor:
 
 
 def cascade(case: KernelCase, device: torch.device) -> Callable[[Inputs], torch.Tensor]:
-    """What is judged."""
+    """kvpref's attention, which is judged."""
     plan = make_plan(case, device)
 
     def run(inputs: Inputs) -> torch.Tensor:
@@ -138,7 +138,7 @@ def cascade(case: KernelCase, device: torch.device) -> Callable[[Inputs], torch.
 
 
 def errors_of(case: KernelCase, device: torch.device) -> list[Errors]:
-    """Output and every gradient beside float64."""
+    """Compare the output and every gradient with float64."""
     return errors_beside_naive(cascade(case, device), naive, make_inputs(case, device), str(device))
 
 
@@ -150,7 +150,7 @@ def gradients(case: KernelCase, device: torch.device) -> tuple[torch.Tensor, ...
 
 
 def all_cases(backends: list[str], options: SweepOptions) -> Iterator[KernelCase]:
-    """Every setting of every backend; the second 16-bit dtype in one of them."""
+    """Every setting of every backend; the second 16-bit dtype in one setting only."""
     settings = [("phi3", group, dim, options.dtype) for dim in (64, 80, 96, 128, 256) for group in (1, 4, 8)]
     settings += [("gpt_neox", 1, dim, options.dtype) for dim in (64, 80, 96, 128, 256)]
     if options.dtype == torch.bfloat16:

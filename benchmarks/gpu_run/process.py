@@ -1,4 +1,4 @@
-"""A worker process as the driver sees it; standard library only."""
+"""A worker process, seen from the driver; standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ END_S = 5.0
 
 
 class WorkerProcess:
-    """Started, it imports what stages need and waits for a job; `next_event` tells what it says.
+    """A worker: imports what stages need, then waits for a job; `next_event` returns what it reports.
 
     Args:
         log: Gets what it prints.
@@ -48,17 +48,17 @@ class WorkerProcess:
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, job: dict[str, Any]) -> None:
-        """Give it a job; one that has died is noticed by `next_event`."""
+        """Send a job; if the process has died, `next_event` notices."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
 
     def next_event(self, timeout_s: float) -> Event | None:
-        """What it says next; None once it has ended.
+        """The next event; None once the process has ended.
 
         Raises:
-            TimeoutError: If it says nothing in time.
+            TimeoutError: If no event arrives in time.
         """
         try:
             return self._events.get(timeout=max(0.0, timeout_s))
@@ -66,13 +66,13 @@ class WorkerProcess:
             raise TimeoutError from None
 
     def stop(self) -> None:
-        """End it, and all that it started, at once."""
+        """Kill the process, and all that it started, at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._wait()
 
     def why_it_ended(self) -> str:
-        """Its exit code and the last line that it printed."""
+        """Exit code and the last line printed."""
         code = self._wait()
         if code is None:
             return "its process closed its output and does not end"
@@ -83,7 +83,7 @@ class WorkerProcess:
         return f"its process ended with {how}" + (f": {lines[-1][:200]}" if lines else "")
 
     def _wait(self) -> int | None:
-        """Its exit code; None if a driver holds it in the kernel, for which nothing else should wait."""
+        """Exit code; None if a driver holds the process in the kernel, which nothing else should wait for."""
         try:
             return self._process.wait(timeout=END_S)
         except subprocess.TimeoutExpired:

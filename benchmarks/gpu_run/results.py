@@ -31,12 +31,12 @@ class Results:
         self.stage_seconds: dict[str, float] = {}
 
     def add(self, stage: Stage, name: str, finding: dict[str, Any]) -> None:
-        """Keep a row; an outer time limit that ends the driver now loses no row before the next."""
+        """Keep a row and write the file, so that a killed driver loses no finished row."""
         self.rows.append({"stage": stage.name, "name": name, **finding})
         self.write()
 
     def write(self) -> None:
-        """The file as a whole, in one step."""
+        """Write the whole file atomically."""
         content = {
             "about": self.about,
             "dry_run": self.dry_run,
@@ -58,7 +58,7 @@ class Results:
 
 
 def row_line(row: dict[str, Any]) -> str:
-    """One row in words."""
+    """One row as text."""
     parts = [f"{row['name']}: {row['status']}", figures_text(row)]
     parts += [f"bar {row['bar']}"] if row["bar"] else []
     parts += [row["reason"]] if row["reason"] else []
@@ -66,7 +66,7 @@ def row_line(row: dict[str, Any]) -> str:
 
 
 def figures_text(row: dict[str, Any]) -> str:
-    """Its figures in words."""
+    """The figures of a row as text."""
     return ", ".join(f"{name} {Figure(**figure)}" for name, figure in row["figures"].items())
 
 
@@ -84,7 +84,7 @@ def table(results: Results) -> list[str]:
 
 
 def counted(counts: Counter[str]) -> str:
-    """Such as ``3 passed, 1 failed``."""
+    """Counts as text, such as ``3 passed, 1 failed``."""
     return ", ".join(f"{count} {status}" for status, count in counts.items()) or "no rows"
 
 
@@ -93,10 +93,10 @@ def _worth_a_line(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def not_run(reason: str) -> dict[str, Any]:
-    """A row that had no chance."""
+    """The result of a row that was never started."""
     return Finding(status="skipped", reason=reason).to_json()
 
 
 def broken(reason: str) -> dict[str, Any]:
-    """A row that ended its process, or never ended."""
+    """The result of a row that killed its process or never ended."""
     return Finding(status="failed", reason=reason).to_json()

@@ -11,20 +11,20 @@ Status = Literal["passed", "failed", "measured", "skipped"]
 
 
 class Figure(NamedTuple):
-    """A number and what it counts."""
+    """A number and its unit."""
 
     value: float
     unit: str
 
     def __str__(self) -> str:
-        value = float(self.value)  # in results, numbers that JSON has not are words
+        value = float(self.value)  # in results, numbers that JSON cannot hold are words
         number = str(int(value)) if value.is_integer() else f"{value:.4g}"
         return f"{number} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """How one row ended."""
+    """The result of one row."""
 
     status: Status
     """``passed`` and ``failed`` by the row's bar; ``measured`` has none; ``skipped`` has not run, see `reason`."""
@@ -39,7 +39,7 @@ class Finding:
     """Why it failed or did not run, or what the figures leave out."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The row as plain values for JSON."""
         figures = {
             name: {"value": value if math.isfinite(value) else str(value), "unit": unit}
             for name, (value, unit) in self.figures.items()
@@ -62,10 +62,10 @@ def failed(reason: str) -> Finding:
 
 
 def measured(figures: Mapping[str, Figure], *, bar: str | None = None, reason: str | None = None) -> Finding:
-    """Figures that nothing depends on."""
+    """A row whose figures are not judged."""
     return Finding(status="measured", figures=figures, bar=bar, reason=reason)
 
 
 def judged(*, met: bool, bar: str, figures: Mapping[str, Figure], reason: str | None = None) -> Finding:
-    """Figures that are held to a bar."""
+    """A row whose figures are held to a bar."""
     return Finding(status="passed" if met else "failed", figures=figures, bar=bar, reason=reason)

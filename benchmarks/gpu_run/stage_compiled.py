@@ -18,7 +18,7 @@ from kvpref.profiling.timing import TimingOptions, time_rounds
 
 
 def rows(options: SweepOptions) -> Rows:
-    """Forward and backward with compiled layers beside plain ones."""
+    """Compare forward and backward with compiled and plain layers."""
     return {"forward + backward": partial(_row, options)}
 
 

@@ -1,4 +1,4 @@
-"""What `kvpref doctor` finds; each backend by itself first, because one that breaks the process would hide the rest."""
+"""What `kvpref doctor` finds; each backend first runs alone, because one that kills the process would hide the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpref.profiling.environment import inspect_environment
 
 
 def rows(options: SweepOptions) -> Rows:
-    """Every backend, then the machine."""
+    """One row per backend, then one for the machine."""
     backends = {f"backend {name}": partial(_backend, name) for name in backend_names()}
     return {**backends, "machine": _machine}
 
@@ -39,5 +39,5 @@ def _backend(name: str) -> Finding:
 
 
 def _ran(probe: BackendProbe) -> bool:
-    """Whether its reason is about what it computed, not about why it was not tried."""
+    """Whether the reason is a wrong result, not why the backend was not tried."""
     return (probe.reason or "").startswith(("it failed in", "it is wrong in"))

@@ -1,4 +1,4 @@
-"""Models of real width: every schedule, mode and head output beside float64, judged by naive 16-bit runs."""
+"""Models of real width: every schedule, mode and head output against float64, judged by naive 16-bit runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Values = Mapping[str, torch.Tensor]
 
 
 class Truth(NamedTuple):
-    """Values by name: in float64, and naively in the dtype that is judged."""
+    """Values by name: in float64, and from a naive run in the dtype under test."""
 
     exact: Values
     naive: Values
 
 
 def rows(options: SweepOptions) -> Rows:
-    """Llama in every way; the families with other projections in two; what heads give besides log-probs."""
+    """Llama in every way; the families with other projections in two; what heads return besides log-probs."""
     bounded = {"schedule": "bounded", "max_tokens_per_chunk": CHUNK[options.dry_run]}
     ways: dict[str, dict[str, Any]] = {
         "two_pass": {},
@@ -88,7 +88,7 @@ def _reward_row(way: dict[str, Any], options: SweepOptions) -> Finding:
 
 
 def _judge(found: Values, truth: Truth) -> Finding:
-    """Every value whose float64 has a size to speak of."""
+    """Every value that is not negligible in float64."""
     errors = {}
     for name, exact in truth.exact.items():
         # Gradients that vanish but for rounding, and vectors (norms, biases), say nothing: sums of few roundings.
@@ -127,7 +127,7 @@ def _flat(result: oracle.Result) -> dict[str, torch.Tensor]:
 
 
 def _both(make: Callable[[], torch.nn.Module], run: Callable[[torch.nn.Module], Values]) -> Truth:
-    """What a naive run gives in float64 and in the dtype that is judged."""
+    """Results of a naive run in float64 and in the dtype under test."""
     model = make()
     exact = run(oracle.twin(model, torch.float64))
     return Truth(exact=exact, naive=run(model))

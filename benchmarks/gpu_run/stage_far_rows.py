@@ -1,4 +1,4 @@
-"""Pairs that start where the offset of their gradients passes 32 bits, with canaries around.
+"""Pairs whose gradients start beyond a 32-bit offset, with canaries around them.
 
 FlashAttention-2's backward adds up dq in a buffer of heads x head dim (rounded up to 32) elements a row; some releases
 compute a pair's place in it in 32 bits, so from 2^31 elements on they write elsewhere.
@@ -19,7 +19,7 @@ from options import SweepOptions
 from gpu_run.rows import Figure, Finding, Rows, judged
 from gpu_run.working_backends import FLASH_ATTENTION_2, fast_backends
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 CANARY = 0x5EED
 
@@ -51,7 +51,7 @@ class FarShape:
 
     @property
     def first_far_pair(self) -> int:
-        """The first that starts beyond 2^31 elements; past the end where none does."""
+        """Index of the first pair that starts beyond 2^31 elements; past the end where none does."""
         row_elements = self.heads * -(-self.head_dim // 32) * 32
         return -(-(2**31) // (row_elements * self.queries))
 
@@ -61,7 +61,7 @@ TINY = FarShape(num_pairs=6, queries=16, keys=4, heads=4, kv_heads=2, head_dim=1
 
 
 class Results(NamedTuple):
-    """Of the whole call."""
+    """Output and gradients of the whole call."""
 
     inputs: Inputs
     dout: torch.Tensor
@@ -149,7 +149,7 @@ def _plan(shape: FarShape, num_pairs: int, num_prefixes: int, backend: str, devi
 
 
 def _pair_errors(shape: FarShape, pair: int, results: Results) -> list[Errors]:
-    """One pair of the whole call beside dense attention over that pair alone."""
+    """Compare one pair of the whole call with dense attention over that pair alone."""
     own = slice(pair * shape.queries, (pair + 1) * shape.queries)
     prefix = slice(pair * shape.keys, (pair + 1) * shape.keys)
     given = results.inputs
@@ -175,7 +175,7 @@ def _dense(inputs: Inputs) -> torch.Tensor:
 
 
 def _around(shape: FarShape) -> set[int]:
-    """The pairs on both sides of the bound, and one further on."""
+    """The pairs on both sides of the bound, and a later one."""
     pairs = {shape.first_far_pair + step for step in (-1, 0, 1, 3)}
     return {pair for pair in pairs if 0 <= pair < shape.num_pairs}
 

@@ -21,7 +21,7 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 
 
 def rows(options: SweepOptions) -> Rows:
-    """What PyTorch ships in one row, each package in its own."""
+    """One row for PyTorch's own kernels, and one per package."""
     backends = fast_backends(options)
     shipped = [name for name in backends if name in ("cpu_flash", "cuda_flash", "efficient")]
     groups = [shipped, *([name] for name in backends if name not in shipped)]
@@ -52,7 +52,7 @@ def find_tool() -> str | None:
 
 
 def read_report(done: subprocess.CompletedProcess[str]) -> Finding:
-    """What the tool said."""
+    """The tool's report as a finding."""
     found = _SUMMARY.findall(done.stdout + done.stderr)
     if not found or "ran to its end" not in done.stdout:
         return _not_ended(done)

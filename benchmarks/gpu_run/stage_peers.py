@@ -1,4 +1,4 @@
-"""FlexAttention's one row per batch beside the cascade, and TRL's trainer where it is installed."""
+"""FlexAttention with one row per batch beside the cascade, and TRL's trainer where it is installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRL_MODEL = {
 
 
 def rows(options: SweepOptions) -> Rows:
-    """One each."""
+    """One row per peer."""
     return {"flex_attention, one row": partial(_flex_row, options), "trl.DPOTrainer": partial(_trl_row, options)}
 
 

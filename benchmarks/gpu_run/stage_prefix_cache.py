@@ -22,7 +22,7 @@ SIZES = LlamaSizes(
 
 
 def rows(options: SweepOptions) -> Rows:
-    """A long prompt, and one that is computed faster than it is copied."""
+    """One row for a long prompt, and one for a prompt that is computed faster than it is copied."""
     prompts = (64, 32) if options.dry_run else (32768, 4096)
     return {f"prompt of {prompt} tokens": partial(_row, prompt, options) for prompt in prompts}
 
@@ -55,10 +55,10 @@ def _row(prompt: int, options: SweepOptions) -> Finding:
 
 
 LAYERS_LEFT = 3
-"""Whose keys and values may be on the device at once: one at work, one that comes, one that goes."""
+"""Layers whose keys and values may be on the device at once: one in use, one arriving, one leaving."""
 
 
 def least_saved_bytes(sizes: LlamaSizes, prompt: int) -> int:
-    """Keys and values in 16 bits, and gradients of theirs in fp32, of the layers that are not at work."""
+    """Bytes of keys and values in 16 bits, and of their gradients in fp32, of the idle layers."""
     elements = 2 * sizes.num_kv_heads * sizes.head_dim * prompt * (sizes.num_layers - LAYERS_LEFT)
     return elements * (2 + 4)

@@ -1,4 +1,4 @@
-"""How fast attention's parts are, beside 0.6 of what plain matrix products reach on the same card."""
+"""Rates of attention's parts, held to 0.6 of what plain matrix products reach on the same card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_run.attention_calls import TimedBlock
 from gpu_run.rows import Figure, Finding, Rows, measured
 from gpu_run.working_backends import fast_backends
 from kvpref.ops.attention.merge import add_gradient, merge_partials
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 from kvpref.profiling.matrix_rate import measure_matrix_rate
 from kvpref.profiling.timing import TimingOptions, time_rounds
 
@@ -20,7 +20,7 @@ SHARE = 0.6
 
 
 def rows(options: SweepOptions) -> Rows:
-    """Every fast backend, then what surrounds its calls."""
+    """One row per fast backend, then the steps around its calls."""
     found: Rows = {"matrix products": partial(_matrix_row, options)}
     for name in sorted(fast_backends(options), key=lambda name: name == "flash_attn_4"):
         found[name] = partial(_backend_row, name, options)
@@ -63,7 +63,7 @@ def _backend_row(name: str, options: SweepOptions) -> Finding:
 
 
 def _merge_row(options: SweepOptions) -> Finding:
-    """Bound by memory: bytes per second, beside those of a copy."""
+    """Memory-bound steps: bytes per second, compared with a copy."""
     num_rows, heads, head_dim = (64, 4, 32) if options.dry_run else (32768, 32, 128)
     generator = torch.Generator(options.device).manual_seed(0)
 

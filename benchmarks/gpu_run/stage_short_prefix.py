@@ -1,4 +1,4 @@
-"""From which length of a prompt on its keys and values need no copies: what `spread_keys_below` should be."""
+"""The prompt length from which keys and values need no copies: the value for `spread_keys_below`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_RESPONSES = 64
 
 
 def rows(options: SweepOptions) -> Rows:
-    """One, because its answer is about all prompts."""
+    """A single row, because its answer covers all prompts."""
     return {"backward of one prompt with 64 responses": partial(_row, options)}
 
 

@@ -1,4 +1,4 @@
-"""Speed-ups over mode `packed` on the same kernels, and memory, beside their bars."""
+"""Speed-ups over mode `packed` on the same kernels, and memory, against their bars."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _sizes(options: SweepOptions) -> LlamaSizes:
 
 
 def _prefix_bytes(options: SweepOptions) -> Finding:
-    """What is held for two prompts, beside what their unique tokens take."""
+    """Memory held for two prompts, compared with that of their unique tokens."""
     sizes = _sizes(options)
     prompt = 32 if options.dry_run else 4096
     groups = make_groups(Shape(prompt=prompt, response=8, responses=4, groups=2), sizes.vocab_size)
@@ -106,7 +106,7 @@ def _prefix_bytes(options: SweepOptions) -> Finding:
 
 
 def _bounded_peak(options: SweepOptions) -> Finding:
-    """The peak does not follow the number of responses."""
+    """Check that the peak does not grow with the number of responses."""
     sizes = _sizes(options)
     prompt, response, chunk = (32, 4, 16) if options.dry_run else (4096, 512, 4096)
     model = build_model(sizes, options)

@@ -1,4 +1,4 @@
-"""A whole training step of some losses, and how often it makes the host wait for the device."""
+"""Whole training steps with several losses, and how often each makes the host wait for the device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WORDS = "called a synchronizing CUDA operation"
 
 
 def rows(options: SweepOptions) -> Rows:
-    """One per loss."""
+    """One row per loss."""
     return {name: partial(_row, name, options) for name in LOSSES}
 
 
@@ -50,7 +50,7 @@ def _row(name: str, options: SweepOptions) -> Finding:
 
 
 class Training:
-    """Steps as a trainer runs them: micro-batches that were made on the host, forward, backward, clipping, AdamW.
+    """Steps as a trainer runs them: micro-batches made on the host, forward, backward, clipping, AdamW.
 
     Args:
         name: Of the loss.
@@ -78,7 +78,7 @@ class Training:
         return TrainStep(self.model, self.loss, inputs, "two_pass")
 
     def step(self, inputs: TrainStep) -> None:
-        """One step."""
+        """Run one training step."""
         inputs.run()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -89,7 +89,7 @@ class Training:
 
 
 def _rated(group: Group, loss: str) -> Group:
-    """Pairs where the loss wants pairs; the first response is the best."""
+    """Pairs where the loss needs pairs; the first response is the best."""
     sequences = group.sequences[:2] if loss == "dpo" else group.sequences
     labels = [index == 0 for index in range(len(sequences))]
     return Group(sequences, labels=labels, scores=[1.0 - index for index in range(len(sequences))])
@@ -97,7 +97,7 @@ def _rated(group: Group, loss: str) -> Group:
 
 @contextmanager
 def counted_synchronisations() -> Iterator[Counter[str]]:
-    """Counts, by place, what waits for the device inside the block; filled at its end."""
+    """Counts of waits for the device inside the block, by place; filled when it ends."""
     places: Counter[str] = Counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -20,7 +20,7 @@ LAST = ("test_cuda_flash", "test_efficient", "test_flash_attn", "test_xformers")
 
 
 def rows(options: SweepOptions) -> Rows:
-    """The whole engine first."""
+    """One row per test function, those of the whole engine first."""
     if importlib.util.find_spec("pytest") is None:
         return {FOLDER: lambda: skipped("pytest is not installed")}
     functions, broken = _collect()
@@ -34,7 +34,7 @@ def rows(options: SweepOptions) -> Rows:
 
 
 def _not_imported(why: str) -> Finding:
-    """A file that pytest could not import: for lack of a package it is left out, otherwise it is broken."""
+    """A file that pytest could not import: left out if a package is missing, otherwise broken."""
     return skipped(why) if "ModuleNotFoundError" in why else failed(why)
 
 
@@ -69,7 +69,7 @@ def _words(report: Any) -> str:
 
 
 def _collect() -> tuple[list[str], dict[str, str]]:
-    """Test functions, and files that cannot be imported with the reason."""
+    """Test functions, and the reason for each file that cannot be imported."""
     functions: dict[str, None] = {}
     broken: dict[str, str] = {}
 

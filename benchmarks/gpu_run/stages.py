@@ -26,7 +26,7 @@ class Stage:
 
     @property
     def module(self) -> str:
-        """Where its function `rows` is."""
+        """The module with the stage's function `rows`."""
         return f"gpu_run.stage_{self.name}"
 
 

@@ -15,11 +15,11 @@ FLASH_ATTENTION_2 = ("cuda_flash", "flash_attn", "xformers")
 
 
 def refusal(name: str, options: SweepOptions, head_dim: int = 128) -> str | None:
-    """Why a backend cannot serve here, or None."""
+    """Why a backend does not work here, or None."""
     query = torch.empty(1, 1, head_dim, dtype=options.dtype, device=options.device)
     return get_backend(name).unsupported_reason(query)
 
 
 def fast_backends(options: SweepOptions) -> list[str]:
-    """All that serve here with kernels."""
+    """All backends that work here and have kernels."""
     return [name for name in backend_names() if name not in WITHOUT_KERNELS and refusal(name, options) is None]

@@ -1,4 +1,4 @@
-"""Are two runners' numbers the same? Asked before any timing."""
+"""Checks, before any timing, that two runners compute the same numbers."""
 
 from __future__ import annotations
 

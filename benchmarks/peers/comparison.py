@@ -1,4 +1,4 @@
-"""One peer beside kvpref: first the numbers, then, only if they agree, the time."""
+"""Compares one peer with kvpref: first the numbers, then, only if they agree, the time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Timing:
 
     @property
     def first_counted(self) -> int:
-        """Steps before it are warm-up."""
+        """Index of the first step that counts; the ones before are warm-up."""
         return min(1, len(self.ours.work) - 1)
 
     @property
@@ -109,7 +109,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What came of one peer."""
+    """The result for one peer."""
 
     peer: Peer
     """The peer."""
@@ -192,7 +192,7 @@ def _empty_side() -> Side:
 
 
 class _Step(NamedTuple):
-    """One optimizer step as it was seen from outside."""
+    """One optimizer step, measured from outside."""
 
     loss: float
     seconds: float

@@ -13,7 +13,7 @@ from peers.task import Batching, Task
 
 
 class DisagreementError(Exception):
-    """A peer computes something else than kvpref, so its time says nothing."""
+    """Raised if a peer does not compute what kvpref computes, so that its time means nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +48,7 @@ class Runner(ABC):
     """One way to train, ready to start from the task's initial weights. Good for one run.
 
     Attributes:
-        precompute_seconds: Time of the reference log-probs of all batches; None before they are there.
+        precompute_seconds: Time of the reference log-probs of all batches; None until they are computed.
         optimizer_seconds: The optimizer's share of each step so far.
     """
 
@@ -73,7 +73,7 @@ class Peer(ABC):
 
     Attributes:
         name: Unique, with the setting.
-        setting: Name of the setting; None where there is but one.
+        setting: Name of the setting; None where there is only one.
         batching: How pairs are put into batches; kvpref gets the same batches.
         description: What runs, and what its FLOPs count.
     """
@@ -101,7 +101,7 @@ class Peer(ABC):
 
     @abstractmethod
     def opponent(self, task: Task) -> Runner:
-        """A fresh runner of kvpref with the same around the model: a trainer beside a trainer, a loop by a loop."""
+        """A fresh runner of kvpref of the same kind: a trainer for a trainer, a loop for a loop."""
 
 
 def flat_gradient(model: torch.nn.Module) -> torch.Tensor:

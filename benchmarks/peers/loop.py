@@ -44,7 +44,7 @@ class TrainingLoop(Runner):
         return FirstBatch(logps=logps.detach().float().cpu(), loss=loss.item(), gradient=flat_gradient(self.model))
 
     def steps(self) -> Iterator[float]:
-        """As in `Runner`; the first step computes nothing but a step, the reference comes before it."""
+        """As in `Runner`; reference log-probs are computed before the first step."""
         references = self._precompute()
         return self._steps(references)
 

@@ -1,4 +1,4 @@
-"""kvpref's side of each comparison: its trainer beside trainers, its engine in a plain loop beside loops."""
+"""kvpref's side of each comparison: its trainer against trainers, its engine in a plain loop against loops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peers.trainer_steps import trainer_steps
 
 
 def trainer_settings(task: Task) -> dict[str, Any]:
-    """What both trainers are told alike, as arguments of `transformers.TrainingArguments`."""
+    """Settings that both trainers share, as arguments of `transformers.TrainingArguments`."""
     return {
         "per_device_train_batch_size": len(task.batches[0]),
         "max_steps": len(task.batches),

@@ -160,7 +160,8 @@ def draw(comparisons: Sequence[Comparison], path: Path) -> bool:
         (line,) = losses.plot(steps, timing.ours.losses, linewidth=5, alpha=0.35, label=f"kvpref beside {name}")
         losses.plot(steps, timing.theirs.losses, linewidth=1, color=line.get_color(), label=name)
     losses.set(title="loss of each step (nats)", xlabel="optimizer step")
-    losses.legend(fontsize=7)
+    losses.xaxis.get_major_locator().set_params(integer=True)
+    losses.legend(fontsize=8)
     sides = {"kvpref": [t.ours for t in timings.values()], "peer": [t.theirs for t in timings.values()]}
     medians = {
         label: [median(t.counted_seconds(side)) for t, side in zip(timings.values(), of_peers, strict=True)]

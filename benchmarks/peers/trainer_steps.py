@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 
 class _Pauses(TrainerCallback):
-    """Hands each step's loss over and holds the trainer until the next one is asked for; times the optimizer."""
+    """Passes on each step's loss and pauses the trainer until the next is requested; times the optimizer."""
 
     def __init__(self) -> None:
         self.losses: list[Any] = []

@@ -99,7 +99,7 @@ def all_groups(task: Task) -> list[kvpref.Group]:
 
 
 def trl_settings(task: Task, *, rows_per_group: int = 1) -> dict[str, Any]:
-    """What TRL's trainers are told: the same as kvpref's, and what is fastest for them here.
+    """Settings of TRL's trainers: the same as kvpref's, and otherwise the fastest for them here.
 
     Args:
         task: With batches.

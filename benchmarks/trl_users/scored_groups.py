@@ -57,6 +57,6 @@ def made_up_scored_groups(work_dir: Path, *, num_groups: int = 12, seed: int = 0
 
 
 def num_right(group: Group) -> int:
-    """How many responses have the score 1."""
+    """Number of responses with score 1."""
     assert group.scores is not None
     return sum(score == 1 for score in group.scores)

@@ -18,7 +18,7 @@ from trl_users.interface import Workload
 
 
 class Training:
-    """A training that goes on when it is asked to.
+    """A training run that advances one step at a time.
 
     Args:
         trainer: With one micro-batch per optimizer step.
