@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from kvpref.prefix.levels import Shape, VarlenLayout
+from kvpref.prefix.blocks import Shape, VarlenLayout
 
 SHAPES: tuple[Shape, ...] = ("rectangle", "causal", "anti_causal")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,21 @@ import torch
 
 # Tiny tensors: a thread pool costs more than it saves, and tests run side by side.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m leaves out what is `full`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `full` all parameter sets of a test that is `thinned(n)` but n of them, spread evenly over the list."""
+    sets = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("thinned") and not item.get_closest_marker("full"):
+            sets[item.nodeid.partition("[")[0]].append(item)
+    for own in sets.values():
+        (num_kept,) = own[0].get_closest_marker("thinned").args  # type: ignore[union-attr]
+        kept = {len(own) * number // num_kept for number in range(num_kept)}
+        for number, item in enumerate(own):
+            if number not in kept:
+                item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="session")

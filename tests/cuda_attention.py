@@ -8,7 +8,7 @@ from attention_errors import errors_beside_naive, leaves_to, plan_to, relative, 
 from dense_attention import Inputs, dense_attention, make_inputs, make_plan, random_tree
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, cascade_attention, get_backend
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.25)
 BLOCKS = {

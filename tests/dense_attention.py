@@ -6,10 +6,12 @@ import random
 from typing import NamedTuple
 
 import torch
+from unique_tokens import seen_by
 
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.levels import build_layout
-from kvpref.prefix.tree import PrefixTree, build_tree
+from kvpref.prefix.tree import PrefixTree
 
 
 class Inputs(NamedTuple):
@@ -65,10 +67,6 @@ def make_inputs(
     return inputs
 
 
-def _path_of(tree: PrefixTree, index: int | None) -> list[int]:
-    return [] if index is None else [*_path_of(tree, tree.segments[index].parent), index]
-
-
 def visible(tree: PrefixTree, depth: int) -> torch.Tensor:
     """(T_d, T_0 + ... + T_d) bool: which keys each query row sees, level by level."""
     rows = [
@@ -83,9 +81,9 @@ def visible(tree: PrefixTree, depth: int) -> torch.Tensor:
     keys = [place for level in rows for place in level]
     mask = torch.zeros(len(rows[depth]), len(keys), dtype=torch.bool)
     for q, (segment, offset) in enumerate(rows[depth]):
-        path = _path_of(tree, segment)
+        seen = {**seen_by(tree, segment), segment: offset + 1}
         for k, (other, other_offset) in enumerate(keys):
-            mask[q, k] = other in path and (other != segment or other_offset <= offset)
+            mask[q, k] = other_offset < seen.get(other, 0)
     return mask
 
 

@@ -21,6 +21,7 @@ def make_lengths(responses: list[int], prompt: int = 0) -> GroupLengths:
         total_pairs=sum(sum(range(1, length + 1)) for length in lengths),
         unique_scored=sum(responses),
         total_scored=sum(responses),
+        beginning_tokens=prompt if len(responses) > 1 else 0,
     )
 
 

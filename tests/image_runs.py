@@ -6,6 +6,7 @@ import torch
 from vision_models import tiny_vision_model, vision_groups
 
 import kvpref
+from kvpref.parallel.whole_weights import whole
 
 
 def image_groups() -> list[kvpref.Group]:
@@ -16,12 +17,14 @@ def image_groups() -> list[kvpref.Group]:
     return [with_images[0], without[0]]
 
 
-def train_with_images(output: str, schedule: str) -> None:
+def train_with_images(output: str, schedule: str, loss: str = "cpo", fsdp: str | None = None) -> None:
     """Train the tiny model on both groups of each step, and leave its weights in a file."""
     args = kvpref.PreferenceTrainingArguments(
         output_dir=f"{output}/run",
-        loss="cpo",
+        loss=loss,
+        fsdp=fsdp,
         schedule=schedule,
+        max_tokens_per_chunk=16 if schedule == "bounded" else None,
         max_steps=2,
         learning_rate=0.1,
         optim="sgd",
@@ -37,8 +40,9 @@ def train_with_images(output: str, schedule: str) -> None:
     args.per_device_train_batch_size = 2 // world_size
     model = tiny_vision_model("qwen2_5_vl", torch.float64)
     kvpref.PreferenceTrainer(model, args, labelled(image_groups())).train()
+    weights = {name: whole(weight) for name, weight in model.named_parameters()}
     if args.process_index == 0:
-        torch.save({name: weight.detach() for name, weight in model.named_parameters()}, f"{output}/{world_size}.pt")
+        torch.save(weights, f"{output}/{world_size}.pt")
 
 
 def labelled(groups: list[kvpref.Group]) -> list[kvpref.Group]:

@@ -96,7 +96,7 @@ def checkpoint_layers(model: nn.Module, use_reentrant: bool = False, **options: 
 
 def loss_weights(groups: list[Group]) -> torch.Tensor:
     """One random weight per scored token, so that no error can cancel in the sum; (num_scored_tokens,) float64."""
-    num_scored = sum(sum(sequence.scored) for group in groups for sequence in group.sequences)
+    num_scored = sum(part.num_scored for group in groups for part in group.parts)
     return torch.randn(num_scored, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
@@ -113,7 +113,7 @@ def naive_token_logps(model: nn.Module, groups: list[Group]) -> torch.Tensor:
     """(num_scored_tokens,) log-probs of the scored tokens, each sequence alone in a batch of 1."""
     device = next(model.parameters()).device
     shares = []
-    for sequence in (sequence for group in groups for sequence in group.sequences):
+    for sequence in (part for group in groups for part in group.parts):
         ids = torch.tensor([sequence.input_ids], device=device)
         logits = model(input_ids=ids, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()

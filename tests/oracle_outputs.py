@@ -17,9 +17,9 @@ def naive_outputs(model: nn.Module, batch: Batch, head: HeadOptions) -> dict[str
 
 def naive_responses(model: nn.Module, batch: Batch, head: HeadOptions) -> ResponseLogps:
     """The same as a loss sees it."""
-    return ResponseLogps(
-        cu_seqlens=batch.cu_seqlens, group_index=batch.group_index, **naive_outputs(model, batch, head)
-    )
+    found = naive_outputs(model, batch, head)
+    weights = batch.token_weights(found["token_logps"].dtype)
+    return ResponseLogps(cu_seqlens=batch.cu_seqlens, group_index=batch.group_index, weights=weights, **found)
 
 
 def naive_rewards(model: nn.Module, batch: Batch) -> ResponseRewards:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from kvpref.ops.recurrent import SegmentRows
 from kvpref.prefix.levels import build_levels
 from kvpref.prefix.segments import level_segments
-from kvpref.prefix.tree import PrefixTree, Segment
+from kvpref.prefix.tree import NO_PARENT, PrefixTree
 
 Rows = tuple[torch.Tensor, ...]
 
@@ -24,16 +25,13 @@ Whole = Callable[[Rows], torch.Tensor]
 def random_tree(seed: int, *, num_levels: int = 3, longest: int = 40) -> PrefixTree:
     """Segments of 1 to `longest` tokens, some of them without children, each a leaf's or a parent of 1 to 3."""
     generator = random.Random(seed)
-    segments: list[Segment] = []
+    segments: list[tuple[int, int, int, int]] = []  # parent, depth, start, length
     paths: list[tuple[int, ...]] = []
 
     def grow(path: tuple[int, ...], depth: int, start: int) -> None:
         length = generator.choice((1, generator.randint(1, longest)))
-        index = len(segments)
-        segments.append(
-            Segment(parent=path[-1] if path else None, depth=depth, start=start, input_ids=tuple(range(length)))
-        )
-        here = (*path, index)
+        here = (*path, len(segments))
+        segments.append((path[-1] if path else NO_PARENT, depth, start, length))
         num_children = 0 if depth + 1 == num_levels else generator.choice((0, 1, 2, 3)) if depth else 2
         for _ in range(num_children):
             grow(here, depth + 1, start + length)
@@ -42,7 +40,17 @@ def random_tree(seed: int, *, num_levels: int = 3, longest: int = 40) -> PrefixT
 
     for _ in range(2):
         grow((), 0, 0)
-    return PrefixTree(segments=tuple(segments), paths=tuple(paths))
+    parents, depths, starts, lengths = np.array(segments).T
+    return PrefixTree(
+        sequences=tuple(np.arange(lengths[list(path)].sum()) for path in paths),
+        parents=parents,
+        depths=depths,
+        starts=starts,
+        lengths=lengths,
+        sources=np.array([next(i for i, path in enumerate(paths) if index in path) for index in range(len(segments))]),
+        path_segments=np.array([index for path in paths for index in path]),
+        path_offsets=np.cumsum([0, *map(len, paths)]),
+    )
 
 
 def over_levels(tree: PrefixTree, tensors: Rows, advance: Advance) -> list[torch.Tensor]:

@@ -73,6 +73,36 @@ def nested_responses() -> list[Group]:
     return [_group(tokens(5, 110), response[:4], response, response[:2], tokens(3, 112))]
 
 
+def attempts() -> list[Group]:
+    """Attempts of several turns that part after the first, the second and the third; a second task begins alike."""
+    system, turns = tokens(6, 130), [(tokens(3, 131 + i), tokens(2 + i % 3, 141 + i)) for i in range(4)]
+
+    def attempt(num_shared: int, seed: int) -> Sequence:
+        ids, flags = [*system], [False] * len(system)
+        for index, (asked, answered) in enumerate(turns):
+            answer = answered if index < num_shared else tokens(3, seed + index)
+            ids += [*asked, *answer]
+            flags += [False] * len(asked) + [True] * len(answer)
+        return Sequence(ids, flags)
+
+    return [
+        Group([attempt(1, 150), attempt(2, 160), attempt(3, 170), attempt(4, 180), attempt(3, 190)]),
+        Group([Sequence.from_prompt_and_response(system + tokens(2, 200), tokens(4, seed)) for seed in (201, 202)]),
+    ]
+
+
+def calls() -> list[Group]:
+    """One row per model call, each the beginning of the next; and the turns once more with thinking that is dropped."""
+    ids, rows = tokens(5, 210), []
+    for index in range(5):
+        ids = ids + tokens(2, 220 + index)
+        rows.append(Sequence.from_prompt_and_response(ids, tokens(1 + index % 2, 230 + index) + tokens(2, 240 + index)))
+        answer = tokens(2, 250 + index)
+        rows.append(Sequence.from_prompt_and_response(ids, answer))
+        ids = ids + answer
+    return [Group(rows)]
+
+
 def nothing_shared() -> list[Group]:
     """First tokens all different, within groups too."""
     rows = [[3 + i, *tokens(6 + i, 120 + i)] for i in range(4)]
@@ -129,6 +159,8 @@ SCENARIOS: dict[str, Callable[[], list[Group]]] = {
         single_responses,
         identical_responses,
         nested_responses,
+        attempts,
+        calls,
         nothing_shared,
         one_token_prompts,
         many_responses,

@@ -1,4 +1,4 @@
-"""Starts a worker script in two gloo processes, and ends them."""
+"""Starts a worker script in two or more gloo processes, and ends them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ TIMEOUT_SECONDS = 1200
 """Against hanging only."""
 
 
-def run_two_processes(worker: Path, *arguments: object) -> None:
-    """Run `worker` under torchrun with two ranks, and fail with its errors."""
-    torchrun(worker, *arguments, PYTHONPATH=os.pathsep.join(map(str, worker.parents[1:3])))
+def run_two_processes(worker: Path, *arguments: object, num_ranks: int = 2) -> None:
+    """Run `worker` under torchrun with two ranks or more, and fail with its errors."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # where the package is, if it is not installed
+    path = os.pathsep.join([*map(str, worker.parents[1:3]), *filter(None, given)])
+    torchrun(worker, *arguments, num_ranks=num_ranks, PYTHONPATH=path)
 
 
-def torchrun(*arguments: object, **environment: str) -> None:
-    """`torchrun --nproc-per-node 2 ARGUMENTS...`, which must succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+def torchrun(*arguments: object, num_ranks: int = 2, **environment: str) -> None:
+    """`torchrun --nproc-per-node NUM_RANKS ARGUMENTS...`, which must succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--standalone"]
     done = subprocess.run(
         [*command, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},

@@ -23,6 +23,7 @@ def benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in REST)])
 def test_exact(name: str) -> None:
     from census_images import check_images

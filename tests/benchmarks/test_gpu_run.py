@@ -191,7 +191,7 @@ def test_ending_the_driver_ends_its_workers(tmp_path: Path) -> None:
         assert driver.poll() is None
         time.sleep(0.05)
     driver.send_signal(signal.SIGTERM)
-    assert driver.wait(timeout=30) == 128 + signal.SIGTERM
+    assert driver.wait(timeout=1200) == 128 + signal.SIGTERM
     kept = json.loads(results.read_text())
     assert statuses(kept) == ["passed"]
     with pytest.raises(ProcessLookupError):
@@ -256,7 +256,7 @@ def test_every_stage_runs_dry_with_the_engine_alone(stages: ModuleType, tmp_path
     (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry-run", "--output", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert kept["dry_run"] is True

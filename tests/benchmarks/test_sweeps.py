@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvpref import collate
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 RunHere = Callable[..., tuple[int, str, str]]
@@ -40,7 +42,7 @@ def run(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
 
@@ -74,6 +76,7 @@ def read(path: Path) -> dict[str, list[str]]:
     return {row["name"]: [result["name"] for result in row["results"]] for row in report["comparisons"]}
 
 
+@pytest.mark.full
 def test_a_dry_run_measures_every_row(tmp_path: Path) -> None:
     done = run(BENCHMARKS / "sweeps.py", "--dry-run", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -95,6 +98,10 @@ def test_a_dry_run_measures_every_row(tmp_path: Path) -> None:
     assert [cases[-1] for cases in images.values()] == ["packed", "padded"] * 2
     assert all(cases[:2] == ["two_pass", "bounded"] for cases in images.values())
     assert all(cases == ["fused", "naive"] for cases in read(tmp_path / "logprob.json").values())
+    attempts = read(tmp_path / "trajectories.json")
+    assert attempts == {
+        f"4 attempts, {rows}": ["two_pass", "one_pass", "bounded", "packed"] for rows in ("whole", "per call")
+    }
     assert "efficiency" in done.stdout
     stories = json.loads((tmp_path / "train_step.json").read_text())["comparisons"][real.index("squality stories")]
     shared = stories["results"][0]["facts"]
@@ -232,3 +239,20 @@ def test_real_files_make_steps_within_their_budget(modules: dict[str, ModuleType
     num_tokens = sum(len(sequence) for group in groups for sequence in group.sequences)
     assert 1024 <= num_tokens <= 2048
     assert all(len(group) == 2 and group.labels == (True, False) for group in groups)
+
+
+def test_what_bounded_runs_again_is_all_but_what_its_limit_keeps(modules: dict[str, ModuleType]) -> None:
+    groups = modules["workloads"].make_groups(modules["workloads"].Shape(prompt=40, response=8, responses=5), 100)
+    from trajectories import run_again
+
+    from kvpref.plan.step import join_batches
+
+    chunks = join_batches([collate(groups)], max_tokens_per_chunk=16).chunks.all
+    assert [chunk.num_tokens for chunk in chunks] == [16, 16, 8, 16, 16, 8]
+    # The last 8 fit in 16 tokens with nothing besides; the last three in 40.
+    assert run_again(chunks, 16).work.num_tokens == 72
+    again = run_again(chunks, 40)
+    assert (again.num_chunks, again.work.num_tokens) == (6, 40)
+    # The prompt's causal triangle; its last row predicts the first token of five responses.
+    assert (again.work.num_pairs, again.work.num_scored) == (40 * 41 // 2, 5)
+    assert run_again(chunks, None).work.num_tokens == 0

@@ -34,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OUT": str(folder)}
     command = [sys.executable, str(ROOT / "benchmarks" / "trl_users.py"), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == trl_users_table.table(folder)
     return folder
@@ -46,6 +46,7 @@ def workloads(results: Path) -> dict[str, dict[str, Any]]:
     return {item["name"]: item["ways"] for item in found}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_dry_run_trains_every_way_alike(name: str, results: Path) -> None:
     ways = workloads(results)[name]

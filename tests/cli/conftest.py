@@ -65,7 +65,7 @@ def kvpref_command() -> Run:
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command_line(*arguments), capture_output=True, text=True, timeout=300, env=environment(), check=False
+            command_line(*arguments), capture_output=True, text=True, timeout=1200, env=environment(), check=False
         )
 
     return run
@@ -82,7 +82,7 @@ def trained_dir(
     """A model trained for a few sft steps, with its tokenizer beside it."""
     output = tmp_path_factory.mktemp("trained") / "model"
     done = kvpref_command(
-        *("train", "--config", config_file, pairs_file, "--tokenizer", tokenizer_dir, "--output", output),
+        *("train", "--model-config", config_file, pairs_file, "--tokenizer", tokenizer_dir, "--output", output),
         *("--loss", "sft", "--max-steps", 3, "--learning-rate", 1e-2, "--set", "use_cpu=true"),
     )
     assert done.returncode == 0, done.stderr

@@ -122,7 +122,7 @@ def test_what_could_not_be_loaded_again_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    random = ["--config", config_file, pairs_file, "--tokenizer", tokenizer_dir]
+    random = ["--model-config", config_file, pairs_file, "--tokenizer", tokenizer_dir]
     error = fail(capsys, "train", *random, "--output", tmp_path / "out", "--lora-r", 4)
     assert "an adapter is saved without its base model" in error
     error = fail(capsys, "train", adapter_dir, pairs_file, "--output", tmp_path / "out", "--lora-r", 4)

@@ -54,7 +54,7 @@ def test_bad_rows(
     error = fail(
         capsys,
         monkeypatch,
-        *("train", "--config", config_file, data, "--tokenizer", tokenizer_dir, "--output", tmp_path / "out"),
+        *("train", "--model-config", config_file, data, "--tokenizer", tokenizer_dir, "--output", tmp_path / "out"),
     )
     assert re.search(message, error), error
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -72,7 +72,7 @@ def test_prompt_longer_than_the_model(
     error = fail(
         capsys,
         monkeypatch,
-        *("train", "--config", config_file, data, "--tokenizer", tokenizer_dir, "--output", tmp_path / "out"),
+        *("train", "--model-config", config_file, data, "--tokenizer", tokenizer_dir, "--output", tmp_path / "out"),
     )
     assert re.search(r"data\.jsonl:2: .*142 tokens.*128 positions.*max_prompt_tokens", error), error
 
@@ -88,8 +88,8 @@ def test_group_over_the_token_budget(
     error = fail(
         capsys,
         monkeypatch,
-        *("train", "--config", config_file, pairs_file, "--tokenizer", tokenizer_dir),
-        *("--output", tmp_path / "out", "--max-tokens", 10),
+        *("train", "--model-config", config_file, pairs_file, "--tokenizer", tokenizer_dir),
+        *("--output", tmp_path / "out", "--max-tokens", 10, "--mode", "packed"),
     )
     assert re.search(r"pairs\.jsonl:\d+: .*10; raise max_tokens_per_micro_batch", error), error
 
@@ -105,7 +105,7 @@ def test_missing_data_file(
 def test_unsupported_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "falcon.json"
     config.write_text(json.dumps({"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 1}))
-    error = fail(capsys, monkeypatch, "check", "--config", config)
+    error = fail(capsys, monkeypatch, "check", "--model-config", config)
     assert re.search(r"'falcon' is not supported: .*nearest supported family: llama", error), error
 
 
@@ -131,7 +131,7 @@ def test_tokenizer_larger_than_the_vocabulary(
     error = fail(
         capsys,
         monkeypatch,
-        *("train", "--config", small, pairs_file, "--tokenizer", tokenizer_dir, "--output", tmp_path / "out"),
+        *("train", "--model-config", small, pairs_file, "--tokenizer", tokenizer_dir, "--output", tmp_path / "out"),
     )
     assert re.search(r"12 tokens and the model 8 embeddings; .*vocab_size", error), error
 
@@ -140,8 +140,8 @@ def test_tokenizer_larger_than_the_vocabulary(
     ("text", "message"),
     [
         ("data: [", r"run\.yaml:1: not valid YAML"),
-        ("dta: pairs.jsonl", r"run\.yaml: unknown key 'dta'; valid keys: model, config"),
-        ("data: x.jsonl", r"output is missing; give it on the command line or in --config-file"),
+        ("dta: pairs.jsonl", r"run\.yaml:1: dta: there is no setting 'dta'; did you mean data\?"),
+        ("data: x.jsonl", r"output is missing; give it on the command line or in --config"),
     ],
 )
 def test_bad_run_file(
@@ -149,7 +149,7 @@ def test_bad_run_file(
 ) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(text)
-    error = fail(capsys, monkeypatch, "train", "--config-file", run)
+    error = fail(capsys, monkeypatch, "train", "--config", run)
     assert re.search(message, error), error
 
 
@@ -158,9 +158,9 @@ def test_bad_run_file(
     [
         (["--loss", "nope"], r"unknown loss 'nope'; choose from: dpo, robust, "),
         (["--loss-arg", "beta"], r"--loss-arg 'beta': expected NAME=VALUE"),
-        (["--mode", "fast"], r"unknown mode 'fast'; choose from: two_pass"),
-        (["--set", "no_such=1"], r"no training argument 'no_such'"),
-        (["--set", "mode=fast"], r"unknown mode 'fast'; choose from: two_pass"),
+        (["--mode", "fast"], r"--mode: expected one of two_pass, one_pass, packed, padded; got 'fast'"),
+        (["--set", "no_such=1"], r"--set no_such: there is no setting 'no_such'"),
+        (["--set", "mode=fast"], r"--set mode: expected one of two_pass, .*; got 'fast'"),
         (["--mode", "packed", "--set", "mode=padded"], r"--set mode: this was given by its own option too"),
         (["--on-bad-row", "ignore"], r"--on-bad-row: expected one of stop, skip; got 'ignore'"),
     ],
@@ -178,7 +178,7 @@ def test_bad_settings(
     error = fail(
         capsys,
         monkeypatch,
-        *("train", "--config", config_file, pairs_file, "--tokenizer", tokenizer_dir),
+        *("train", "--model-config", config_file, pairs_file, "--tokenizer", tokenizer_dir),
         *("--output", tmp_path / "out", *arguments),
     )
     assert re.search(message, error), error
@@ -195,3 +195,22 @@ def test_finished_run_is_not_overwritten(
 
 def test_unknown_option_is_a_usage_error() -> None:
     assert CliRunner().invoke(cli_app.app, ["train", "--no-such-option"]).exit_code == 2
+
+
+def test_a_models_json_and_a_runs_yaml_are_told_apart(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    config_file: Path,
+    tokenizer_dir: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+) -> None:
+    error = fail(capsys, monkeypatch, "train", "--config", config_file)
+    assert f"{config_file}: describes a model, not a run; give it to --model-config" in error
+    settings = tmp_path / "run.yaml"
+    settings.write_text("data: x.jsonl\n")
+    options = ("--tokenizer", tokenizer_dir, "--output", tmp_path / "out")
+    error = fail(capsys, monkeypatch, "train", "--model-config", settings, pairs_file, *options)
+    assert f"--model-config {settings}: expected the JSON of a model; the YAML of a run is given to --config" in error
+    error = fail(capsys, monkeypatch, "check", "--model-config", settings)
+    assert "is given to --config" in error

@@ -32,7 +32,7 @@ def layers_of(config_of: Any, capsys: pytest.CaptureFixture[str]) -> Any:
     """What the command finds in a family's tiny model."""
 
     def find(name: str) -> dict[str, Any]:
-        run("check", "--config", config_of(name), "--json")
+        run("check", "--model-config", config_of(name), "--json")
         result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["supported"] is True
         return result
@@ -71,7 +71,7 @@ def test_recurrent_layers(layers_of: Any) -> None:
 
 
 def test_the_table_groups_equal_layers(config_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    run("check", "--config", config_of("llama"))
+    run("check", "--model-config", config_of("llama"))
     text = capsys.readouterr().out
     assert "0-1" in text
     assert "causal" in text
@@ -79,4 +79,4 @@ def test_the_table_groups_equal_layers(config_of: Any, capsys: pytest.CaptureFix
 
 
 def test_refused_families_say_why(config_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "does not route attention" in fail(capsys, "check", "--config", config_of("bloom"))
+    assert "does not route attention" in fail(capsys, "check", "--model-config", config_of("bloom"))

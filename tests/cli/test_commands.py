@@ -32,14 +32,17 @@ def test_launchers(launcher: list[str]) -> None:
     assert done.stdout.strip().count(".") == 2
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "command",
     [
         ["train"],
+        ["eval"],
         ["score"],
         ["losses"],
         ["check"],
         ["data", "inspect"],
+        ["data", "tree"],
         ["profile", "memory"],
         ["profile", "time"],
         ["plan"],
@@ -61,13 +64,14 @@ def test_train_saves_a_model_and_how_it_was_made(trained_dir: Path) -> None:
 
 
 def test_train_repeats_from_the_saved_run_file(trained_dir: Path, tmp_path: Path, kvpref_command: Run) -> None:
-    done = kvpref_command("train", "--config-file", trained_dir / "run.yaml", "--output", tmp_path / "again", "--json")
+    done = kvpref_command("train", "--config", trained_dir / "run.yaml", "--output", tmp_path / "again", "--json")
     assert done.returncode == 0, done.stderr
     again, first = load_file(tmp_path / "again" / "model.safetensors"), load_file(trained_dir / "model.safetensors")
     assert all(torch.equal(again[name], first[name]) for name in first)
     assert math.isfinite(json.loads(done.stdout.splitlines()[-1])["train_loss"])
 
 
+@pytest.mark.full
 def test_full_disk_keeps_what_was_saved(
     tmp_path: Path, kvpref_command: Run, trained_dir: Path, pairs_file: Path
 ) -> None:
@@ -81,7 +85,7 @@ def test_full_disk_keeps_what_was_saved(
     (output / "model.safetensors").unlink()
     # A limit on the size of files fails writes just as a full disk does.
     limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command_line("train", "--output", output, "--resume")]
-    done = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=1200, check=False)
     assert done.returncode == 1, done.stderr
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "cannot save to" in error
@@ -97,7 +101,9 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
     lines: list[str] = []
-    assert find_checkpoint(tmp_path, resume=True, report=lines.append) == str(tmp_path / "checkpoint-3")
+    assert find_checkpoint(tmp_path, resume=True, overwrite=False, report=lines.append) == str(
+        tmp_path / "checkpoint-3"
+    )
     assert lines == [
         "checkpoint-12 is incomplete and is passed over",
         "checkpoint-6 is incomplete and is passed over",
@@ -144,7 +150,7 @@ def test_score_writes_each_response(
 
 
 def test_check_reads_the_configuration_only(kvpref_command: Run, config_file: Path) -> None:
-    done = kvpref_command("check", "--config", config_file, "--json")
+    done = kvpref_command("check", "--model-config", config_file, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result | {"model": str(config_file), "supported": True, "model_type": "llama"} == result

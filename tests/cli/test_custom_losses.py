@@ -84,7 +84,7 @@ def test_a_run_repeats_from_its_run_file(
     assert logged[0]["beta"] == 2
     assert 0.5 <= logged[0]["weight"] <= 2.5
 
-    run("train", "--config-file", tmp_path / "out" / "run.yaml", "--output", tmp_path / "again")
+    run("train", "--config", tmp_path / "out" / "run.yaml", "--output", tmp_path / "again")
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
     assert all(torch.equal(again[name], first[name]) for name in first)
     before = load_file(trained_dir / "model.safetensors")
@@ -97,7 +97,7 @@ def test_torchrun_finds_the_file(folder: Path, trained_dir: Path, tmp_path: Path
     command += ["--standalone", "-m", "kvpref"]
     command += map(str, arguments(trained_dir, folder / "weighted.jsonl", tmp_path / "out", "mine.py:weighted"))
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment(), check=False
+        command, cwd=folder, capture_output=True, text=True, timeout=1200, env=environment(), check=False
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()

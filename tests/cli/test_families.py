@@ -31,6 +31,7 @@ def config_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("family", "loss", "schedule"), pairwise(FAMILIES, ("dpo", "bradley_terry"), tuple(SCHEDULES)))
 def test_training(
     family: str, loss: str, schedule: str, config_of: Any, tokenizer_dir: Path, pairs_file: Path, tmp_path: Path
@@ -38,7 +39,7 @@ def test_training(
     if (family, loss) == ("llama4_text", "bradley_terry"):
         pytest.skip("transformers has no reward model of Llama 4")
     output = tmp_path / "out"
-    arguments = ("train", "--config", config_of(family), pairs_file, "--tokenizer", tokenizer_dir)
+    arguments = ("train", "--model-config", config_of(family), pairs_file, "--tokenizer", tokenizer_dir)
     run(*arguments, "--output", output, "--loss", loss, *SCHEDULES[schedule], *STEPS)
     metrics = json.loads((output / "result.json").read_text())["metrics"]
     assert math.isfinite(metrics["train_loss"])
@@ -48,6 +49,6 @@ def test_training(
 def test_there_is_no_reward_model_of_llama_4(
     config_of: Any, tokenizer_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("train", "--config", config_of("llama4_text"), "--tokenizer", tokenizer_dir, pairs_file)
+    arguments = ("train", "--model-config", config_of("llama4_text"), "--tokenizer", tokenizer_dir, pairs_file)
     error = fail(capsys, *arguments, "--output", tmp_path / "out", "--loss", "bradley_terry", *STEPS)
     assert "llama4_text" in error

@@ -95,6 +95,7 @@ def _unless_arguments(instead: Callable[..., None]) -> Callable[..., None]:
     return save
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", IN_TRAINING)
 def test_training(
     trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str

@@ -125,7 +125,7 @@ def test_a_resumed_run_is_the_run_that_went_on(folders: dict[str, Path], pairs: 
 def test_random_weights_of_a_configuration(folders: dict[str, Path], pairs: Path, tmp_path: Path) -> None:
     config = tmp_path / "tiny.json"
     config.write_text((folders["qwen2_5_vl"] / "config.json").read_text())
-    source = ("--config", config, "--tokenizer", folders["qwen2_5_vl"])
+    source = ("--model-config", config, "--tokenizer", folders["qwen2_5_vl"])
     run("train", pairs, *source, "--output", tmp_path / "model", "--max-image-pixels", 64, *STEPS)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert model.config.model_type == "qwen2_5_vl"
@@ -140,7 +140,7 @@ def test_check_knows_the_family(name: str, folders: dict[str, Path], capsys: pyt
 def test_vision_cannot_be_frozen_where_there_is_none(
     config_file: Path, tokenizer_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = ("--config", config_file, "--tokenizer", tokenizer_dir)
+    source = ("--model-config", config_file, "--tokenizer", tokenizer_dir)
     line = fail(capsys, "train", pairs_file, *source, "--output", tmp_path / "x", "--freeze-vision", *STEPS)
     assert "LlamaForCausalLM has no vision tower" in line
 
@@ -148,7 +148,7 @@ def test_vision_cannot_be_frozen_where_there_is_none(
 def test_a_text_model_refuses_rows_with_images(
     config_file: Path, tokenizer_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = ("--config", config_file, "--tokenizer", tokenizer_dir)
+    source = ("--model-config", config_file, "--tokenizer", tokenizer_dir)
     line = fail(capsys, "train", pairs, *source, "--output", tmp_path / "x", *STEPS)
     assert f"{pairs}:1" in line
     assert "images" in line

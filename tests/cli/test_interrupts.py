@@ -79,7 +79,9 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
         at("on_step_begin", 2, send(number, number))  # at once again, as torchrun repeats it: one wish
         line = stopped(capsys, "train", trained_dir, pairs_file, "--output", parts, *STEPS, code=128 + number)
     monkeypatch.setattr(training_run, "PreferenceTrainer", PreferenceTrainer)
-    assert line == f"stopped after step 3, saved as checkpoint-3; go on with: kvpref train --output '{parts}' --resume"
+    assert (
+        line == f"stopped after step 3, saved as checkpoint-3; continue with: kvpref train --output '{parts}' --resume"
+    )
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert not (parts / "model.safetensors").exists()
     run("train", "--output", parts, "--resume")

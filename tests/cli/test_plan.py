@@ -31,7 +31,7 @@ print(f"peak KiB: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}", file=sy
 
 def run_plan(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(), check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment(), check=False)
 
 
 def plan_of(*arguments: object) -> dict[str, Any]:
@@ -76,17 +76,18 @@ def test_a_70b_model_needs_shards_or_adapters() -> None:
     resident = plan["by_name"]["full"]["one_group"]["resident_bytes"]
     assert resident == pytest.approx(70.55e9 * 2 * 4, rel=0.01)
     assert any("--lora-r 16" in line for line in plan["advice"])
-    assert any("--num-shards" in line for line in plan["advice"])
+    assert any("--world-size" in line for line in plan["advice"])
 
 
 @pytest.mark.full
-def test_a_sharded_70b_model_is_not_advised_to_run_bounded() -> None:
+def test_a_sharded_70b_model_runs_bounded_and_full_gathers_all_of_it() -> None:
     plan = plan_of(CONFIGS / "llama_3_1_70b.json", *LENGTHS, "--num-shards", 16, "--dtype", "bfloat16")
-    assert set(plan["by_name"]) == {"full", "packed", "padded"}
-    assert any("sharded" in note for note in plan["notes"])
-    resident = plan["by_name"]["full"]["one_group"]["resident_bytes"]
-    # A sixteenth of everything, and the layer that is gathered.
-    assert 70.55e9 * 2 * 4 / 16 < resident < 1.5 * 70.55e9 * 2 * 4 / 16
+    assert set(plan["by_name"]) == {"bounded", "bounded, kept", "full", "packed", "padded"}
+    resident = {name: variant["one_group"]["resident_bytes"] for name, variant in plan["by_name"].items()}
+    whole = 70.55e9 * 2
+    # A sixteenth of everything, and the layer that is gathered; or weights and gradients whole.
+    assert whole * 4 / 16 < resident["bounded"] < 1.5 * whole * 4 / 16
+    assert resident["full"] == resident["bounded, kept"] == pytest.approx(whole * 4 / 16 + 2 * whole, rel=0.01)
 
 
 def small(tmp_path: Path) -> Path:
@@ -139,10 +140,13 @@ def test_everything_fits_a_small_model(tmp_path: Path) -> None:
         (("--prompt-tokens", 8), "give --prompt-tokens, --response-tokens and --num-responses, or --data"),
         ((*LENGTHS, "--gpu-memory", "much"), "expected a size such as 80GiB"),
         ((*LENGTHS, "--gpu-memory", "1GiB"), "leaves nothing"),
-        ((*LENGTHS, "--dtype", "int8"), "choose from: float32, bfloat16"),
+        ((*LENGTHS, "--dtype", "fp16"), "unknown dtype 'float16'; choose from: float32, bfloat16"),
         ((*LENGTHS, "--lora-r", 8, "--lora-target-modules", "attention"), "the model has no module 'attention'"),
         ((*LENGTHS, "--num-shards", 0), "at least 1; got 0"),
-        ((*LENGTHS, "--checkpoint", "some"), "unknown checkpoint 'some'"),
+        ((*LENGTHS, "--shard", "zero4"), "choose from: ddp, zero1, zero2, zero3, fsdp2"),
+        ((*LENGTHS, "--world-size", 6, "--sequence-parallel", 4), "must be a divisor of the 6 devices"),
+        ((*LENGTHS, "--world-size", 12, "--sequence-parallel", 3), "must be a divisor of them"),
+        ((*LENGTHS, "--checkpoint", "some"), "--checkpoint: expected one of none, prefix, all; got 'some'"),
     ],
 )
 def test_bad_usage_is_explained(
@@ -163,6 +167,14 @@ def test_lengths_come_from_data(tmp_path: Path, tokenizer_dir: Path, pairs_file:
 SMALL = ("--gpu-memory", "1MiB", "--reserve", "768KiB", "--device", "cpu", "--json")
 
 
+def test_ranks_that_share_micro_batches_pad_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ("--prompt-tokens", 40, "--response-tokens", 8, "--num-responses", 2, *SMALL)
+    run("plan", small(tmp_path), *lengths, "--world-size", 4, "--sequence-parallel", 2)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [variant["name"] for variant in found["variants"]] == ["bounded", "bounded, kept", "full", "packed"]
+
+
+@pytest.mark.full
 def test_images_are_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_model("gemma3", tmp_path)
     lengths = (folder, "--prompt-tokens", 100, "--response-tokens", 8, "--num-responses", 2, *SMALL)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from command_line_in_process import run
+from tiny_models import tiny_config
 
+from kvpref.cli.given_data import GivenData
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.plan import _setup
 from kvpref.cli.plan_command import Subject, train_command
@@ -21,7 +23,9 @@ from kvpref.cli.training_settings import with_defaults
 from kvpref.engine.options import EngineOptions
 from kvpref.profiling.prediction.fit import VariantPlan
 from kvpref.profiling.prediction.model import TrainingSetup
-from kvpref.profiling.prediction.peak import PeakPrediction
+from kvpref.profiling.prediction.peak import PeakPrediction, Predictor
+from kvpref.profiling.prediction.ranks import Ranks
+from kvpref.profiling.prediction.step import GroupShape
 
 SETUPS: dict[str, tuple[str, ...]] = {
     "weights": (),
@@ -96,7 +100,7 @@ def test_the_commands_train_what_was_planned(
         run(name, *printed)
         trained = with_defaults(RunConfig.of(taken.pop()))
         assert (trained.model, trained.output) == (str(tmp_path), "OUT")
-        assert trained.data == ("my data.jsonl" if "--data" in arguments else "DATA")
+        assert trained.data == ["my data.jsonl" if "--data" in arguments else "DATA"]
         assert setup_of(trained) == report.setup
         settings = trained.training
         assert settings["max_tokens_per_micro_batch"] == plan.max_tokens_per_micro_batch
@@ -105,17 +109,22 @@ def test_the_commands_train_what_was_planned(
 
 
 def test_commands_for_random_weights_adapters_and_shards() -> None:
-    def command(model: str, num_shards: int = 1, **setup: Any) -> str | None:
-        subject = Subject(model=model, data="pairs.jsonl", tokenizer=None)
-        return train_command(subject, TrainingSetup(**setup), EngineOptions(), max_tokens=5, num_shards=num_shards)
+    def command(model: str, ranks: Ranks | None = None, **setup: Any) -> str | None:
+        subject = Subject(model=model, data=GivenData.of(["pairs.jsonl"]), tokenizer=None)
+        return train_command(subject, TrainingSetup(**setup), EngineOptions(), max_tokens=5, ranks=ranks)
 
-    assert "train pairs.jsonl --config small.json --tokenizer TOKENIZER --output OUT" in str(command("small.json"))
+    assert "train pairs.jsonl --model-config small.json --tokenizer TOKENIZER --output OUT" in str(
+        command("small.json")
+    )
     # An adapter is saved without its base, so random weights are refused.
     assert "kvpref train MODEL pairs.jsonl --output OUT --lora-r 3 " in str(command("small.json", lora_r=3))
     assert "kvpref train llama pairs.jsonl --output OUT " in str(command("llama/config.json"))
-    sharded = str(command("llama", num_shards=4))
-    assert sharded.startswith("torchrun --nproc-per-node 4 -m kvpref train llama pairs.jsonl")
-    assert sharded.endswith("--set fsdp=full_shard")
+    sharded = str(command("llama", Ranks(world_size=4, shard="zero3", sequence_parallel=2)))
+    assert sharded.startswith("kvpref train llama pairs.jsonl")
+    assert sharded.endswith("--num-processes 4 --accelerate-config zero3 --set sequence_parallel=2")
+    machines = str(command("llama", Ranks(world_size=64)))
+    assert machines.startswith("torchrun --nnodes 8 --nproc-per-node 8 -m kvpref train llama pairs.jsonl")
+    assert machines.endswith("--accelerate-config fsdp2")
     assert command("llama", optimizer="sgd_momentum") is None
 
 
@@ -129,7 +138,16 @@ def test_commands_for_random_weights_adapters_and_shards() -> None:
 )
 def test_what_the_dtype_means_is_said(setup: dict[str, Any], words: str) -> None:
     subject = Subject(model="llama", data=None, tokenizer=None)
-    report = PlanReport(subject=subject, plans=[], setup=TrainingSetup(**setup), num_shards=1, budget_bytes=1)
+    trained = TrainingSetup(**setup)
+    report = PlanReport(
+        subject=subject,
+        plans=[],
+        setup=trained,
+        predictor=Predictor(tiny_config("llama"), trained),
+        shape=GroupShape(prompt_tokens=1, response_tokens=1, num_responses=1),
+        groups_per_rank=1,
+        budget_bytes=1,
+    )
     assert any(words in note for note in report.notes())
 
 

@@ -41,7 +41,7 @@ def test_it_reports_peaks_by_responses_and_variant(
 ) -> None:
     pytest.importorskip("matplotlib")
     memory(
-        *(str(config_file), str(scored_file), str(tokenizer_dir)),
+        *(str(config_file), [str(scored_file)], str(tokenizer_dir)),
         num_responses="8,2",
         batch_size=2,
         max_tokens_per_chunk=16,
@@ -71,7 +71,7 @@ def test_whole_groups_and_a_registered_loss(
     config_file: Path, tokenizer_dir: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory(
-        *(str(config_file), str(pairs_file), str(tokenizer_dir)),
+        *(str(config_file), [str(pairs_file)], str(tokenizer_dir)),
         variants="packed, full,packed",
         batch_size=3,
         max_tokens=60,
@@ -105,7 +105,7 @@ def test_bad_input_is_named(
     settings: dict[str, Any], message: str, config_file: Path, tokenizer_dir: Path, scored_file: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        memory(str(config_file), str(scored_file), str(tokenizer_dir), **settings)
+        memory(str(config_file), [str(scored_file)], str(tokenizer_dir), **settings)
 
 
 def test_a_run_without_any_profile_fails_with_the_reason(
@@ -116,7 +116,7 @@ def test_a_run_without_any_profile_fails_with_the_reason(
 
     monkeypatch.setattr(ProfiledStep, "run", out_of_memory)
     with pytest.raises(RunError, match="nothing could be measured: out of device memory: no room"):
-        memory(str(config_file), str(scored_file), str(tokenizer_dir), variants="full")
+        memory(str(config_file), [str(scored_file)], str(tokenizer_dir), variants="full")
 
 
 def test_responses_are_taken_evenly_with_their_scores_and_labels() -> None:

@@ -65,7 +65,7 @@ def test_the_bounded_schedule_recomputes(app: typer.Typer, arguments: list[str])
     ("options", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1; got 0"),
-        (["--mode", "three_pass"], "unknown mode 'three_pass'; choose from: two_pass"),
+        (["--mode", "three_pass"], "--mode: expected one of two_pass, one_pass, packed, padded; got 'three_pass'"),
         (["--mode", "packed", "--schedule", "bounded"], "goes with mode 'two_pass'"),
         (["--max-tokens-per-chunk", "8"], "goes with schedule 'bounded'"),
         (["--loss", "nonsense"], "unknown loss 'nonsense'"),

@@ -62,6 +62,7 @@ def losses_of(output: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_torchrun_gives_what_one_process_gives(tmp_path: Path, tokenizer_dir: Path) -> None:
     # 6 groups per device on 2 ranks, 11 groups in all: the second step is incomplete and its ranks uneven.

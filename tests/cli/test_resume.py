@@ -89,7 +89,7 @@ def test_paths_may_be_written_otherwise_and_what_does_not_count_is_taken(
         torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-3, atol=1e-4)
     changed = {"logging_steps": 1, "save_steps": 3, "max_tokens_per_micro_batch": 60}
     assert run_file(parts)["training"] == run_file(whole)["training"] | changed
-    assert run_file(parts)["data"] == str(pairs_file)
+    assert run_file(parts)["data"] == [str(pairs_file)]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_another_model_data_or_file_of_settings_is_refused(
     assert f"MODEL is '{parts}/checkpoint-2', was {str(trained_dir)!r}" in error
     settings = tmp_path / "settings.yaml"
     settings.write_text("training: {learning_rate: 1e-4, logging_steps: 1}")
-    error = fail(capsys, "train", "--config-file", settings, "--output", parts, "--resume")
-    assert f"{settings}: learning_rate is 0.0001, was 0.01" in error
+    error = fail(capsys, "train", "--config", settings, "--output", parts, "--resume")
+    assert f"{settings}:1: learning_rate is 0.0001, was 0.01" in error
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +166,7 @@ def test_without_a_run_file_it_says_what_to_give(
     (parts / "run.yaml").unlink()
     error = fail(capsys, "train", trained_dir, pairs_file, "--output", parts, "--resume", *SETTINGS)
     assert "holds a model or checkpoints but no run.yaml" in error
-    assert f"write their settings to {parts / 'run.yaml'} in the form of --config-file" in error
+    assert f"write their settings to {parts / 'run.yaml'} in the form of --config" in error
     error = fail(capsys, "train", "--output", tmp_path / "none", "--resume")
     assert "there is no run to resume; give MODEL and DATA" in error
     assert not (tmp_path / "none").exists()

@@ -110,7 +110,7 @@ def test_embeddings_grow_where_the_pad_token_finds_no_row(
     full = tmp_path / "full.json"
     full.write_text(json.dumps(json.loads(config_file.read_text()) | {"vocab_size": 12}))
     output = tmp_path / "out"
-    start = ["--config", full, pairs_file, "--tokenizer", tokenizer_dir, "--loss", "bradley_terry"]
+    start = ["--model-config", full, pairs_file, "--tokenizer", tokenizer_dir, "--loss", "bradley_terry"]
     run("train", *start, "--output", output, *STEPS[2:], "--max-steps", 1)
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.get_input_embeddings().weight.shape[0] == 13

@@ -129,8 +129,19 @@ def test_a_resumed_run_keeps_what_was_chosen(
         (output / name).unlink(missing_ok=True)
     run("train", "--output", output, "--resume")
     said = block(capsys.readouterr().err)
-    assert said["learning rate"].startswith(f"5e-07 ({output / 'run.yaml'}: learning_rate)")
+    assert re.match(rf"5e-07 \({re.escape(str(output / 'run.yaml'))}:\d+: learning_rate\)", said["learning rate"])
     assert "without a bound" in said["micro-batches"]
+
+
+def test_groups_beyond_the_budget_are_counted(
+    trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ("--schedule", "bounded", "--max-tokens", "10", "--max-steps", "1")
+    run("train", trained_dir, pairs_file, "--output", tmp_path / "out", *limits, *ON_CPU)
+    num_groups = len(pairs_file.read_text().splitlines())
+    said = block(capsys.readouterr().err)["micro-batches"]
+    assert said.startswith("4 per step, of at most 10 tokens")
+    assert f"but for {num_groups} groups that take more and run alone, in chunks" in said
 
 
 # What fits into a GPU
@@ -144,6 +155,7 @@ def fitting(trained_dir: Path, tmp_path: Path, free_bytes: int, loss: str = "dpo
     return token_budget.fitting_budget(model, run_config, args, make_loss(loss), groups, free_bytes), groups
 
 
+@pytest.mark.full
 def test_the_budget_is_what_fits_and_at_least_the_largest_group(
     trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,8 +97,8 @@ def test_a_file_holds_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
         ("optim", "adam", "expected one of adamw_torch, "),
         ("dtype", "int8", "expected one of float32, bfloat16, float16, auto; got 'int8'"),
         ("lora_r", "many", "expected a whole number or nothing (null); got 'many'"),
-        ("learning_rte", 1, "there is no training argument 'learning_rte'; did you mean learning_rate?"),
-        ("output_dir", "x", "has no effect in kvpref train; give --output"),
+        ("learning_rte", 1, "there is no setting 'learning_rte'; did you mean learning_rate?"),
+        ("resume_from_checkpoint", "x", "has no effect in kvpref train; give --resume"),
         ("label_smoothing_factor", 0.1, "losses on pairs have --loss-arg label_smoothing"),
         ("loss_args.beta", "much", "expected a number; got 'much'"),
     ],
@@ -168,6 +168,6 @@ def test_a_run_from_a_file_with_such_numbers_trains(trained_dir: Path, pairs_fil
         yaml.safe_dump({"model": str(trained_dir), "data": str(pairs_file), "output": str(tmp_path / "out")})
         + "training: {learning_rate: 5e-7, max_steps: 1e0, use_cpu: true, loss_args: {beta: 2e-1}, report_to: none}\n"
     )
-    run("train", "--config-file", path)
+    run("train", "--config", path)
     saved = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]
     assert (saved["learning_rate"], saved["max_steps"], saved["loss_args"]) == (5e-7, 1, {"beta": 0.2})

@@ -23,7 +23,7 @@ from kvpref.data import (
     measure_group,
     summarize_dataset,
 )
-from kvpref.data import loading as loading_module
+from kvpref.data import group_loader as loading_module
 from kvpref.errors import InputError, RunError
 from kvpref.records.groups import Group, Sequence
 
@@ -188,19 +188,17 @@ def replace_id(group: Group, name: str) -> Group:
     return Group(group.sequences, scores=group.scores, labels=group.labels, id=name)
 
 
-def test_lengths_share_the_prefix_common_to_all_sequences():
+def test_lengths_share_what_sequences_share():
     def group(*sequences):
         return Group([Sequence(ids, [False] * len(ids)) for ids in sequences])
 
-    # 1 2 is common to all; 1 2 3 only to two of them.
-    assert measure_group(group([1, 2, 3, 4], [1, 2, 9], [1, 2, 3])) == GroupLengths(
-        6, 10, 4, 3, 3 + 7 + 3 + 3, 22, 0, 0
-    )
+    # 1 2 is common to all, 1 2 3 only to two of them, of which one ends there.
+    assert measure_group(group([1, 2, 3, 4], [1, 2, 9], [1, 2, 3])) == GroupLengths(5, 10, 4, 3, 3 + 7 + 3, 22, 0, 0, 2)
     assert measure_group(group([1, 2, 3])) == GroupLengths(3, 3, 3, 1, 6, 6, 0, 0)
     assert measure_group(group([1], [2])) == GroupLengths(2, 2, 1, 2, 2, 2, 0, 0)
-    assert measure_group(group([1, 2], [1, 2], [1, 2, 3])) == GroupLengths(3, 7, 3, 3, 3 + 3, 12, 0, 0)
+    assert measure_group(group([1, 2], [1, 2], [1, 2, 3])) == GroupLengths(3, 7, 3, 3, 3 + 3, 12, 0, 0, 2)
     dataset = PreferenceDataset([group([1, 2], [1, 3]), group([4])])
-    assert dataset.lengths == [GroupLengths(3, 4, 2, 2, 5, 6, 0, 0), GroupLengths(1, 1, 1, 1, 1, 1, 0, 0)]
+    assert dataset.lengths == [GroupLengths(3, 4, 2, 2, 5, 6, 0, 0, 1), GroupLengths(1, 1, 1, 1, 1, 1, 0, 0)]
 
 
 def test_map_groups_keeps_the_chosen(tokenizer, write_jsonl):

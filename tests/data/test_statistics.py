@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from kvpref.cli import data as data_command
 from kvpref.data import CostModel, PreferenceDataset, StepBatcher, StepOptions, summarize_batches, summarize_dataset
-from kvpref.data.statistics import DATA_SAVING, TOKEN_SAVING, LengthSummary, summarize
+from kvpref.data.statistics import DATA_SAVING, TOKEN_SAVING
+from kvpref.data.summaries import LengthSummary
 from kvpref.errors import InputError
 from kvpref.records.groups import Group, Sequence
 from kvpref.records.images import Image, PlacedImage
@@ -26,13 +27,6 @@ def make_group(prompt: int, *responses: int) -> Group:
             for index, length in enumerate(responses)
         ]
     )
-
-
-def test_summary_of_values():
-    assert summarize(list(range(10, 0, -1))) == LengthSummary(mean=5.5, p50=5, p90=9, max=10)
-    assert summarize([7]) == LengthSummary(mean=7.0, p50=7, p90=7, max=7)
-    with pytest.raises(ValueError, match="no values"):
-        summarize([])
 
 
 def test_dataset_figures():
@@ -198,12 +192,23 @@ def test_inspect_predicts_the_time_of_a_step_on_this_device(app, tokenizer_folde
         assert shown in " ".join(result.stdout.split())
 
 
-def test_inspect_refuses_a_budget_before_it_loads_a_model(app, tokenizer_folder, write_jsonl):
-    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--max-tokens", "3"]
-    result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--model", "nowhere"])
-    with pytest.raises(InputError, match="the group alone takes 7 tokens"):
-        raise result.exception
-    result = CliRunner().invoke(app, ["data", "inspect", *arguments[:3], "--model", "nowhere.json"])
+def test_inspect_counts_the_groups_that_exceed_the_budget(app, tokenizer_folder, write_jsonl):
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--json"]
+    found = {}
+    for budget in ("3", "7"):
+        result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--max-tokens", budget])
+        assert result.exit_code == 0, result.output
+        found[budget] = (json.loads(result.stdout.splitlines()[-1])["batches"], result.stdout)
+    assert [batches["num_larger_groups"] for batches, _ in found.values()] == [5, 0]
+    assert "larger groups" in found["3"][1]
+    assert "larger groups" not in found["7"][1]
+    # Each runs alone.
+    assert found["3"][0]["num_micro_batches"] == 5
+
+
+def test_inspect_names_a_configuration_that_it_cannot_read(app, tokenizer_folder, write_jsonl):
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--model", "nowhere.json"]
+    result = CliRunner().invoke(app, ["data", "inspect", *arguments])
     with pytest.raises(InputError, match=r"nowhere\.json: cannot read the model configuration"):
         raise result.exception
 
@@ -220,7 +225,6 @@ def test_inspect_lists_few_bad_rows_and_counts_the_rest(app, tokenizer_folder, w
 def test_inspect_leaves_input_errors_to_the_caller(app, tokenizer_folder, write_jsonl):
     for arguments, message in (
         ([write_jsonl(*ROWS, "{}", name="bad.jsonl")], r":6: missing field"),
-        ([write_jsonl(*ROWS), "--max-tokens", "3"], r":\d: the group alone takes 7 tokens"),
         ([write_jsonl(*ROWS), "--batch-size", "0"], "--batch-size must be at least 1"),
     ):
         result = CliRunner().invoke(app, ["data", "inspect", *arguments, "--tokenizer", tokenizer_folder])

@@ -1,4 +1,4 @@
-"""Every `kvpref` command in README.md and docs/ has options, losses and settings that exist."""
+"""Every `kvpref` command on a page has options, losses and settings that exist."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from markdown_pages import DOCS, README, code_blocks
+from markdown_pages import code_blocks, name_of, pages
 
 from kvpref.cli.app import app
+from kvpref.cli.command_line import read_words
 from kvpref.cli.given_settings import parse_assignments
 from kvpref.losses import make_loss
 from kvpref.training import PreferenceTrainingArguments
@@ -26,11 +27,7 @@ def commands(path: Path) -> list[list[str]]:
     ]
 
 
-FOUND = [
-    pytest.param(words, id=f"{path.name}: {' '.join(words)}")
-    for path in (README, *sorted(DOCS.glob("*.md")))
-    for words in commands(path)
-]
+FOUND = [pytest.param(words, id=f"{name_of(path)}: {' '.join(words)}") for path in pages() for words in commands(path)]
 
 
 def test_there_are_some() -> None:
@@ -40,6 +37,7 @@ def test_there_are_some() -> None:
 @pytest.mark.parametrize("words", FOUND)
 def test_it_exists(words: list[str]) -> None:
     command, path = typer.main.get_command(app), []
+    words = read_words(command, words)
     while hasattr(command, "commands"):
         path.append(words[len(path)])
         command = command.commands[path[-1]]

@@ -18,7 +18,8 @@ def families() -> list[tuple[list[dict[str, str]], list[dict[str, str]]]]:
     found = []
     for text in sections(PAGE).values():
         by_header = {next(iter(table[0])): table for table in tables(text)}
-        found.append((by_header["loss"], by_header["setting"]))
+        if "setting" in by_header:  # the others say what all families have in common
+            found.append((by_header["loss"], by_header["setting"]))
     return found
 
 

@@ -69,5 +69,5 @@ def test_the_bars_are_the_defaults() -> None:
 def test_every_family_with_images_is_listed() -> None:
     from kvpref.models.vision.splitting import SPLIT_FAMILIES
 
-    (paragraph,) = re.findall(r"Pixel inputs can be taken apart.*?\n\n", PAGE.read_text(), re.DOTALL)
+    (paragraph,) = re.findall(r"Pixel inputs can be split into images.*?\n\n", PAGE.read_text(), re.DOTALL)
     assert tuple(re.findall(r"`(\w+)`", paragraph)) == SPLIT_FAMILIES

@@ -40,7 +40,8 @@ def test_fp64_families(variant: str, mode: str, layers: str) -> None:
     if layers == "checkpointed":
         oracle.checkpoint_layers(model)
     batch = kvpref.collate(five_levels(), min_shared_tokens=1)
-    assert batch.tree.num_levels == 5
+    assert batch.tree.num_levels == 3
+    assert batch.tree.branches_inside
     oracle.assert_same(oracle.shared(model, batch, mode=mode), truth(variant, "five_levels"), FP64_TOLERANCE)
 
 

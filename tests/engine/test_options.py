@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from sample_groups import pairs
 from tiny_models import tiny_model, tiny_reward_model
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 import kvpref
 from kvpref import InputError, UnsupportedModelError
 from kvpref.engine.options import DEFAULT_MAX_TOKENS_PER_CHUNK, EngineOptions
-from kvpref.parallel.ddp import local_module, synchronise_gradients
 from kvpref.plan.modes import MODES
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -28,6 +26,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint": "some"}, "unknown checkpoint 'some'; choose from: none, prefix, all"),
     ({"schedule": "bounded", "max_tokens_per_chunk": 0}, "max_tokens_per_chunk must be at least 1; got 0"),
     ({"max_tokens_per_chunk": 8}, "max_tokens_per_chunk goes with schedule 'bounded'; got schedule 'full'"),
+    ({"gather_weights": "never"}, "unknown gather_weights 'never'; choose from: chunk, step"),
+    ({"reduce_grads": "epoch"}, "unknown reduce_grads 'epoch'; choose from: chunk, step"),
+    ({"gather_weights": "step"}, "gather_weights='step' goes with schedule 'bounded'; got schedule 'full'"),
     ({"prefix_cache": "cpu"}, "prefix_cache='cpu' goes with schedule 'bounded'; got schedule 'full'"),
     ({"prefix_cache": "cpu", "prefix_grad": False}, "prefix_cache='cpu' goes with schedule 'bounded'"),
     *(
@@ -113,10 +114,6 @@ def test_dropout_and_reentrant_checkpointing_are_refused(schedule: str) -> None:
         kvpref.forward_backward(model, batch, weighted_sum, schedule=schedule)
 
 
-class DeepSpeedEngine(nn.Module):
-    """Has the name by which DeepSpeed's engine is known."""
-
-
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -125,17 +122,23 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
-@pytest.mark.parametrize("options", [{"schedule": "bounded"}, {"prefix_grad": False}], ids=str)
-@pytest.mark.parametrize("api", ["fully_shard", "FullyShardedDataParallel"])
-def test_sharded_models_are_refused(api: str, options: dict[str, Any], one_rank: None) -> None:
-    """Every rank would have to run equally many forwards."""
-    model: nn.Module = kvpref.attach(tiny_model("llama"))
-    if api == "fully_shard":
-        fully_shard(model.base_model.layers[0], mesh=init_device_mesh("cpu", (1,)))
-    else:
-        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    with pytest.raises(UnsupportedModelError, match="use schedule 'full'"):
+@pytest.mark.parametrize("options", [{}, {"schedule": "bounded"}, {"prefix_grad": False}], ids=str)
+def test_the_first_fsdp_is_refused(options: dict[str, Any], one_rank: None) -> None:
+    """It gathers weights for one forward, and frees them after it."""
+    model = FullyShardedDataParallel(kvpref.attach(tiny_model("llama")), device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="use FSDP2"):
         kvpref.forward_backward(model, kvpref.collate(pairs()), weighted_sum, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": "bounded", "max_tokens_per_chunk": 5}], ids=str)
+def test_a_layer_that_is_sharded_alone_is_computed(options: dict[str, Any], one_rank: None) -> None:
+    expected, model = kvpref.attach(tiny_model("llama")), kvpref.attach(tiny_model("llama"))
+    kvpref.forward_backward(expected, kvpref.collate(pairs()), weighted_sum, **options)
+    fully_shard(model.base_model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    kvpref.forward_backward(model, kvpref.collate(pairs()), weighted_sum, **options)
+    for found, own in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(found.grad.full_tensor(), own.grad)
 
 
 def test_a_static_graph_is_refused(one_rank: None) -> None:
@@ -143,14 +146,3 @@ def test_a_static_graph_is_refused(one_rank: None) -> None:
     model = DistributedDataParallel(kvpref.attach(tiny_model("llama")), static_graph=True)
     with pytest.raises(UnsupportedModelError, match="leave static_graph out"):
         kvpref.forward_backward(model, kvpref.collate(pairs()), weighted_sum, schedule="bounded")
-
-
-def test_deepspeed_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="DeepSpeed"):
-        local_module(DeepSpeedEngine())
-
-
-def test_synchronising_without_ranks_does_nothing() -> None:
-    model = tiny_model("llama")
-    synchronise_gradients(model)
-    assert all(parameter.grad is None for parameter in model.parameters())

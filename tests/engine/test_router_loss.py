@@ -187,7 +187,7 @@ def test_micro_batches_of_a_step_have_losses_of_their_own() -> None:
 
 def test_a_model_without_experts_has_no_such_loss() -> None:
     batch = kvpref.collate(SCENARIOS["pairs"]())
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM hands out no router logits"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM returns no router logits"):
         run(kvpref.attach(tiny_model("llama", torch.float64)), batch)
 
 
@@ -221,7 +221,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
 
 def test_compiled_layers_are_refused() -> None:
     model = kvpref.compile_layers(kvpref.attach(tiny_experts("mixtral")))
-    with pytest.raises(UnsupportedModelError, match="compiled layers do not hand out"):
+    with pytest.raises(UnsupportedModelError, match="compiled layers do not return"):
         run(model, kvpref.collate(SCENARIOS["pairs"]()))
 
 

@@ -39,6 +39,7 @@ def test_every_example_is_run_here() -> None:
         "actor_critic",
         "coloured_shapes",
         "entropy_dpo",
+        "order_desk",  # by tests/docs/test_agent_trajectories_page.py
         "shapes",
         "toy",
         "weighted_margin",

@@ -70,6 +70,7 @@ def test_one_graph_per_kind_of_pass_for_all_layers_and_shapes(checkpointing: boo
     assert num_graphs(counter) == 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("variant", "mode"),
     [

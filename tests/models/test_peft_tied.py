@@ -47,6 +47,7 @@ def naive(shape: str) -> oracle.Result:
     return oracle.naive(wrap(tiny_model("llama:tied", torch.float64), **SHAPES[shape]), five_levels())
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("order", ["attach first", "wrap first"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_what_peft_trains(shape: str, order: str) -> None:

@@ -99,6 +99,7 @@ def check(name: str, ways: list[dict[str, Any]]) -> None:
         oracle.assert_same(oracle.scheduled(model, batch, **way), truth, FP64_TOLERANCE)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_in_some_ways(name: str) -> None:
     place = list(MODELS).index(name)

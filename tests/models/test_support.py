@@ -62,7 +62,7 @@ def test_models_without_a_language_model_head_are_refused() -> None:
 
 def test_classifiers_of_several_labels_are_refused() -> None:
     model = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
-    with pytest.raises(UnsupportedModelError, match=r"with 2 labels is no reward model.*num_labels=1"):
+    with pytest.raises(UnsupportedModelError, match=r"with 2 labels is not a reward model.*num_labels=1"):
         kvpref.attach(model)
 
 

@@ -43,8 +43,15 @@ def test_short_shared_runs_are_repeated_by_default() -> None:
 
 def test_max_depth() -> None:
     groups = SCENARIOS["five_levels"]()
-    for depth in range(4):
+    for depth in range(3):
         assert kvpref.collate(groups, min_shared_tokens=1, max_depth=depth).tree.num_levels == depth + 1
+    assert kvpref.collate(groups, min_shared_tokens=1).tree.num_levels == 3
+
+
+def test_a_level_more_has_to_save_enough() -> None:
+    groups = SCENARIOS["five_levels"]()
+    levels = [kvpref.collate(groups, min_shared_tokens=1, pass_tokens=tokens).tree.num_levels for tokens in (0, 50)]
+    assert levels == [3, 2]
 
 
 def test_plans_are_built_once_and_ahead_of_time_where_asked() -> None:
@@ -135,3 +142,15 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
     for plan in batch._plans.values():
         map_tensors(plan, lambda tensor: found.append(tensor) or tensor)
     return found
+
+
+def test_weighted_sums_and_means() -> None:
+    """The last sequence has weights of 0 alone: nothing counts, and nothing is divided by 0."""
+    weights = torch.tensor([0.5, 2.0, 0.0, 0.25, 0.0, 0.0], dtype=torch.float64)
+    logps = response_logps([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], [2, 0, 2, 2])._replace(weights=weights)
+    assert logps.total_weights().tolist() == [2.5, 0, 0.25, 0]
+    assert logps.sum().tolist() == [4.5, 0.0, 2.0, 0.0]
+    assert logps.mean().tolist() == [4.5 / 2.5, 0.0, 8.0, 0.0]
+    assert logps.weighted(torch.ones(6)).tolist() == weights.tolist()
+    (grad,) = torch.autograd.grad(logps.mean().sum(), logps.token_logps)
+    assert grad.tolist() == [0.2, 0.8, 0.0, 1.0, 0.0, 0.0]

@@ -15,7 +15,7 @@ from kvpref.models.shape import model_shape
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
 from kvpref.plan.flops import AttentionShape, Flops, ModelShape, Work, count_work, total_work
 from kvpref.plan.modes import MODES
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 from kvpref.prefix.rules import CAUSAL, Rule
 
 MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)

@@ -14,8 +14,8 @@ from kvpref.integrations.shared_prefix.padded_rows import PaddedRows, share_rows
 from kvpref.plan.chunks import build_step_chunks
 from kvpref.plan.modes import build_plan
 from kvpref.plan.passes import PassPlan
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.rules import CAUSAL, Rule
-from kvpref.prefix.tree import build_tree
 from kvpref.records.groups import Sequence
 from kvpref.records.tensor_fields import tensors_to
 

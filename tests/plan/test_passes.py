@@ -11,7 +11,7 @@ from token_lists import scored_token_lists
 
 from kvpref.plan.modes import MODES, build_plan
 from kvpref.plan.passes import ModePlan
-from kvpref.prefix.tree import build_tree
+from kvpref.prefix.building import build_tree
 from kvpref.records.groups import Sequence
 from kvpref.records.tensor_fields import tensors_to
 
@@ -88,7 +88,7 @@ def all_tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in all_tensors(item)]
     if dataclasses.is_dataclass(value):
-        moving = [field for field in dataclasses.fields(value) if field.name != "host_offsets"]
+        moving = [f for f in dataclasses.fields(value) if f.name not in ("host_offsets", "predictor_rows_on_host")]
         return [tensor for field in moving for tensor in all_tensors(getattr(value, field.name))]
     return []
 

@@ -111,3 +111,13 @@ def test_batches_that_differ_in_sharing_are_refused() -> None:
     batches = [kvpref.collate([group], min_shared_tokens=limit) for limit in (1, 16)]
     with pytest.raises(ValueError, match="same limits"):
         join_batches(batches, max_tokens_per_chunk=None)
+
+
+def test_occurrences_are_asked_for_only_where_they_were_counted() -> None:
+    batch = kvpref.collate(SCENARIOS["pairs"](), min_shared_tokens=1)
+    counted, bare = (
+        kvpref.join_batches([batch], max_tokens_per_chunk=5, counts_occurrences=counts) for counts in (True, False)
+    )
+    assert sum(sum(chunk.occurrences.lengths) for chunk in counted.chunks.all) == batch.num_unique_tokens
+    with pytest.raises(ValueError, match="counts_occurrences=False; join it again"):
+        _ = bare.chunks.all[0].occurrences

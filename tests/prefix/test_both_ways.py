@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
+from unique_tokens import with_unique_tokens
 
-from kvpref.prefix.both_ways import Runs, cut, joined, segment_runs
+from kvpref.prefix.blocks import PlacedBlocks
+from kvpref.prefix.both_ways import cut, segment_runs
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.chunks import build_chunks
-from kvpref.prefix.levels import PlacedBlocks, build_layout
+from kvpref.prefix.levels import build_layout
 from kvpref.prefix.rules import Rule
+from kvpref.prefix.runs import Runs, joined
 from kvpref.prefix.shapes import blocks_under
 from kvpref.prefix.slab_reads import SHARED, SlabKey
-from kvpref.prefix.tree import PrefixTree, build_tree
+from kvpref.prefix.tree import PrefixTree
 
 CAUSAL = Rule("causal", bidirectional=True)
 Token = tuple[int, int]
@@ -52,8 +56,9 @@ class Case:
     def seen(self, rule: Rule) -> dict[Token, set[Token]]:
         """What each token of the tree sees, by each sequence that holds it."""
         found: dict[Token, set[Token]] = {}
-        for path, runs in zip(self.tree.paths, self.spans, strict=True):
-            tokens = [(index, offset) for index in path for offset in range(len(self.tree.segments[index]))]
+        for number, runs in enumerate(self.spans):
+            steps = self.tree.steps(number)
+            tokens = [(index, offset) for index, start, stop in steps for offset in range(stop - start)]
             for query, token in enumerate(tokens):
                 own = {tokens[key] for key in range(len(tokens)) if meet(rule, runs, query, key)}
                 assert found.setdefault(token, own) == own
@@ -133,7 +138,7 @@ def test_tokens_of_chunks_see_both_ways_inside_spans_which_are_never_cut() -> No
     for seed in range(150):
         generator = random.Random(1000 + seed)
         case = random_case(generator)
-        case.tree = with_unique_tokens(case.tree)
+        case.tree = with_unique_tokens(case.tree, stride=1000)
         layout = build_layout(case.tree, case.scored, case.spans)
         limit = generator.choice((1, 2, 3, 4, 5, 6, 8, 12, None))
         chunks = build_chunks(
@@ -148,7 +153,7 @@ def test_tokens_of_chunks_see_both_ways_inside_spans_which_are_never_cut() -> No
         for chunk in in_order:
             longest = max((stop - first for first, stop in chunk.spans), default=0)
             assert limit is None or len(chunk) <= limit or len(chunk) == longest, (seed, limit)
-        tokens = [[divmod(token, 1000) for token in chunk.input_ids] for chunk in in_order]
+        tokens = [[divmod(token, 1000) for token in chunk.input_ids.tolist()] for chunk in in_order]
         for rule in rules(generator):
             slabs: dict[tuple[SlabKey, int], Token] = {}
             found = []
@@ -158,15 +163,6 @@ def test_tokens_of_chunks_see_both_ways_inside_spans_which_are_never_cut() -> No
                 if chunk.slab_start is not None:
                     slabs.update({(chunk.slab, chunk.slab_start + row): token for row, token in enumerate(rows)})
             assert_sees(found, case.seen(rule), (seed, rule))
-
-
-def with_unique_tokens(tree: PrefixTree) -> PrefixTree:
-    """Of the same shape, where an id says which segment and offset it is of."""
-    segments = (
-        replace(segment, input_ids=tuple(1000 * index + offset for offset in range(len(segment))))
-        for index, segment in enumerate(tree.segments)
-    )
-    return replace(tree, segments=tuple(segments))
 
 
 def test_a_span_must_stand_in_one_segment() -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from token_lists import scored_token_lists
+from unique_tokens import seen_by, with_unique_tokens
 
+from kvpref.prefix.blocks import VarlenLayout
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.chunks import Chunk, ChunkLayout, build_chunks
-from kvpref.prefix.levels import LevelLayout, VarlenLayout, build_layout
+from kvpref.prefix.levels import LevelLayout, build_layout
 from kvpref.prefix.slab_reads import SHARED, SlabKey
-from kvpref.prefix.tree import PrefixTree, build_tree
+from kvpref.prefix.tree import PrefixTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +43,8 @@ class Cut:
         """The tokens that a token attends to."""
         index, offset = self.place(token)
         seen = set(self.tree.segments[index].input_ids[: offset + 1])
-        parent = self.tree.segments[index].parent
-        while parent is not None:
-            seen |= set(self.tree.segments[parent].input_ids)
-            parent = self.tree.segments[parent].parent
+        for above, num_seen in seen_by(self.tree, index).items():
+            seen |= set(self.tree.segments[above].input_ids[:num_seen])
         return seen
 
     def in_order(self) -> Iterator[tuple[int, Chunk]]:
@@ -54,24 +55,13 @@ class Cut:
 
     def chunks_of(self, segment: int) -> list[Chunk]:
         tokens = set(self.tree.segments[segment].input_ids)
-        return [chunk for _, chunk in self.in_order() if tokens & set(chunk.input_ids)]
-
-
-def with_unique_tokens(tree: PrefixTree) -> PrefixTree:
-    ends = accumulate(map(len, tree.segments))
-    segments = [
-        replace(s, input_ids=tuple(range(end - len(s), end))) for s, end in zip(tree.segments, ends, strict=True)
-    ]
-    return replace(tree, segments=tuple(segments))
+        return [chunk for _, chunk in self.in_order() if tokens & set(chunk.input_ids.tolist())]
 
 
 def prompts_of(tree: PrefixTree, scored: list[tuple[bool, ...]]) -> set[int]:
-    """Segments up to whose end none of their sequences scores a token."""
+    """Segments up to whose end, or where they leave it, none of their sequences scores a token."""
     responses = {
-        index
-        for path, flags in zip(tree.paths, scored, strict=True)
-        for index in path
-        if any(flags[: tree.segments[index].start + len(tree.segments[index])])
+        index for number, flags in enumerate(scored) for index, _, stop in tree.steps(number) if any(flags[:stop])
     }
     return set(range(len(tree.segments))) - responses
 
@@ -128,10 +118,11 @@ def test_every_token_sees_exactly_its_path_and_all_of_it_was_computed_before(cut
             assert read.slab.owner in (SHARED, owner)
             rows = range(read.start, read.stop)
             keys = [slabs[read.slab, row] for row in rows]  # KeyError: read before it was written
-            assert read.block.cu_seqlens_q[-1] == len(chunk)
-            assert read.block.cu_seqlens_k[-1] == len(keys)
-            for query, key in visible_pairs(read.block):
-                seen[chunk.input_ids[query]].append(keys[key])
+            for block in read.blocks:
+                assert block.cu_seqlens_q[-1] == len(chunk)
+                assert block.cu_seqlens_k[-1] == len(keys)
+                for query, key in visible_pairs(block):
+                    seen[chunk.input_ids[query]].append(keys[key])
         for token, tokens in seen.items():
             assert sorted(tokens) == sorted(cut.path(token))
         assert len({read.slab for read in chunk.reads}) == len(chunk.reads)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from sample_groups import SCENARIOS
 
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.chunks import build_chunks
 from kvpref.prefix.levels import build_layout
 from kvpref.prefix.occurrences import tree_occurrences
-from kvpref.prefix.tree import build_tree
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

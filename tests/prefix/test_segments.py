@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from sample_groups import five_levels, pairs, shared_system_prompt, story_questions_answers
 
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.chunks import SlabKey, build_chunks
 from kvpref.prefix.levels import build_layout, build_levels
-from kvpref.prefix.segments import BEGINNING, SegmentLayout, level_segments
-from kvpref.prefix.tree import PrefixTree, build_tree
+from kvpref.prefix.segments import BEGINNING, NO_STATES, SegmentLayout, level_segments
+from kvpref.prefix.tree import PrefixTree
 
 TokenIds = tuple[int, ...]
 
@@ -31,7 +32,9 @@ def _run(layout: SegmentLayout, row: TokenIds, before: list[TokenIds]) -> tuple[
 
 
 def _tree(name: str) -> PrefixTree:
-    return build_tree([sequence.input_ids for group in GROUPS[name] for sequence in group.sequences])
+    return build_tree(
+        [sequence.input_ids for group in GROUPS[name] for sequence in group.sequences], branches_inside=False
+    )
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -46,7 +49,8 @@ def test_levels(name: str) -> None:
         found.update(zip(level.segments, ends, strict=True))
     assert not kept  # nothing reads what the last level leaves
     for index in range(len(tree.paths)):
-        assert found[tree.paths[index][-1]] == tree.sequence(index)
+        sequence = tree.sequence(index)
+        assert found[tree.paths[index][-1]][: len(sequence)] == sequence
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1, 3, 5, 12])
@@ -66,11 +70,21 @@ def test_chunks(name: str, max_tokens: int | None, tells_prompts: bool) -> None:
     for chunk in (chunk for chunks in cut.chunks.values() for chunk in chunks):
         before = [state for slab, start, stop in chunk.states.reads for state in slabs[slab][start:stop]]
         assert all(before)  # they were left before
-        all_ends, kept = _run(chunk.states.layout, chunk.input_ids, before)
+        all_ends, kept = _run(chunk.states.layout, tuple(chunk.input_ids.tolist()), before)
         ends.update(all_ends)
         first = chunk.states.first
         assert not any(slabs[chunk.slab][first : first + len(kept)])
         slabs[chunk.slab][first : first + len(kept)] = kept
         assert not kept or chunk.slab_start is not None
     assert all(state for states in slabs.values() for state in states)
-    assert ends.issuperset(sequence.input_ids for sequence in sequences)
+    whole = {end[:length] for end in ends for length in range(1, len(end) + 1)}
+    assert whole.issuperset(sequence.input_ids for sequence in sequences)
+
+
+def test_no_state_is_left_where_sequences_branch_off_inside_segments() -> None:
+    tree = build_tree([(1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 6), (1, 7)])
+    assert tree.branches_inside
+    assert level_segments(tree, build_levels(tree)) == ()
+    layout = build_layout(tree, [[False] * len(ids) for ids in tree.sequences])
+    for chunk in build_chunks(tree, layout, [0] * 4, max_tokens=2).chunks[0]:
+        assert chunk.states is NO_STATES

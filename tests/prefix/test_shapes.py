@@ -7,11 +7,12 @@ from itertools import accumulate, pairwise
 
 import pytest
 
+from kvpref.prefix.blocks import PlacedBlocks, VarlenLayout
+from kvpref.prefix.building import build_tree, build_unshared_tree
 from kvpref.prefix.chunks import build_chunks
-from kvpref.prefix.levels import PlacedBlocks, VarlenLayout, build_layout, build_levels
+from kvpref.prefix.levels import build_layout, build_levels
 from kvpref.prefix.rules import CAUSAL, Rule
 from kvpref.prefix.shapes import blocks_under, window_blocks
-from kvpref.prefix.tree import build_tree, build_unshared_tree
 
 Seen = set[tuple[int, int, int]]
 """The (source, query row, key row) that meet."""

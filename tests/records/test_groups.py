@@ -62,3 +62,9 @@ def test_group_keeps_what_it_is_given() -> None:
     assert group.scores == (1.0, None)
     assert group.labels == (True, False)
     assert len(group) == 2
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+def test_weights_that_are_no_weights(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"weights must be finite numbers of at least 0; got {weight}"):
+        Sequence([1, 2, 3], [False, True, True], weights=[1.0, weight])

@@ -8,34 +8,11 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from preference_runs import make_groups, make_model, reference_free_loss, split_unevenly
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from preference_runs import make_args, make_groups, make_model, reference_free_loss, split_unevenly
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import leave_together
 
 import kvpref
-
-
-def run_fsdp2(output: str) -> None:
-    """`fully_shard` on the module that the trainer wraps; each rank takes half of the groups."""
-    dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world_size,))
-    model = kvpref.attach(make_model())
-    for layer in model.base_model.h:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    groups = make_groups()
-    own = groups[rank::world_size]
-    # FSDP averages gradients over ranks, so each rank's mean is weighted by its share of the groups.
-    weight = len(own) * world_size / len(groups)
-    kvpref.forward_backward(
-        model, kvpref.collate(own), reference_free_loss, backward=partial(_weighted_backward, weight=weight)
-    )
-    grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    if rank == 0:
-        torch.save(grads, f"{output}/grads.pt")
 
 
 def run_bounded(output: str) -> None:
@@ -86,6 +63,15 @@ def _weighted_backward(loss: torch.Tensor, weight: float) -> None:
     (loss * weight).backward()
 
 
+def run_trainer(output: str) -> None:
+    """The trainer in schedule ``full``, with groups that exceed the budget on one rank or the other."""
+    args = make_args(f"{output}/run", max_tokens_per_micro_batch=34, per_device_train_batch_size=3)
+    trainer = kvpref.PreferenceTrainer(make_model(), args, train_dataset=make_groups())
+    trainer.train()
+    if args.process_index == 0:
+        torch.save(dict(trainer.model.named_parameters()), f"{output}/weights.pt")
+
+
 if __name__ == "__main__":
-    {"fsdp2": run_fsdp2, "bounded": run_bounded}[sys.argv[1]](sys.argv[2])
+    {"bounded": run_bounded, "trainer": run_trainer}[sys.argv[1]](sys.argv[2])
     leave_together()

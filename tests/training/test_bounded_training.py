@@ -52,6 +52,7 @@ def assert_trained_alike(found: kvpref.PreferenceTrainer, expected: kvpref.Prefe
     assert (weights(found) - weights(expected)).norm() / update.norm() < TOLERANCE
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("loss", "shares", "max_tokens_per_chunk"), pairwise(["dpo", "sft"], [True, False], [None, 13])
 )
@@ -68,6 +69,7 @@ def test_bounded_trains_like_full(tmp_path: Path, loss: str, shares: bool, max_t
     assert_trained_alike(found, expected)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -16,7 +16,7 @@ from kvpref.training.meters import TokenMeter
 @pytest.mark.parametrize("is_main", [True, False])
 def test_the_saving_is_explained_once_in_the_words_of_inspect(is_main: bool, capsys) -> None:
     meter = TokenMeter()
-    meter.add(SimpleNamespace(num_groups=1, num_unique_tokens=4, num_total_tokens=6), 5)  # type: ignore[arg-type]
+    meter.add(SimpleNamespace(num_groups=1, num_total_tokens=6), 4, 5)  # type: ignore[arg-type]
     state: Any = TrainerState(is_world_process_zero=is_main, is_local_process_zero=is_main)
     callback = ThroughputProgressCallback(meter)
     callback.on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the trainer takes for settings that nobody gave."""
+"""The trainer's defaults for settings that were not given."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from preference_runs import make_args, make_groups, make_model
 from tiny_models import tiny_reward_model
 
 import kvpref
+from kvpref import forward_backward
 from kvpref.data.batching import budgets
 from kvpref.losses import LOSSES
 from kvpref.models.precision import device_has_bf16
+from kvpref.training import step_runner
 from kvpref.training.defaults import token_budget
 
 SETTINGS: dict[str, dict[str, Any]] = {"mixture": {"weights": {"sft": 1.0, "dpo": 1.0}, "settings": {}}}
@@ -138,7 +140,36 @@ def test_a_default_budget_refuses_no_data(tmp_path: Path, monkeypatch: pytest.Mo
     longer = make_groups(5, seed=1)
     assert trainer.evaluate(longer)  # another data set than the one it was made for
     with pytest.raises(kvpref.InputError, match="raise max_tokens_per_micro_batch"):
-        make_trainer(make_args(str(tmp_path), max_tokens_per_micro_batch=20)).train()
+        make_trainer(make_args(str(tmp_path), max_tokens_per_micro_batch=20, mode="packed")).train()
+
+
+@pytest.mark.parametrize("options", [{"schedule": "bounded", "max_tokens_per_chunk": 8}, {"schedule": "full"}])
+def test_a_group_that_exceeds_the_budget_runs_in_chunks(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Its responses stay together, so that the loss is that of a budget without a bound."""
+    weights = []
+    for budget in (20, None):
+        args = make_args(str(tmp_path), max_tokens_per_micro_batch=budget, **options)
+        trainer = make_trainer(args)
+        trainer.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
+    # Two steps of plain SGD in fp64, in which only the order of sums differs.
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+
+
+def test_only_what_exceeds_the_budget_runs_in_chunks_in_schedule_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def watched(model: Any, batch: kvpref.Batch, loss: Any, options: Any, **others: Any) -> Any:
+        ran.append((batch.num_unique_tokens, options.schedule, options.max_tokens_per_chunk))
+        return forward_backward(model, batch, loss, options, **others)
+
+    monkeypatch.setattr(step_runner, "forward_backward", watched)
+    make_trainer(make_args(str(tmp_path), max_tokens_per_micro_batch=34)).train()
+    assert {schedule for _, schedule, _ in ran} == {"full", "bounded"}
+    for num_tokens, schedule, chunk in ran:
+        assert (schedule, chunk) == (("bounded", 34) if num_tokens > 34 else ("full", None))
 
 
 @pytest.mark.parametrize("loss", ["kto", "aot", "aot_unpaired"])

@@ -54,7 +54,7 @@ def test_without_eval_lines(tmp_path: Path) -> None:
 
 def test_a_metric_that_no_evaluation_gives(tmp_path: Path) -> None:
     message = (
-        "'eval_accuracy' is nothing that evaluations of the loss dpo give; choose from: eval_logps/chosen, .*eval_loss"
+        "'eval_accuracy' is not reported by evaluations of the loss dpo; choose from: eval_logps/chosen, .*eval_loss"
     )
     with pytest.raises(InputError, match=message):
         make_trainer(tmp_path, make_groups(3), **BEST, metric_for_best_model="eval_accuracy")

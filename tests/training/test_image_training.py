@@ -77,6 +77,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_reference_sees_the_images(way: str, pairs: Path, expected: list[float], tmp_path: Path) -> None:
     model = tiny_vision_model(FAMILY)

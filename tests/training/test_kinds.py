@@ -1,4 +1,4 @@
-"""Arguments of a wrong kind: one message that says what to hand over instead."""
+"""Arguments of a wrong kind: one message that says what to pass instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": "gpt2"}, "model must be a model that was loaded; got 'gpt2'. Load it with AutoModelForCausalLM"),
     ({"model": None}, "model must be a model that was loaded; got NoneType"),
     ({"model": nn.Linear(2, 2)}, "expected a transformers PreTrainedModel"),
-    ({"model": nn.DataParallel(make_model())}, "hand over model.module, and start one process per device"),
+    ({"model": nn.DataParallel(make_model())}, "pass model.module, and start one process per device"),
     ({"model": torch.compile(make_model())}, "before torch.compile, and set torch_compile=True"),
     ({"args": None}, "args must be kvpref.PreferenceTrainingArguments; got NoneType"),
     ({"args": {"loss": "dpo"}}, "args must be kvpref.PreferenceTrainingArguments; got dict"),

@@ -52,6 +52,7 @@ ENGINES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "online"])
 @pytest.mark.parametrize("engine", ENGINES, ids=["two_pass", "one_pass", "packed", "padded", "bounded"])
 def test_adapter_off_is_the_base_model(tmp_path: Path, engine: dict[str, Any], precompute: bool) -> None:
@@ -66,6 +67,7 @@ def test_adapter_off_is_the_base_model(tmp_path: Path, engine: dict[str, Any], p
     assert relative_error(token_logps(trainer.model), expected) > 1e-4
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "online"])
 @pytest.mark.parametrize("engine", ENGINES, ids=["two_pass", "one_pass", "packed", "padded", "bounded"])
 def test_an_adapter_that_is_trained_on_starts_as_its_own_reference(
@@ -167,6 +169,7 @@ def test_saved_adapters_are_pefts_own(tmp_path: Path) -> None:
     assert relative_error(token_logps(loaded), token_logps(trainer.model)) < 1e-6
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("settings", [{}, {"precompute_reference": False}], ids=["precomputed", "online"])
 @pytest.mark.parametrize("is_new", [True, False], ids=["new", "trained on"])
 def test_resume_repeats_the_uninterrupted_run(tmp_path: Path, is_new: bool, settings: dict[str, Any]) -> None:

@@ -116,6 +116,7 @@ class _KilledError(BaseException):
     """As if the process had ended: nothing handles it."""
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("last", ["model", "optimizer", "scheduler", "rng", "state"])
 def test_a_save_that_is_cut_off_is_not_taken_for_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str

@@ -80,6 +80,7 @@ def trl_run(output: Path, when: str | None, setup: dict[str, Any], adapter: bool
     return trl_runs.run(trainer), switch
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("setup", "when", "adapter"),
     [

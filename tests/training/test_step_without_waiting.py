@@ -13,6 +13,7 @@ import kvpref
 from kvpref.losses import as_loss
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("schedule", whole_step.SCHEDULES)
 @pytest.mark.parametrize("loss", whole_step.LOSSES)
 def test_a_whole_step_reads_the_device_once(

@@ -158,7 +158,7 @@ def test_nan_loss_stops_and_names_the_groups(tmp_path: Path) -> None:
 
 def test_group_over_the_budget_is_refused(tmp_path: Path) -> None:
     with pytest.raises(kvpref.InputError, match=r"made:\d+: .*max_tokens_per_micro_batch"):
-        train(tmp_path, max_tokens_per_micro_batch=20)
+        train(tmp_path, mode="packed", max_tokens_per_micro_batch=20)  # which has no chunks
 
 
 def test_group_longer_than_the_model_is_refused(tmp_path: Path) -> None:

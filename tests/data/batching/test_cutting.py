@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpref.data import CostModel, StepBatcher, StepOptions
-from kvpref.data.batching.cutting import GroupCosts, Runs, cut_by_cost, cut_by_length, halve_to_multiple
+from kvpref.data.batching.cutting import cut_by_cost, cut_by_length, halve_to_multiple
+from kvpref.data.batching.group_costs import GroupCosts, Runs
 
 FLOPS = CostModel(per_token=100.0, per_pair=1.0, per_scored=300.0, per_micro_batch=2000.0)
 
@@ -119,6 +120,9 @@ class SortedGreedily(StepBatcher):
             else:
                 runs.append([group])
         return halve_to_multiple(runs, self.costs, self.options.world_size)
+
+    def _balanced(self, ranks: list[Runs]) -> list[Runs]:
+        return ranks
 
 
 @pytest.mark.parametrize("mode", ["two_pass", "packed", "padded"])

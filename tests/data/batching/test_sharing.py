@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvpref.data import DataOptions, PreferenceDataset, find_clusters, load_preferences, load_tokenizer
 from kvpref.data.batching.sharing import as_wholes
 from kvpref.errors import InputError
-from kvpref.prefix.tree import shared_prefix_length
+from kvpref.prefix.radix import shared_prefix_length
 from kvpref.records.groups import Group, Sequence
 
 beginnings = st.lists(st.lists(st.integers(0, 1), max_size=8), max_size=30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from group_lengths import group_lengths, make_lengths, random_pairs
@@ -86,7 +87,10 @@ def test_budgets_are_respected(batcher, epoch):
                 )
             )
             tokens = counts(together)[0]
-            assert batcher.micro_batch_lengths(batch) == together
+            # What a group begins with is known of groups alone.
+            assert batcher.micro_batch_lengths(batch)._replace(beginning_tokens=0) == together._replace(
+                beginning_tokens=0
+            )
             assert batcher.micro_batch_tokens(batch) == tokens
             assert batcher.micro_batch_cost(batch) == batcher.costs.cost_model.cost(counts(together))
             assert budget is None or tokens <= budget
@@ -258,3 +262,30 @@ def test_sampler_checks_its_rank_and_feeds_a_data_loader():
     loader = data.DataLoader(Identity(), batch_sampler=sampler, collate_fn=tuple)
     assert list(loader) == [step[1] for step in batcher.steps(2)]
     assert len(loader) == 3
+
+
+@given(batchers(), st.integers(0, 3), st.data())
+def test_groups_that_exceed_the_budget_are_alone_where_that_is_taken(batcher, epoch, data):
+    mode = data.draw(st.sampled_from(["two_pass", "one_pass", "packed"]))
+    sizes = sorted(COUNTS[mode](group)[0] for group in batcher.lengths)
+    budget = data.draw(st.integers(1, sizes[-1]))
+    options = replace(batcher.options, mode=mode, max_tokens_per_micro_batch=budget, takes_larger_groups=True)
+    batcher = StepBatcher(batcher.lengths, options, cost_model=batcher.costs.cost_model)
+    steps = batcher.steps(epoch)
+    assert Counter(group for step in steps for group in real_groups(step)) == Counter(range(num_groups(batcher)))
+    for step in steps:
+        assert len({len(rank) for rank in step}) == 1
+        for batch in (batch for rank in step for batch in rank):
+            tokens = sum(COUNTS[mode](batcher.lengths[group])[0] for group in batch.group_indices)
+            assert batcher.micro_batch_tokens(batch) == tokens
+            assert tokens <= budget or len(batch.group_indices) == 1
+    assert set(batcher.larger_groups) == {
+        group for group, lengths in enumerate(batcher.lengths) if COUNTS[mode](lengths)[0] > budget
+    }
+
+
+def test_a_group_that_exceeds_the_budget_is_refused_with_what_to_do():
+    lengths = [make_lengths([3, 4]), make_lengths([30, 40], prompt=100)]
+    options = StepOptions(groups_per_step=2, max_tokens_per_micro_batch=169)
+    with pytest.raises(InputError, match=r"^b: the group alone takes 170 tokens .* train in schedule bounded"):
+        StepBatcher(lengths, options, ["a", "b"])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvpref.data import Clusters, CostModel, PreferenceDataset, StepBatcher, StepOptions, StepSampler, summarize_batches
 from kvpref.data.batching.costs import COUNTS, SHARING_MODES
-from kvpref.data.batching.cutting import GroupCosts, waiting_cost
-from kvpref.prefix.tree import build_tree
+from kvpref.data.batching.dealing import cost_of_runs
+from kvpref.data.batching.group_costs import GroupCosts
+from kvpref.prefix.building import build_tree
 from kvpref.records.groups import Group, Sequence
 
 MIN_SHARED_TOKENS = 3
@@ -214,10 +215,10 @@ def test_a_cluster_is_spread_where_ranks_would_wait_for_one_another():
     assert [len(batch.group_indices) for rank in step for batch in rank] == [1, 1, 1, 1]
     pair, apart = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
     costs = GroupCosts(lengths, "two_pass", CostModel(), clusters=make_clusters([0, 0, 2, 2], shared_tokens=10))
-    assert [waiting_cost(runs, costs, world_size=2) for runs in (pair, apart)] == [130, 140]
-    assert [waiting_cost(runs, costs, world_size=1) for runs in (pair, apart)] == [260, 280]
+    assert [cost_of_runs(runs, costs, 2, "micro_batch") for runs in (pair, apart)] == [130, 140]
+    assert [cost_of_runs(runs, costs, 1, "micro_batch") for runs in (pair, apart)] == [260, 280]
 
 
 def test_clusters_of_other_groups_are_refused():
-    with pytest.raises(ValueError, match="clusters are of 2 groups; there are 3"):
+    with pytest.raises(ValueError, match="clusters cover 2 groups; there are 3"):
         StepBatcher(random_pairs(3), StepOptions(groups_per_step=1), clusters=make_clusters([0, 0]))

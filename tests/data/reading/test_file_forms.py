@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ TOOL_TEMPLATE = (
     "{% for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORMS = ("jsonl", "json", "parquet", "arrow file", "arrow stream", "feather", "saved", "splits", "in memory", "rows")
+FORMS = (
+    *("jsonl", "json", "parquet", "arrow file", "arrow stream", "feather", "saved", "splits", "in memory", "rows"),
+    *("jsonl.gz", "ndjson.zst", "json.gz", "csv", "tsv", "csv.gz", "shards of jsonl.gz", "shards of parquet"),
+)
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:
@@ -101,27 +106,66 @@ DATA: dict[str, list[dict[str, Any]]] = {
 def write(form: str, rows: list[dict[str, Any]], folder: Path) -> Any:
     """The rows as a source of some form."""
     path = folder / f"rows.{form.split()[0]}"
-    if form == "jsonl":
+    inner, _, packed = form.partition(".")
+    if form.startswith("shards of "):
+        return write_shards(form.removeprefix("shards of "), rows, folder)
+    if packed:
+        write_packed(path, Path(write(inner, rows, folder)).read_bytes())
+    elif form in ("jsonl", "ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form in ("csv", "tsv"):
+        write_cells(path, rows)
     elif form == "json":
         path.write_text(json.dumps(rows))
-    elif form == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif form in ("saved", "splits"):
+        saved = datasets.Dataset.from_list(rows)
+        (saved if form == "saved" else datasets.DatasetDict(train=saved)).save_to_disk(path)
+    elif form in ("in memory", "rows"):
+        return datasets.Dataset.from_list(rows) if form == "in memory" else rows
+    else:
+        write_table(form, pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def write_table(form: str, table: Any, path: Path) -> None:
+    if form == "parquet":
+        pyarrow.parquet.write_table(table, path)
     elif form == "feather":
-        pyarrow.feather.write_feather(pyarrow.Table.from_pylist(rows), str(path))
-    elif form.startswith("arrow"):
-        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.feather.write_feather(table, str(path))
+    else:
         new_writer = pyarrow.ipc.new_file if form == "arrow file" else pyarrow.ipc.new_stream
         with new_writer(str(path), table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
-    elif form == "saved":
-        datasets.Dataset.from_list(rows).save_to_disk(path)
-    elif form == "splits":
-        datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(path)
-        return f"{path}:train"
+
+
+def write_packed(path: Path, content: bytes) -> None:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
     else:
-        return datasets.Dataset.from_list(rows) if form == "in memory" else rows
-    return str(path)
+        with pyarrow.output_stream(path, compression="zstd") as file:
+            file.write(content)
+
+
+def write_shards(form: str, rows: list[dict[str, Any]], folder: Path) -> str:
+    """A folder of one file per row, read in the order of their names."""
+    shards = folder / f"shards of {form}" / "data"
+    shards.mkdir(parents=True)
+    keys = {key: None for row in rows for key in row}
+    for number, row in enumerate(rows):
+        alone = Path(write(form, [keys | row], folder))
+        alone.rename(shards / f"rows_{number}.{form}")
+    return str(shards.parent)
+
+
+def write_cells(path: Path, rows: list[dict[str, Any]]) -> None:
+    def cell(value: Any) -> str:
+        return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+    keys = list({key: None for row in rows for key in row})
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writerow(keys)
+        writer.writerows([cell(row.get(key)) for key in keys] for row in rows)
 
 
 @pytest.fixture(scope="module")

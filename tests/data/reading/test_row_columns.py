@@ -143,7 +143,7 @@ def test_no_tools(tools: Any) -> None:
         ({KWARGS: [1]}, "`chat_template_kwargs` must be an object, found list"),
         ({KWARGS: {"tools": [TOOL]}}, "give them as the column `tools`"),
         *(
-            ({KWARGS: {name: True}}, f"`chat_template_kwargs` holds `{name}`, which is not up to the data")
+            ({KWARGS: {name: True}}, f"`chat_template_kwargs` holds `{name}`, which data may not set")
             for name in ("tokenize", "add_generation_prompt", "conversation", "return_dict", "return_tensors")
         ),
     ],
@@ -255,3 +255,15 @@ def test_a_template_without_tools_or_system_is_refused(chat_tokenizer, build_tok
     load(deaf, [CHAT])
     with pytest.raises(InputError, match=r"row 1: the chat template does not write turn 1 .*'system' \('be kind'\)"):
         load(deaf, [CHAT | {"system": "be kind"}])
+
+
+@pytest.mark.parametrize("value", [[0.5, float("nan")], float("inf"), [[0.5], [float("nan")]]])
+def test_numbers_that_are_not_finite_are_refused_in_columns_that_the_loss_reads(
+    value: Any, write_jsonl: Any, build_tokenizer: Any
+) -> None:
+    row = {"prompt": "hi ", "responses": ["hello", "go away"]}
+    path = write_jsonl(row | {"advantages": [0.5, 1]}, row | {"advantages": value})
+    with pytest.raises(InputError, match=rf"{path}:2: `advantages.* is (nan|inf); expected a finite number"):
+        load_preferences(path, build_tokenizer(), DataOptions(columns=("advantages",)))
+    # Nobody reads it here.
+    assert parse_row(row | {"advantages": value}).unread == ("advantages",)

@@ -235,7 +235,7 @@ def test_response_that_the_tokenizer_drops_is_a_bad_row(load, build_tokenizer):
 
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    with pytest.raises(InputError, match=r"rows\.jsonl:1: a response is empty: the tokenizer makes no token of it"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: a response is empty: the tokenizer makes no tokens from it"):
         load(tokenizer, {"prompt": "hello", "responses": ["\u200b"]})
 
 

@@ -10,7 +10,7 @@ import torch
 from padded_batches import one_prompt, padded, sharing_rows
 
 from kvpref.integrations.shared_prefix.padded_rows import PaddedRows, UnservedError, share_rows
-from kvpref.prefix.tree import build_tree
+from kvpref.prefix.building import build_tree
 
 
 def read(rows: list[list[int]], side: str = "right", extra: int = 1, first: int | None = None) -> PaddedRows:
@@ -67,9 +67,9 @@ def test_a_row_attends_to_its_own_tokens_only() -> None:
     for level in shared.item.levels:
         start = level_starts[-1]
         for row in range(level.num_rows):
-            blocks = zip((*level.blocks[1:], level.blocks[0]), level_starts, strict=True)
             keys: list[int] = []
-            for block, key_start in blocks:
+            for block in (*level.blocks[1:], level.blocks[0]):
+                key_start = level_starts[block.source - 1]
                 for q0, q1, k0, k1 in block.pairs:
                     if q0 <= row < q1:
                         keys += range(key_start + k0, key_start + (row - q0 + k0 + 1 if block.causal else k1))

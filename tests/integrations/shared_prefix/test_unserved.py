@@ -51,7 +51,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "one row": {name: value[:1] for name, value in served_inputs().items()},
     "nothing shared": padded(unlike_rows()),
     "attention_mask with gaps or empty rows": served_inputs(attention_mask=gaps()),
-    "attention_mask holds other values than 0 and 1": served_inputs(
+    "attention_mask with values other than 0 and 1": served_inputs(
         attention_mask=2 * served_inputs()["attention_mask"]
     ),
     "attention_mask that is not (rows, columns)": served_inputs(attention_mask=four_dimensional()),
@@ -185,6 +185,16 @@ def test_noise_on_embeddings() -> None:
     embeddings.neftune_noise_alpha = 5.0
     embeddings.register_forward_hook(neftune_post_forward_hook)
     assert_unchanged(model, served_inputs(), "neftune_noise_alpha")
+
+
+def test_weights_that_zero_3_cuts() -> None:
+    model = tiny_model("llama")
+    with switch_on(model) as switch:
+        model.lm_head.weight.ds_id = 0  # its mark
+        model(**served_inputs())
+    assert switch.stats.unserved == {"weights cut by ZeRO-3": 1}
+    with pytest.raises(kvpref.UnsupportedModelError, match="ZeRO-3"):
+        switch_on(model)
 
 
 def test_tokens_that_see_later_ones() -> None:

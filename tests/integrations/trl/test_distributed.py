@@ -15,6 +15,7 @@ from two_processes import run_two_processes
 WORKER = Path(__file__).with_name("trl_distributed_worker.py")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_processes_give_trls_losses(tmp_path: Path) -> None:
     path = trl_runs.save_model(tmp_path / "model")

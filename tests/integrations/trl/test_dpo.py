@@ -78,6 +78,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 SHARES_NOTHING = ("rows cut at the start", "packed", "padded")
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", SETUPS)
 def test_every_option_gives_trls_numbers(name: str, model_path: str, tmp_path: Path) -> None:
     setup = SETUPS[name]

@@ -90,6 +90,7 @@ RUNS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
 SAMPLED = ("DPO, qwen2_5_vl", "DPO, LoRA", "KTO, gemma3", "GRPO, llava")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "name", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.full) for name in RUNS]
 )

@@ -62,6 +62,7 @@ def test_a_reference_that_shares_the_config(model_path: str, tmp_path: Path) -> 
     trl_runs.assert_same(found, truth)
 
 
+@pytest.mark.full
 def test_models_that_were_attached_before(model_path: str, tmp_path: Path) -> None:
     """TRL loads the reference with the policy's attention; one model goes through two trainers."""
     truth = trl_runs.run(dpo(trl.DPOTrainer, AutoModelForCausalLM.from_pretrained(model_path), tmp_path))
@@ -70,6 +71,7 @@ def test_models_that_were_attached_before(model_path: str, tmp_path: Path) -> No
     trl_runs.assert_same(trl_runs.run(dpo(kvpref_trl.DPOTrainer, model, tmp_path)), truth)
 
 
+@pytest.mark.full
 def test_models_loaded_by_trl(model_path: str, tmp_path: Path) -> None:
     found = trl_runs.run(dpo(kvpref_trl.DPOTrainer, model_path, tmp_path))
     trl_runs.assert_same(found, trl_runs.run(dpo(trl.DPOTrainer, model_path, tmp_path)))
@@ -151,5 +153,5 @@ def test_without_trl_the_import_says_what_to_install() -> None:
         "except ImportError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200, check=True)
     assert 'pip install "kvpref[trl]"' in done.stdout

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
 
 import trl_runs  # noqa: E402
 from accelerate import ParallelismConfig  # noqa: E402
+from tiny_experts import tiny_experts  # noqa: E402
 from tiny_models import build_model, tiny_config, tiny_model  # noqa: E402
 from transformers import (  # noqa: E402
     BloomConfig,
@@ -24,6 +25,7 @@ from transformers import (  # noqa: E402
     MllamaConfig,
     ProcessorMixin,
 )
+from trl.experimental.async_grpo import AsyncGRPOConfig  # noqa: E402
 
 from kvpref import InputError  # noqa: E402
 from kvpref.integrations import trl as kvpref_trl  # noqa: E402
@@ -31,6 +33,7 @@ from kvpref.integrations.trl.replacements import without_replaced  # noqa: E402
 from kvpref.integrations.trl.setup import Setup  # noqa: E402
 
 TRAINERS = {
+    "AsyncGRPOTrainer": AsyncGRPOConfig,
     "DPOTrainer": trl.DPOConfig,
     "GRPOTrainer": trl.GRPOConfig,
     "KTOTrainer": trl.KTOConfig,
@@ -79,6 +82,10 @@ def hunyuan() -> Any:
     )
 
 
+def mixtral() -> Any:
+    return tiny_experts("mixtral", router_aux_loss_coef=0.01)
+
+
 def prompt_tuned() -> Any:
     return peft.get_peft_model(tiny_model("llama"), PROMPT_TUNING)
 
@@ -106,11 +113,15 @@ CASES = (
         "parallelism_config with context, sequence or tensor parallelism",
         parallelism_config=ParallelismConfig(cp_size=2),
     ),
-    Case("fsdp", fsdp=["full_shard"]),
-    Case("DeepSpeed ZeRO stage 3", deepspeed_plugin=SimpleNamespace(zero_stage=3)),
+    Case("the first version of FSDP", fsdp=True, fsdp_config={"version": 1}),
+    Case("FSDP's cpu_offload", fsdp_plugin_args={"fsdp_version": 2, "cpu_offload": True}),
+    Case("a model without weights (on the meta device)", model=lambda: tiny_model("llama").to("meta")),
     Case("a model split over several devices (device_map)", model=split_model),
     Case("vision-language models as reward models", arguments={"processing_class": Processor()}),
     Case("vision-language models of this family", arguments={"processing_class": Processor()}),
+    Case("vision-language models in rows without images", arguments={"processing_class": Processor()}),
+    Case("router_aux_loss_coef above 0", model=mixtral),
+    Case("router_aux_loss_coef above 0", model=lambda: tiny_experts("mixtral"), router_aux_loss_coef=0.1),
     Case("PEFT prompt learning (prompt, prefix or p-tuning)", arguments={"peft_config": PROMPT_TUNING}),
     Case("PEFT prompt learning (prompt, prefix or p-tuning)", model=prompt_tuned),
     Case(
@@ -146,7 +157,7 @@ def build(trainer: str, case: Case, path: str, output: Path) -> Any:
     args = TRAINERS[trainer](output_dir=str(output), use_cpu=True, bf16=False, report_to="none")
     for name, value in case.options.items():
         setattr(args, name, value)
-    extra = {"reward_funcs": len} if trainer == "GRPOTrainer" else {}
+    extra = {"reward_funcs": len} if trainer.endswith("GRPOTrainer") else {}
     model = path if case.model is None else case.model()
     return getattr(kvpref_trl, trainer)(model=model, args=args, **extra, **case.arguments)
 
@@ -162,12 +173,13 @@ def test_every_row_is_tested() -> None:
     assert {case.refusal for case in CASES} == set(ROWS)
 
 
-def test_fsdp_by_accelerates_launcher(
+def test_first_fsdp_by_accelerates_launcher(
     path_without_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="does not support fsdp"):
-        build("DPOTrainer", Case("fsdp"), path_without_weights, tmp_path)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(InputError, match="does not support the first version of FSDP"):
+        build("DPOTrainer", Case("the first version of FSDP"), path_without_weights, tmp_path)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -215,13 +227,18 @@ def test_grpo_with_lora_dropout_names_the_fix_first(path_without_weights: str, t
 
 
 KERNELS = {"use_liger_kernel": True, "model_init_kwargs": {"attn_implementation": "flash_attention_2", "revision": "a"}}
+LOADING = {"fsdp_version": 2, "cpu_ram_efficient_loading": True}
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_kernels_are_replaced_with_a_warning(trainer: str, path_without_weights: str, tmp_path: Path) -> None:
+def test_options_are_replaced_with_a_warning(
+    trainer: str, path_without_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     args = TRAINERS[trainer](output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     for name, value in KERNELS.items():
         setattr(args, name, value)
+    args.fsdp_plugin_args = LOADING
     setup = Setup.from_arguments(trainer, {"model": path_without_weights, "args": args})
     with pytest.warns(UserWarning, match="does not use") as caught:
         found = without_replaced(setup)
@@ -230,6 +247,18 @@ def test_kernels_are_replaced_with_a_warning(trainer: str, path_without_weights:
     ]
     assert (found.use_liger_kernel, found.model_init_kwargs) == (False, {"revision": "a"})
     assert (args.use_liger_kernel, args.model_init_kwargs) == tuple(KERNELS.values())  # the user's own
+    assert (found.fsdp_plugin_args["cpu_ram_efficient_loading"], args.fsdp_plugin_args) == (False, LOADING)
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+def test_loading_on_one_rank_by_accelerates_launcher(
+    path_without_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")):
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="cpu_ram_efficient_loading"):
+        assert without_replaced(Setup.from_arguments("DPOTrainer", {"model": path_without_weights})) is None
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
 @pytest.mark.parametrize("options", [{}, {"model_init_kwargs": {"attn_implementation": "sdpa"}}])

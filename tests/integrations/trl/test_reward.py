@@ -58,6 +58,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SETUPS)
 def test_every_option_gives_trls_numbers(name: str, model_path: str, tmp_path: Path) -> None:
     truth = trl_runs.run(make_trainer(trl.RewardTrainer, model_path, tmp_path, SETUPS[name]))

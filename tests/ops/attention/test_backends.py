@@ -9,7 +9,7 @@ import torch
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, available_backends, get_backend, select_backend
 from kvpref.ops.attention.backends.cuda_flash import CudaFlash
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 CPU_BACKENDS = ("reference", "tiled", "cpu_flash")
 PARAMS = AttentionParams(scale=0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpref.ops.attention import VarlenBlock
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 
 def test_from_layout() -> None:

@@ -22,7 +22,7 @@ from kvpref.ops.attention.blockwise import backward_blocks, forward_blocks
 from kvpref.ops.attention.calls import backward_block, forward_block
 from kvpref.ops.attention.merge import Partial, merge_partials
 from kvpref.ops.attention.splitting import CallLimits, PairRange
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.37)
 # float64 sums of at most a hundred terms.

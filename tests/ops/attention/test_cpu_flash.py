@@ -10,7 +10,7 @@ import torch
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
 from kvpref.ops.attention.backends import cpu_flash
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.4)
 LENGTHS = {

@@ -17,7 +17,7 @@ from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend
 from kvpref.ops.attention.backends import determinism, optional_package
 from kvpref.ops.attention.backends.optional_package import OptionalPackage
 from kvpref.ops.attention.backends.packaged import PackagedBackend
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.5)
 MODES: dict[str, dict[str, bool]] = {

@@ -13,7 +13,7 @@ from dense_attention import Inputs, dense_attention, make_inputs, make_plan, ran
 from stand_in_backends import STAND_INS, running_on_stand_in
 
 from kvpref.ops.attention import AttentionParams, VarlenBlock, cascade_attention, get_backend
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.37)
 # float64 sums of at most a hundred terms.

@@ -11,11 +11,12 @@ from dense_attention import make_inputs, random_tree, visible
 from stand_in_backends import STAND_INS, running_on_stand_in
 
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention
-from kvpref.prefix.both_ways import Runs
+from kvpref.prefix.building import build_tree
 from kvpref.prefix.levels import build_levels
 from kvpref.prefix.rules import Rule
+from kvpref.prefix.runs import Runs
 from kvpref.prefix.shapes import blocks_under
-from kvpref.prefix.tree import PrefixTree, build_tree
+from kvpref.prefix.tree import PrefixTree
 
 RULES = [Rule(kind, size) for kind in ("window", "chunk") for size in (1, 2, 3, 5)]
 

@@ -16,7 +16,7 @@ from stand_in_backends import STAND_INS, running_on_stand_in
 from kvpref.errors import InputError
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention, get_backend
 from kvpref.ops.attention.backends import tiled
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 # float64 sums of at most a hundred terms, and weights that are exponentials of sums of eight.
 TOLERANCE = 1e-11

@@ -10,7 +10,7 @@ import torch
 from kvpref.ops.attention import AttentionParams, VarlenBlock, get_backend, spreading
 from kvpref.ops.attention.calls import backward_block
 from kvpref.ops.attention.spreading import plan_spread, spread_keys_below
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 
 PARAMS = AttentionParams(scale=0.37)
 CPU = torch.device("cpu")

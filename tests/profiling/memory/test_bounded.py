@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from tiny_models import tiny_model
 
@@ -50,6 +51,7 @@ def test_memory_does_not_grow_with_the_responses() -> None:
     assert bounded[8] < full[8]
 
 
+@pytest.mark.full
 def test_only_keys_and_values_grow_with_the_prompt() -> None:
     short, long = (peak(length, 2, schedule="bounded", max_tokens_per_chunk=CHUNK) for length in (1024, 2048))
     config = tiny_model("llama:tied").config

@@ -128,7 +128,7 @@ def test_a_browser_renders_the_page(tmp_path: Path, page: str) -> None:
     def run(*arguments: str) -> str:
         profile = f"--user-data-dir={tmp_path / 'profile'}"
         command = [browser, *flags, profile, "--window-size=1200,2400", *arguments, path.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True).stdout
 
     dumped = run("--dump-dom")
     assert dumped.count("<svg") == 6

@@ -31,6 +31,7 @@ SETUPS = {
 }
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("variant", "setup"),
     [
@@ -78,7 +79,7 @@ def moments(operators: str) -> list[Moment]:
 
 def test_repeated_blocks_are_found_wherever_they_are() -> None:
     """Two runs of layers in one stretch: blocks `abc` and `de`."""
-    traces = [moments("x" + "abc" * layers + "y" + "de" * layers + "z") for layers in (4, 5)]
+    traces = [moments("x" + "abc" * layers + "y" + "de" * layers + "z") for layers in (SHALLOW, SHALLOW + 1)]
     extended = extend(*traces, 9)
     assert extended is not None
     # The index of each operator stands for bytes: every layer adds three before y, and three and two before z.

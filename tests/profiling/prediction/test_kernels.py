@@ -13,6 +13,7 @@ from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, casc
 from kvpref.profiling.prediction.kernels import running_on
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
     ("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float32)]

@@ -27,6 +27,7 @@ TEXT = {**SIZES, "sliding_window": 5, "layer_types": ["sliding_attention", "full
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -11,10 +11,11 @@ from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.ops.attention import AttentionParams, CascadePlan, VarlenBlock, cascade_attention, splitting
 from kvpref.ops.attention.backends import efficient
-from kvpref.prefix.levels import VarlenLayout
+from kvpref.prefix.blocks import VarlenLayout
 from kvpref.profiling.prediction.kernels import running_on
 from kvpref.profiling.prediction.model import OPTIMIZERS, TrainingSetup
-from kvpref.profiling.prediction.peak import GATHERED, Predictor
+from kvpref.profiling.prediction.peak import Predictor
+from kvpref.profiling.prediction.ranks import GATHERED, MASTER, Ranks
 from kvpref.profiling.prediction.step import GroupShape
 
 SHAPE = GroupShape(prompt_tokens=64, response_tokens=32, num_responses=4)
@@ -48,19 +49,56 @@ def test_resident_bytes_are_weights_gradients_and_two_moments() -> None:
     assert sum(peak.bytes_by_category.values()) == peak.total_bytes > peak.resident_bytes
 
 
-def test_shards_divide_what_is_resident_and_add_what_is_gathered() -> None:
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize(
+    ("variant", "layers", "outsides"),
+    [
+        (EngineOptions(), None, 2),
+        (EngineOptions(mode="packed"), 3, 2),
+        (EngineOptions(schedule="bounded"), 3, 2),
+        (EngineOptions(schedule="bounded", gather_weights="step", reduce_grads="step"), None, 2),
+    ],
+)
+def test_fsdp2_divides_what_is_resident_and_adds_what_is_gathered(
+    variant: EngineOptions, layers: int | None, outsides: int
+) -> None:
     config = tiny_config("llama")
     one, four = (
-        Predictor(config, TrainingSetup(), num_shards=shards).peak(EngineOptions(), SHAPE) for shards in (1, 4)
+        Predictor(config, TrainingSetup(), ranks=Ranks(world_size=size)).peak(variant, SHAPE) for size in (1, 4)
     )
     for name in ("parameters", "gradients", "optimizer"):
         assert four.bytes_by_category[name] == -(-one.bytes_by_category[name] // 4)
     model = tiny_model("llama", dtype=torch.bfloat16)
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     outside = sum(parameter.nbytes for parameter in model.parameters()) - layer * len(model.model.layers)
-    assert four.bytes_by_category[GATHERED] == 3 * layer + 2 * outside
+    # Two layers and the gradients of one, or all layers with all their gradients.
+    layers = 2 * len(model.model.layers) if layers is None else layers
+    assert four.bytes_by_category[GATHERED] == layers * layer + outsides * outside
     # Activations are not sharded.
     assert four.total_bytes - four.resident_bytes == one.total_bytes - one.resident_bytes
+
+
+def test_ranks_that_share_micro_batches_divide_activations() -> None:
+    config = tiny_config("llama")
+    one, two = (
+        Predictor(config, TrainingSetup(), ranks=Ranks(world_size=4, shard="ddp", sequence_parallel=number)).peak(
+            EngineOptions(), SHAPE
+        )
+        for number in (1, 2)
+    )
+    assert two.resident_bytes == one.resident_bytes
+    passing = one.total_bytes - one.resident_bytes
+    assert passing / 2 <= two.total_bytes - two.resident_bytes <= passing / 2 + len(one.bytes_by_category)
+
+
+@pytest.mark.parametrize("shard", ["zero1", "zero2", "zero3"])
+def test_deepspeed_trains_float32_weights_and_runs_those_of_the_passes(shard: str) -> None:
+    setup = TrainingSetup(dtype=torch.float32, mixed_precision=torch.bfloat16)
+    peak = Predictor(tiny_config("llama"), setup, ranks=Ranks(world_size=4, shard=shard)).peak(EngineOptions(), SHAPE)
+    num_weights = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    assert peak.bytes_by_category["parameters"] == peak.bytes_by_category["gradients"] == 2 * num_weights
+    assert peak.bytes_by_category[MASTER] == num_weights
+    assert peak.bytes_by_category["optimizer"] == pytest.approx(2 * num_weights, rel=0.01)
 
 
 @pytest.mark.full

@@ -163,6 +163,7 @@ def profiled(options: EngineOptions, trace: Path | None = None) -> tuple[TimedSt
     return step, profile_time(step, 2, trace)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_parts_of_real_steps_add_up_to_them(name: str) -> None:
     _, profile = profiled(OPTIONS[name])
@@ -210,6 +211,7 @@ def test_the_trace_holds_the_ranges_and_the_report_the_sums(tmp_path: Path) -> N
     assert sum(map(float, columns["total"][:-1])) == pytest.approx(float(columns["total"][-1]), abs=0.2)
 
 
+@pytest.mark.full
 def test_the_profiled_step_trains_as_the_engine_does() -> None:
     step, _ = profiled(OPTIONS["bounded"])
     full, _ = profiled(OPTIONS["full"])

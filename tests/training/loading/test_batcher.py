@@ -10,7 +10,8 @@ from kvpref.data import PreferenceDataset
 from kvpref.plan.passes import Reads
 from kvpref.records.groups import Group, Sequence
 from kvpref.training import PreferenceTrainingArguments
-from kvpref.training.loading.batcher import make_batcher
+from kvpref.training.loading import batcher as module
+from kvpref.training.loading.batcher import make_batcher, where_ranks_wait
 
 
 def group(*prompt: int) -> Group:
@@ -27,3 +28,33 @@ def test_models_that_share_only_whole_prompts_gather_only_equal_ones(
     batcher = make_batcher(groups, args, Reads(spans=spans), groups_per_device=2, shuffle=False)
     assert batcher.clusters is not None
     assert batcher.clusters.shared_tokens == shared
+
+
+@pytest.mark.parametrize(
+    ("world_size", "schedule", "gathers", "kept", "waits"),
+    [
+        (1, "full", True, "chunk", "step"),
+        (4, "full", True, "chunk", "micro_batch"),
+        (4, "full", False, "chunk", "step"),
+        (4, "bounded", True, "chunk", "pass"),
+        (4, "bounded", True, "step", "step"),
+        (4, "bounded", False, "chunk", "step"),
+    ],
+)
+def test_ranks_wait_where_weights_are_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    world_size: int,
+    schedule: str,
+    gathers: bool,
+    kept: str,
+    waits: str,
+):
+    monkeypatch.setattr(module, "gathers_in_passes", lambda: gathers)
+    args = PreferenceTrainingArguments(
+        output_dir=str(tmp_path), schedule=schedule, use_cpu=True, gather_weights=kept, reduce_grads=kept
+    )
+    monkeypatch.setattr(PreferenceTrainingArguments, "world_size", world_size)
+    assert where_ranks_wait(args) == waits
+    groups = PreferenceDataset([group(number, 1) for number in range(8)])
+    assert make_batcher(groups, args, groups_per_device=2, shuffle=False).options.waits == waits

@@ -57,7 +57,7 @@ def test_no_more_than_what_follows_is_begun():
     def wait(key: int) -> int:
         begun.append(key)
         if key:
-            gate.wait(30)
+            gate.wait(1200)
         return key
 
     prefetcher: Prefetcher[int, int] = Prefetcher()

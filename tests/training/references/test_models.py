@@ -45,6 +45,7 @@ class _Record(TrainerCallback):
         self.weights.append({name: item.detach().clone() for name, item in model.named_parameters()})
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("engine", ENGINES, ids=ENGINE_NAMES)
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "online"])
 def test_the_start_stays_the_reference(tmp_path: Path, precompute: bool, engine: dict[str, Any]) -> None:
@@ -56,6 +57,7 @@ def test_the_start_stays_the_reference(tmp_path: Path, precompute: bool, engine:
     assert relative_error(token_logps(trainer.model), expected) > 1e-3, "training must have moved the policy"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("settings", [{"precompute_reference": False}, {}], ids=["online", "precomputed"])
 @pytest.mark.parametrize("is_named", [True, False], ids=["by name", "object"])
 def test_a_second_model(tmp_path: Path, is_named: bool, settings: dict[str, Any]) -> None:
@@ -129,6 +131,7 @@ def test_sync_of_an_adapter_replaces_the_copy(tmp_path: Path) -> None:
         make_trainer(tmp_path, model, reference_sync_alpha=0.5, **settings)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -148,6 +151,7 @@ def test_resume_repeats_the_uninterrupted_run(tmp_path: Path, settings: dict[str
     assert torch.equal(reference_logps(resumed), reference_logps(whole))
 
 
+@pytest.mark.full
 def test_resuming_with_another_reference_is_refused(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "precompute_reference": False}
     make_trainer(tmp_path, **settings).train()
@@ -169,6 +173,7 @@ def test_resuming_without_the_synced_weights_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, reference_sync_steps=1, **settings).train(str(checkpoint))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "online"])
 @pytest.mark.parametrize("engine", ENGINES[::4], ids=ENGINE_NAMES[::4])
 def test_the_reference_has_the_temperature_of_the_loss(
@@ -226,6 +231,7 @@ def test_a_reference_in_host_memory(tmp_path: Path, settings: dict[str, Any]) ->
     assert relative_error(reference_logps(trainer), token_logps(expected)) < TOLERANCE
 
 
+@pytest.mark.full
 def test_evaluating_on_another_dataset(tmp_path: Path) -> None:
     groups = make_groups(5, seed=3)
     found = {}

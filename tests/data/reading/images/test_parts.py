@@ -67,7 +67,7 @@ def test_a_shared_beginning_with_images_is_the_prompt():
         ({"prompt": "q", "chosen": [{"role": "assistant", "content": [HOLE]}]}, "a response holds an image"),
         (
             {"prompt": [{"role": "system", "content": "s"}], "image": "a"},
-            "neither places for them nor a turn of the user",
+            "neither places for them nor a user turn",
         ),
         ({"prompt": [user({"type": "video"})]}, "a part of type 'video'; only text and images"),
         ({"prompt": [user({"type": "image", "path": "a", "url": "b"})]}, "holds several images: url, path"),

@@ -125,9 +125,9 @@ def test_equal_images_are_one_object_and_different_ones_never_share(tmp_path):
     dataset = load_preferences(rows, processor)
     first, same, other = (group.sequences[0] for group in dataset)
     assert first.images[0].image is same.images[0].image
-    assert first.tree_ids == same.tree_ids
+    assert first.tree_ids.tolist() == same.tree_ids.tolist()
     assert first.input_ids == other.input_ids
-    assert first.tree_ids != other.tree_ids
+    assert first.tree_ids.tolist() != other.tree_ids.tolist()
     assert len(dataset.images) == 2
     assert dataset.clusters(3, 4).of_group == (0, 0, 2), "what all begin with is common to them"
     digests = [dataset.digests[start : start + 8] for start in (0, 8, 16)]
@@ -177,7 +177,7 @@ def test_large_images_are_scaled_down_and_counted():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"images": ["gone.png"]}, "gone.png.* is no file that exists"),
+        ({"images": ["gone.png"]}, "gone.png.* does not exist"),
         ({"images": []}, "1 places for images"),
         ({"prompt": question(1, "a <|image_pad|>")}, "1 images and its text 2 times '<|image_pad|>'"),
         ({"chosen": "<|image_pad|>"}, "1 images and its text 2 times"),

@@ -98,7 +98,7 @@ def test_images_that_cannot_be_used(store, content, reason):
 
 
 def test_missing_files_and_folders(store, tmp_path):
-    with pytest.raises(RowError, match=r"`image` \(.*a.png\) is no file that exists"):
+    with pytest.raises(RowError, match=r"`image` \(.*a.png\) does not exist"):
         add(store, "a.png")
     with pytest.raises(RowError, match="cannot be read"):
         add(store, str(tmp_path))

@@ -46,7 +46,7 @@ def test_forms(value, expected):
             r"`images\[0\]` is an address \('https://x.org/a.png'\).*download it and give its path",
         ),
         ("s3://x/a.png", "fetches nothing"),
-        ("file://host/a.png", "names a file of another machine"),
+        ("file://host/a.png", "names a file on another machine"),
         ("data:image/png,abc", "data URL that is not base64"),
         ("data:image/png;base64,a?b", "not valid base64"),
         ({"base64": "%%"}, "not valid base64"),
