@@ -205,7 +205,8 @@ def draw_result(
     stages = {"start": "start", "sft": "after sft", "dpo": "after dpo"}
     shares = [100 * result["accuracy"][stage] for stage in stages]
     drawn = bars.bar(list(stages.values()), shares, color=["#8a8f98", "#c98a1b", "#1b7f5c"])
-    bars.bar_label(drawn, fmt="%.0f%%")
+    # On white: the line of chance may run through.
+    bars.bar_label(drawn, fmt="%.0f%%", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     bars.axhline(100 * result["chance"], color="#555555", linestyle=":", label="chance")
     bars.set(title=f"{result['num_questions']} held-out questions", ylabel="right answers (%)", ylim=(0, 110))
     bars.legend(frameon=False, loc="upper left")
@@ -217,7 +218,7 @@ def draw_result(
         axes.set_axis_off()
         told = [names[answers[stage][index]] for stage in stages]
         is_right = questions[index].scores[answers["dpo"][index]] == 1.0
-        axes.set_title(f"the {shape}?\n{' → '.join(told)}", fontsize=9, color="#1b7f5c" if is_right else "#b3261e")
+        axes.set_title(f"the {shape}?\n{' → '.join(told)}", fontsize=8, color="#1b7f5c" if is_right else "#b3261e")
     right.suptitle("answers at the start → after sft → after dpo", fontsize=10)
     figure.savefig(folder / "result.png", dpi=110)
 
