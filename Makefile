@@ -4,15 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-all bench bench-gpu lint format clean
+.PHONY: help demo test test-all bench bench-gpu docs docs-check docs-run lint format clean
 
 help:
 	@echo "make demo    train a tiny model on made-up preferences and compare modes (about two minutes)"
 	@echo "make test    the tests"
 	@echo "make test-all    the tests with the full matrices of settings"
-	@echo "make bench   speed-ups beside their ideals on the CPU; BENCH_ARGS=--quick for a few minutes"
+	@echo "make bench   speed-ups beside their ideals on the CPU, and what planning costs; BENCH_ARGS=--quick for a few minutes"
 	@echo "make bench-gpu   kernels, models, steps, speed on a GPU with the Python at hand, under eight minutes; DRY_RUN=1 on any machine"
-	@echo "make lint    format check, lint, types, import layers"
+	@echo "make docs    the documentation site in build/site; warnings are errors"
+	@echo "make docs-run    every code block of the site, the long ones too"
+	@echo "make docs-check    every page, link and picture of build/site in headless Chromium"
+	@echo "make lint    format check, lint, types, import layers, the documentation site"
 
 # torch first and pinned: an open range would pull the CUDA build on a machine without GPU.
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +37,7 @@ test-all: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sweeps.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/planning.py $(filter --quick --dry-run,$(BENCH_ARGS))
 
 # About ten minutes.
 census: $(READY)
@@ -50,6 +54,19 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+# Reads the source and imports nothing of it. The variable keeps the theme's advertisement out.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-run: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "full or not full" tests/docs
+
+# Needs Chromium: CHROMIUM=path, where it is not on the PATH.
+docs-check: docs
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
+	$(BIN)/python docs/hooks/open_pages.py $(if $(CHROMIUM),--chromium $(CHROMIUM))
 
 format: $(READY)
 	$(BIN)/ruff format .
