@@ -137,8 +137,8 @@ def num_shared(first: IntArray, second: IntArray) -> int:
     return place if shortest and differs[place] else shortest
 
 
-def shared_prefix_length(first: AbstractSequence[int], second: AbstractSequence[int]) -> int:
-    """Like `num_shared`, for lists or tuples."""
+def shared_prefix_length(first: AbstractSequence[object], second: AbstractSequence[object]) -> int:
+    """Like `num_shared`, for lists, tuples, arrays or texts, both of one type."""
     low, high = 0, min(len(first), len(second))
     if first[:high] == second[:high]:
         return high

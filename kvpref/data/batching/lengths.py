@@ -1,4 +1,4 @@
-"""Token counts and common beginnings, used by tokenization, planning and statistics."""
+"""Token counts and common beginnings, used by planning and statistics."""
 
 from __future__ import annotations
 
@@ -189,16 +189,6 @@ def _repeated_rest(group: GroupLengths, num_tokens: int, min_shared_tokens: int)
         return 0
     parts_once = group.total_tokens - group.unique_tokens == group.beginning_tokens * (group.num_sequences - 1)
     return max(rest, 0) if parts_once else min_shared_tokens - 1
-
-
-def num_shared(first: Sequence[object], second: Sequence[object]) -> int:
-    """The length of the longest common prefix of two token lists or texts."""
-    shortest = min(len(first), len(second))
-    start = 0
-    # Slices compare at the speed of C; the difference lies in the first slice that differs.
-    while start < shortest and first[start : start + 256] == second[start : start + 256]:
-        start += 256
-    return next((index for index in range(start, shortest) if first[index] != second[index]), shortest)
 
 
 def _causal_pairs(num_tokens: int) -> int:

@@ -120,8 +120,7 @@ def _nested_runs(ordered: list[Sequence[int]]) -> list[_Run]:
     for place in range(1, len(ordered) + 1):
         shared, start = 0, place - 1
         if place < len(ordered):
-            # Arrays slice and compare like the tuples it is annotated for.
-            shared = shared_prefix_length(ordered[place - 1], ordered[place])  # type: ignore[arg-type]
+            shared = shared_prefix_length(ordered[place - 1], ordered[place])
         inside: list[_Run] = []
         while open_runs[-1].shared > shared:
             run = open_runs.pop()

@@ -11,9 +11,9 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvpref.data.batching.lengths import num_shared
 from kvpref.data.reading.lost_parts import parts_of
 from kvpref.data.reading.messages import REASONING_FIELDS, Message, RowError, TemplateRefusalError
+from kvpref.prefix.radix import shared_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,7 +199,7 @@ def _find_end(template: ChatTemplate, before: Messages, turn: Message, after: Me
 
 def _end_without_insertion(turn: Message, alone: str, text: str) -> int | None:
     """Where a turn ends that only lacks something that the last turn has before its content: empty thinking, say."""
-    shared = num_shared(alone, text)
+    shared = shared_prefix_length(alone, text)
     rest, found = alone[shared:], text[shared : shared + len(alone)]
     own = next(
         (rest[start:] for start in range(len(rest)) if rest[start] == found[:1] and found.startswith(rest[start:])), ""
@@ -214,7 +214,7 @@ def _length_of_ending(template: ChatTemplate, rest: str, last_rest: str) -> int 
         return len(last_rest)
     # Some families end the last turn with a different token, some write one more after it.
     tokens = tuple(template.special_tokens())
-    for start in range(num_shared(rest, last_rest) + 1):
+    for start in range(shared_prefix_length(rest, last_rest) + 1):
         own = max((token for token in tokens if rest.startswith(token, start)), key=len, default="")
         last = max((token for token in tokens if last_rest.startswith(token, start)), key=len, default="")
         if own == last:
@@ -239,15 +239,15 @@ def _around_content(
 
 
 def _common_beginning(first: str, second: str) -> str:
-    return first[: num_shared(first, second)]
+    return first[: shared_prefix_length(first, second)]
 
 
 def _common_ending(first: str, second: str) -> str:
-    return first[len(first) - num_shared(first[::-1], second[::-1]) :]
+    return first[len(first) - shared_prefix_length(first[::-1], second[::-1]) :]
 
 
 def _quote_difference(asked: str, text: str) -> str:
     """A short quote of the first place where two texts differ."""
-    start = max(0, num_shared(asked, text) - 8)
+    start = max(0, shared_prefix_length(asked, text) - 8)
     first, second = (repr(part[start : start + NUM_QUOTED_CHARS]) for part in (asked, text))
-    return f"at character {num_shared(asked, text) + 1}, {first} became {second}"
+    return f"at character {shared_prefix_length(asked, text) + 1}, {first} became {second}"

@@ -6,8 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 
-from kvpref.data.batching.lengths import num_shared
 from kvpref.data.reading.response_spans import Span
+from kvpref.prefix.radix import shared_prefix_length
 
 Offsets = list[tuple[int, int]]
 """Characters [first, stop) of each token."""
@@ -79,7 +79,7 @@ def spans_by_beginnings(
     for text, ids, spans, own in zip(texts, ids_of_texts, spans_of_texts, places, strict=True):
         encoded = {place: next(beginnings) for place in own} | {len(text): ids}
         # If the tokens of a beginning differ from those of the whole, one token holds both sides.
-        shared = {place: num_shared(ids, beginning) for place, beginning in encoded.items()}
+        shared = {place: shared_prefix_length(ids, beginning) for place, beginning in encoded.items()}
         found.append(
             [(shared[start], shared[end] if shared[end] == len(encoded[end]) else None) for start, end in spans]
         )

@@ -12,12 +12,12 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from kvpref.data.batching.lengths import num_shared
 from kvpref.data.reading.images.store import StoredImage
 from kvpref.data.reading.messages import RowError
 from kvpref.data.reading.response_spans import Span
 from kvpref.data.reading.token_spans import Offsets, TokenSpan, spans_by_beginnings, spans_by_offsets
 from kvpref.errors import InputError
+from kvpref.prefix.radix import shared_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,7 +208,7 @@ class SequenceTokenizer:
 
 def _share_prompt(sequences: list[TokenizedSequence], leading: set[int | None]) -> list[TokenizedSequence]:
     """Take the common tokens as the prompt, not counting the `leading` ones that begin every text."""
-    num_prompt_tokens = num_shared(sequences[0].input_ids, sequences[1].input_ids)
+    num_prompt_tokens = shared_prefix_length(sequences[0].input_ids, sequences[1].input_ids)
     if leading.issuperset(sequences[0].input_ids[:num_prompt_tokens]):
         raise RowError(
             "`chosen` and `rejected` have no common beginning, so there is no prompt; add a `prompt` field "

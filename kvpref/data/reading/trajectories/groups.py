@@ -7,12 +7,12 @@ from collections.abc import Sequence as AbstractSequence
 from itertools import accumulate, groupby, islice, pairwise
 from typing import Any, NamedTuple
 
-from kvpref.data.batching.lengths import num_shared
 from kvpref.data.reading.messages import RowError
 from kvpref.data.reading.tokenization import TokenizedSequence
 from kvpref.data.reading.trajectories.attempts import TURN_SCORES, Attempt
 from kvpref.data.reading.trajectories.tasks import Answer, RenderedTask, score_of
 from kvpref.data.reading.truncation import prompt_cuts, truncate_row
+from kvpref.prefix.radix import shared_prefix_length
 from kvpref.records.groups import Group, Sequence
 
 Counts = Counter[str]
@@ -141,7 +141,7 @@ def _cut_prompt(part: _Part, first: _Part, num_prompt: int, cut: int, bos_token_
     if not cut:
         return part
     front = int(bos_token_id is not None and part.ids[0] == bos_token_id)
-    if num_shared(part.ids, first.ids[:num_prompt]) < front + cut:
+    if shared_prefix_length(part.ids, first.ids[:num_prompt]) < front + cut:
         raise RowError(
             "the prompt is longer than max_prompt_tokens, and the chat template writes it differently for later turns, "
             "so that it cannot be cut alike; raise max_prompt_tokens"
@@ -158,7 +158,7 @@ def _count(counts: Counts, parts: list[_Part]) -> None:
     counts["num_rewritten"] += len(parts) > 1
     counts["num_earlier_parts"] += len(parts) - 1
     counts["rewritten_tokens"] += sum(
-        len(part.ids) - num_shared(part.ids, later.ids) for part, later in pairwise(parts)
+        len(part.ids) - shared_prefix_length(part.ids, later.ids) for part, later in pairwise(parts)
     )
 
 
