@@ -8,32 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from kvpref.atomic_files import write_text
-from kvpref.errors import InputError
 
 RESULT_FILE = "result.json"
 """The final metrics; written last, once the model is saved."""
 
+RECORD_FILE = "resume.json"
+"""What a resumed run is compared with; see `kvpref.cli.run_record`."""
+
+_CHECKPOINT = "checkpoint-"
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
-def find_checkpoint(output: Path, *, resume: bool, overwrite: bool, report: Callable[[str], None]) -> str | None:
+def find_checkpoint(output: Path, report: Callable[[str], None]) -> str | None:
     """The last complete checkpoint to resume from, or None to start anew.
 
     A checkpoint is complete once its trainer state, which is written last, can be read: a run may have been killed
     while saving.
-
-    Raises:
-        InputError: If the folder holds an earlier run that is neither to be resumed nor to be overwritten.
     """
-    folders = sorted(output.glob("checkpoint-*"), key=lambda path: _step_of(path.name), reverse=True)
-    if not resume:
-        if holds_run(output) and not overwrite:
-            raise InputError(
-                f"{output}: holds an earlier run; pass --resume to go on with it, --overwrite to replace it, or choose "
-                "another --output"
-            )
-        return None
-    for folder in folders:
+    for folder in numbered_checkpoints(output):
         try:
             json.loads((folder / "trainer_state.json").read_text())
         except (OSError, ValueError):
@@ -45,9 +37,15 @@ def find_checkpoint(output: Path, *, resume: bool, overwrite: bool, report: Call
     return None
 
 
-def holds_run(output: Path) -> bool:
-    """Whether there is anything that a new run would overwrite."""
-    return holds_model(output) or next(output.glob("checkpoint-*"), None) is not None
+def numbered_checkpoints(output: Path) -> list[Path]:
+    """The folders named as a run names its checkpoints, the last step first; ``checkpoint-best`` is nobody's."""
+    steps = {path: path.name.removeprefix(_CHECKPOINT) for path in output.glob(f"{_CHECKPOINT}*")}
+    return sorted((path for path in steps if is_checkpoint(path.name)), key=lambda path: int(steps[path]), reverse=True)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a run gives this name to a checkpoint."""
+    return name.startswith(_CHECKPOINT) and name.removeprefix(_CHECKPOINT).isdecimal()
 
 
 def holds_model(output: Path) -> bool:
@@ -67,8 +65,3 @@ def read_result(output: Path, length: Mapping[str, Any]) -> dict[str, Any] | Non
     except (OSError, ValueError):
         return None
     return result["metrics"] if result["length"] == length and holds_model(output) else None
-
-
-def _step_of(name: str) -> int:
-    suffix = name.rpartition("-")[2]
-    return int(suffix) if suffix.isdigit() else -1

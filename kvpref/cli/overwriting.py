@@ -3,86 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from kvpref.cli.checkpoints import RESULT_FILE, holds_run
+from kvpref.cli.output_folder import is_of_a_run, written_by_runs
 from kvpref.cli.run_config import RUN_FILE
-from kvpref.cli.run_record import RECORD_FILE
-from kvpref.errors import InputError, RunError
-
-_WRITTEN = (
-    RUN_FILE,
-    RESULT_FILE,
-    RECORD_FILE,
-    "metrics.jsonl",
-    "*.bad_rows.jsonl",
-    "reference_logps",
-    "training_args.bin",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "trial-of-saving",
-    "partial-*",
-)
-"""Files and folders that a run writes into its output, beside ``checkpoint-STEP``; patterns of `Path.glob`."""
+from kvpref.errors import RunError
 
 Found = Mapping[Path, int]
 """What an earlier run wrote, with the time of its last change in ns."""
 
 
-def find_earlier_run(output: Path, sources: Iterable[str]) -> Found:
-    """What `delete_earlier_run` is to delete.
-
-    Args:
-        output: The output folder of the new run.
-        sources: The files and folders that the new run reads.
-
-    Raises:
-        InputError: If a model or checkpoints there are not of a run of kvpref, or the new run reads from the folder.
-    """
-    if not _is_of_a_run(output / RUN_FILE):
-        if holds_run(output):
-            raise InputError(
-                f"{output}: holds a model or checkpoints but no {RUN_FILE} of kvpref's, so no run wrote them, and "
-                "--overwrite deletes only what one wrote; choose another --output"
-            )
+def find_earlier_run(output: Path) -> Found:
+    """What `delete_earlier_run` is to delete in a folder that `check_output` admits; nothing where no run was."""
+    if not is_of_a_run(output / RUN_FILE):
         return {}
-    folder = output.resolve()
-    for source in sources:
-        path = Path(source).resolve()
-        if folder in (path, *path.parents):
-            raise InputError(f"{output}: the new run reads {source} from there; --overwrite needs another --output")
-    steps = (path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit())
-    found = {*steps, *(path for pattern in _WRITTEN for path in output.glob(pattern))}
-    return {path: path.lstat().st_mtime_ns for path in sorted(found)}
-
-
-def _is_of_a_run(path: Path) -> bool:
-    """Whether a file has the settings that every run writes down."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(settings, dict) and {"data", "output", "training"} <= settings.keys()
+    return {path: path.lstat().st_mtime_ns for path in sorted(written_by_runs(output))}
 
 
 def delete_earlier_run(found: Found) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kvpref.cli.checkpoints import RESULT_FILE, holds_run
+from kvpref.cli.checkpoints import RESULT_FILE
 from kvpref.cli.given_settings import LOSS_ARG, Given, Settings, from_file
 from kvpref.cli.resume_rules import LENGTH, is_coupled, may_be_longer, may_differ
 from kvpref.cli.run_config import RUN_FILE, SOURCES, RunConfig
@@ -36,17 +36,11 @@ def resumed_settings(given: Settings, report: Callable[[str], None]) -> Settings
         `given` where there is nothing to resume.
 
     Raises:
-        InputError: If a setting that changes results differs, or the folder holds a run without its settings.
+        InputError: If a setting that changes results differs, or there is no run and no data to start one.
     """
     output = Path(given["output"].value)
     path = output / RUN_FILE
     if not path.exists():
-        if holds_run(output):
-            raise InputError(
-                f"{output}: holds a model or checkpoints but no {RUN_FILE}, so they are of another tool or an older "
-                f"version, and what they were trained with is not known; write their settings to {path} in the form "
-                "of --config, or choose another --output"
-            )
         if "data" not in given:
             raise InputError(f"{output}: there is no run to resume; give MODEL and DATA to start one")
         report(f"{output} holds no run yet; starting from the beginning")

@@ -139,14 +139,6 @@ class RunConfig:
             if not getattr(self, name):
                 raise InputError(f"{name} is missing; give it on the command line or in --config")
 
-    def read_sources(self) -> list[str]:
-        """The files, folders and names of hubs that the run reads."""
-        given = {name: value for name, value in self.flat().items() if name in SOURCES - {"output"} and value}
-        values = [
-            value for name, value in given.items() if name != "loss" or ":" in value
-        ]  # a built-in loss is no file
-        return [source for value in values for source in ([value] if isinstance(value, str) else value)]
-
     def with_absolute_paths(self) -> RunConfig:
         """The same run with its paths as they are found from any folder."""
         given = {name: value for name, value in self.flat().items() if name in SOURCES and value}
@@ -161,3 +153,17 @@ class RunConfig:
         values = asdict(self.with_absolute_paths())
         values["training"] = {name: value for name, value in values["training"].items() if name not in SECRETS}
         write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def sources_of(values: Mapping[str, Any]) -> list[str]:
+    """The files, folders and names of hubs that a run reads.
+
+    Args:
+        values: Its settings, in the form `RunConfig.of` takes.
+    """
+    given = [
+        value
+        for name, value in values.items()
+        if name in SOURCES - {"output"} and (name != "loss" or ":" in str(value))
+    ]
+    return [str(source) for value in given for source in (value if isinstance(value, list) else [value]) if source]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from kvpref.atomic_files import write_text
+from kvpref.cli.checkpoints import RECORD_FILE
 from kvpref.cli.given_data import GivenData
 from kvpref.data import PreferenceDataset
 from kvpref.data.digests import describe_difference
 from kvpref.errors import InputError
 
-RECORD_FILE = "resume.json"
 _READS_THE_DATE = "strftime_now"
 """What chat templates call the function that writes the date."""
 

@@ -16,13 +16,27 @@ def absolute_source(source: str) -> str:
 
     What follows a colon stays: the split of a dataset, the function of a loss; and so does a slice.
     """
+    found = _find_path(source)
+    return source if found is None else f"{os.path.abspath(found[0])}{found[1]}"
+
+
+def local_paths(source: str) -> list[Path]:
+    """The files and folders of this machine that `source` names; several where it is a pattern, none of a hub."""
+    found = _find_path(source)
+    if found is None:
+        return []
+    return [Path(found[0])] if Path(found[0]).exists() else [Path(path) for path in glob(found[0], recursive=True)]
+
+
+def _find_path(source: str) -> tuple[str, str] | None:
+    """The path or pattern that `source` begins with, and what follows it; None if nothing is there."""
     brackets = _SLICE.search(source)
     head, rows = (source[: brackets.start()], brackets[0]) if brackets else (source, "")
     path, colon, split = head.rpartition(":")
     for name, rest in ((source, ""), (head, rows), (path, f"{colon}{split}{rows}")):
         if name and (Path(name).exists() or (has_magic(name) and glob(name, recursive=True))):
-            return f"{os.path.abspath(name)}{rest}"
-    return source
+            return name, rest
+    return None
 
 
 def absolute_sources(sources: str | list[str]) -> str | list[str]:

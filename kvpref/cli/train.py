@@ -53,6 +53,8 @@ from kvpref.cli.options import (
     TRAINING_PANEL,
     TRAJECTORY_GROUPS,
 )
+from kvpref.cli.output_folder import check_output
+from kvpref.cli.run_config import sources_of
 from kvpref.cli.starting_ranks import end_with_starter, ranks_to_start, start_ranks, without_number
 from kvpref.errors import InputError
 
@@ -278,6 +280,8 @@ def train(
     for name in ("output",) if resume else ("data", "output"):
         if name not in given:
             raise InputError(f"{name} is missing; give it on the command line or in --config")
+    values = {name: item.value for name, item in given.items()}
+    check_output(Path(str(given["output"].value)), sources_of(values), resume=resume, overwrite=overwrite)
     number = ranks_to_start(num_processes, given.get("accelerate_config"))
     if number > 1:
         raise typer.Exit(start_ranks(number, without_number(sys.argv[1:]), Path(str(given["output"].value))))

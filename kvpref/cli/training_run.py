@@ -45,7 +45,7 @@ def run_training(given: Settings, *, resume: bool, overwrite: bool, report: Call
         The final metrics, on the main process; an empty dict on others.
 
     Raises:
-        InputError: If a setting or the data is bad, or the output folder holds another run.
+        InputError: If a setting or the data is bad.
         RunError: If the run fails (a NaN loss, say).
     """
     is_main = own_rank() == 0  # as launchers say; the arguments know only once they are made
@@ -61,6 +61,7 @@ def _run(
 ) -> dict[str, Any]:
     if (config := given.get("accelerate_config")) is not None and config.value is not None:
         given |= {"accelerate_config": replace(config, value=find_config(config.value, config.where))}
+    goes_on = resume and (Path(given["output"].value) / RUN_FILE).exists()
     settings = resumed_settings(given, report) if resume else given
     run = with_defaults(RunConfig.of({name: item.value for name, item in settings.items()}))
     run.require("data", "output")
@@ -72,9 +73,9 @@ def _run(
         use_config(run.accelerate_config, settings["accelerate_config"].where)
     args = training_arguments(run)
     check_early(run, args, settings)
-    checkpoint = find_checkpoint(output, resume=resume, overwrite=overwrite, report=report)
+    checkpoint = find_checkpoint(output, report) if goes_on else None
     is_main = interrupts.is_main
-    earlier = find_earlier_run(output, run.read_sources()) if overwrite and is_main else {}
+    earlier = find_earlier_run(output) if overwrite and is_main else {}
     if is_main:
         check_writable(output / RUN_FILE)
     trainer = _make_trainer(run, args, settings, resume, earlier, report)
@@ -131,11 +132,13 @@ def _make_trainer(
     delete_earlier_run(earlier)  # nothing on other ranks
     if args.process_index == 0:
         (output / RESULT_FILE).unlink(missing_ok=True)  # of a run that was shorter, or whose model is gone
+        with_chosen(run, trainer.args).save(output / RUN_FILE)  # first: what stands beside it is a run's
         record.save(output)
-        with_chosen(run, trainer.args).save(output / RUN_FILE)
         start = describe_start(trainer, run, given, memory)
         report("\n".join(start.lines))
         trainer.add_callback(TimeLeftCallback(start.step_costs, report))
+    # Other ranks would find reference log-probs of the earlier run before they are deleted.
+    trainer.accelerator.wait_for_everyone()
     return trainer
 
 

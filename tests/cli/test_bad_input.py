@@ -185,10 +185,14 @@ def test_bad_settings(
 
 
 def test_finished_run_is_not_overwritten(
-    trained_dir: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained_dir: Path,
+    config_file: Path,
+    pairs_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = (trained_dir / "model.safetensors").read_bytes()
-    error = fail(capsys, monkeypatch, "train", trained_dir, pairs_file, "--output", trained_dir)
+    error = fail(capsys, monkeypatch, "train", "--model-config", config_file, pairs_file, "--output", trained_dir)
     assert re.search(r"holds an earlier run; pass --resume", error), error
     assert (trained_dir / "model.safetensors").read_bytes() == before
 

@@ -100,10 +100,9 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()  # not of a run
     lines: list[str] = []
-    assert find_checkpoint(tmp_path, resume=True, overwrite=False, report=lines.append) == str(
-        tmp_path / "checkpoint-3"
-    )
+    assert find_checkpoint(tmp_path, lines.append) == str(tmp_path / "checkpoint-3")
     assert lines == [
         "checkpoint-12 is incomplete and is passed over",
         "checkpoint-6 is incomplete and is passed over",

@@ -10,7 +10,6 @@ from command_line_in_process import fail, run
 from safetensors.torch import load_file
 
 from kvpref.cli.overwriting import delete_earlier_run, find_earlier_run
-from kvpref.errors import InputError
 
 SETTINGS = ("--loss", "ipo", "--batch-size", 4, "--save-steps", 1, "--set", "use_cpu=true")
 
@@ -64,7 +63,7 @@ def test_only_what_a_run_writes_is_deleted(tmp_path: Path) -> None:
     output = make_run(tmp_path / "out")
     elsewhere = make_run(tmp_path / "elsewhere")
     (output / "checkpoint-9").symlink_to(elsewhere)
-    found = find_earlier_run(output, ["org/model", str(tmp_path / "data.jsonl")])
+    found = find_earlier_run(output)
     (output / "a.bad_rows.jsonl").write_text("of the new run")
     delete_earlier_run(found)
     left = {path.name for path in output.iterdir()}
@@ -72,21 +71,8 @@ def test_only_what_a_run_writes_is_deleted(tmp_path: Path) -> None:
     assert (elsewhere / "checkpoint-3" / "file").exists()
 
 
-@pytest.mark.parametrize("source", ["out", "out/checkpoint-3", "out/data.jsonl", "out/data.jsonl:train"])
-def test_a_folder_that_the_run_reads_is_not_overwritten(source: str, tmp_path: Path) -> None:
+def test_where_no_run_was_nothing_is_deleted(tmp_path: Path) -> None:
     output = make_run(tmp_path / "out")
-    with pytest.raises(InputError, match="the new run reads"):
-        find_earlier_run(output, [str(tmp_path / source)])
-    # Under another name too.
-    (tmp_path / "link").symlink_to(output)
-    with pytest.raises(InputError, match="the new run reads"):
-        find_earlier_run(tmp_path / "link", [str(tmp_path / source)])
-
-
-def test_a_model_of_another_tool_is_not_overwritten(tmp_path: Path) -> None:
-    output = make_run(tmp_path / "out")
-    for settings in ("my: config\n", "{", None):
-        (output / "run.yaml").unlink() if settings is None else (output / "run.yaml").write_text(settings)
-        with pytest.raises(InputError, match="so no run wrote them"):
-            find_earlier_run(output, [])
-    assert find_earlier_run(tmp_path / "new", []) == {}
+    (output / "run.yaml").write_text("my: settings\n")
+    assert find_earlier_run(output) == {}
+    assert find_earlier_run(tmp_path / "new") == {}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from kvpref.cli.given_settings import from_file
-from kvpref.cli.run_config import RunConfig
+from kvpref.cli.run_config import RunConfig, sources_of
 
 
 def test_a_token_of_a_hub_is_not_written_down(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_a_loss_stays_a_name_where_a_folder_is_called_the_same(tmp_path: Path, m
 def test_what_a_run_reads_is_named() -> None:
     settings = {"loss": "dpo", "reference_model": "r"}
     config = RunConfig(model="m", data=["d", "e"], output="dpo", training=settings)
-    assert set(config.read_sources()) == {"m", "d", "e", "r"}
-    assert "mine.py:f" in RunConfig(training={"loss": "mine.py:f"}).read_sources()
+    assert set(sources_of(config.flat())) == {"m", "d", "e", "r"}
+    assert sources_of({"loss": "mine.py:f"}) == ["mine.py:f"]
 
 
 def test_files_of_earlier_versions_call_the_models_json_config(tmp_path: Path) -> None:

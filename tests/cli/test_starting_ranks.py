@@ -47,6 +47,15 @@ CASES = {
 """By how rank 1 fails in its second step: the exit code, and how the one message begins."""
 
 
+def make_earlier_run(output: Path) -> Path:
+    """A folder as of a run, with reference log-probs that cannot be read."""
+    (output / "reference_logps").mkdir(parents=True)
+    (output / "reference_logps" / "train.safetensors").write_text("of another model")
+    (output / "run.yaml").write_text("data: pairs.jsonl\noutput: out\ntraining: {}\n")
+    (output / "checkpoint-9").mkdir()
+    return output
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
@@ -61,6 +70,10 @@ def ended(trained_dir: Path, pairs_file: Path, folder: Path) -> dict[str, Ended]
         "resumed": arguments(trained_dir, pairs_file, folder / "parts", "--resume", **once),
         "whole": arguments(trained_dir, pairs_file, folder / "whole", **once),
         "missing": arguments(trained_dir, folder / "missing.jsonl", folder / "out"),
+        "overwritten": [
+            *("train", trained_dir, pairs_file, "--output", make_earlier_run(folder / "old"), "--overwrite"),
+            *("--num-processes", 2, "--max-steps", 1, "--set", "use_cpu=true", "--set", "disable_tqdm=true"),
+        ],
         "bug": arguments(trained_dir, pairs_file, folder / "bug", failure="bug", at=1, rank=0),
         **{name: arguments(trained_dir, pairs_file, folder / name, failure=name, at=2) for name in CASES},
     }
@@ -104,6 +117,13 @@ def test_one_message_names_the_rank(name: str, ended: dict[str, Ended], folder: 
 def test_what_all_ranks_meet_is_said_once(ended: dict[str, Ended], folder: Path) -> None:
     assert ended["missing"].code == 2
     assert said(ended["missing"].stderr).startswith(f"error: {folder / 'missing.jsonl'}")
+
+
+@pytest.mark.slow
+def test_an_earlier_run_is_deleted_once_and_before_any_rank_goes_on(ended: dict[str, Ended], folder: Path) -> None:
+    assert ended["overwritten"].code == 0, ended["overwritten"].stderr
+    assert [path.name for path in (folder / "old").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert (folder / "old" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
