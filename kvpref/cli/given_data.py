@@ -137,5 +137,8 @@ def parse_weights(text: str) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if not found or not all(0 < weight < math.inf for weight in found):
-        raise InputError(f"--data-weights takes numbers above 0, separated by commas, such as 2,1; got {text!r}")
+        raise InputError(
+            f"--data-weights takes numbers above 0, separated by commas, such as 2,1; got {text!r}; leave out a "
+            "DATA that is not to be read"
+        )
     return found

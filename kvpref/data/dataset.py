@@ -78,7 +78,10 @@ class DataOptions:
         if self.group_by is not None and not (isinstance(self.group_by, str) and self.group_by):
             raise InputError(f"group_by must be the name of a column, or None; got {self.group_by!r}")
         if self.data_weights is not None and not all(0 < weight < inf for weight in self.data_weights):
-            raise InputError(f"data_weights must be numbers above 0; got {self.data_weights!r}")
+            raise InputError(
+                f"data_weights must be numbers above 0; got {self.data_weights!r}; leave a source out that is "
+                "not to be read"
+            )
         for name in ("max_prompt_tokens", "max_response_tokens", "max_image_pixels"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:

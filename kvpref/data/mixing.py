@@ -85,7 +85,7 @@ def merge_reports(reports: Sequence[DataReport], weights: Sequence[float] | None
         seen = ""
         if weights is not None:
             number = sum(first <= index < first + report.num_groups for index in order)
-            seen = f", {number} in an epoch: each {number / report.num_groups:.2f} times on average"
+            seen = _seen(number, report.num_groups, len(order))
         notices.append(f"{report.source}: {report.num_groups} groups{seen}")
         first += report.num_groups
     alike = set.intersection(*(set(report.notices) for report in reports))
@@ -96,4 +96,13 @@ def merge_reports(reports: Sequence[DataReport], weights: Sequence[float] | None
         bad_rows=tuple(row for report in reports for row in report.bad_rows),
         notices=tuple(notices),
         **counts,
+    )
+
+
+def _seen(number: int, num_groups: int, num_drawn: int) -> str:
+    """How often an epoch of `num_drawn` groups, of which a source has `number`, comes to the source's groups."""
+    if number:
+        return f", {number} in an epoch: each {number / num_groups:.2f} times on average"
+    return (
+        f", none in an epoch, since its share of {num_drawn} groups is less than one; raise its weight, or leave it out"
     )

@@ -69,6 +69,16 @@ def test_weights_repeat_and_leave_out_and_the_report_says_so(sources: list[str],
     assert found.fingerprint == load_preferences(sources, tokenizer, DataOptions(data_weights=(3, 3))).fingerprint
 
 
+def test_a_source_whose_share_is_less_than_a_group_is_named(sources: list[str], tokenizer: Any) -> None:
+    found = load_preferences(sources, tokenizer, DataOptions(data_weights=(100, 1)))
+    assert "b.jsonl:1" not in ids(found)
+    assert found.report is not None
+    assert found.report.notices[1] == (
+        f"{sources[1]}: 1 groups, none in an epoch, since its share of 4 groups is less than one; raise its weight, or "
+        "leave it out"
+    )
+
+
 def test_notices_name_their_source_unless_all_have_them(sources: list[str], tokenizer: Any) -> None:
     for path in sources:
         text = Path(path).read_text().replace('"prompt"', '"note": 1, "question"')

@@ -122,7 +122,7 @@ def _read_named(name: str, part: Part, names: ColumnNames) -> Iterator[RawRow]:
     files, rows = _find_files(name, part)
     if files:
         form = _FORMS[one_kind(files, _KINDS, name)]
-        yield from _take(_read_files(files, form, names), rows, lambda: sum(map(form.count, files)))
+        yield from _take(_read_files(files, form, names), rows, lambda: sum(map(form.count, files)), name)
     elif Path(name).is_dir() and is_saved(Path(name)):
         yield from read_saved(name, part, names)
     else:
@@ -171,9 +171,18 @@ def _read_files(files: list[Path], form: _Form, names: ColumnNames) -> Iterator[
             ) from error
 
 
-def _take(rows: Iterator[RawRow], chosen: Slice | None, count: Callable[[], int]) -> Iterator[RawRow]:
+def _take(rows: Iterator[RawRow], chosen: Slice | None, count: Callable[[], int], source: str) -> Iterator[RawRow]:
     """Those of a slice; nothing behind it is read."""
-    return rows if chosen is None else islice(rows, *chosen.bounds(count))
+    if chosen is None:
+        yield from rows
+        return
+    rows = islice(rows, *chosen.bounds(count))
+    first = next(rows, None)
+    if first is None:
+        chosen.refuse_empty(count(), source)
+        return
+    yield first
+    yield from rows
 
 
 def _read_memory(data: Any, part: Part, names: ColumnNames) -> Iterator[RawRow]:
@@ -189,8 +198,7 @@ def _read_memory(data: Any, part: Part, names: ColumnNames) -> Iterator[RawRow]:
     if hasattr(data, "select_columns") and hasattr(data, "column_names"):
         if not hasattr(data, "__len__"):
             raise InputError(f"expected rows, found an {kind}, which is of no known length; load it without streaming")
-        start, stop = (0, None) if chosen is None else chosen.bounds(lambda: len(data))
-        return read_dataset(data, names, "the dataset", "row", start, stop)
+        return read_dataset(data, names, "the dataset", "row", chosen)
     try:
         rows = iter(data)
     except TypeError:
@@ -199,10 +207,12 @@ def _read_memory(data: Any, part: Part, names: ColumnNames) -> Iterator[RawRow]:
         RawRow(f"row {number}", dict(row) if isinstance(row, Mapping) else row)
         for number, row in enumerate(rows, start=1)
     )
-    return _take(raw, chosen, lambda: _count_memory(data))
+    return _take(raw, chosen, lambda: _count_memory(data), source_name(data))
 
 
 def _count_memory(data: Any) -> int:
     if not hasattr(data, "__len__"):
-        raise InputError("a slice in percent or from the end needs rows of known length; give a list of them")
+        raise InputError(
+            "a slice in percent, from the end or of no rows needs rows of known length; give a list of them"
+        )
     return len(data)

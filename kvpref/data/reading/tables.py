@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from kvpref.data.reading.columns import IMAGE_COLUMNS, ROW_FIELDS
 from kvpref.data.reading.raw_rows import RawRow
 from kvpref.data.reading.sources.column_names import ColumnNames
+from kvpref.data.reading.sources.parts import Slice
 from kvpref.errors import InputError
 
 _MAX_NAMES_SHOWN = 12
@@ -76,20 +77,26 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
 
 
 def read_dataset(
-    dataset: Any, names: ColumnNames, source: str, place: str, start: int = 0, stop: int | None = None
+    dataset: Any, names: ColumnNames, source: str, place: str, part: Slice | None = None
 ) -> Iterator[RawRow]:
-    """The rows of a `datasets.Dataset`, from one place up to another.
+    """The rows of a `datasets.Dataset`, or of a slice of it.
 
     Args:
         dataset: In memory or mapped into it.
         names: Which columns are read.
         source: What messages call it.
         place: What stands in front of the number of a row.
-        start: The first row, from 0.
-        stop: The one behind the last; None for all.
+        part: Which rows; None for all.
+
+    Raises:
+        InputError: If the slice holds none of them.
     """
-    chosen = range(*slice(start, stop).indices(len(dataset)))
+    chosen = range(len(dataset))
+    if part is not None:
+        chosen = chosen[slice(*part.bounds(lambda: len(dataset)))]
     if not chosen:  # which `select` refuses behind the end
+        if part is not None:
+            part.refuse_empty(len(dataset), source)
         return
     if len(chosen) < len(dataset):
         dataset = dataset.select(chosen)

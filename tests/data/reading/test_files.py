@@ -141,7 +141,7 @@ def test_saved_datasets_with_and_without_splits(tmp_path: Path):
     assert [row.value for row in read_rows(f"{tmp_path}/both:test")] == FIELDS[1:]
     assert locations(f"{tmp_path}/both:test") == [f"{tmp_path}/both:test:row 1"]
     assert [row.value for row in read_rows(f"{tmp_path}/both", split="test[:1]")] == FIELDS[1:]
-    assert [row.value for row in read_rows(f"{tmp_path}/one:[1:]")] == []
+    assert [row.value for row in read_rows(f"{tmp_path}/one:[:1]")] == FIELDS[:1]
     with pytest.raises(InputError, match="there is no split 'dev'; name one of train, test"):
         list(read_rows(f"{tmp_path}/both:dev"))
     datasets.DatasetDict(test=test).save_to_disk(tmp_path / "only")
@@ -205,6 +205,23 @@ def test_slices_of_files_patterns_and_rows_in_memory(tmp_path: Path, part: str, 
         assert [row.value for row in read_rows(data, split=split)] == chosen
     places = [path if number < 6 else str(tmp_path / "b.jsonl") for number in expected]
     assert [row.location.rpartition(":")[0] for row in read_rows(f"{tmp_path}/?.jsonl{part}")] == places
+
+
+@pytest.mark.parametrize("part", ["[:0]", "[5:5]", "[7:]", "[:1%]", "[-1:0]"])
+def test_an_empty_slice_is_refused_with_the_number_of_rows(tmp_path: Path, part: str):
+    datasets = pytest.importorskip("datasets")
+    path = write_lines(tmp_path / "a.jsonl", *PAIRS)
+    pattern = f"{tmp_path}/*.jsonl"
+    for data, name in [
+        (path, path),
+        (pattern, pattern),
+        (PAIRS, "the rows given"),
+        (datasets.Dataset.from_list(PAIRS), "the dataset"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            list(read_rows(data, split=part))
+        assert str(caught.value) == f"{name}: the slice {part} of {len(PAIRS)} rows is empty; give one that holds some"
+    assert not list(read_rows([], split=part))  # which loading refuses as empty data
 
 
 def test_nothing_behind_a_slice_is_read(tmp_path: Path):

@@ -76,8 +76,7 @@ def read_named(name: str, part: Part, names: ColumnNames, file_types: str) -> It
 
 
 def _read_part(dataset: Any, part: Part, names: ColumnNames, place: str) -> Iterator[RawRow]:
-    start, stop = (0, None) if part.slice is None else part.slice.bounds(lambda: len(dataset))
-    return read_dataset(dataset, names, place, f"{place}:row", start, stop)
+    return read_dataset(dataset, names, place, f"{place}:row", part.slice)
 
 
 def _load(function: str, name: str, message: str, **settings: Any) -> Any:

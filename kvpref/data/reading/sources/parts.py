@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from glob import has_magic
+from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from kvpref.errors import InputError
 
 _BOUND = r"(-?\d[\d_]*%?)?"
 _SLICE = re.compile(rf"\[{_BOUND}:{_BOUND}\]$")
-_BRACKETS = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")
+_TAIL = re.compile(r"\[[^\[\]]*\]?$")
 _SPLIT = re.compile(r"\w[\w.+-]*")
 
 
@@ -42,9 +42,17 @@ class Slice:
         bounds = found.groups() if found else ()
         units = {bound.endswith("%") for bound in bounds if bound}
         if not found or len(units) > 1:
-            raise InputError(f"cannot read the slice {text!r}; expected [FROM:TO], such as [:1000] or [10%:20%]")
+            raise InputError(
+                f"cannot read the slice {text!r}; expected [FROM:TO], in rows or in percent, such as [:1000], [5:6] or "
+                "[10%:20%]"
+            )
         start, stop = (None if not bound else int(bound.rstrip("%")) for bound in bounds)
         return cls(start, stop, units == {True})
+
+    def __str__(self) -> str:
+        unit = "%" if self.in_percent else ""
+        start, stop = ("" if bound is None else f"{bound}{unit}" for bound in (self.start, self.stop))
+        return f"[{start}:{stop}]"
 
     def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
         """The first row and the one behind the last, counted from 0; None goes to the last.
@@ -60,6 +68,12 @@ class Slice:
             for bound in (self.start, self.stop)
         )
         return slice(start, stop).indices(number)[:2]
+
+    def refuse_empty(self, number: int, source: str) -> None:
+        """Raise InputError since the slice holds none of `number` rows, unless there are none at all."""
+        if number:
+            rows = f"{number} row{'' if number == 1 else 's'}"
+            raise InputError(f"{source}: the slice {self} of {rows} is empty; give one that holds some")
 
 
 class Part(NamedTuple):
@@ -93,7 +107,7 @@ def parse_part(text: str) -> Part:
     Raises:
         InputError: If it has another form.
     """
-    brackets = _BRACKETS.search(text)
+    brackets = _TAIL.search(text)
     split = text[: brackets.start()] if brackets else text
     if "+" in split:
         raise InputError(
@@ -127,8 +141,10 @@ def parse_source(text: str, split: str | None = None) -> tuple[str, Part]:
 def _divide(text: str) -> tuple[str, str]:
     if Path(text).exists():
         return text, ""
-    brackets = _BRACKETS.search(text)
-    # A pattern such as rows-[:].jsonl ends in its suffix.
+    brackets = _TAIL.search(text)
+    # A pattern such as rows-[:].jsonl ends in its suffix; one that ends in brackets matches something.
+    if brackets and ":" not in brackets[0] and not Path(text[: brackets.start()]).exists() and glob(text):
+        brackets = None
     head, rows = (text[: brackets.start()], brackets[0]) if brackets else (text, "")
     if Path(head).exists():
         return head, rows

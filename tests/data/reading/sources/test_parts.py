@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,22 @@ def test_slices_mean_what_they_mean_to_datasets(
     assert found == (absolute.from_, absolute.to)
 
 
-@pytest.mark.parametrize("text", ["[1]", "[a:b]", "[1:2:3]", "[10:20%]", "[1.5:2]"])
-def test_other_slices_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"cannot read the s(lice|plit)"):
+@pytest.mark.parametrize("text", ["[1]", "[]", "[:3", "[a:b]", "[1:2:3]", "[10:20%]", "[1.5:2]"])
+@pytest.mark.parametrize("name", ["{}", "{}:", "{}:train", "owner/name:train", "owner/name"])
+def test_other_slices_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "a.jsonl").touch()
+    expected = rf"^cannot read the slice '{re.escape(text)}'; expected \[FROM:TO\]"
+    with pytest.raises(InputError, match=expected):
+        parse_source(name.format(tmp_path / "a.jsonl") + text)
+    with pytest.raises(InputError, match=expected):
         parse_part(f"train{text}")
+
+
+def test_a_pattern_may_end_in_brackets(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    pattern = f"{tmp_path}/a.json[l]"
+    assert parse_source(pattern) == (pattern, Part())
+    assert parse_source(f"{pattern}[:2]") == (pattern, Part(None, Slice(None, 2)))
 
 
 def test_names_end_where_what_exists_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
