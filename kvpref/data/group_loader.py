@@ -12,7 +12,7 @@ from kvpref.data.reading.files import Source, source_folder, source_name
 from kvpref.data.reading.gathering import SingleRow, SingleRows, group_name, join_singles
 from kvpref.data.reading.images.expansion import reads_images
 from kvpref.data.reading.images.rows import RowImages
-from kvpref.data.reading.messages import RowError
+from kvpref.data.reading.messages import MissingFieldError, RowError
 from kvpref.data.reading.raw_rows import RawRow
 from kvpref.data.reading.rendering import RenderedRow, render_row
 from kvpref.data.reading.response_spans import tokenizer_of
@@ -115,7 +115,11 @@ class GroupLoader:
             call = parse_call(value, raw.location, columns)
             self._calls.setdefault(call.task, []).append(call)
             return None
-        row = parse_row(value, columns, self._options.group_by)
+        try:
+            row = parse_row(value, columns, self._options.group_by)
+        except MissingFieldError as error:
+            moved = "".join(f"; `{own}` is read as `{name}` (--column {name}={own})" for own, name in raw.moved)
+            raise RowError(f"{error}{moved}") from error
         if self._images is not None and not row.images:
             refuse_misnamed_images((*row.unread, *raw.left_out))
         if not row.is_single:

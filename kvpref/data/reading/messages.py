@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvpref.data.reading.row_errors import MissingFieldError as MissingFieldError
 from kvpref.data.reading.row_errors import RowError as RowError
 from kvpref.data.reading.row_errors import TemplateRefusalError as TemplateRefusalError
 from kvpref.data.reading.row_errors import type_name as type_name

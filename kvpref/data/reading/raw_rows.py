@@ -14,9 +14,11 @@ class RawRow:
         value: The decoded value, of any type.
         error: Why there is no value, or None.
         left_out: Columns of its table that were not decoded because they are not read.
+        moved: Fields that are read under another name, as ``(name of the data, name that it is read by)``.
     """
 
     location: str
     value: object = None
     error: str | None = None
     left_out: tuple[str, ...] = ()
+    moved: tuple[tuple[str, str], ...] = ()

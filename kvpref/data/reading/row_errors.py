@@ -16,6 +16,10 @@ class RowError(ValueError):
         self.location = location
 
 
+class MissingFieldError(RowError):
+    """The row lacks a field, or all fields that could hold what is needed."""
+
+
 class TemplateRefusalError(RowError):
     """The chat template raised an error."""
 

@@ -19,7 +19,7 @@ from kvpref.data.reading.columns import (
 )
 from kvpref.data.reading.images.parts import find_images, place_images
 from kvpref.data.reading.images.values import ImageValue
-from kvpref.data.reading.messages import RowError, parse_turns, type_name
+from kvpref.data.reading.messages import MissingFieldError, RowError, parse_turns, type_name
 from kvpref.data.reading.numbers import check_finite
 from kvpref.data.reading.prompts import Turns, join_prompt
 from kvpref.data.reading.shapes.found import FoundResponses
@@ -84,7 +84,8 @@ def parse_row(value: object, columns: AbstractSequence[str] = (), group_by: str 
     row = without_nulls(value)
     for name in columns:
         if name not in row:
-            raise RowError(f"missing column `{name}`, which the loss reads; found {', '.join(map(str, row)) or 'none'}")
+            found_names = ", ".join(map(str, row)) or "none"
+            raise MissingFieldError(f"missing column `{name}`, which the loss reads; found {found_names}")
         check_finite(row[name], name)
     refuse_media(row)
     find_prompt(row)  # refuses columns that might both be it, whatever the shape
@@ -126,7 +127,7 @@ def _unread(value: dict[str, Any], row: dict[str, Any], read: set[str | None]) -
 def _build(row: dict[str, Any], found: FoundResponses, prompt: PromptColumn) -> PreferenceRow:
     """Prompt and responses, checked and in one form."""
     if prompt.value is None and found.labels is None:
-        raise RowError(f"missing field `prompt`; expected {EXPECTED_SHAPES}")
+        raise MissingFieldError(f"missing field `prompt`; expected {EXPECTED_SHAPES}")
     responses = {name: parse_turns(value, name) for name, value in found.responses.items()}
     _refuse_equal(found, tuple(responses.values()))
     joined, turns = join_prompt(prompt, find_system(row), responses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from kvpref.data.reading.messages import RowError, type_name
@@ -26,6 +27,16 @@ PAIR_COLUMNS = (
 )
 """Columns with the scores of the two responses of a pair, as datasets name them."""
 
+RATINGS: tuple[tuple[str, ...], ...] = (
+    (*LABEL_COLUMNS, *SCORE_COLUMNS),
+    (*LIST_COLUMNS, "ranks"),
+    *zip(*PAIR_COLUMNS, strict=True),
+)
+"""Columns of which a row is rated by one: where several say different things, the user has to choose."""
+
+
+MAX_QUOTED_CHARS = 40
+
 
 def column_of(row: Row, names: Iterable[str], meaning: str) -> str | None:
     """The one of several columns that the row has, or None.
@@ -44,15 +55,36 @@ def column_of(row: Row, names: Iterable[str], meaning: str) -> str | None:
     return found[0] if found else None
 
 
+def check_agreement(row: Row, name: str, others: Iterable[str]) -> None:
+    """Refuse ratings beside kvpref's own that say something else.
+
+    Args:
+        row: The row.
+        name: The column that is read.
+        others: Columns with the same meaning, which the row may have.
+
+    Raises:
+        RowError: Naming the first that differs.
+    """
+    for other in others:
+        if other != name and other in row and row[other] != row[name]:
+            raise RowError(
+                f"`{name}` is {_quote(row[name])} and `{other}` {_quote(row[other])}, and either may be the rating; "
+                f"choose one, as with --column {name}={other} (or {name}={name})"
+            )
+
+
 def single_rating(row: Row) -> tuple[str | None, float | None]:
     """The column that rates a row's single response, and the score in it; labels are scores of 1 and 0.
 
     Raises:
-        RowError: If several columns do, or the value is not a rating.
+        RowError: If several columns do and differ, or the value is not a rating.
     """
-    # `score` is kvpref's own name: `--column score=reward` chooses among others.
-    names = (*LABEL_COLUMNS, *(("score",) if "score" in row else SCORE_COLUMNS))
-    name = column_of(row, names, "what says how good the response is")
+    others: tuple[str, ...] = SCORE_COLUMNS
+    if "score" in row:
+        check_agreement(row, "score", SCORE_COLUMNS)
+        others = ("score",)
+    name = column_of(row, (*LABEL_COLUMNS, *others), "what says how good the response is")
     if name is None:
         return None, None
     return name, parse_label(row[name], name) if name in LABEL_COLUMNS else parse_number(row[name], name)
@@ -83,6 +115,8 @@ def list_ratings(row: Row, num_responses: int) -> tuple[str | None, Ratings | No
     """
     if "scores" in row and "ranks" in row:
         raise RowError("found both `scores` and `ranks`; keep one of the two")
+    if "scores" in row:
+        check_agreement(row, "scores", LIST_COLUMNS)
     own = [name for name in ("scores", "ranks") if name in row]
     name = own[0] if own else column_of(row, LIST_COLUMNS, "the scores")
     if name is None:
@@ -122,6 +156,9 @@ def pair_ratings(row: Row) -> tuple[tuple[str, ...], Ratings | None]:
             f"found `{names[0]}` and `{found[1][0]}`, and either may be the score of the pair; rename one to "
             "`score_chosen` (and `score_rejected`)"
         )
+    for own, alike in zip(names, zip(*PAIR_COLUMNS, strict=True), strict=True):
+        if own in row:
+            check_agreement(row, own, alike)
     good, bad = scores = tuple(parse_number(row[name], name) if name in row else None for name in names)
     if good is not None and bad is not None and good < bad:
         raise RowError(
@@ -129,3 +166,8 @@ def pair_ratings(row: Row) -> tuple[tuple[str, ...], Ratings | None]:
             "swap the responses or the scores, or leave the scores out"
         )
     return names, scores
+
+
+def _quote(value: object) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpref.data.reading.messages import RowError
+from kvpref.data.reading.messages import MissingFieldError, RowError
 from kvpref.data.reading.shapes.found import Converter, FoundResponses, Row
 from kvpref.data.reading.shapes.lists import rated_objects, responses_and_scores
 from kvpref.data.reading.shapes.pairs import (
@@ -46,10 +46,10 @@ def find_responses(row: Row) -> FoundResponses:
         raise RowError("found both `responses` and `chosen`/`rejected`; keep one of the two")
     for name in ("chosen", "rejected"):
         if is_pair and name not in row:
-            raise RowError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
+            raise MissingFieldError(f"missing field `{name}`; expected {EXPECTED_SHAPES}")
     for converter in CONVERTERS:
         found = converter(row)
         if found is not None:
             return found
     names = ", ".join(f"`{name}`" for name in row) or "none"
-    raise RowError(f"missing field `responses`; expected {EXPECTED_SHAPES}; found {names}")
+    raise MissingFieldError(f"missing field `responses`; expected {EXPECTED_SHAPES}; found {names}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvpref.data.reading.columns import ROW_FIELDS
 from kvpref.data.reading.raw_rows import RawRow
+from kvpref.data.reading.shapes.ratings import RATINGS
 from kvpref.errors import InputError
 
 _MAX_NAMES_SHOWN = 12
@@ -30,6 +31,12 @@ class ColumnNames:
         self._read = {*ROW_FIELDS, *extra}
         self._originals = set(self._renamed.values())
         self._missing = {*self._originals}
+        self._replaced = self._rivals(extra) | self._renamed
+        self._moved = {
+            original: name
+            for name, original in self._renamed.items()
+            if original in ROW_FIELDS and original not in self._renamed
+        }
         self._seen: dict[str, None] = {}  # in the order of the data
         for name, original in self._renamed.items():
             if name not in self._read:
@@ -37,14 +44,25 @@ class ColumnNames:
                 hint = f"; did you mean {near[0]}={original}?" if near else "; see docs/data.md for those that are read"
                 raise InputError(f"column {name}={original}: nothing reads a column named {name!r}{hint}")
 
+    def _rivals(self, extra: Sequence[str]) -> dict[str, str]:
+        """Columns that mean what a renamed one does, with the name of the data that takes their place."""
+        return {
+            rival: original
+            for name, original in self._renamed.items()
+            for alike in RATINGS
+            if name in alike
+            for rival in alike
+            if rival not in self._originals and rival not in extra
+        }
+
     def final(self, name: str) -> str | None:
         """kvpref's name of a column of the data; None if another column takes its place.
 
-        Of several it is the first.
+        Of several it is the first. A rating that was chosen takes the place of all that mean the same.
         """
         if name in self._originals:
             return next(new for new, original in self._renamed.items() if original == name)
-        return None if name in self._renamed else name
+        return None if name in self._replaced else name
 
     def reads(self, name: str) -> bool:
         """Whether a column of the data, by its own name, is read at all."""
@@ -66,13 +84,14 @@ class ColumnNames:
             return row
         new = {name: value[original] for name, original in self._renamed.items() if original in value}
         # A column of the same name is not read even where the other is missing: a table would have null there.
-        kept = {key: item for key, item in value.items() if key not in self._originals and key not in self._renamed}
-        replaced = [key for key in value if key in self._renamed and key not in self._originals]
+        kept = {key: item for key, item in value.items() if key not in self._originals and key not in self._replaced}
+        replaced = [key for key in value if key in self._replaced and key not in self._originals]
         left_out = [
-            f"{name} (replaced by {self._renamed[name]})" if name in self._renamed else name
+            f"{name} (replaced by {self._replaced[name]})" if name in self._replaced else name
             for name in (*replaced, *row.left_out)
         ]
-        return replace(row, value={**kept, **new}, left_out=tuple(left_out))
+        moved = tuple((original, name) for original, name in self._moved.items() if original in value)
+        return replace(row, value={**kept, **new}, left_out=tuple(left_out), moved=moved)
 
     def missing(self) -> str | None:
         """What to say of the first column that no row so far had; None if all were there."""

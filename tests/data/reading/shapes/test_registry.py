@@ -68,22 +68,47 @@ def test_pairs_have_scores(names: tuple[str, str]) -> None:
         parse_row({**row, names[0]: 1, names[1]: 2})
 
 
-def test_our_own_names_of_scores_go_before_others() -> None:
+def test_our_own_names_of_scores_go_before_others_that_say_the_same() -> None:
     pair = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rating": 5, "rejected_rating": 4}
-    assert parse_row({**pair, "score_chosen": 2, "score_rejected": 1}).scores == (2.0, 1.0)
+    assert parse_row({**pair, "score_chosen": 5.0, "score_rejected": 4}).scores == (5.0, 4.0)
     with pytest.raises(RowError, match="found `chosen_score` and `chosen_rating`, and either may be the score"):
         parse_row({**pair, "chosen_score": 2})
     group = {"prompt": "p", "responses": ["a", "b"], "rewards": [1, 2]}
     assert parse_row(group).scores == (1.0, 2.0)
-    own = parse_row({**group, "scores": [3, 4]})
-    assert (own.scores, own.unread) == ((3.0, 4.0), ("rewards",))
+    own = parse_row({**group, "scores": [1.0, 2]})
+    assert (own.scores, own.unread) == ((1.0, 2.0), ("rewards",))
     assert parse_row({**group, "ranks": [1, 2]}).scores is None
     with pytest.raises(RowError, match="found `rewards` and `ratings`, and either may be the scores"):
         parse_row({**group, "ratings": [3, 4]})
     single = {"prompt": "p", "completion": "a", "reward": 3}
-    assert parse_row({**single, "score": 4}).scores == (4.0,)
+    assert parse_row({**single, "score": 3}).scores == (3.0,)
     with pytest.raises(RowError, match="found `reward` and `rating`"):
         parse_row({**single, "rating": 4})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1, "chosen_rating": 1},
+            "`score_chosen` is 2 and `chosen_rating` 1, and either may be the rating; choose one, as with --column "
+            "score_chosen=chosen_rating (or score_chosen=score_chosen)",
+        ),
+        (
+            {"chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1, "rejected-rating": 4},
+            "`score_rejected` is 1 and `rejected-rating` 4, and either",
+        ),
+        (
+            {"responses": ["a", "b"], "scores": [1, 0], "rewards": [1, None]},
+            "`scores` is [1, 0] and `rewards` [1, null]",
+        ),
+        ({"completion": "a", "score": 1, "rating": "low"}, '`score` is 1 and `rating` "low", and either'),
+    ],
+)
+def test_ratings_that_say_different_things_are_refused(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_row({"prompt": "p", **row})
+    assert str(caught.value).startswith(reason)
 
 
 def test_objects_hold_a_response_and_its_rating() -> None:

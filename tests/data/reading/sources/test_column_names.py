@@ -54,6 +54,45 @@ def test_names_may_be_swapped_and_used_twice() -> None:
     assert both.value == {"prompt": 1, "chosen": 1}
 
 
+@pytest.mark.parametrize(
+    ("chosen", "score"), [({"score": "rating"}, 2), ({"score": "score"}, 1), ({"label": "good"}, 0), ({}, None)]
+)
+def test_a_chosen_rating_takes_the_place_of_others(tokenizer: Any, chosen: dict[str, str], score: float | None) -> None:
+    row = {"prompt": "the", "completion": " a", "score": 1, "rating": 2, "good": False}
+    options = DataOptions(column_names=chosen)
+    if score is None:
+        with pytest.raises(InputError, match="row 1: `score` is 1 and `rating` 2, and either may be the rating"):
+            load_preferences([row], tokenizer, options)
+    else:
+        assert load_preferences([row], tokenizer, options)[0].scores == (score,)
+
+
+def test_a_rating_that_the_loss_reads_stays() -> None:
+    row = RawRow("a:1", {"good": 1, "score": 2, "rating": 3})
+    names = ColumnNames({"label": "good"}, extra=("rating",))
+    assert names.rename(row).value == {"label": 1, "rating": 3}
+    assert names.rename(row).left_out == ("score (replaced by good)",)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ({"prompt": "rejected"}, "missing field `rejected`; .*; `rejected` is read as `prompt` [(]--column prompt=rej"),
+        ({"input": "chosen"}, "missing field `chosen`; .*; `chosen` is read as `input` [(]--column input=chosen[)]"),
+        ({"margin": "note"}, "missing field `rejected`; [^;]*; [^;]*; correct the row"),
+    ],
+)
+def test_a_field_that_was_read_as_another_is_named_where_it_is_missing(
+    tokenizer: Any, names: dict[str, str], reason: str
+) -> None:
+    row: dict[str, Any] = {"prompt": "the", "chosen": " a", "rejected": " b", "note": 1}
+    if "margin" in names:
+        del row["rejected"]
+    options = DataOptions(columns=("margin",) if "margin" in names else (), column_names=names)
+    with pytest.raises(InputError, match=f"^row 1: {reason}"):
+        load_preferences([row], tokenizer, options)
+
+
 def test_what_is_no_object_and_bad_rows_stay() -> None:
     names = ColumnNames(NAMES)
     for row in (RawRow("a:1", [1]), RawRow("a:1", error="bad")):
