@@ -208,7 +208,7 @@ class GroupLoader:
                     self._add_task(location, row, sequences)
                 else:
                     self._groups.append(with_token_weights(self._build_group(location, row, sequences)))
-                    self._notes.add(row.row)
+                    self._notes.add(location, row.row)
             except RowError as error:
                 self._reject(error.location or location, str(error))
 

@@ -186,9 +186,10 @@ class Notes:
         self._prompt_columns: Counter[str] = Counter()
         self._conversions: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
+        self._contradiction = ""
 
-    def add(self, row: PreferenceRow) -> None:
-        """Count a row that became a group, or the rows that became one."""
+    def add(self, location: str, row: PreferenceRow) -> None:
+        """Count a row that became a group, or the rows that became one, of which the first is at the location."""
         self.unread.update(row.unread)
         if row.prompt_column is not None:
             self._prompt_columns[row.prompt_column] += row.num_rows
@@ -198,6 +199,11 @@ class Notes:
         self._kinds["implicit"] += row.prompt is None
         self._kinds["asked"] += row.is_asked_by_user
         self._kinds["repeated"] += _repeats_prompt(row)
+        if (same := row.contradiction()) is not None:
+            self._kinds["contradiction"] += 1
+            # Responses of rows of their own are named with their rows.
+            place = "" if row.num_rows > 1 else f" of {location}"
+            self._contradiction = self._contradiction or f"{' and '.join(same)}{place}"
 
     def lines(self) -> tuple[str, ...]:
         """The notices; the same for the same rows, whatever the source."""
@@ -215,6 +221,11 @@ class Notes:
             lines.append(
                 "every response begins with the text of the prompt, which the model then sees twice; take it out of "
                 f"the responses if that is not meant ({_rows(self._kinds['repeated'])})"
+            )
+        if self._kinds["contradiction"]:
+            lines.append(
+                "a response stands twice in its group and is rated differently; keep the rating that is meant "
+                f"({_count(self._kinds['contradiction'], 'group')}, such as {self._contradiction})"
             )
         if self._kinds["text"] and self._kinds["conversation"]:
             lines.append(

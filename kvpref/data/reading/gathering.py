@@ -31,6 +31,7 @@ class SingleRows:
 
     def __init__(self, group_by: str | None = None) -> None:
         self._group_by = group_by
+        self._first_rated: SingleRow | None = None
         self._waiting: dict[object, list[SingleRow]] = {}
 
     def add(self, location: str, row: PreferenceRow, value: Mapping[str, Any]) -> None:
@@ -42,11 +43,23 @@ class SingleRows:
             value: The decoded row.
 
         Raises:
-            RowError: If it has no value in the column to group by.
+            RowError: If it has no value in the column to group by, or another column rates it than the rows before.
         """
+        self._check_rating(row)
         group = None if self._group_by is None else _group_of(value, self._group_by)
         key = _digest(row) if group is None else group
-        self._waiting.setdefault(key, []).append(SingleRow(location, row, group))
+        member = SingleRow(location, row, group)
+        self._waiting.setdefault(key, []).append(member)
+        if self._first_rated is None and row.rated_by is not None:
+            self._first_rated = member
+
+    def _check_rating(self, row: PreferenceRow) -> None:
+        first = self._first_rated
+        if first is not None and row.rated_by not in (None, first.row.rated_by):
+            raise RowError(
+                f"the response is rated by `{row.rated_by}`, and that at {first.location} by `{first.row.rated_by}`; "
+                "rate all responses by one column, or give the rows as two DATA"
+            )
 
     def groups(self) -> Iterator[list[SingleRow]]:
         """The rows of each group, ordered by their first rows.
@@ -74,25 +87,18 @@ def join_singles(members: AbstractSequence[SingleRow], group_by: str | None = No
         group_by: The column that they were gathered by, for errors.
 
     Raises:
-        RowError: If two rows have different prompts, tools or images, or are rated by different columns.
+        RowError: If two rows have different prompts, tools or images.
     """
     first = members[0]
     for member in members[1:]:
         _check_alike(first, member, group_by)
-    rated = [member for member in members if member.row.rated_by is not None]
-    for member in rated[1:]:
-        if member.row.rated_by != rated[0].row.rated_by:
-            raise RowError(
-                f"the response has `{member.row.rated_by}`, and that at {rated[0].location}, to the same prompt, "
-                f"`{rated[0].row.rated_by}`; rate all responses of a prompt in the same way",
-                member.location,
-            )
     rows = [member.row for member in members]
+    is_rated = any(row.rated_by is not None for row in rows)
     names = dict.fromkeys(name for row in rows for name in row.columns)
     return replace(
         first.row,
         responses=tuple(response for row in rows for response in row.responses),
-        scores=tuple(score for row in rows for score in row.scores or (None,)) if rated else None,
+        scores=tuple(score for row in rows for score in row.scores or (None,)) if is_rated else None,
         # Only token weights may be missing; they are then 1.
         columns={name: [_value(row, name) for row in rows] for name in names},
         names=tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,19 @@ class PreferenceRow:
     rated_by: str | None = field(default=None, compare=False)
     notices: tuple[str, ...] = field(default=(), compare=False)
     num_rows: int = field(default=1, compare=False)
+
+    def contradiction(self) -> tuple[str, str] | None:
+        """The names of two responses that are the same and rated differently, if there are any."""
+        ratings = self.scores or self.ranks or ()
+        seen: dict[str, int] = {}
+        for index, (response, rating) in enumerate(zip(self.responses, ratings, strict=False)):
+            if rating is None:
+                continue
+            text = response if isinstance(response, str) else json.dumps(response, sort_keys=True, default=repr)
+            earlier = seen.setdefault(text, index)
+            if ratings[earlier] != rating:
+                return self.names[earlier], self.names[index]
+        return None
 
 
 def parse_row(value: object, columns: AbstractSequence[str] = (), group_by: str | None = None) -> PreferenceRow:

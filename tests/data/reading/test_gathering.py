@@ -99,13 +99,45 @@ def test_what_a_column_cannot_gather(tokenizer: Any, rows: list[dict[str, Any]],
     assert str(caught.value).startswith(reason)
 
 
-def test_scores_of_two_kinds_are_no_scores_of_a_group(tokenizer: Any) -> None:
-    with pytest.raises(InputError, match=r"row 2: the response has `reward`, and that at row 1, .* `label`; rate all"):
-        load(tokenizer, row("a", label=True), row("b", reward=0.3))
-    found = load(tokenizer, row("a", label=True), row("b", reward=0.3), row("c", "the", reward=1), on_bad_row="skip")
-    assert scores(found) == [("row 3", (1.0,))]
+def test_all_responses_are_rated_by_one_column(tokenizer: Any) -> None:
+    rows = [row("a", label=True), row("b"), row("c", "the", reward=0.3), row("d", label=False)]
+    with pytest.raises(InputError, match=r"^row 3: .* rated by `reward`, and that at row 1 by `label`; rate all"):
+        load(tokenizer, *rows)
+    found = load(tokenizer, *rows, on_bad_row="skip")
+    assert scores(found) == [("row 1", (1.0, None, 0.0))]
     assert found.report is not None
-    assert [bad.location for bad in found.report.bad_rows] == ["row 2"]
+    assert [bad.location for bad in found.report.bad_rows] == ["row 3"]
+
+
+def test_a_response_with_two_ratings_is_counted_and_named(tokenizer: Any) -> None:
+    found = load(
+        tokenizer,
+        row("a", label=True),
+        row("b", label=False),
+        row("b", label=False),
+        row("a", label=False),
+        row("a", "the", label=True),
+        row("a", "the", label=None),
+        {"prompt": "other", "responses": ["a", "b", "a"], "scores": [1, 1, 2]},
+    )
+    assert found.report is not None
+    assert found.report.notices[0] == (
+        "a response stands twice in its group and is rated differently; keep the rating that is meant "
+        "(2 groups, such as `responses[0]` and `responses[2]` of row 7)"
+    )
+    found = load(tokenizer, row("a", label=True), row("b", label=False), row("a", label=False))
+    assert found.report is not None
+    assert found.report.notices[0].endswith("(1 group, such as `completion` of row 1 and `completion` of row 3)")
+    found = load(tokenizer, row("a", score=1), row("b", score=0), row("a", score=1))
+    assert found.report is not None
+    assert len(found.report.notices) == 1
+
+
+def test_the_same_messages_with_two_ranks_are_named(chat_tokenizer: Any) -> None:
+    answer = [{"role": "assistant", "content": "a"}]
+    found = load(chat_tokenizer, {"prompt": "the", "responses": [answer, answer], "ranks": [1, 2]})
+    assert found.report is not None
+    assert found.report.notices[0].endswith("(1 group, such as `responses[0]` and `responses[1]` of row 1)")
 
 
 def test_a_response_is_called_by_its_column_and_place(tokenizer: Any) -> None:
