@@ -126,8 +126,8 @@ def add_lora(model: PreTrainedModel, run: RunConfig, loss: PreferenceLoss) -> Pr
     Raises:
         InputError: If peft is missing, a module does not exist, or the adapter could not be loaded again.
     """
+    from kvpref.models.lora_targets import ALL_LINEAR, find_targets
     from kvpref.models.value_head import VALUE_HEAD
-    from kvpref.training.adapters import ALL_LINEAR, find_targets
 
     peft = _import_peft()
     assert run.lora_r is not None

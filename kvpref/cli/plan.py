@@ -83,18 +83,19 @@ def plan(
 
     Example: kvpref plan ./llama --gpu-memory 80GiB --prompt-tokens 4096 --response-tokens 512 --num-responses 16
     """
+    from kvpref.cli.adapters import refuse_to_plan
+
+    refuse_to_plan(model)
     given = (prompt_tokens, response_tokens, num_responses)
     if not data and None in given:
         raise InputError("give --prompt-tokens, --response-tokens and --num-responses, or --data")
     # After that, since they import torch.
-    from kvpref.cli.adapters import refuse_to_plan
     from kvpref.cli.made_up_images import made_up_start
     from kvpref.cli.plan_command import Subject
     from kvpref.cli.plan_report import PlanReport, describe
+    from kvpref.models.lora_targets import ALL_LINEAR
     from kvpref.profiling.prediction.ranks import Ranks
-    from kvpref.training.adapters import ALL_LINEAR
 
-    refuse_to_plan(model)
     memory_bytes, reserve_bytes = parse_bytes(gpu_memory, "--gpu-memory"), parse_bytes(reserve, "--reserve")
     if reserve_bytes >= memory_bytes:
         raise InputError(f"--reserve {reserve} leaves nothing of --gpu-memory {gpu_memory}")
@@ -198,7 +199,7 @@ def _plan_variants(
     from dataclasses import replace
 
     from kvpref.engine.options import EngineOptions
-    from kvpref.profiling.prediction.fit import plan_variant
+    from kvpref.profiling.prediction.plans import plan_variants
 
     at_once = "none" if checkpoint == "prefix" else checkpoint  # these modes give prefixes no pass of their own
     variants: dict[str, EngineOptions] = {
@@ -212,14 +213,12 @@ def _plan_variants(
         variants = {"bounded": variants["bounded"], "bounded, kept": kept, **variants}
     if predictor.ranks.sequence_parallel > 1:
         del variants["padded"]  # its rows are no passes, which is what ranks share
+    planning = plan_variants(variants, predictor, shape, budget_bytes)
+    plans = {}
     with _progress() as progress:
-        task = progress.add_task("planning", total=len(variants))
-        plans = []
-        for name, variant in variants.items():
-            progress.update(task, description=f"planning {name}")
-            plans.append(plan_variant(name, variant, predictor, shape, budget_bytes))
-            progress.advance(task)
-    return plans
+        for plan in progress.track(planning, total=len(variants), description="planning"):
+            plans[plan.name] = plan
+    return [plans[name] for name in variants]
 
 
 def _progress() -> Progress:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from kvpref.cli.given_data import GivenData
 from kvpref.engine.options import EngineOptions
+from kvpref.models.lora_targets import ALL_LINEAR
 from kvpref.profiling.prediction.model import TrainingSetup
 from kvpref.profiling.prediction.ranks import Ranks
-from kvpref.training.adapters import ALL_LINEAR
 
 _OPTIMIZERS: dict[str, list[str] | None] = {"adamw": [], "sgd": ["--set", "optim=sgd"], "sgd_momentum": None}
 """By the plan's name: what chooses it; None where `kvpref train` has no such optimizer."""

@@ -18,6 +18,7 @@ from kvpref.data.batching.costs import COUNTS
 from kvpref.engine.options import EngineOptions
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss
+from kvpref.models.lora_targets import ALL_LINEAR
 from kvpref.models.support import unwrap
 from kvpref.profiling.prediction.fit import largest_fitting, num_tokens
 from kvpref.profiling.prediction.images import most_images
@@ -25,7 +26,7 @@ from kvpref.profiling.prediction.model import TrainingSetup
 from kvpref.profiling.prediction.peak import Predictor
 from kvpref.profiling.prediction.step import GroupShape
 from kvpref.training import PreferenceTrainingArguments
-from kvpref.training.adapters import ALL_LINEAR, is_peft
+from kvpref.training.adapters import is_peft
 from kvpref.training.defaults import AUTO
 
 USED_SHARE = 0.85

@@ -18,8 +18,8 @@ from vision_models import tiny_vision_model
 
 import kvpref
 from kvpref.errors import InputError
+from kvpref.models.lora_targets import find_targets
 from kvpref.models.vision.parts import vision_parts
-from kvpref.training.adapters import find_targets
 
 FAMILY = "gemma3"
 # float32; shared prompts and sequences alone add up in different orders

@@ -10,7 +10,7 @@ tests/profiling/prediction/test_depth.py compares this with whole runs, byte by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ def extend(shallow: Sequence[Moment], deeper: Sequence[Moment], num_layers: int)
         pairs = _align(short, long)
         if pairs is None:
             return None
-        moments.extend(_extrapolate(first, second, num_layers - SHALLOW) for first, second in pairs)
+        moments.extend(_extrapolate(first, second, num_layers) for first, second in pairs)
     return moments
 
 
@@ -103,17 +103,21 @@ def _num_equal(first: Sequence[str], second: Sequence[str]) -> int:
     return next((index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
 
 
-def _extrapolate(first: Moment, second: Moment, steps: int) -> Moment:
-    def line(start: int, following: int) -> int:
-        return start + steps * (following - start)
+def extend_bytes(shallow: Mapping[str, int], deeper: Mapping[str, int], num_layers: int) -> dict[str, int]:
+    """Bytes by category in a model with `num_layers` layers, from those of `SHALLOW` layers and of one more."""
+    return {
+        name: _line(shallow.get(name, 0), deeper.get(name, 0), num_layers - SHALLOW) for name in {**shallow, **deeper}
+    }
 
-    categories = {**first.bytes_by_category, **second.bytes_by_category}
+
+def _extrapolate(first: Moment, second: Moment, num_layers: int) -> Moment:
     return Moment(
         first.operator,
         first.region,
-        line(first.total_bytes, second.total_bytes),
-        {
-            name: line(first.bytes_by_category.get(name, 0), second.bytes_by_category.get(name, 0))
-            for name in categories
-        },
+        _line(first.total_bytes, second.total_bytes, num_layers - SHALLOW),
+        extend_bytes(first.bytes_by_category, second.bytes_by_category, num_layers),
     )
+
+
+def _line(first: int, second: int, steps: int) -> int:
+    return first + steps * (second - first)

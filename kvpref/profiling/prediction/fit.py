@@ -201,11 +201,13 @@ def _plan_bounded(
         two_chunks = max(1, -(-2 * steps * unit // shape.response_tokens))
         return predictor.peak(with_bound(steps), replace(shape, num_responses=min(shape.num_responses, two_chunks)))
 
-    first = max(1, limit // 2)
+    resident_bytes = predictor.resident_bytes(variant)
+    # Often one chunk for all fits. What cannot fit is shown with half of that.
+    first = limit if resident_bytes < budget_bytes else max(1, limit // 2)
     steps = largest_fitting(
         lambda steps: peak(steps).total_bytes,
         budget_bytes,
-        resident_bytes=peak(first).resident_bytes,
+        resident_bytes=resident_bytes,
         first=first,
         limit=limit,
     ).number

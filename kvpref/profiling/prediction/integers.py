@@ -19,7 +19,7 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class RealIntegers(TorchDispatchMode):
-    """To be entered inside all other modes."""
+    """To be entered inside all other modes, where a tower runs: every operator pays for it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -21,8 +21,8 @@ from kvpref.errors import InputError
 from kvpref.models.attach import attach
 from kvpref.models.backbone import text_backbone
 from kvpref.models.classes import model_class
+from kvpref.models.lora_targets import ALL_LINEAR, find_targets
 from kvpref.models.support import check_config, unwrap
-from kvpref.training.adapters import ALL_LINEAR, find_targets
 
 DEVICES = ("cuda", "cpu")
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedConfig
 from kvpref.engine.options import EngineOptions
 from kvpref.models.shape import model_shape
 from kvpref.models.support import unwrap
-from kvpref.profiling.memory.tracker import GRADIENTS, OPTIMIZER, PARAMETERS
-from kvpref.profiling.prediction.depth import SHALLOW, extend
+from kvpref.profiling.prediction.depth import SHALLOW, extend, extend_bytes
 from kvpref.profiling.prediction.model import (
     FakeTraining,
     TrainingSetup,
@@ -22,7 +21,7 @@ from kvpref.profiling.prediction.model import (
     layers_repeat,
 )
 from kvpref.profiling.prediction.ranks import ModelBytes, Ranks, resident_bytes
-from kvpref.profiling.prediction.step import GroupShape, Moment, trace_step
+from kvpref.profiling.prediction.step import GroupShape, Moment, resting, trace_step
 from kvpref.state.device_buffers import NUM_BUFFERS
 
 _Key = tuple[EngineOptions, GroupShape, int]
@@ -88,6 +87,14 @@ class Predictor:
             return None
         return shallow, build_fake_training(self.config, self.setup, SHALLOW + 1)
 
+    def build(self) -> None:
+        """Build what all predictions need, which they do otherwise when they need it.
+
+        Raises:
+            As `build_fake_training`.
+        """
+        self._held  # noqa: B018 - computed now
+
     def peak(self, variant: EngineOptions, shape: GroupShape, num_groups: int = 1) -> PeakPrediction:
         """The peak of a micro-batch of `num_groups` groups; computed once."""
         key = (variant, shape, num_groups)
@@ -95,15 +102,27 @@ class Predictor:
             self._peaks[key] = self._predict(*key)
         return self._peaks[key]
 
+    def resident_bytes(self, variant: EngineOptions) -> int:
+        """Bytes of weights, gradients and optimizer state, which stay from step to step."""
+        return sum(self._resident(variant).values())
+
+    def _resident(self, variant: EngineOptions) -> dict[str, int]:
+        return resident_bytes(self._held, self.ranks, variant, self.model_bytes)
+
+    @cached_property
+    def _held(self) -> Mapping[str, int]:
+        """What a single device would hold between steps, by category."""
+        if self._shallow is None:
+            return resting(self._whole())
+        short, long = map(resting, self._shallow)
+        return extend_bytes(short, long, self.num_layers)
+
     def _predict(self, variant: EngineOptions, shape: GroupShape, num_groups: int) -> PeakPrediction:
-        # What ranks gather and reduce when is a formula; the passes are the same.
-        key = (replace(variant, gather_weights="chunk", reduce_grads="chunk"), shape, num_groups)
+        key = (traced_as(variant), shape, num_groups)
         if key not in self._traced:
             self._traced[key] = self._moments(*key)
         moments = self._traced[key]
-        start = moments[0].bytes_by_category
-        held = {name: start.get(name, 0) for name in (PARAMETERS, GRADIENTS, OPTIMIZER)}
-        resident = resident_bytes(held, self.ranks, variant, self.model_bytes)
+        held, resident = self._held, self._resident(variant)
         on_host = variant.prefix_cache == "cpu" and self.setup.device_type != "cpu"
         without_host = [_without_host(moment, self.num_layers) for moment in moments] if on_host else moments
         highest = max(without_host, key=lambda moment: moment.total_bytes)
@@ -171,6 +190,11 @@ class Predictor:
         """Bytes in the dtype of passes; DDP keeps gradients in the weights' dtype."""
         dtype = None if self.ranks.shard == "ddp" else self.setup.mixed_precision
         return sum(item.numel() * (dtype or item.dtype).itemsize for item in parameters)
+
+
+def traced_as(variant: EngineOptions) -> EngineOptions:
+    """The options with which a variant is traced: what ranks gather and reduce when is a formula."""
+    return replace(variant, gather_weights="chunk", reduce_grads="chunk")
 
 
 def _without_host(moment: Moment, num_layers: int) -> Moment:

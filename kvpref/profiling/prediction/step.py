@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,6 +115,13 @@ class _FakeTracker(MemoryTracker):
         return self.run(func, args, kwargs or {})
 
 
+def resting(training: FakeTraining) -> Mapping[str, int]:
+    """Bytes held between steps, by category: weights, gradients and optimizer state."""
+    with training.mode, _FakeTracker(training.model) as tracker:
+        tracker.assign(OPTIMIZER, *training.optimizer_state)
+        return tracker.current.bytes_by_category
+
+
 def trace_step(training: FakeTraining, batch: Batch, variant: EngineOptions, device_type: str) -> list[Moment]:
     """Run one forward and backward on fake tensors.
 
@@ -136,7 +144,7 @@ def trace_step(training: FakeTraining, batch: Batch, variant: EngineOptions, dev
             moments.append(Moment(operator, current_region(), now.total_bytes, now.bytes_by_category))
 
         record("start")
-        with running_on(device_type, record), RealIntegers():
+        with running_on(device_type, record), RealIntegers() if batch.images else nullcontext():
             step()
     return moments
 
