@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from kvpref.data.reading.json_text import decode_json
 from kvpref.data.reading.messages import RowError, type_name
 
 PROMPT_COLUMNS = ("question", "query", "instruction", "prompts")
@@ -193,6 +193,6 @@ def _decoded(value: Any, name: str, expected: str) -> Any:
     if not value.strip():
         return None
     try:
-        return without_nulls(json.loads(value))
+        return without_nulls(decode_json(value))
     except (ValueError, RecursionError) as error:
         raise RowError(f"`{name}` is a string that is not valid JSON ({error}); give {expected}") from error

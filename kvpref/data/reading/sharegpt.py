@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from kvpref.data.reading.json_text import decode_json
 from kvpref.data.reading.row_errors import RowError, type_name
 
 FUNCTION_CALL = "function_call"
@@ -68,7 +68,7 @@ def _is_round(item: Any) -> bool:
 def _calls(value: Any, name: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = decode_json(value)
         except (ValueError, RecursionError) as error:
             raise RowError(f"`{name}` of a {FUNCTION_CALL} is not valid JSON ({error})") from error
     calls = value if isinstance(value, list) else [value]

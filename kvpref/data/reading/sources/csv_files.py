@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpref.data.reading.columns import PROMPT_COLUMNS
+from kvpref.data.reading.json_text import RepeatedKeyError, decode_json
 from kvpref.data.reading.raw_rows import RawRow
 from kvpref.data.reading.sources.column_names import ColumnNames
 from kvpref.data.reading.sources.packed import inner_suffix, read_lines
@@ -124,7 +125,10 @@ def _row(location: str, header: list[str], cells: list[str], names: ColumnNames)
                 location,
                 error=f"`{name}` holds messages as Python prints them, not JSON; write them with json.dumps",
             )
-        row[name] = _text_or_messages(cell) if final in TEXT_COLUMNS else _json_or_text(cell)
+        try:
+            row[name] = _text_or_messages(cell) if final in TEXT_COLUMNS else _json_or_text(cell)
+        except RepeatedKeyError as error:
+            return RawRow(location, error=f"`{name}`: {error}")
     return RawRow(location, row)
 
 
@@ -132,7 +136,9 @@ def _json_or_text(cell: str) -> Any:
     if cell in _PYTHON_CONSTANTS:
         return _PYTHON_CONSTANTS[cell]
     try:
-        return json.loads(cell)
+        return decode_json(cell)
+    except RepeatedKeyError:
+        raise
     except (ValueError, RecursionError):
         return cell
 
@@ -140,9 +146,18 @@ def _json_or_text(cell: str) -> Any:
 def _text_or_messages(cell: str) -> Any:
     if cell.lstrip()[:1] not in ("[", "{"):
         return cell
-    value = _json_or_text(cell)
+    try:
+        value = _json_or_text(cell)
+    except RepeatedKeyError:
+        if _are_messages(json.loads(cell)):
+            raise
+        return cell
+    return value if _are_messages(value) else cell
+
+
+def _are_messages(value: Any) -> bool:
     messages = value if isinstance(value, list) else [value]
-    return value if messages and all(map(_is_message, messages)) else cell
+    return bool(messages) and all(map(_is_message, messages))
 
 
 def _is_message(value: object) -> bool:

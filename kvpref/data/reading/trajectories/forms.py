@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from kvpref.data.reading.json_text import decode_json
 from kvpref.data.reading.lost_parts import calls_of
 from kvpref.data.reading.messages import Message
 from kvpref.data.reading.trajectories.attempts import Attempt
@@ -105,7 +106,7 @@ def _as_object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        value = json.loads(arguments)
+        value = decode_json(arguments)
     except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments
