@@ -124,10 +124,14 @@ class PreferenceLoss:
             return None if self.group_units(group) else NO_UNITS
         return None if self.num_units(collate([group])) else NO_UNITS
 
+    def caution(self, group: Group) -> str | None:
+        """What may not be meant about learning from a group, and what to do, to follow "in these groups"; or None."""
+        return None
+
     @property
     def can_be_idle(self) -> bool:
-        """Whether there can be groups with nothing to learn, so that looking for them makes sense."""
-        names = ("idle", "group_units", "num_units")
+        """Whether there can be groups with nothing to learn or with a caution, so that looking for them makes sense."""
+        names = ("idle", "group_units", "num_units", "caution")
         return any(getattr(type(self), name) is not getattr(PreferenceLoss, name) for name in names)
 
     def select(self, group: Group) -> Group:

@@ -142,6 +142,10 @@ class WeightedSum(PreferenceLoss):
         found = [part.idle(group) for part in self.parts.values()]
         return None if None in found else found[0]
 
+    def caution(self, group: Group) -> str | None:
+        """The first of the parts' cautions."""
+        return next(filter(None, (part.caution(group) for part in self.parts.values())), None)
+
     def select(self, group: Group) -> Group:
         """What all parts agree on; the whole group if one reads what another leaves out."""
         first, *others = [part.select(group) for part in self.parts.values()]

@@ -15,10 +15,16 @@ from kvpref.losses.checks import check_choice, check_positive
 from kvpref.losses.interface import Idle, LossOutput, PreferenceLoss
 from kvpref.losses.learning_rates import LIKELIHOOD_RATES
 from kvpref.losses.pairs.preferred import best_sequence
-from kvpref.losses.scores import check_not_ranks, response_scores
+from kvpref.losses.scores import check_not_ranks, has_preference, known_scores, rated_indices, response_scores
 from kvpref.plan.batch import Batch
 from kvpref.records.groups import Group
 from kvpref.records.outputs import ResponseLogps, or_one
+
+LEARNS_BAD = (
+    "no response is labelled true or scored above 0, and one is learned nevertheless; if they are bad, leave them out, "
+    "or use a loss that reads labels: kto, apo_zero_unpaired"
+)
+"""The caution of losses that raise a likelihood, whatever the response is worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,9 @@ class SFT(PreferenceLoss):
     def group_units(self, group: Group) -> float:
         """Scored tokens of the chosen response (the sum of their weights), or 1."""
         return 1 if self.average == "response" else group.sequences[best_sequence(group)].total_weight
+
+    def caution(self, group: Group) -> str | None:
+        return LEARNS_BAD if _is_bad(group, best_sequence(group)) else None
 
     def select(self, group: Group) -> Group:
         return group.take([best_sequence(group)])
@@ -105,6 +114,12 @@ class WeightedSFT(PreferenceLoss):
             return None
         return Idle("all weights are 0", "give at least one response a weight above 0, or set weights='softmax'")
 
+    def caution(self, group: Group) -> str | None:
+        """The softmax of equal scores weighs bad responses as it does good ones."""
+        if self.weights != "softmax" or has_preference(group):
+            return None
+        return LEARNS_BAD if _is_bad(group, rated_indices(group)[0]) else None
+
     def select(self, group: Group) -> Group:
         """The responses whose weight is above 0; a single response if there are none."""
         return group.take([index for index, share in enumerate(self._shares(group)) if share > 0] or [0])
@@ -138,6 +153,15 @@ class WeightedSFT(PreferenceLoss):
                 f"{group.id}: the weights of weighted_sft must not be negative; found {min(weights)}{hint}"
             )
         return weights
+
+
+def _is_bad(group: Group, index: int) -> bool:
+    """Whether a response is labelled false, or has a score, which is not above 0; in rows of data labels are scores."""
+    if group.labels is not None:
+        return not group.labels[index]
+    scores = None if group.ranks is not None else known_scores(group)
+    score = None if scores is None else scores[index]
+    return score is not None and score <= 0
 
 
 def _shares(groups: Sequence[Group], loss: WeightedSFT) -> torch.Tensor:

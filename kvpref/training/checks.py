@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from kvpref.data import PreferenceDataset
 from kvpref.errors import InputError
 from kvpref.losses import PreferenceLoss, loss_name, registered_name
+from kvpref.losses.interface import Idle
 from kvpref.models.attention_shapes import attention_shapes
 from kvpref.models.output_layer import is_reward_model
 from kvpref.models.shape import model_shape
@@ -138,7 +139,7 @@ def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str)
         name: The name of the data, ``train`` or ``eval``.
 
     Returns:
-        A line that says how many there are.
+        A line that says how many there are, and what may not be meant in some of them.
 
     Raises:
         InputError: If there are none.
@@ -146,8 +147,13 @@ def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str)
     num_groups = len(dataset)
     if num_groups == 0:
         raise InputError(f"the {name} data has no groups; give at least one row")
-    found = map(loss.idle, dataset) if loss.can_be_idle else ()
-    idle = Counter(item for item in found if item is not None)
+    idle: Counter[Idle] = Counter()
+    cautions: Counter[str] = Counter()
+    for group in dataset if loss.can_be_idle else ():
+        if (found := loss.idle(group)) is not None:
+            idle[found] += 1
+        elif (caution := loss.caution(group)) is not None:
+            cautions[caution] += 1
     num_idle, reasons = idle.total(), " or ".join(item.reason for item in idle)
     if num_idle == num_groups:
         remedies = "; ".join(dict.fromkeys(item.remedy for item in idle))
@@ -156,7 +162,8 @@ def check_learnable(dataset: PreferenceDataset, loss: PreferenceLoss, name: str)
             f"{reasons}; {remedies}"
         )
     counted = f"{num_groups - num_idle} of {num_groups} groups count for the loss {registered_name(loss)}"
-    return f"{name} data: {counted}; in the others {reasons}" if num_idle else f"{name} data: {counted}"
+    line = f"{name} data: {counted}; in the others {reasons}" if num_idle else f"{name} data: {counted}"
+    return "; ".join([line, *(f"in {number} of those that count {caution}" for caution, number in cautions.items())])
 
 
 def check_backend(model: nn.Module, args: PreferenceTrainingArguments, *, has_reference: bool) -> None:

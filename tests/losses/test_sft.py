@@ -110,6 +110,47 @@ def test_groups_without_weight_give_zero_with_a_gradient_of_zero() -> None:
     assert (policy.token_logps.grad == 0).all()
 
 
+SINGLE = ({"scores": (0.0,)}, {"scores": (-1.0,)}, {"labels": (False,)}, {"scores": (0.0, 0.0)})
+FINE = (
+    {"scores": (0.5,)},
+    {"scores": (0.0, 1.0)},
+    {"labels": (True, False), "scores": (0.0, 0.0)},
+    {"ranks": (1.0, 2.0)},
+    {"scores": (-1.0, 0.5)},
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        ("sft", {}),
+        ("weighted_sft", {"weights": "softmax"}),
+        ("mixture", {"weights": {"sft": 1.0, "all_pairs": 1.0}}),
+    ],
+)
+def test_learning_what_is_rated_bad_is_a_caution(loss: str, settings: dict[str, Any]) -> None:
+    made = make_loss(loss, **settings)
+    sequence = kvpref.Sequence((1, 2, 3), (False, False, True))
+
+    def caution(rated: dict[str, Any]) -> str | None:
+        group = kvpref.Group([sequence] * len(next(iter(rated.values()))), **rated)
+        assert made.caution(made.select(group)) == made.caution(group)
+        return made.caution(group)
+
+    for rated in SINGLE:
+        assert str(caution(rated)).startswith("no response is labelled true or scored above 0, and one is learned")
+    for rated in FINE:
+        assert caution(rated) is None
+
+
+def test_demonstrations_and_losses_that_read_labels_have_no_caution() -> None:
+    sequence = kvpref.Sequence((1, 2, 3), (False, False, True))
+    assert make_loss("sft").caution(kvpref.Group([sequence])) is None
+    bad = kvpref.Group([sequence], scores=(0.0,))
+    assert make_loss("kto").caution(bad) is None
+    assert make_loss("weighted_sft").caution(bad) is None
+
+
 def test_softmax_of_large_scores_does_not_overflow() -> None:
     batch, loss = scored_batch([(1000.0, 999.0)]), make_loss("weighted_sft", weights="softmax")
     policy = random_logps(batch, 0)

@@ -100,6 +100,12 @@ def test_the_same_for_eval_data(tmp_path: Path) -> None:
         ("grpo", {"entropy_coef": 0.1}, data(TIE, TIE), "2 of 2 groups count for the loss grpo"),
         ("weighted_sft", {}, data([0.0, 0.0], GOOD), "1 of 2 groups count for the loss weighted_sft"),
         ("mixture", {"weights": {"all_pairs": 1.0, "sft": 1.0}}, data(TIE), "1 of 1 groups count for the loss mixture"),
+        (
+            "sft",
+            {},
+            data([0.0, 0.0], GOOD, [0.0, -1.0]),
+            "3 of 3 groups count for the loss sft; in 2 of those that count no response is labelled true or scored",
+        ),
         ("dpo", {}, make_groups(3), "3 of 3 groups count for the loss dpo"),
         ("kto", {}, make_groups(3), "3 of 3 groups count for the loss kto"),
     ],

@@ -45,6 +45,15 @@ def pair_metrics(
     }
 
 
+_ONE = (
+    "give `chosen` and `rejected`, or use a loss on single responses: kto and apo_zero_unpaired read labels, sft none"
+)
+_MANY = (
+    "use a loss on N responses (best_vs_rest compares the best by its score with each other one, all_pairs every two, "
+    "plackett_luce the whole order), or keep two of each prompt, as `chosen` and `rejected`"
+)
+
+
 def preferred_of_pair(group: Group) -> int:
     """Index of the preferred sequence of a pair.
 
@@ -52,9 +61,9 @@ def preferred_of_pair(group: Group) -> int:
         InputError: If the group is not a pair, or neither labels nor scores prefer one of the two.
     """
     if len(group) != 2:
+        remedy = _ONE if len(group) == 1 else _MANY
         raise InputError(
-            f"{group.id}: a pairwise loss needs exactly 2 responses per prompt, this group has {len(group)}; "
-            "give `chosen` and `rejected`, or use a loss on N responses: all_pairs, best_vs_rest, plackett_luce"
+            f"{group.id}: a pairwise loss needs exactly 2 responses per prompt, this group has {len(group)}; {remedy}"
         )
     first, second = group.labels or known_scores(group) or (None, None)
     if first is None or second is None or first == second:
