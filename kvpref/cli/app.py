@@ -13,6 +13,7 @@ from typing import NoReturn
 import typer
 
 from kvpref.cli import bench, check, data, demo, doctor, evaluate, losses, plan, profile, score, train
+from kvpref.cli.checked_command import CheckedCommand
 from kvpref.cli.command_line import read_words
 from kvpref.cli.ctrl_c import ctrl_c_says
 from kvpref.cli.quiet import hide_library_noise, hide_profiler_noise
@@ -29,14 +30,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("score")(score.score)
+app.command("eval", cls=CheckedCommand)(evaluate.evaluate)
+app.command("score", cls=CheckedCommand)(score.score)
 app.command("losses")(losses.losses)
-app.command("check")(check.check)
+app.command("check", cls=CheckedCommand)(check.check)
 app.add_typer(data.app, name="data")
 app.add_typer(profile.app, name="profile")
-app.command("plan")(plan.plan)
-app.command("bench")(bench.bench)
+app.command("plan", cls=CheckedCommand)(plan.plan)
+app.command("bench", cls=CheckedCommand)(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

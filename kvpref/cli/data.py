@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpref.cli import data_tree
+from kvpref.cli.checked_command import CheckedCommand
 from kvpref.cli.data_report import print_batches, print_data, print_prediction
 from kvpref.cli.given_data import GivenData
 from kvpref.cli.options import (
@@ -57,12 +58,14 @@ def callback() -> None:
 
 app.command(
     "tree",
+    cls=CheckedCommand,
     no_args_is_help=True,
     epilog="Example: kvpref data tree trajectories.jsonl --tokenizer Qwen/Qwen3-0.6B --id airline-3 --output tree.svg",
 )(data_tree.tree)
 
 
 @app.command(
+    cls=CheckedCommand,
     no_args_is_help=True,
     epilog="Example: kvpref data inspect pairs.jsonl --tokenizer gpt2 --max-tokens 8192",
 )

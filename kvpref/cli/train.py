@@ -13,6 +13,7 @@ from kvpref.cli.ctrl_c import NOTHING_SAVED, ctrl_c_says
 from kvpref.cli.given_data import parse_columns, parse_weights
 from kvpref.cli.given_settings import Settings, from_assignments, from_file, from_options, merge, place_positions
 from kvpref.cli.name_checks import check_names
+from kvpref.cli.named_sources import check_sources
 from kvpref.cli.options import (
     ACCELERATE_CONFIG,
     BATCH_SIZE,
@@ -54,7 +55,9 @@ from kvpref.cli.options import (
     TRAJECTORY_GROUPS,
 )
 from kvpref.cli.output_folder import check_output
+from kvpref.cli.precision import check_precision
 from kvpref.cli.run_config import sources_of
+from kvpref.cli.setting_values import check_values
 from kvpref.cli.starting_ranks import end_with_starter, ranks_to_start, start_ranks, without_number
 from kvpref.errors import InputError
 
@@ -276,11 +279,15 @@ def train(
     chosen = from_options({name: value for name, value in options.items() if name not in NO_SETTINGS}, loss_arg or [])
     file = {} if config is None else from_file(Path(config))
     given = merge(file, chosen, from_assignments(set_ or []))
-    check_names(given, loss=_known_loss(given, resume=resume))
+    known = _known_loss(given, resume=resume)
+    check_names(given, loss=known)
+    check_values(given, loss=known)
+    check_precision(given)
+    values = {name: item.value for name, item in given.items()}
+    check_sources(values)
     for name in ("output",) if resume else ("data", "output"):
         if name not in given:
             raise InputError(f"{name} is missing; give it on the command line or in --config")
-    values = {name: item.value for name, item in given.items()}
     check_output(Path(str(given["output"].value)), sources_of(values), resume=resume, overwrite=overwrite)
     number = ranks_to_start(num_processes, given.get("accelerate_config"))
     if number > 1:

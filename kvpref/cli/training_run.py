@@ -15,6 +15,7 @@ from kvpref.cli.early_checks import check_early
 from kvpref.cli.early_stopping import EarlyStopping
 from kvpref.cli.given_settings import Settings
 from kvpref.cli.interrupts import Interrupts
+from kvpref.cli.named_sources import check_sources
 from kvpref.cli.overwriting import Found, delete_earlier_run, find_earlier_run
 from kvpref.cli.padding import set_pad_token
 from kvpref.cli.resume_rules import LENGTH
@@ -69,6 +70,7 @@ def _run(
     if resume and (metrics := read_result(output, _length(run))) is not None:
         report(f"the run in {output} has reached its end; nothing is changed")
         return metrics if interrupts.is_main else {}
+    check_sources(run.flat())  # those of the run that is resumed too
     if run.accelerate_config is not None:
         use_config(run.accelerate_config, settings["accelerate_config"].where)
     args = training_arguments(run)

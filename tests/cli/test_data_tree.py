@@ -46,7 +46,7 @@ def test_an_unknown_row_is_refused(
 
 
 def test_another_suffix_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
-    error = fail(capsys, "data", "tree", "absent.jsonl", "--tokenizer", "absent", "--output", "tree.gif")
+    error = fail(capsys, "data", "tree", "org/data", "--tokenizer", "org/model", "--output", "tree.gif")
     assert error == "error: tree.gif: pictures end in one of .svg, .png, .pdf; rename the file"
 
 

@@ -94,6 +94,5 @@ def test_what_is_given_stays() -> None:
 
 
 def test_without_evaluations_nothing_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nowhere = tmp_path / "nowhere"
-    error = fail(capsys, "train", nowhere, nowhere, "--output", tmp_path / "out", "--early-stopping-patience", 0)
+    error = fail(capsys, "train", "org/model", "org/data", "--output", tmp_path / "out", "--early-stopping-patience", 0)
     assert "--early-stopping-patience: expected a number of at least 1; got 0" in error

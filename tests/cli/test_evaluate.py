@@ -167,6 +167,7 @@ def test_a_reference_is_not_made_up(
     assert "started from random weights, which are gone" in error
     moved = tmp_path / "moved"
     moved.mkdir()
+    (moved / "config.json").touch()
     text = (dpo_run / "run.yaml").read_text()
     (moved / "run.yaml").write_text(text.replace(str(trained_dir), str(tmp_path / "gone")))
     error = fail(capsys, "eval", moved, pairs_file)

@@ -141,10 +141,9 @@ def test_no_login_is_one_error_before_anything_is_loaded(
         raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required, but no token found")
 
     monkeypatch.setattr(huggingface_hub, "whoami", refuse)
-    nowhere = tmp_path / "nowhere"
     error = fail(
         capsys,
-        *("train", nowhere, nowhere / "data.jsonl", "--output", tmp_path / "out", "--set", "use_cpu=true"),
+        *("train", "org/model", "org/data", "--output", tmp_path / "out", "--set", "use_cpu=true"),
         "--push-to-hub",
     )
     assert "--push-to-hub: the hub does not take this login: Token is required, but no token found; log in" in error

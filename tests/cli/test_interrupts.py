@@ -168,7 +168,7 @@ def test_while_the_libraries_are_imported(
 
     monkeypatch.delitem(sys.modules, training_run.__name__)
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    line = stopped(capsys, "train", trained_dir, "data.jsonl", "--output", tmp_path / "out", code=130)
+    line = stopped(capsys, "train", trained_dir, "org/data", "--output", tmp_path / "out", code=130)
     assert line == "stopped before training began; nothing was saved"
 
 

@@ -83,6 +83,8 @@ def test_the_commands_train_what_was_planned(
     arguments: tuple[str, ...], taken: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports: list[PlanReport] = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data.jsonl").touch()
     monkeypatch.setattr(PlanReport, "show", lambda self, title: reports.append(self))
     monkeypatch.setattr("kvpref.cli.plan._lengths_of", lambda *names: ((40, 8, 2), None))
     monkeypatch.setattr("kvpref.profiling.prediction.fit.plan_variant", made_up_plan)

@@ -43,10 +43,9 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_is_loaded(
 ) -> None:
     for module in (name, "tensorboardX"):
         monkeypatch.setitem(sys.modules, module, None)
-    nowhere = tmp_path / "nowhere"
     error = fail(
         capsys,
-        *("train", nowhere, nowhere / "data.jsonl", "--output", tmp_path / "out", "--set", "use_cpu=true"),
+        *("train", "org/model", "org/data", "--output", tmp_path / "out", "--set", "use_cpu=true"),
         *("--report-to", name),
     )
     expected = f"--report-to: the package for '{name}' is not installed; pip install \"kvpref[{name}]\", or choose none"

@@ -47,6 +47,11 @@ CASES = {
 """By how rank 1 fails in its second step: the exit code, and how the one message begins."""
 
 
+def write_bad_row(path: Path) -> Path:
+    path.write_text("{\n")
+    return path
+
+
 def make_earlier_run(output: Path) -> Path:
     """A folder as of a run, with reference log-probs that cannot be read."""
     (output / "reference_logps").mkdir(parents=True)
@@ -69,7 +74,7 @@ def ended(trained_dir: Path, pairs_file: Path, folder: Path) -> dict[str, Ended]
         "killed": arguments(trained_dir, pairs_file, folder / "parts", **once),
         "resumed": arguments(trained_dir, pairs_file, folder / "parts", "--resume", **once),
         "whole": arguments(trained_dir, pairs_file, folder / "whole", **once),
-        "missing": arguments(trained_dir, folder / "missing.jsonl", folder / "out"),
+        "unreadable": arguments(trained_dir, write_bad_row(folder / "bad.jsonl"), folder / "out"),
         "overwritten": [
             *("train", trained_dir, pairs_file, "--output", make_earlier_run(folder / "old"), "--overwrite"),
             *("--num-processes", 2, "--max-steps", 1, "--set", "use_cpu=true", "--set", "disable_tqdm=true"),
@@ -115,8 +120,8 @@ def test_one_message_names_the_rank(name: str, ended: dict[str, Ended], folder: 
 
 @pytest.mark.slow
 def test_what_all_ranks_meet_is_said_once(ended: dict[str, Ended], folder: Path) -> None:
-    assert ended["missing"].code == 2
-    assert said(ended["missing"].stderr).startswith(f"error: {folder / 'missing.jsonl'}")
+    assert ended["unreadable"].code == 2
+    assert said(ended["unreadable"].stderr).startswith(f"error: {folder / 'bad.jsonl'}:1: ")
 
 
 @pytest.mark.slow
@@ -137,9 +142,9 @@ def test_a_bug_shows_where_it_is_once(ended: dict[str, Ended]) -> None:
 
 @pytest.mark.full
 def test_in_processes_of_their_own(kvpref_command: Run, trained_dir: Path, tmp_path: Path) -> None:
-    done = kvpref_command(*arguments(trained_dir, tmp_path / "missing.jsonl", tmp_path / "out"))
+    done = kvpref_command(*arguments(trained_dir, write_bad_row(tmp_path / "bad.jsonl"), tmp_path / "out"))
     assert done.returncode == 2, done.stderr
-    assert said(done.stderr).startswith(f"error: {tmp_path / 'missing.jsonl'}")
+    assert said(done.stderr).startswith(f"error: {tmp_path / 'bad.jsonl'}:1: ")
 
 
 @pytest.mark.full
@@ -175,7 +180,7 @@ def test_ranks_do_not_start_others(given: str, kept: str) -> None:
 def test_what_cannot_be_started(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    train = ("train", "model", "data.jsonl", "--output", tmp_path / "out")
+    train = ("train", "org/model", "org/data", "--output", tmp_path / "out")
     assert "must be at least 1; got 0" in fail(capsys, *train, "--num-processes", 0)
     assert "there is no file 'fsdp'" in fail(capsys, *train, "--num-processes", 2, "--accelerate-config", "fsdp")
     assert "does not say how many processes" in fail(capsys, *train, "--accelerate-config", "fsdp2")

@@ -152,10 +152,9 @@ def test_settings_are_refused_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "comet_ml", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     # Neither the model nor the data exists: that would be the error if they were looked at first.
-    nowhere = tmp_path / "nowhere"
     error = fail(
         capsys,
-        *("train", nowhere, nowhere / "data.jsonl", "--output", tmp_path / "out", "--set", "use_cpu=true"),
+        *("train", "org/model", "org/data", "--output", tmp_path / "out", "--set", "use_cpu=true"),
         *arguments,
     )
     assert message in error
