@@ -37,6 +37,7 @@ from kvpref.cli.options import (
     TRAINING_PANEL,
     TRAJECTORY_GROUPS,
     check_counts,
+    of_run,
 )
 from kvpref.data.reading.trajectories.attempts import TrajectoryGroups
 from kvpref.errors import InputError
@@ -79,9 +80,9 @@ def evaluate(
     max_tokens: Annotated[int | None, MAX_TOKENS] = None,
     dtype: Annotated[str, DTYPE] = DEFAULT_DTYPE,
     bf16: Annotated[bool | None, BF16] = None,
-    max_prompt_tokens: Annotated[int | None, MAX_PROMPT_TOKENS] = None,
-    max_response_tokens: Annotated[int | None, MAX_RESPONSE_TOKENS] = None,
-    max_image_pixels: Annotated[int | None, MAX_IMAGE_PIXELS] = None,
+    max_prompt_tokens: Annotated[int | None, of_run(MAX_PROMPT_TOKENS)] = None,
+    max_response_tokens: Annotated[int | None, of_run(MAX_RESPONSE_TOKENS)] = None,
+    max_image_pixels: Annotated[int | None, of_run(MAX_IMAGE_PIXELS)] = None,
     on_bad_row: Annotated[str, ON_BAD_ROW] = DEFAULT_ON_BAD_ROW,
     trajectory_groups: Annotated[TrajectoryGroups, TRAJECTORY_GROUPS] = "task",
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="none")] = None,

@@ -29,6 +29,9 @@ from kvpref.training import PreferenceTrainer, PreferenceTrainingArguments
 _GROUPS_PER_STEP = 64
 """Groups that are planned together, so that micro-batches are full."""
 
+_LIMITS = ("max_prompt_tokens", "max_response_tokens", "max_image_pixels")
+"""Settings of the run that cut its sequences."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
@@ -87,7 +90,7 @@ def run_evaluation(request: EvaluationRequest, report: Callable[[str], None]) ->
         source = _reference(request, run, loss)
         model = _load(request.model, loss, request.dtype)
         tokenizer = load_matching_processor(request.tokenizer, request.model, model)
-        groups = _load_data(request, tokenizer, loss, args, report)
+        groups = _load_data(request, run, tokenizer, loss, args, report)
         if source is not None and source.model is None:
             args.reference = "base"
         reference = None
@@ -163,12 +166,14 @@ def _load(source: str, loss: PreferenceLoss, dtype: str) -> PreTrainedModel:
 
 def _load_data(
     request: EvaluationRequest,
+    run: PastRun | None,
     tokenizer: Any,
     loss: PreferenceLoss,
     args: PreferenceTrainingArguments,
     report: Callable[[str], None],
 ) -> PreferenceDataset:
     options = replace(request.data_options, columns=loss.columns, trajectory_pairs=loss.reads_pairs)
+    options = _with_limits(options, run, report)
     groups = request.data.load(tokenizer, options)
     found = groups.report
     assert found is not None
@@ -178,6 +183,17 @@ def _load_data(
         found.write_bad_rows(request.bad_rows)
         report(f"bad rows are listed in {request.bad_rows}")
     return groups
+
+
+def _with_limits(options: DataOptions, run: PastRun | None, report: Callable[[str], None]) -> DataOptions:
+    """The options, sequences cut as the run cut them where nothing else was given."""
+    if run is None:
+        return options
+    cut = {name: getattr(run.config, name) for name in _LIMITS if getattr(options, name) is None}
+    cut = {name: limit for name, limit in cut.items() if limit is not None}
+    if cut:
+        report(f"{', '.join(f'{name} {limit}' for name, limit in cut.items())}, as {run.path} says")
+    return replace(options, **cut)
 
 
 def _describe(

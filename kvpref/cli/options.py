@@ -6,6 +6,9 @@ None, and ``show_default`` says what that stands for.
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Any
+
 import typer
 
 from kvpref.cli.choices import chosen
@@ -170,6 +173,14 @@ SEQUENCE_PARALLEL = typer.Option(
     show_default="1",
     rich_help_panel=MEMORY_PANEL,
 )
+
+
+def of_run(option: Any) -> Any:
+    """An option whose default is what the run that made MODEL had."""
+    found = copy(option)
+    found.show_default = f"that of MODEL's run.yaml, else {option.show_default}"
+    return found
+
 
 JSON = typer.Option("--json", help="One JSON object on the last line of stdout.", rich_help_panel=SAVING_PANEL)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from command_line import Run
 from command_line_in_process import fail, run
 from oracle import naive_token_logps, true_float64
@@ -129,6 +131,20 @@ def test_a_runs_folder_knows_its_loss_and_its_reference(
         assert found["metrics"] == pytest.approx(expected["metrics"])
         assert (found["loss"], found["loss_args"]) == ("dpo", {"beta": 0.5})
         assert str(trained_dir) in found["reference"]
+
+
+def test_sequences_are_cut_as_the_run_cut_them(
+    trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(trained_dir, cut)
+    settings = yaml.safe_load((cut / "run.yaml").read_text())
+    (cut / "run.yaml").write_text(yaml.safe_dump(settings | {"max_prompt_tokens": 3, "max_response_tokens": 1}))
+    found = evaluated(capsys, cut, pairs_file)["metrics"]
+    limits = ("--max-prompt-tokens", 3, "--max-response-tokens", 1)
+    assert found == evaluated(capsys, trained_dir, pairs_file, *limits)["metrics"]
+    run("eval", cut, pairs_file, "--max-prompt-tokens", 4)
+    assert f"max_response_tokens 1, as {cut / 'run.yaml'} says" in capsys.readouterr().err
 
 
 def test_an_adapter_is_compared_with_its_base(

@@ -25,6 +25,10 @@ OWN_DEFAULTS = {
     "--loss": "profile memory takes groups of any size, which dpo does not",
     "--num-responses": "plan predicts for a number of responses, profile memory cuts groups down to some",
     "--tokenizer": "data inspect has no model to take one from",
+    **dict.fromkeys(
+        ("--max-prompt-tokens", "--max-response-tokens", "--max-image-pixels"),
+        "eval cuts sequences as the run did that made the model",
+    ),
 }
 """Options whose default differs between commands, and why."""
 
