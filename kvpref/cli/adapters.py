@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpref.cli.load_reports import NEW_HEAD, without_news
 from kvpref.cli.run_config import RunConfig
 from kvpref.data import load_tokenizer
 from kvpref.errors import InputError
@@ -43,7 +44,8 @@ def load_adapter(folder: str, *, reads: str, dtype: str, **settings: Any) -> Pre
     """
     peft = _import_peft()
     try:
-        model = _load_on_base(peft, folder, reads, dtype=dtype, **settings)
+        with without_news(NEW_HEAD if reads == "ends" else {}):  # the adapter holds the head
+            model = _load_on_base(peft, folder, reads, dtype=dtype, **settings)
         if reads == "ends" and (Path(folder) / "tokenizer_config.json").is_file():
             # Rewards are read before the padding, and an adapter's folder holds no configuration of the model.
             for config in (model.config, model.config.get_text_config()):

@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 _LOGGER = "transformers.modeling_utils"
 _TITLE = "LOAD REPORT"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_ROW = re.compile(r"^(\S+) *\| (MISSING|UNEXPECTED|MISMATCH|CONVERSION)\b", re.MULTILINE)
 
-Info = dict[str, Any]
-"""What ``output_loading_info`` gives: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys``, ``error_msgs``."""
-
-
-def load_quietly(load: Callable[[], tuple[Any, Info]], is_expected: Callable[[Info], bool]) -> tuple[Any, Info]:
-    """What `load` returns; the table is logged, unless all that it would say is expected.
-
-    Args:
-        load: Loads a model with its loading info.
-        is_expected: Whether a loading info is no news.
-
-    Raises:
-        Exception: As `load`, whose message may point to the table; it is logged before.
-    """
-    with _held() as tables:
-        model, info = load()
-        if is_expected(info):
-            tables.clear()
-        return model, info
+NEW_HEAD = {"MISSING": "score.", "UNEXPECTED": "lm_head."}
+"""What a table says of a reward model that starts from a language model: how these weights' names begin, by status."""
 
 
 @contextmanager
-def _held() -> Iterator[list[logging.LogRecord]]:
-    """While open, tables are kept back; in the end those that are left in the list are logged."""
-    logger, tables = logging.getLogger(_LOGGER), list[logging.LogRecord]()
+def without_news(expected: Mapping[str, str]) -> Iterator[None]:
+    """While open, tables in which all rows are expected are not logged; what cannot be read as a table is."""
+    logger = logging.getLogger(_LOGGER)
 
-    def hold(record: logging.LogRecord) -> bool:
-        is_table = _TITLE in str(record.msg)
-        if is_table:
-            tables.append(record)
-        return not is_table
+    def is_news(record: logging.LogRecord) -> bool:
+        text = _COLOUR.sub("", record.getMessage())
+        rows = _ROW.findall(text) if _TITLE in text else []
+        return not rows or any(not name.startswith(expected.get(status, " ")) for name, status in rows)
 
-    logger.addFilter(hold)
+    logger.addFilter(is_news)
     try:
-        yield tables
+        yield
     finally:
-        logger.removeFilter(hold)
-        for record in tables:
-            logger.handle(record)
+        logger.removeFilter(is_news)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpref.cli.adapters import is_adapter, load_adapter
 from kvpref.cli.choices import DTYPES
-from kvpref.cli.load_reports import Info, load_quietly
+from kvpref.cli.load_reports import NEW_HEAD, without_news
 from kvpref.data import load_processor
 from kvpref.data.reading.response_spans import tokenizer_of
 from kvpref.errors import InputError
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 _SCALAR_HEAD = "score."
 """How transformers names the weights of the head of AutoModelForSequenceClassification."""
-
-_TOKEN_HEAD = "lm_head."
-"""The same for the head of a language model, which a reward model has no use for."""
 
 _SETTINGS: dict[str, dict[str, Any]] = {"tokens": {}, "ends": {"num_labels": 1}}
 """By what the loss reads: settings of the model's configuration."""
@@ -87,7 +84,8 @@ def load_model(
             return load_adapter(model, reads=reads, dtype=dtype, **settings)
         kind = model_class(load_config(model), reads)
         settings = settings | {"dtype": dtype, "output_loading_info": True}
-        loaded, info = load_quietly(lambda: _load(kind.from_pretrained, model, "model", **settings), _only_adds_head)
+        with without_news(NEW_HEAD if reads == "ends" else {}):
+            loaded, info = _load(kind.from_pretrained, model, "model", **settings)
         _check_head(model, info, reads=reads, may_add_head=may_add_head)
         return loaded
     assert config is not None
@@ -107,17 +105,7 @@ def load_model(
     return built
 
 
-def _only_adds_head(info: Info) -> bool:
-    """Whether weights of a language model were loaded whole, but for its head, into a model with a new scalar one."""
-    return (
-        all(key.startswith(_SCALAR_HEAD) for key in info["missing_keys"])
-        and all(key.startswith(_TOKEN_HEAD) for key in info["unexpected_keys"])
-        and not info["mismatched_keys"]
-        and not info["error_msgs"]
-    )
-
-
-def _check_head(source: str, info: Info, *, reads: str, may_add_head: bool) -> None:
+def _check_head(source: str, info: dict[str, Any], *, reads: str, may_add_head: bool) -> None:
     """Refuse weights of another kind of model, which transformers would drop, or make up at random."""
     if reads == "tokens" and any(key.startswith(_SCALAR_HEAD) for key in info["unexpected_keys"]):
         raise InputError(

@@ -50,12 +50,15 @@ def _check_model(model: str, data: list[str]) -> None:
     """Refuse a file or folder that holds no model; one of another kind than data may be meant."""
     path = Path(model)
     other = next((source for source in data if holds_model(Path(source))), None)
-    if not path.exists() or holds_model(path) or (path.suffix == ".json" and other is None):
+    is_name = not path.exists() and not _is_path(model, "models")
+    if is_name or holds_model(path):
         return
     if other is not None:
         raise InputError(
             f"MODEL and DATA seem to be swapped: {model} holds no model, and {other} does; give the model first"
         )
+    if not path.exists() or path.suffix == ".json":
+        return
     if path.is_file():
         raise InputError(f"{model}: is a file where MODEL is expected: a folder with config.json, or a hub name")
     inside = sorted(folder for folder in path.iterdir() if holds_model(folder))
@@ -104,7 +107,8 @@ def _did_you_mean(path: Path, *, is_data: bool) -> str:
     if missing.exists():
         return f"; did you mean {missing}?"
     try:
-        beside = sorted(item.name for item in missing.parent.iterdir() if is_data or item.suffix or item.is_dir())
+        found = (item for item in missing.parent.iterdir() if is_data or item.is_dir() or item.suffix == path.suffix)
+        beside = sorted(item.name for item in found)
     except OSError:
         return ""
     near = nearest(missing.name, beside)

@@ -72,7 +72,7 @@ def check_output(output: Path, sources: Iterable[str], *, resume: bool, overwrit
         return
     for source in sources:
         if any(_is_overwritten(path, output) for path in local_paths(source)):
-            raise InputError(f"{output}: the new run reads {source} from there; choose another --output")
+            raise InputError(f"{output}: the new run reads {source} and would write over it; choose another --output")
     if not is_of_a_run(output / RUN_FILE):
         _refuse_foreign(output, resume)
     elif not overwrite and _holds_training(output):

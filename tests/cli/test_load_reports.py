@@ -44,6 +44,24 @@ def test_a_new_head_is_no_news(folder: Path, logged: list[str]) -> None:
     assert logged == []
 
 
+def test_nor_is_that_of_an_adapter(folder: Path, logged: list[str], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra kvpref[peft]")
+    model = load_model(str(folder), None, reads="ends", may_add_head=True)
+    adapter = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    peft.get_peft_model(model, adapter).save_pretrained(tmp_path / "adapter")
+    load_model(str(tmp_path / "adapter"), None, reads="ends")
+    assert logged == []
+
+
+def test_a_language_model_that_lacks_weights_is_shown_and_refused(folder: Path, logged: list[str]) -> None:
+    path = folder / "model.safetensors"
+    left = {name: weight for name, weight in load_file(path).items() if name != "model.norm.weight"}
+    save_file(left, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"the weights lack 'model\.norm\.weight'"):
+        load_model(str(folder), None)
+    assert "LOAD REPORT" in logged[0]
+
+
 def test_a_weight_that_is_left_over_is_shown(folder: Path, logged: list[str]) -> None:
     change(folder, surplus=torch.zeros(1))
     load_model(str(folder), None, reads="ends", may_add_head=True)

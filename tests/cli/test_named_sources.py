@@ -85,6 +85,7 @@ def test_what_was_fetched_before_is_found_beside_a_folder_of_its_owner(
         ("pairs.jsonl", "model", "MODEL and DATA seem to be swapped: pairs.jsonl holds no model, and model does"),
         ("Data", "./model", "MODEL and DATA seem to be swapped: Data holds no model, and ./model does; give the model"),
         ("tiny.json", "model", "MODEL and DATA seem to be swapped"),
+        ("Data/missing.jsonl", "model", "MODEL and DATA seem to be swapped"),
         ("pairs.jsonl", "org/data", "pairs.jsonl: is a file where MODEL is expected: a folder with config.json, or a"),
         ("empty", "pairs.jsonl", "empty: the folder holds no model: there is no config.json, nor adapter_config.json"),
         ("run", "pairs.jsonl", "run: the folder holds no model; did you mean run/checkpoint-2?"),

@@ -71,10 +71,10 @@ def test_an_earlier_run_is_resumed_or_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_the_run_reads_is_not_overwritten(name: str, overwrite: bool, tmp_path: Path) -> None:
     output = make_run(tmp_path / "out")
-    message = f"the new run reads {output / name} from there; choose another --output"
+    message = f"the new run reads {output / name} and would write over it; choose another --output"
     assert message in refused(output, "org/model", output / name, overwrite=overwrite)
     (tmp_path / "link").symlink_to(output)
-    assert "from there" in refused(tmp_path / "link", output / name, overwrite=overwrite)
+    assert "would write over it" in refused(tmp_path / "link", output / name, overwrite=overwrite)
 
 
 def test_other_files_of_the_folder_may_be_read(tmp_path: Path) -> None:
