@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvpref.cli.checkpoints import numbered_checkpoints
 from kvpref.cli.nearest import nearest
 from kvpref.data.reading.files import source_files
 from kvpref.data.reading.sources.parts import is_pattern, parse_source
@@ -36,7 +37,7 @@ def check_sources(values: Mapping[str, Any]) -> None:
             _check_data(source)
 
 
-def holds_model(folder: Path) -> bool:
+def describes_model(folder: Path) -> bool:
     """Whether a folder describes a model or an adapter."""
     return any((folder / name).is_file() for name in _CONFIGS)
 
@@ -49,9 +50,9 @@ def _as_list(value: Any) -> list[str]:
 def _check_model(model: str, data: list[str]) -> None:
     """Refuse a file or folder that holds no model; one of another kind than data may be meant."""
     path = Path(model)
-    other = next((source for source in data if holds_model(Path(source))), None)
+    other = next((source for source in data if describes_model(Path(source))), None)
     is_name = not path.exists() and not _is_path(model, "models")
-    if is_name or holds_model(path):
+    if is_name or describes_model(path):
         return
     if other is not None:
         raise InputError(
@@ -61,8 +62,9 @@ def _check_model(model: str, data: list[str]) -> None:
         return
     if path.is_file():
         raise InputError(f"{model}: is a file where MODEL is expected: a folder with config.json, or a hub name")
-    inside = sorted(folder for folder in path.iterdir() if holds_model(folder))
-    hint = f"; did you mean {inside[-1]}?" if inside else f": there is no {_CONFIGS[0]}, nor {_CONFIGS[1]}"
+    folders = (*numbered_checkpoints(path), *sorted(path.iterdir()))
+    inside = next((folder for folder in folders if describes_model(folder)), None)
+    hint = f"; did you mean {inside}?" if inside else f": there is no {_CONFIGS[0]}, nor {_CONFIGS[1]}"
     raise InputError(f"{model}: the folder holds no model{hint}")
 
 
@@ -86,6 +88,8 @@ def _check_exists(name: str, kind: str, *, is_data: bool) -> None:
 
 def _is_path(name: str, kind: str) -> bool:
     """Whether what is not there can be no name of a hub, or should be none: its folder is here."""
+    if "://" in name:
+        return False
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json"):
         return True
     return "/" in name and Path(name).parent.is_dir() and not _is_cached(name, kind)
@@ -107,7 +111,8 @@ def _did_you_mean(path: Path, *, is_data: bool) -> str:
     if missing.exists():
         return f"; did you mean {missing}?"
     try:
-        found = (item for item in missing.parent.iterdir() if is_data or item.is_dir() or item.suffix == path.suffix)
+        endings = (".json",) if path.suffix == ".json" else ()
+        found = (item for item in missing.parent.iterdir() if is_data or item.is_dir() or item.suffix in endings)
         beside = sorted(item.name for item in found)
     except OSError:
         return ""

@@ -15,9 +15,17 @@ from kvpref.errors import InputError
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("model", "models/llama", "models/deep/llama", "run/checkpoint-2", "Data", "empty"):
+    for name in (
+        "model",
+        "models/llama",
+        "models/deep/llama",
+        "run/checkpoint-9",
+        "run/checkpoint-10",
+        "Data",
+        "empty",
+    ):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("model", "models/llama", "models/deep/llama", "run/checkpoint-2"):
+    for name in ("model", "models/llama", "models/deep/llama", "run/checkpoint-9", "run/checkpoint-10"):
         (tmp_path / name / "config.json").touch()
     for name in ("pairs.jsonl", "Data/rows.jsonl", "tiny.json"):
         (tmp_path / name).touch()
@@ -65,7 +73,7 @@ def test_data_that_is_not_there(setting: str, name: str, message: str) -> None:
     assert refused(**{setting: [name]}) == message
 
 
-@pytest.mark.parametrize("name", ["gpt2", "org/name", "org/name-1.5", "model", "models/llama", "/"])
+@pytest.mark.parametrize("name", ["gpt2", "org/name", "org/name-1.5", "model", "models/llama", "/", "hf://a/b/c"])
 def test_names_that_may_be_meant(name: str) -> None:
     check_sources({"tokenizer": name, "reference": name, "data": [f"{name}:train", "*.csv"], "model": None})
 
@@ -88,7 +96,7 @@ def test_what_was_fetched_before_is_found_beside_a_folder_of_its_owner(
         ("Data/missing.jsonl", "model", "MODEL and DATA seem to be swapped"),
         ("pairs.jsonl", "org/data", "pairs.jsonl: is a file where MODEL is expected: a folder with config.json, or a"),
         ("empty", "pairs.jsonl", "empty: the folder holds no model: there is no config.json, nor adapter_config.json"),
-        ("run", "pairs.jsonl", "run: the folder holds no model; did you mean run/checkpoint-2?"),
+        ("run", "pairs.jsonl", "run: the folder holds no model; did you mean run/checkpoint-10?"),
     ],
 )
 def test_what_is_no_model(model: str, data: str, message: str) -> None:
