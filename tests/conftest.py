@@ -15,6 +15,17 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let hypothesis draw the same examples each time, and new ones in `make test-all`."""
+    try:
+        from hypothesis import settings
+    except ImportError:  # a GPU machine may lack it
+        return
+    # A deadline per example fails on a busy machine, whatever the code does.
+    settings.register_profile("kvpref", deadline=None, derandomize=config.option.markexpr == "not full")
+    settings.load_profile("kvpref")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m leaves out what is `full`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark `full` all parameter sets of a test that is `thinned(n)` but n of them, spread evenly over the list."""

@@ -5,6 +5,7 @@ Run as a script with jobs as JSON, a list of lists of arguments and a folder; se
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -109,6 +110,7 @@ def main(jobs: list[list[str]], folder: Path) -> None:
     from kvpref.cli import starting_ranks
 
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     starting_ranks.subprocess.Popen = ForkedProcess  # type: ignore[misc,assignment]
     codes = []
     for number, arguments in enumerate(jobs):

@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
-
-# A deadline per example fails on a busy machine, whatever the code does.
-settings.register_profile("kvpref", deadline=None)
-settings.load_profile("kvpref")
 
 SENTENCES = [
     "hello world hello world hello world",

@@ -161,25 +161,45 @@ def combine_sharing(groups: Sequence[GroupLengths], num_tokens: int, min_shared_
 
     An upper bound for the prefix tree, which may keep the segments of each group's own tree below these tokens. A
     group's common beginning then starts after them, so that the rest may be too short to be shared and is repeated in
-    each sequence; the worst case is counted.
+    each sequence. The groups may also have more in common, which saves tokens, but may leave such a rest where there
+    was none. The worst case is counted.
     """
-    saved_tokens = num_tokens * (len(groups) - 1)
-    saved_pairs = _causal_pairs(num_tokens) * (len(groups) - 1)
+    together = combine(groups)
+    places = _places_of_rests(groups, num_tokens, min_shared_tokens)
+    saved = [_saved(groups, place, min_shared_tokens) for place in places]
+    saved_tokens, saved_pairs = (max(0, min(column)) for column in zip(*saved, strict=True))
     repeated_scored = 0
     for group in groups:
-        repeats = group.num_sequences - 1
-        rest = _repeated_rest(group, num_tokens, min_shared_tokens)
-        saved_tokens -= rest * repeats
-        saved_pairs -= (_causal_pairs(num_tokens + rest) - _causal_pairs(num_tokens)) * repeats
-        repeated_scored += min(rest * repeats, group.total_scored - group.unique_scored)
-    together = combine(groups)
-    if saved_tokens <= 0:
-        return together
+        rest = max(_repeated_rest(group, place, min_shared_tokens) for place in places)
+        repeated_scored += min(rest * (group.num_sequences - 1), group.total_scored - group.unique_scored)
     return together._replace(
         unique_tokens=together.unique_tokens - saved_tokens,
         unique_pairs=together.unique_pairs - saved_pairs,
         unique_scored=together.unique_scored + repeated_scored,
     )
+
+
+def _places_of_rests(groups: Sequence[GroupLengths], num_tokens: int, min_shared_tokens: int) -> list[int]:
+    """How much groups that have at least `num_tokens` in common may have, where the least is saved.
+
+    More in common saves more, but from where a group's rest becomes too short to be shared; the most is what the
+    sequences of each group have in common.
+    """
+    beginnings = [group.beginning_tokens for group in groups if group.beginning_tokens]
+    most = min(beginnings, default=num_tokens)
+    places = {beginning - min_shared_tokens + 1 for beginning in beginnings}
+    return [num_tokens, *(place for place in places if num_tokens < place <= most)]
+
+
+def _saved(groups: Sequence[GroupLengths], num_tokens: int, min_shared_tokens: int) -> tuple[int, int]:
+    """Tokens and pairs saved if all groups have `num_tokens` in common and no more, less what they repeat."""
+    common_pairs = _causal_pairs(num_tokens)
+    tokens, pairs = num_tokens * (len(groups) - 1), common_pairs * (len(groups) - 1)
+    for group in groups:
+        rest = _repeated_rest(group, num_tokens, min_shared_tokens)
+        tokens -= rest * (group.num_sequences - 1)
+        pairs -= (_causal_pairs(num_tokens + rest) - common_pairs) * (group.num_sequences - 1)
+    return tokens, pairs
 
 
 def _repeated_rest(group: GroupLengths, num_tokens: int, min_shared_tokens: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import kvpref
@@ -63,6 +63,28 @@ def test_the_counts_for_layers_with_states_are_those_of_their_tree(one: Group, l
     assert counted.unique_tokens == sharing.tree(one.parts).num_unique_tokens
 
 
+def rows(*texts: str) -> Group:
+    """Sequences of digits; scored are those before a comma."""
+    return Group(
+        [
+            Sequence(
+                [int(digit) for digit in text if digit != ","],
+                [text[place + 1 : place + 2] == "," for place, digit in enumerate(text) if digit != ","],
+            )
+            for text in texts
+        ]
+    )
+
+
+# What the groups have in common beyond the prompt leaves too little of a group's own beginning to be shared.
+@example(
+    [rows("70"), rows("70000000", "7100000", "7101"), rows("700000", "70,000000", "700000", "70,0100")], (3, None), 0
+)
+@example(
+    [rows("70"), rows("70000000000", "70001"), rows("71,", "7000000", "7100100000000", "71,0000000000000")],
+    (4, None),
+    0,
+)
 @given(st.lists(trajectories(), min_size=2, max_size=3), LIMITS, st.integers(0, 4))
 def test_the_counts_of_groups_that_begin_alike_bound_those_of_their_tree(
     groups: list[Group], limits: tuple[int, int | None], more: int
