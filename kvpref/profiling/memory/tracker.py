@@ -174,7 +174,7 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in _tensors((args, kwargs)):
             if self._counts(tensor):
                 self._follow(tensor, OTHER)
-        results = func(*args, **kwargs)
+        results = self.call(func, args, kwargs)
         # Freed while the operator ran, before its results are counted: their memory may lie in the same place.
         self._settle()
         category = category_of_region(self._now.region)
@@ -187,6 +187,10 @@ class MemoryTracker(TorchDispatchMode):
         if node is not None and getattr(node, "variable", None) in self._parameters:
             self.assign(GRADIENTS, *_tensors((results,)))
         return results
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator; what `run` counts around."""
+        return func(*args, **kwargs)
 
     def _region(self) -> str | None:
         """The innermost region. Autograd's threads for CUDA know none: there, the one of the thread that waits."""

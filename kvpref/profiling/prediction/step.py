@@ -16,6 +16,7 @@ from kvpref.losses import LossOutput
 from kvpref.plan.batch import Batch, collate
 from kvpref.plan.step import join_batches
 from kvpref.profiling.memory.tracker import OPTIMIZER, MemoryTracker
+from kvpref.profiling.prediction import fake_results
 from kvpref.profiling.prediction.images import PromptStart
 from kvpref.profiling.prediction.integers import RealIntegers
 from kvpref.profiling.prediction.kernels import running_on
@@ -105,6 +106,10 @@ class Moment(NamedTuple):
 class _FakeTracker(MemoryTracker):
     """Of fake tensors, which no compiled layer touches: PyTorch's guard against compiling costs more than the rest."""
 
+    def __init__(self, training: FakeTraining) -> None:
+        super().__init__(training.model)
+        self._mode = training.mode
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
@@ -114,10 +119,13 @@ class _FakeTracker(MemoryTracker):
     ) -> Any:
         return self.run(func, args, kwargs or {})
 
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return fake_results.run(self._mode, func, args, kwargs)
+
 
 def resting(training: FakeTraining) -> Mapping[str, int]:
     """Bytes held between steps, by category: weights, gradients and optimizer state."""
-    with training.mode, _FakeTracker(training.model) as tracker:
+    with training.mode, _FakeTracker(training) as tracker:
         tracker.assign(OPTIMIZER, *training.optimizer_state)
         return tracker.current.bytes_by_category
 
@@ -136,7 +144,7 @@ def trace_step(training: FakeTraining, batch: Batch, variant: EngineOptions, dev
     """
     step = _prepare(training, batch, variant)
     moments: list[Moment] = []
-    with training.mode, _FakeTracker(training.model) as tracker:
+    with training.mode, _FakeTracker(training) as tracker:
         tracker.assign(OPTIMIZER, *training.optimizer_state)
 
         def record(operator: str) -> None:
