@@ -206,10 +206,12 @@ def test_inspect_counts_the_groups_that_exceed_the_budget(app, tokenizer_folder,
     assert found["3"][0]["num_micro_batches"] == 5
 
 
-def test_inspect_names_a_configuration_that_it_cannot_read(app, tokenizer_folder, write_jsonl):
-    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--model", "nowhere.json"]
+def test_inspect_names_a_configuration_that_it_cannot_read(app, tokenizer_folder, write_jsonl, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text("{")
+    arguments = [write_jsonl(*ROWS), "--tokenizer", tokenizer_folder, "--model", str(config)]
     result = CliRunner().invoke(app, ["data", "inspect", *arguments])
-    with pytest.raises(InputError, match=r"nowhere\.json: cannot read the model configuration"):
+    with pytest.raises(InputError, match=r"config\.json: cannot read the model configuration"):
         raise result.exception
 
 

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 SHAPE = GroupShape(prompt_tokens=30, response_tokens=9, num_responses=3)
 MIXED = TrainingSetup(dtype=torch.float32, mixed_precision=torch.bfloat16)
 STEPS = {
-    "bounded": (EngineOptions(schedule="bounded", max_tokens_per_chunk=16), MIXED),
+    "bounded": (EngineOptions(schedule="bounded", max_tokens_per_chunk=40), MIXED),
     "full, checkpoint all": (EngineOptions(checkpoint="all"), MIXED),
     "padded": (EngineOptions(mode="padded"), TrainingSetup()),
     "lora": (EngineOptions(mode="packed"), TrainingSetup(lora_r=2)),
