@@ -8,15 +8,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 import torch
 from command_line import Run, command_line, environment
+from command_line_in_process import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What `--json` writes."""
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
 
 
 def test_help_needs_no_heavy_imports() -> None:
@@ -111,26 +119,24 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_skipped_and_listed(
-    tmp_path: Path, kvpref_command: Run, trained_dir: Path, pairs_file: Path
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_dir: Path, pairs_file: Path
 ) -> None:
     data = tmp_path / "some_bad.jsonl"
     data.write_text(pairs_file.read_text() + '{"prompt": "one"}\n')
     output = tmp_path / "out"
-    done = kvpref_command("train", trained_dir, data, "--output", output, "--max-steps", 1, "--on-bad-row", "skip")
-    assert done.returncode == 0, done.stderr
-    assert "24 groups; 1 bad rows skipped" in done.stderr
+    run("train", trained_dir, data, "--output", output, "--max-steps", 1, "--on-bad-row", "skip")
+    assert "24 groups; 1 bad rows skipped" in capsys.readouterr().err
     (listed,) = (json.loads(line) for line in (output / "some_bad.bad_rows.jsonl").read_text().splitlines())
     assert listed["location"].endswith("some_bad.jsonl:25")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", pytest.param("parquet", marks=pytest.mark.full)])
 def test_score_writes_each_response(
-    tmp_path: Path, suffix: str, kvpref_command: Run, trained_dir: Path, pairs_file: Path
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str], trained_dir: Path, pairs_file: Path
 ) -> None:
     output = tmp_path / f"scores.{suffix}"
-    done = kvpref_command("score", trained_dir, pairs_file, "--output", output, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["num_sequences"] == 48
+    run("score", trained_dir, pairs_file, "--output", output, "--json")
+    assert last_line(capsys)["num_sequences"] == 48
     if suffix == "jsonl":
         rows = [json.loads(line) for line in output.read_text().splitlines()]
     else:
@@ -148,17 +154,15 @@ def test_score_writes_each_response(
     assert rows[0]["mean_logp"] == pytest.approx(expected / 3, abs=1e-4)
 
 
-def test_check_reads_the_configuration_only(kvpref_command: Run, config_file: Path) -> None:
-    done = kvpref_command("check", "--model-config", config_file, "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_check_reads_the_configuration_only(capsys: pytest.CaptureFixture[str], config_file: Path) -> None:
+    run("check", "--model-config", config_file, "--json")
+    result = last_line(capsys)
     assert result | {"model": str(config_file), "supported": True, "model_type": "llama"} == result
     assert [row["rule"] for row in result["layers"]] == [["causal"]]
 
 
-def test_check_numeric_compares_with_the_naive_forward(kvpref_command: Run, trained_dir: Path) -> None:
-    done = kvpref_command("check", trained_dir, "--numeric", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_check_numeric_compares_with_the_naive_forward(capsys: pytest.CaptureFixture[str], trained_dir: Path) -> None:
+    run("check", trained_dir, "--numeric", "--json")
+    result = last_line(capsys)
     assert 0 < result["max_logp_error"] < 1e-4
     assert 0 < result["max_gradient_error"] < 1e-3
