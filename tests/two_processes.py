@@ -15,17 +15,21 @@ TIMEOUT_SECONDS = 1200
 
 
 def run_two_processes(worker: Path, *arguments: object, num_ranks: int = 2) -> None:
-    """Run `worker` under torchrun with two ranks or more, and fail with its errors."""
+    """Run `worker` on two ranks or more, and fail with its errors."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # where the package is, if it is not installed
     path = os.pathsep.join([*map(str, worker.parents[1:3]), *filter(None, given)])
-    torchrun(worker, *arguments, num_ranks=num_ranks, PYTHONPATH=path)
+    _run([Path(__file__).with_name("forked_workers.py"), num_ranks, worker, *arguments], PYTHONPATH=path)
 
 
 def torchrun(*arguments: object, num_ranks: int = 2, **environment: str) -> None:
     """`torchrun --nproc-per-node NUM_RANKS ARGUMENTS...`, which must succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--standalone"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", num_ranks, "--standalone"]
+    _run([*launcher, *arguments], **environment)
+
+
+def _run(arguments: list[object], **environment: str) -> None:
     done = subprocess.run(
-        [*command, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
