@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand
 
 from kvpref.cli.given_settings import Given, option_name
-from kvpref.cli.named_sources import check_sources
+from kvpref.cli.named_sources import check_sources, refuse_to_write_over
 from kvpref.cli.precision import check_precision
 
 
@@ -18,4 +19,7 @@ class CheckedCommand(TyperCommand):
         """Run the command, if what was given can be meant."""
         check_precision({name: Given(value, option_name(name)) for name, value in ctx.params.items()})
         check_sources(ctx.params)
+        output = ctx.params.get("output")
+        if isinstance(output, Path):
+            refuse_to_write_over(output, ctx.params)
         return super().invoke(ctx)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpref.cli.checkpoints import numbered_checkpoints
 from kvpref.cli.nearest import nearest
+from kvpref.cli.source_paths import local_paths
 from kvpref.data.reading.files import source_files
 from kvpref.data.reading.sources.parts import is_pattern, parse_source
 from kvpref.errors import InputError
@@ -35,6 +36,25 @@ def check_sources(values: Mapping[str, Any]) -> None:
     for name in _DATA:
         for source in sources[name]:
             _check_data(source)
+
+
+def refuse_to_write_over(output: Path, values: Mapping[str, Any]) -> None:
+    """Refuse an output file that the command reads.
+
+    Args:
+        output: The file to write.
+        values: Parameters of the command, as in `check_sources`.
+
+    Raises:
+        InputError: If it is such a file, or one in a folder of data.
+    """
+    if not output.exists():
+        return
+    for name in (*_MODELS, "model_config", *_DATA):
+        for source in _as_list(values.get(name)):
+            for path in local_paths(source):
+                if output.samefile(path) or (name in _DATA and path.resolve() in output.resolve().parents):
+                    raise InputError(f"{output}: is what the command reads ({source}); choose another --output")
 
 
 def describes_model(folder: Path) -> bool:

@@ -288,7 +288,9 @@ def train(
     for name in ("output",) if resume else ("data", "output"):
         if name not in given:
             raise InputError(f"{name} is missing; give it on the command line or in --config")
-    check_output(Path(str(given["output"].value)), sources_of(values), resume=resume, overwrite=overwrite)
+    # --overwrite is for a run's folder, its run.yaml included.
+    read = sources_of(values) if config is None or overwrite else [*sources_of(values), config]
+    check_output(Path(str(given["output"].value)), read, resume=resume, overwrite=overwrite)
     number = ranks_to_start(num_processes, given.get("accelerate_config"))
     if number > 1:
         raise typer.Exit(start_ranks(number, without_number(sys.argv[1:]), Path(str(given["output"].value))))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from command_line_in_process import fail
 
-from kvpref.cli.named_sources import check_sources
+from kvpref.cli.named_sources import check_sources, refuse_to_write_over
 from kvpref.errors import InputError
 
 
@@ -119,3 +119,28 @@ def test_so_do_plan_and_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean model?" in fail(capsys, "check", "./modle")
     assert "seem to be swapped" in fail(capsys, "plan", "pairs.jsonl", "--data", "model")
     assert "did you mean pairs.jsonl?" in fail(capsys, "data", "inspect", "./pair.jsonl", "--tokenizer", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("data", "output"),
+    [
+        ("pairs.jsonl", "pairs.jsonl"),
+        ("pairs.jsonl[:3]", "./pairs.jsonl"),
+        ("*.jsonl", "pairs.jsonl"),
+        ("Data", "Data/rows.jsonl"),
+    ],
+)
+def test_what_a_command_reads_is_not_written_over(
+    data: str, output: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / output).write_text("mine")
+    assert f"is what the command reads ({data}); choose another --output" in fail(
+        capsys, "score", "model", data, "--output", output
+    )
+    assert (here / output).read_text() == "mine"
+
+
+def test_an_earlier_report_in_the_models_folder_is_replaced(here: Path) -> None:
+    (here / "model" / "eval.json").touch()
+    refuse_to_write_over(Path("model/eval.json"), {"model": "model", "data": ["pairs.jsonl"]})
+    refuse_to_write_over(Path("Data/new.jsonl"), {"model": "model", "data": ["Data"]})

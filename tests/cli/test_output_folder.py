@@ -44,6 +44,16 @@ def test_the_command_says_so_and_changes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_the_settings_that_a_run_is_given_are_not_written_over(
+    trained_dir: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = f"# mine\nmodel: {trained_dir}\ndata: {pairs_file}\noutput: {tmp_path}\ntraining: {{}}\n"
+    (tmp_path / "run.yaml").write_text(settings)
+    error = fail(capsys, "train", "--config", tmp_path / "run.yaml")
+    assert f"the new run reads {tmp_path / 'run.yaml'} and would write over it" in error
+    assert (tmp_path / "run.yaml").read_text() == settings
+
+
 def test_a_folder_without_files_of_a_run_is_taken(tmp_path: Path) -> None:
     check_output(tmp_path / "new" / "folder", [], resume=False, overwrite=False)
     (tmp_path / "notes.txt").touch()
