@@ -236,10 +236,10 @@ class GroupLoader:
             bos_token_id=self._tokenizer.bos_token_id,
         )
         if row.row.labels is not None and truncated.sequences[0].input_ids == truncated.sequences[1].input_ids:
-            raise RowError(
-                "`chosen` and `rejected` have the same tokens"
-                + (" after truncation; raise max_response_tokens" if truncated.num_truncated_responses else "")
-            )
+            why = "; the tokenizer does not tell their texts apart"
+            if truncated.num_truncated_responses:
+                why = " after truncation; raise max_response_tokens"
+            raise RowError(f"`chosen` and `rejected` have the same tokens{why}")
         check_token_columns(row.row, sequences, truncated.sequences)
         self._counts["num_truncated_prompts"] += truncated.prompt_tokens_cut > 0
         self._counts["prompt_tokens_cut"] += truncated.prompt_tokens_cut

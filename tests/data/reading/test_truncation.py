@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kvpref.data import DataOptions, load_preferences
 from kvpref.data.reading.tokenization import TokenizedSequence
@@ -110,3 +112,12 @@ def test_pair_that_truncation_makes_equal_is_a_bad_row(tokenizer, write_jsonl):
 def test_options_are_checked(options):
     with pytest.raises(InputError, match=next(iter(options))):
         DataOptions(**options)
+
+
+def test_pair_that_the_tokenizer_makes_equal_is_a_bad_row(write_jsonl):
+    core = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "hello": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    path = write_jsonl({"prompt": "hello", "chosen": " blue", "rejected": " green"})
+    with pytest.raises(InputError, match=r":1: .*the same tokens; the tokenizer does not tell their texts apart"):
+        load_preferences(path, tokenizer)
